@@ -1,0 +1,187 @@
+"""The only way graphs are changed: edits that keep labels, module paths and value types.
+
+Every node carries in `node.meta`
+  `val`          what the node yields, as a fake tensor (dtype, symbolic shape) or a SymInt
+  `module_path`  the module of the source model that computed it, `model.layers.0.mlp`
+  `label`        a name that is stable across passes and torch releases (after canonicalize)
+Weights are buffers of the GraphModule, read by `get_attr` nodes whose target is their name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def label(node: fx.Node) -> str:
+    """The node's stable label; before canonicalize has given labels, fx's own name."""
+    return node.meta.get("label", node.name)
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the source module that the node came from; empty at the top."""
+    return node.meta.get("module_path", "")
+
+
+def op_name(node: fx.Node) -> str:
+    """Short name of a call's op: `linear`, `rms_norm`, `sym_size`."""
+    if isinstance(node.target, OpOverload):
+        return node.target.name().split("::")[1].split(".")[0]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def assign_labels(gm: fx.GraphModule) -> None:
+    """Label every node: module path, canonical op, and an ordinal where that is not unique."""
+    seen: Counter[str] = Counter()
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            base = f"{module_path(node)}:{op_name(node)}".lstrip(":")
+            node.meta["label"] = f"{base}.{seen[base]}" if seen[base] else base
+            seen[base] += 1
+        else:
+            node.meta["label"] = str(node.target) if node.op != "output" else "output"
+
+
+def find_label(gm: fx.GraphModule, wanted: str) -> fx.Node:
+    """The node with this label; KeyError if there is none."""
+    for node in gm.graph.nodes:
+        if label(node) == wanted:
+            return node
+    raise KeyError(wanted)
+
+
+def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
+    """The fake mode that the graph's value types live in."""
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    return FakeTensorMode()
+
+
+def value_types(args: Any) -> Any:
+    """`args` with every node replaced by the value type it carries."""
+    return fx.map_arg(args, lambda node: node.meta["val"])
+
+
+def call(
+    before: fx.Node,
+    op: OpOverload,
+    args: tuple[Any, ...],
+    *,
+    origin: fx.Node,
+    suffix: str = "",
+) -> fx.Node:
+    """Insert a call of `op` in front of `before`; its value type follows from the op's fake.
+
+    The new node belongs to `origin`'s module and is labelled `<origin's label><suffix>`.
+    """
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(op, args)
+    owner = graph.owning_module
+    assert owner is not None
+    with fake_mode(owner), torch.no_grad():
+        node.meta["val"] = op(*value_types(args))
+    node.meta["module_path"] = module_path(origin)
+    if "label" in origin.meta:
+        node.meta["label"] = origin.meta["label"] + suffix
+    return node
+
+
+def get_tensor(gm: fx.GraphModule, name: str) -> Tensor:
+    """The weight called `name`."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(gm.get_submodule(owner), leaf)
+
+
+def set_tensor(gm: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Store a weight under a dotted name, replacing what was there."""
+    owner: torch.nn.Module = gm
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def tensor_node(before: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+    """Store `tensor` as weight `name` and insert the `get_attr` that reads it."""
+    graph = before.graph
+    owner = graph.owning_module
+    assert owner is not None
+    set_tensor(owner, name, tensor)
+    with graph.inserting_before(before):
+        node = graph.get_attr(name)
+    node.meta.update(val=fake_of(owner, tensor), label=name, module_path=name.rpartition(".")[0])
+    return node
+
+
+def fake_of(gm: fx.GraphModule, tensor: Tensor) -> FakeTensor:
+    """The value type of a weight, in the graph's own fake mode."""
+    return fake_mode(gm).from_tensor(tensor, static_shapes=True)
+
+
+def weights_of(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Every weight that the graph reads, by name, in the order of first use."""
+    names = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
+    return {name: get_tensor(gm, name) for name in names}
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` read `new`, and drop `old` and what only it needed."""
+    old.replace_all_uses_with(new)
+    erase_unused([old])
+
+
+def erase_unused(nodes: Iterable[fx.Node]) -> None:
+    """Erase these nodes where nobody reads them, and then what they alone had read."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        erased = getattr(node, "_erased", False)
+        if erased or node.users or node.op in ("placeholder", "output"):
+            continue
+        inputs = list(node.all_input_nodes)
+        node.graph.erase_node(node)
+        stack.extend(inputs)
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """After a pass: drop weights nobody reads, check the graph's form, regenerate its code."""
+    used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    for name, _ in list(gm.named_buffers(remove_duplicate=False)):
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            del gm.get_submodule(owner)._buffers[leaf]
+    for name, module in reversed(list(gm.named_modules())):
+        if name and not module._buffers and not module._modules:
+            owner, _, leaf = name.rpartition(".")
+            del gm.get_submodule(owner)._modules[leaf]
+    gm.graph.lint()
+    gm.recompile()
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A second graph that shares the weights' storage with the first."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, mapping := {})
+    last = graph.output(output)
+    last.meta = dict(next(reversed(gm.graph.nodes)).meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    root = torch.nn.Module()
+    for name, tensor in weights_of(gm).items():
+        set_tensor(root, name, tensor)
+    copy = fx.GraphModule(root, graph)
+    copy.meta = dict(gm.meta)
+    return copy

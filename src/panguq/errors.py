@@ -1,0 +1,40 @@
+"""Every error panguq raises on purpose: what is wrong and where, then what to do about it."""
+
+from __future__ import annotations
+
+
+class PanguqError(Exception):
+    """Base of panguq's errors. `message` says what is wrong and where, `hint` what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(f"{message}\nHint: {hint}" if hint else message)
+
+
+class RecipeError(PanguqError):
+    """A recipe, or a pass order, that cannot mean anything."""
+
+
+class TraceError(PanguqError):
+    """A model that cannot be turned into a graph."""
+
+
+class InputError(PanguqError):
+    """Input to a compiled model or to calibration that the graph cannot take."""
+
+
+class NumericsError(PanguqError):
+    """A tensor that is not finite, or a rewrite that changed what it must not change."""
+
+
+class VerifyError(PanguqError):
+    """A graph that breaks a property it claims to have: a defect of a pass."""
+
+
+class LoweringError(PanguqError):
+    """A matmul for which the target has no legal kernel."""
+
+
+class StorageError(PanguqError):
+    """A file or folder that is missing, damaged, or cannot be written."""
