@@ -94,6 +94,11 @@ def call(
     return node
 
 
+def retarget(node: fx.Node, op: OpOverload) -> None:
+    """Let `node` call another op of the same arguments and the same value."""
+    node.target = op
+
+
 def get_tensor(gm: fx.GraphModule, name: str) -> Tensor:
     """The weight called `name`."""
     owner, _, leaf = name.rpartition(".")

@@ -1,0 +1,312 @@
+"""One spelling per thing: drop what tracing left behind, raise patterns into single ops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from panguq.ir import canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
+from panguq.ir.edit import (
+    assign_labels,
+    call,
+    erase_unused,
+    finish,
+    get_tensor,
+    module_path,
+    op_name,
+    replace,
+    retarget,
+    tensor_node,
+)
+from panguq.passes.base import Pass, PassContext, PassResult, Property, Table
+
+aten = torch.ops.aten
+panguq = torch.ops.panguq
+
+Rewrite = Callable[[fx.Node], fx.Node | None]
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Before: the ATen ops of a trace.  After: the same function in canonical ops.
+
+    - Casts to the same dtype, full slices, copies, dropout, products with 1 and assertions go;
+      `view` becomes `reshape`; sizes are read from the graph's inputs.
+    - `addmm` and `mm` with a stored weight `[k, n]` become `linear` with weight `[n, k]`.
+    - `weight * (x * rsqrt(mean(x^2) + eps))` becomes `panguq.rms_norm`.
+    - `x * cos + concat(-x2, x1) * sin` becomes `panguq.rotary`.
+    - `silu(gate) * up` becomes `panguq.swiglu`.
+    - `scaled_dot_product_attention`, with the repeated key and value heads of grouped
+      attention, becomes `panguq.attention`.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL})
+    exact: ClassVar[bool] = True
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        counts: Counter[str] = Counter()
+        for target, rewrite in _REWRITES:
+            for node in list(gm.graph.nodes):
+                if node.op == "call_function" and node.target is target and not _gone(node):
+                    replacement = rewrite(node)
+                    if replacement is not None:
+                        counts[f"{op_name(node)} -> {op_name(replacement)}"] += 1
+                        replace(node, replacement)
+        _read_sizes_from_inputs(gm)
+        for node in reversed(list(gm.graph.nodes)):
+            if node.op == "call_function" and not node.users:
+                erase_unused([node])
+        for node in list(gm.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                gm.graph.erase_node(node)
+        assign_labels(gm)
+        finish(gm)
+        result = PassResult(changed=sum(counts.values()))
+        rows = tuple((key, number) for key, number in sorted(counts.items()))
+        result.tables["rewrites"] = Table(("rewrite", "count"), rows)
+        return result
+
+
+def _gone(node: fx.Node) -> bool:
+    return bool(getattr(node, "_erased", False))
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+# --- what tracing leaves behind -------------------------------------------------------------
+
+
+def _same_value(node: fx.Node) -> fx.Node:
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _cast_to_same_dtype(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    return source if _dtype(node) == _dtype(source) else None  # type: ignore[arg-type,return-value]
+
+
+def _full_slice(node: fx.Node) -> fx.Node | None:
+    source, _, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]
+    whole = start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62))
+    return source if whole and step == 1 else None  # type: ignore[return-value]
+
+
+def _times_one(node: fx.Node) -> fx.Node | None:
+    left, right = node.args
+    return left if right == 1.0 and isinstance(right, (int, float)) else None  # type: ignore[return-value]
+
+
+def _dropout(node: fx.Node) -> fx.Node | None:
+    return _same_value(node) if node.args[1] == 0 or not node.args[2] else None
+
+
+def _erase_assertion(node: fx.Node) -> None:
+    node.graph.erase_node(node)
+
+
+def _view_as_reshape(node: fx.Node) -> None:
+    retarget(node, aten.reshape.default)
+
+
+def _read_sizes_from_inputs(gm: fx.GraphModule) -> None:
+    """Let every dynamic size be read from the first input that has it."""
+    first: dict[Any, tuple[fx.Node, int]] = {}
+    for p in gm.graph.nodes:
+        if p.op == "placeholder":
+            for d, size in enumerate(p.meta["val"].shape):
+                if isinstance(size, torch.SymInt):
+                    first.setdefault(size.node.expr, (p, d))
+    readers: dict[Any, fx.Node] = {}
+    body = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    for node in list(gm.graph.nodes):
+        if node.target is aten.sym_size.int and isinstance(node.meta["val"], torch.SymInt):
+            expr = node.meta["val"].node.expr
+            if expr not in first:
+                continue
+            if expr not in readers:
+                source, dim = first[expr]
+                with gm.graph.inserting_before(body):
+                    readers[expr] = gm.graph.call_function(aten.sym_size.int, (source, dim))
+                readers[expr].meta.update(val=node.meta["val"], module_path="")
+            replace(node, readers[expr])
+
+
+# --- matmuls with a stored weight -----------------------------------------------------------
+
+
+def _linear(node: fx.Node, x: Any, weight: Any, bias: Any) -> fx.Node | None:
+    if weight.op != "get_attr" or (bias is not None and bias.op != "get_attr"):
+        return None
+    gm = node.graph.owning_module
+    assert gm is not None
+    transposed = get_tensor(gm, str(weight.target)).t()
+    stored = tensor_node(node, f"{weight.target}_t", transposed)
+    return call(node, aten.linear.default, (x, stored, bias), origin=node)
+
+
+def _addmm(node: fx.Node) -> fx.Node | None:
+    bias, x, weight = node.args[:3]
+    return None if node.kwargs else _linear(node, x, weight, bias)
+
+
+def _mm(node: fx.Node) -> fx.Node | None:
+    return _linear(node, node.args[0], node.args[1], None)
+
+
+# --- patterns raised into one op --------------------------------------------------------------
+
+
+def _is(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in targets
+
+
+def _through_casts(node: Any) -> Any:
+    while _is(node, aten.to.dtype, aten._to_copy.default):
+        node = node.args[0]
+    return node
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _rms_norm(node: fx.Node) -> fx.Node | None:
+    """Anchored at the last product, `weight * normalized`."""
+    for weight, scaled in (node.args, node.args[::-1]):
+        normalized = _through_casts(scaled)
+        if not (_is(normalized, aten.mul.Tensor) and getattr(weight, "op", "") == "get_attr"):
+            continue
+        x, rsqrt = normalized.args
+        if not _is(rsqrt, aten.rsqrt.default) or not _is(rsqrt.args[0], aten.add.Tensor):
+            continue
+        mean, eps = rsqrt.args[0].args
+        if not _is(mean, aten.mean.dim) or mean.args[1:] != ([-1], True):
+            continue
+        square = mean.args[0]
+        squared = _is(square, aten.pow.Tensor_Scalar) and square.args == (x, 2)
+        if not isinstance(eps, float) or not squared:
+            continue
+        source = _through_casts(x)
+        if _dtype(source) == _dtype(node) and len(weight.meta["val"].shape) == 1:
+            return call(node, panguq.rms_norm.default, (source, weight, eps), origin=node)
+    return None
+
+
+def _torch_rms_norm(node: fx.Node) -> fx.Node | None:
+    x, shape, weight, eps = (*node.args, None, None)[:4]
+    if weight is None or eps is None or len(shape) != 1:  # type: ignore[arg-type]
+        return None
+    return call(node, panguq.rms_norm.default, (x, weight, eps), origin=node)
+
+
+def _rotary(node: fx.Node) -> fx.Node | None:
+    """Anchored at the sum `x * cos + rotate_half(x) * sin`."""
+    direct, rotated = node.args[:2]
+    if not (_is(direct, aten.mul.Tensor) and _is(rotated, aten.mul.Tensor)):
+        return None
+    (x, cos), (halves, sin) = direct.args, rotated.args
+    if not all(_is(t, aten.unsqueeze.default) and t.args[1] == 1 for t in (cos, sin)):
+        return None
+    if not _is(halves, aten.cat.default) or halves.args[1] not in (-1, 3):
+        return None
+    negated, first = halves.args[0]
+    if not _is(negated, aten.neg.default):
+        return None
+    second, half = negated.args[0], x.meta["val"].shape[-1] // 2
+    if not (_is(first, aten.slice.Tensor) and _is(second, aten.slice.Tensor)):
+        return None
+    starts_right = first.args[:4] == (x, 3, 0, half) and second.args[:3] == (x, 3, half)
+    if not starts_right or x.meta["val"].shape[-1] != 2 * half:
+        return None
+    return call(node, panguq.rotary.default, (x, cos.args[0], sin.args[0]), origin=node)
+
+
+def _swiglu(node: fx.Node) -> fx.Node | None:
+    for gate, up in (node.args, node.args[::-1]):
+        if _is(gate, aten.silu.default) and isinstance(up, fx.Node):
+            if gate.meta["val"].shape != up.meta["val"].shape:
+                return None
+            return call(node, panguq.swiglu.default, (gate.args[0], up), origin=node)
+    return None
+
+
+def _repeats(node: Any) -> int:
+    """How often each key or value head was repeated to give `node`; 1 if it was not."""
+    if _is(node, aten.repeat_interleave.self_int) and node.args[2:] == (1,):
+        return int(node.args[1])
+    if _is(node, aten.reshape.default) and _is(node.args[0], aten.expand.default):
+        expanded = node.args[0]
+        source = expanded.args[0]
+        if len(expanded.args[1]) == 5 and _is(source, aten.unsqueeze.default):
+            heads = source.args[0].meta["val"].shape[1]
+            repeats = expanded.meta["val"].shape[2]
+            whole = node.meta["val"].shape[1] == heads * repeats
+            return int(repeats) if source.args[1] == 2 and whole else 1
+    return 1
+
+
+def _unrepeated(node: Any, groups: int) -> Any:
+    """The key or value whose heads were repeated `groups` times to give `node`, or None."""
+    if _repeats(node) != groups:
+        return None
+    if _is(node, aten.repeat_interleave.self_int):
+        return node.args[0]
+    return node.args[0].args[0].args[0]
+
+
+def _attention(node: fx.Node) -> fx.Node | None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    query, key, value, mask = (given.get(name) for name in names[:4])
+    q, k = query.meta["val"], key.meta["val"]  # type: ignore[union-attr]
+    if given.get("dropout_p", 0.0) != 0.0 or q.dim() != 4:
+        return None
+    if mask is None:
+        if not given.get("is_causal") or q.shape[2] != k.shape[2]:
+            return None
+        name = f"{module_path(node) or 'attention'}.causal_mask"
+        mask = tensor_node(node, name, torch.empty(0, dtype=torch.bool))
+    scale = given.get("scale") or q.shape[3] ** -0.5
+    groups = _repeats(key)
+    if groups > 1:
+        key, value = _unrepeated(key, groups), _unrepeated(value, groups)
+        if key is None or value is None:
+            return None
+    return call(node, panguq.attention.default, (query, key, value, mask, scale), origin=node)
+
+
+_REWRITES: list[tuple[Any, Rewrite]] = [
+    (aten._assert_tensor_metadata.default, _erase_assertion),
+    (aten._assert_scalar.default, _erase_assertion),
+    (aten.lift_fresh_copy.default, _same_value),
+    (aten.detach.default, _same_value),
+    (aten.detach_.default, _same_value),
+    (aten.alias.default, _same_value),
+    (aten.contiguous.default, _same_value),
+    (aten.clone.default, _same_value),
+    (aten.dropout.default, _dropout),
+    (aten.to.dtype, _cast_to_same_dtype),
+    (aten.to.device, _cast_to_same_dtype),
+    (aten.to.dtype_layout, _cast_to_same_dtype),
+    (aten._to_copy.default, _cast_to_same_dtype),
+    (aten.slice.Tensor, _full_slice),
+    (aten.mul.Tensor, _times_one),
+    (aten.view.default, _view_as_reshape),
+    (aten.addmm.default, _addmm),
+    (aten.mm.default, _mm),
+    (aten.matmul.default, _mm),
+    (aten.mul.Tensor, _rms_norm),
+    (aten.rms_norm.default, _torch_rms_norm),
+    (aten.add.Tensor, _rotary),
+    (aten.mul.Tensor, _swiglu),
+    (aten.scaled_dot_product_attention.default, _attention),
+]
