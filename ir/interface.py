@@ -23,7 +23,8 @@ class Interface(BaseModel):
     `[batch, 1, seq, past + seq]`), `position_ids` `[batch, seq]`, `logit_positions` `[kept]`
     (which positions' logits are wanted), then a key and a value per layer; it returns
     `logits` `[batch, kept, vocab]` and the grown keys and values. Any other module takes
-    and returns what its `forward` did when it was traced.
+    and returns what its `forward` did when it was traced. `max_positions` is the size of a learned
+    position table; `positions_from_mask` says that the model numbers only real tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,6 +35,7 @@ class Interface(BaseModel):
     float_dtype: str
     vocab_size: int | None = None
     max_positions: int | None = None
+    positions_from_mask: bool = False
     cache: tuple[CacheLayer, ...] = ()
     returns: Literal["tensor", "tuple"] = "tuple"
 

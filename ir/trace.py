@@ -162,7 +162,8 @@ def trace_module(
         outputs=tuple(f"output_{i}" for i in range(len(results))),  # type: ignore[arg-type]
         input_shapes=_name_symbols(gm),
         float_dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
-        returns="tensor" if isinstance(exported.module_call_graph[0].signature, type(None))
+        returns="tensor"
+        if isinstance(exported.module_call_graph[0].signature, type(None))
         or exported.call_spec.out_spec.is_leaf()  # type: ignore[union-attr]
         else "tuple",
     )
@@ -280,18 +281,22 @@ def _name_symbols(gm: fx.GraphModule) -> dict[str, tuple[str | int, ...]]:
             if isinstance(expr, sympy.Symbol) and (not causal or (p.target, d) in _KNOWN_SIZES):
                 names.setdefault(expr, _KNOWN_SIZES.get((str(p.target), d), f"{p.target}_{d}"))
     gm.meta["symbol_names"] = names
+    gm.meta["spelled_sizes"] = {}
     return {str(p.target): shape_of(gm, p) for p in placeholders}
 
 
 def shape_of(gm: fx.GraphModule, node: fx.Node) -> tuple[str | int, ...]:
     """The node's shape with symbols under their names: `("batch", "past + seq", 576)`."""
     names = gm.meta.get("symbol_names", {})
+    spelled: dict[sympy.Expr, str] = gm.meta.setdefault("spelled_sizes", {})
 
     def spell(size: int | torch.SymInt) -> str | int:
-        if isinstance(size, torch.SymInt):
-            expr = size.node.expr
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expr = size.node.expr
+        if expr not in spelled:
             named = {s: sympy.Symbol(names[s]) for s in expr.free_symbols if s in names}
-            return str(expr.subs(named))
-        return int(size)
+            spelled[expr] = str(expr.subs(named))
+        return spelled[expr]
 
     return tuple(spell(s) for s in node.meta["val"].shape)

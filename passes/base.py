@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,18 +11,8 @@ from torch import Tensor, fx
 
 from panguq.ir.edit import label
 from panguq.ir.interface import Interface
+from panguq.ir.properties import Property
 from panguq.ir.weight_store import WeightStore
-
-
-class Property(enum.Enum):
-    """Something that holds of a graph. Each has exactly one check, in `ir/verify.py`."""
-
-    CANONICAL = "canonical ops only, every node labelled"
-    SCHEMES = "every matmul with a weight has a scheme"
-    CALIBRATED = "every statically quantized input has an observed range"
-    QDQ = "quantized values pass through quantize and dequantize nodes"
-    WEIGHT_CODES = "quantized weights are stored as integer codes"
-    LOWERED = "no quantize/dequantize pair is left in front of a matmul"
 
 
 @dataclass(frozen=True)
@@ -102,6 +91,10 @@ class Pass:
     breaks: ClassVar[frozenset[Property]] = frozenset()
     exact: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+
+    def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
+        """What must hold before this pass, given its options and the passes before it."""
+        return self.requires
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Rewrite `gm` in place."""

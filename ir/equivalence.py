@@ -1,0 +1,183 @@
+"""Proof on the spot that an exact pass changed no function: both graphs run in float64.
+
+Casts to narrower floats are lifted, so what remains is the rounding of the weights that the
+pass rewrote: each was rounded once to its dtype, a relative error of half its epsilon. Outputs
+may differ by `TOLERANCE_IN_EPSILONS` epsilons of the widest weight dtype, relative to the
+largest output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import NumericsError
+from panguq.ir.edit import find_label, get_tensor, label
+from panguq.ir.interpret import Environment, ancestors, last_uses
+
+TOLERANCE_IN_EPSILONS = 16
+PROBE_SIZES = {"batch": 2, "seq": 6, "past": 4, "kept": 3}
+OTHER_SIZE = 4
+
+
+def _lift(value: Any) -> Any:
+    """Tensors and dtypes in floating point become float64; everything else stays."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def evaluate(
+    gm: fx.GraphModule, inputs: Mapping[fx.Node, Tensor], outputs: list[fx.Node]
+) -> dict[fx.Node, Tensor]:
+    """The `outputs` in float64, given the values of the nodes that the region starts from."""
+    needed = ancestors(outputs, stop=inputs)
+    order = [n for n in gm.graph.nodes if n in needed]
+    freed = last_uses(order)
+    environment: Environment = {}
+    with torch.no_grad():
+        for node in order:
+            if node in inputs:
+                environment[node] = _lift(inputs[node])
+            elif node.op == "get_attr":
+                environment[node] = _lift(get_tensor(gm, str(node.target)))
+            else:
+                args = fx.map_arg(node.args, lambda n: environment[n])
+                lifted = tuple(_lift(a) for a in args)
+                kwargs = fx.map_arg(node.kwargs, lambda n: environment[n])
+                assert callable(node.target)
+                environment[node] = node.target(*lifted, **{k: _lift(v) for k, v in kwargs.items()})
+            for source in freed.get(node, ()):
+                if source not in outputs:
+                    environment.pop(source, None)
+    return {node: environment[node] for node in outputs}
+
+
+def probe_size(gm: fx.GraphModule, size: int | torch.SymInt) -> int:
+    """A small concrete value for a possibly symbolic size, the same in every tensor."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    names = gm.meta.get("symbol_names", {})
+    expr = size.node.expr
+    sizes = {s: PROBE_SIZES.get(names.get(s, ""), OTHER_SIZE) for s in expr.free_symbols}
+    return int(expr.subs(sizes))
+
+
+def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator) -> Any:
+    """A random value of the node's type: float64 normal, all-true mask, small integers."""
+    val = node.meta["val"]
+    if isinstance(val, torch.SymInt):
+        return probe_size(gm, val)
+    shape = tuple(probe_size(gm, s) for s in val.shape)
+    if val.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    if val.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool).tril(shape[-1] - shape[-2])
+    high = min(PROBE_SIZES["seq"], *shape[-1:]) if node.target == "logit_positions" else 4
+    return torch.randint(0, max(high, 1), shape, generator=generator)
+
+
+def _weight_epsilon(gm: fx.GraphModule) -> float:
+    tensors = (get_tensor(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr")
+    return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=2**-23)
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    """Largest difference relative to the largest reference value; inf where shapes differ."""
+    if before.shape != after.shape:
+        return math.inf
+    if before.numel() == 0:
+        return 0.0
+    scale = before.abs().max().item() or 1.0
+    worst = (before - after).abs().max().item() / scale
+    return worst if math.isfinite(worst) else math.inf
+
+
+def prove_site(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    generator: torch.Generator,
+) -> float:
+    """Run one rewritten region, named by labels, in both graphs; the largest difference.
+
+    Raises NumericsError, naming the first output that differs, beyond the stated tolerance.
+    """
+    starts = [find_label(before, name) for name in inputs]
+    probe = {label(n): probe_value(before, n, generator) for n in starts}
+    sizes_before, sizes_after = _sizes(before), _sizes(after)
+    old = evaluate(
+        before,
+        {**sizes_before, **{n: probe[label(n)] for n in starts}},
+        [find_label(before, name) for name in outputs],
+    )
+    new = evaluate(
+        after,
+        {**sizes_after, **{find_label(after, name): probe[name] for name in inputs}},
+        [find_label(after, name) for name in outputs],
+    )
+    bound = TOLERANCE_IN_EPSILONS * _weight_epsilon(after)
+    pairs = [(name, x, y) for name, x, y in zip(outputs, old.values(), new.values(), strict=True)]
+    return _judge(pairs, bound)
+
+
+def prove_whole(before: fx.GraphModule, after: fx.GraphModule, generator: torch.Generator) -> float:
+    """Run both graphs on one probe; the largest difference over all values they share by name.
+
+    Raises NumericsError, naming the first node that differs, beyond the stated tolerance.
+    """
+    new_nodes = {n.name: n for n in after.graph.nodes if n.op == "call_function"}
+    shared = [
+        n for n in before.graph.nodes if n.name in new_nodes and isinstance(n.meta["val"], Tensor)
+    ]
+    ends_before, ends_after = _results(before), _results(after)
+    probe = {
+        str(n.target): probe_value(before, n, generator)
+        for n in before.graph.nodes
+        if n.op == "placeholder"
+    }
+    old = evaluate(before, _by_name(before, probe), [*shared, *ends_before])
+    new = evaluate(
+        after, _by_name(after, probe), [*(new_nodes[n.name] for n in shared), *ends_after]
+    )
+    pairs = [(label(new_nodes[n.name]), old[n], new[new_nodes[n.name]]) for n in shared]
+    pairs += [(label(y), old[x], new[y]) for x, y in zip(ends_before, ends_after, strict=True)]
+    return _judge(pairs, TOLERANCE_IN_EPSILONS * _weight_epsilon(after))
+
+
+def _judge(pairs: list[tuple[str, Tensor, Tensor]], bound: float) -> float:
+    worst = 0.0
+    for name, x, y in pairs:
+        difference = _difference(x.double(), y.double())
+        if difference > bound:
+            raise NumericsError(
+                f"{name} changed by {difference:.3g} of its largest value in float64; "
+                f"rounding explains at most {bound:.3g}",
+                "the rewrite is not exact: this is a defect of the pass, please report it",
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _results(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(next(reversed(gm.graph.nodes)).args[0])
+
+
+def _by_name(gm: fx.GraphModule, probe: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+    return {n: probe[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"}
+
+
+def _sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Values of the nodes that read a dynamic size, so that a region needs no inputs for them."""
+    return {
+        n: probe_size(gm, n.meta["val"])
+        for n in gm.graph.nodes
+        if n.op == "call_function" and isinstance(n.meta["val"], torch.SymInt)
+    }

@@ -1,0 +1,110 @@
+"""Run a graph, or a part of it, node by node on real tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import NumericsError
+from panguq.ir.edit import get_tensor, label
+
+Environment = dict[fx.Node, Any]
+
+
+def compute(gm: fx.GraphModule, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+    """The value of one node, given its inputs' values."""
+    if node.op == "get_attr":
+        return get_tensor(gm, str(node.target))
+    args = fx.map_arg(node.args, lambda n: environment[n])
+    kwargs = fx.map_arg(node.kwargs, lambda n: environment[n])
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """These nodes and all they depend on, not looking beyond `stop`."""
+    found: set[fx.Node] = set()
+    ends = set(stop)
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node not in ends:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
+def last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nobody in `nodes` reads after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        freed.setdefault(node, []).append(source)
+    return freed
+
+
+def values(
+    gm: fx.GraphModule, inputs: Mapping[str, Tensor], wanted: Iterable[fx.Node]
+) -> dict[fx.Node, Any]:
+    """The values of the `wanted` nodes for inputs given by placeholder name."""
+    keep = set(wanted)
+    order = [n for n in gm.graph.nodes if n in ancestors(keep)]
+    freed = last_uses(order)
+    environment: Environment = {}
+    with torch.no_grad():
+        for node in order:
+            if node.op == "placeholder":
+                environment[node] = inputs[str(node.target)]
+            else:
+                environment[node] = compute(gm, node, environment)
+            for source in freed.get(node, ()):
+                if source not in keep:
+                    del environment[source]
+    return {node: environment[node] for node in keep}
+
+
+def run(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """All outputs of the graph for inputs given by placeholder name."""
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    with torch.no_grad():
+        return gm(*(inputs[name] for name in names))
+
+
+def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
+    """Raises NumericsError that names the tensor if it holds NaN or Inf."""
+    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise NumericsError(
+            f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or Inf",
+            "the checkpoint is damaged or overflowed its dtype; panguq cannot quantize it"
+            if kind == "weight"
+            else "the model itself overflows on this calibration input",
+        )
+
+
+def first_non_finite(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> str | None:
+    """The label of the first node that yields NaN or Inf on these inputs, if any."""
+    order = [n for n in gm.graph.nodes if n.op != "output"]
+    freed = last_uses(order)
+    environment: Environment = {}
+    with torch.no_grad():
+        for node in order:
+            if node.op == "placeholder":
+                environment[node] = inputs[str(node.target)]
+            else:
+                value = environment[node] = compute(gm, node, environment)
+                floating = isinstance(value, Tensor) and value.is_floating_point()
+                if floating and not torch.isfinite(value).all():
+                    return label(node)
+            for source in freed.get(node, ()):
+                del environment[source]
+    return None

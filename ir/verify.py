@@ -1,0 +1,134 @@
+"""The checks behind a graph's properties: one for each, run after every pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+from panguq.errors import VerifyError
+from panguq.ir.edit import get_tensor, label
+from panguq.ir.opset import is_allowed
+from panguq.ir.properties import Property
+
+aten = torch.ops.aten
+panguq = torch.ops.panguq
+
+
+def check_form(gm: fx.GraphModule) -> str | None:
+    """What every graph must satisfy: well formed, typed, and in step with its weights."""
+    gm.graph.lint()
+    for node in gm.graph.nodes:
+        if node.op in ("call_module", "call_method"):
+            return f"{label(node)} is a {node.op}; only op calls may stand in a graph"
+        if node.op == "output":
+            continue
+        if "val" not in node.meta:
+            return f"{label(node)} has no value type"
+        if node.op == "get_attr":
+            tensor, val = get_tensor(gm, str(node.target)), node.meta["val"]
+            if tuple(tensor.shape) != tuple(val.shape) or tensor.dtype != val.dtype:
+                return (
+                    f"weight {node.target} is {tensor.dtype}{list(tensor.shape)} but its node "
+                    f"says {val.dtype}{list(val.shape)}"
+                )
+    return None
+
+
+def _canonical(gm: fx.GraphModule) -> str | None:
+    seen = Counter(n.meta.get("label") for n in gm.graph.nodes if n.op == "call_function")
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            if not is_allowed(node.target):
+                return f"{label(node)} calls {node.target}, which is not in ir/opset.py"
+            if node.meta.get("label") is None or seen[node.meta["label"]] > 1:
+                return f"the label of {label(node)} is missing or not unique"
+    return None
+
+
+def _weighted(gm: fx.GraphModule) -> list[fx.Node]:
+    linear = aten.linear.default
+    return [n for n in gm.graph.nodes if n.target is linear and "scheme" in n.meta]
+
+
+def _schemes(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        stored = node.target is aten.linear.default and node.args[1].op == "get_attr"
+        if stored and "scheme" not in node.meta:
+            return f"{label(node)} has no scheme"
+    return None
+
+
+def _statistics(gm: fx.GraphModule) -> str | None:
+    for node in _weighted(gm):
+        if not node.meta["scheme"].is_float and "input_statistics" not in node.meta:
+            return f"{label(node)} is to be quantized and has no statistics of its input"
+    return None
+
+
+def _calibrated(gm: fx.GraphModule) -> str | None:
+    for node in _weighted(gm):
+        activation = node.meta["scheme"].activation
+        static = activation is not None and not activation.dynamic
+        if static and "input_range" not in node.meta:
+            return f"{label(node)} is to be quantized statically and has no observed range"
+    return None
+
+
+def _qdq(gm: fx.GraphModule) -> str | None:
+    for node in _weighted(gm):
+        scheme = node.meta["scheme"]
+        if scheme.is_float:
+            continue
+        if node.args[1].target is not panguq.dequantize_weight.default:
+            return f"the weight of {label(node)} is not dequantized from codes"
+        wants = scheme.activation is not None
+        if wants != (node.args[0].target is panguq.dequantize.default):
+            return f"{label(node)} is {scheme.name} and its input is quantized the other way"
+    return None
+
+
+def _weight_codes(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        if node.target is panguq.quantize_weight.default:
+            return f"{label(node)} still computes codes from a float weight"
+    return None
+
+
+def _lowered(gm: fx.GraphModule) -> str | None:
+    dequantizers = (panguq.dequantize.default, panguq.dequantize_weight.default)
+    for node in gm.graph.nodes:
+        if node.target is aten.linear.default:
+            for source in node.all_input_nodes:
+                if source.target in dequantizers:
+                    return f"{label(node)} still reads {label(source)}"
+    return None
+
+
+CHECKS: dict[Property, Callable[[fx.GraphModule], str | None]] = {
+    Property.CANONICAL: _canonical,
+    Property.SCHEMES: _schemes,
+    Property.STATISTICS: _statistics,
+    Property.CALIBRATED: _calibrated,
+    Property.QDQ: _qdq,
+    Property.WEIGHT_CODES: _weight_codes,
+    Property.LOWERED: _lowered,
+}
+
+
+def verify(gm: fx.GraphModule, properties: Iterable[Property], after: str) -> None:
+    """Raises VerifyError, naming the pass, if the graph breaks its form or a property it has."""
+    complaint = check_form(gm)
+    if complaint is None:
+        for held in sorted(properties, key=lambda p: p.name):
+            complaint = CHECKS[held](gm)
+            if complaint is not None:
+                complaint = f"{held.name}: {complaint}"
+                break
+    if complaint is not None:
+        raise VerifyError(
+            f"after {after} the graph is wrong: {complaint}",
+            "this is a defect of the pass; compile with a dump_dir and report what it shows",
+        )

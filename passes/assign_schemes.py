@@ -1,0 +1,107 @@
+"""Decide how each matmul is to be quantized."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from torch import fx
+
+from panguq.errors import RecipeError
+from panguq.ir.edit import label, module_path
+from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
+from panguq.passes.base import Pass, PassContext, PassResult, Property, Table, linears
+
+
+@dataclass(frozen=True)
+class AssignSchemes(Pass):
+    """Before: linears.  After: the same, each with `meta["scheme"]`; no number changes.
+
+    `schemes` maps globs over module paths to scheme names; the last match wins. A matmul whose
+    result is the graph's first output (the logits) stays float unless a glob other than `*`
+    names it. Matmuls that read one tensor (q, k, v; gate, up) are fused by servers and share
+    one scheme: if the globs disagree, that is an error.
+    """
+
+    name: ClassVar[str] = "assign-schemes"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
+    exact: ClassVar[bool] = True
+    schemes: tuple[tuple[str, str], ...] = (("*", "FLOAT"),)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        result = PassResult()
+        rows = []
+        self._check_globs_match(gm)
+        for node in linears(gm):
+            scheme, reason = self.choose(node)
+            if scheme.weight is not None:
+                k = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+                try:
+                    group_size = scheme.weight.group_size_for(k)
+                except ValueError as error:
+                    scheme, reason = SCHEMES["FLOAT"], str(error)
+                else:
+                    wanted = scheme.weight.group_size
+                    if wanted is not None and group_size != wanted:
+                        reason = f"group_size {group_size}: {wanted} does not divide k = {k}"
+            node.meta["scheme"] = scheme
+            result.changed += not scheme.is_float
+            if reason:
+                result.skip(node, reason)
+            rows.append((label(node), scheme.name, reason))
+        _check_siblings(gm)
+        result.tables["schemes"] = Table(("matmul", "scheme", "note"), tuple(rows))
+        return result
+
+    @property
+    def has_static_activation(self) -> bool:
+        """Whether any glob asks for statically quantized activations."""
+        activations = [parse_scheme(name).activation for _, name in self.schemes]
+        return any(spec is not None and not spec.dynamic for spec in activations)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any glob asks for quantization at all."""
+        return any(not parse_scheme(name).is_float for _, name in self.schemes)
+
+    def choose(self, node: fx.Node) -> tuple[Scheme, str]:
+        """The scheme of this linear and, where it is not the plain choice, why."""
+        matches = [(g, s) for g, s in self.schemes if fnmatchcase(module_path(node), g)]
+        if not matches:
+            return SCHEMES["FLOAT"], "no glob of the recipe matches it"
+        glob, name = matches[-1]
+        if glob == "*" and gives_logits(node):
+            return SCHEMES["FLOAT"], "it gives the logits; name it in the recipe to quantize it"
+        return parse_scheme(name), ""
+
+    def _check_globs_match(self, gm: fx.GraphModule) -> None:
+        paths = [module_path(n) for n in linears(gm)]
+        for glob, _ in self.schemes:
+            if glob != "*" and not any(fnmatchcase(path, glob) for path in paths):
+                raise RecipeError(
+                    f"the recipe's scheme for {glob!r} matches no matmul of this model",
+                    f"the matmuls are {', '.join(paths[:8])} … ({len(paths)} in all)",
+                )
+
+
+def gives_logits(node: fx.Node) -> bool:
+    """Whether this node is the graph's first output."""
+    output = next(reversed(node.graph.nodes))
+    return output.args[0][0] is node  # type: ignore[index]
+
+
+def _check_siblings(gm: fx.GraphModule) -> None:
+    readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in linears(gm):
+        readers[node.args[0]].append(node)  # type: ignore[index]
+    for siblings in readers.values():
+        names = {module_path(n): n.meta["scheme"].name for n in siblings}
+        if len(set(names.values())) > 1:
+            listed = ", ".join(f"{path} {name}" for path, name in names.items())
+            raise RecipeError(
+                f"matmuls that read one tensor must share a scheme, but: {listed}",
+                "servers fuse them into one matmul; let one glob name them all",
+            )

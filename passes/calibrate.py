@@ -1,0 +1,108 @@
+"""Observe every matmul's input over the calibration batches and choose static ranges."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import InputError, RecipeError
+from panguq.ir.edit import get_tensor, label
+from panguq.ir.properties import Property
+from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.sweep import sweep
+from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.observers import OBSERVERS, InputStatistics, sqnr_db
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Before: linears with schemes.  After: the same, each knowing what its input looks like.
+
+    `meta["input_statistics"]` for every matmul that is to be quantized; `meta["input_range"]`,
+    (low, high) as the observer chose it, for those with a static activation.
+    `observer`: `minmax`; `percentile` of all values; `mse`, the clipped range of least mean
+    squared error; `histogram`, the clipped range of least KL divergence. All look at plain tokens
+    only (see `InputStatistics`), and count each channel by the weights that it meets.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
+    establishes: ClassVar[frozenset[Property]] = frozenset(
+        {Property.CALIBRATED, Property.STATISTICS}
+    )
+    exact: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
+    observer: Literal["minmax", "percentile", "mse", "histogram"] = "minmax"
+    percentile: float = 99.999
+
+    def __post_init__(self) -> None:
+        if not 50.0 < self.percentile <= 100.0:
+            raise RecipeError(f"calibrate: percentile {self.percentile} must lie in (50, 100]")
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in linears(gm):
+            if not node.meta["scheme"].is_float:
+                readers[node.args[0]].append(node)  # type: ignore[index]
+        if readers and not ctx.batches:
+            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        statistics = {
+            value: InputStatistics(value.meta["val"].shape[-1], _column_energy(gm, nodes))
+            for value, nodes in readers.items()
+        }
+
+        def observe(node: fx.Node, value: Tensor) -> None:
+            statistics[node].add(value)
+
+        sweep(gm, ctx.batches, set(readers), observe, ctx.progress)
+        return self._conclude(readers, statistics)
+
+    def _conclude(
+        self,
+        readers: dict[fx.Node, list[fx.Node]],
+        statistics: dict[fx.Node, InputStatistics],
+    ) -> PassResult:
+        result = PassResult()
+        rows: list[tuple[object, ...]] = []
+        for value, nodes in readers.items():
+            seen, spec = statistics[value], static_spec(nodes)
+            low = high = quality = ""
+            for node in nodes:
+                node.meta["input_statistics"] = seen
+            if spec is not None:
+                chosen = OBSERVERS[self.observer](seen.histogram, spec, self.percentile)
+                low, high = (f"{bound:.6g}" for bound in chosen)
+                quality = f"{sqnr_db(seen.histogram, *chosen, spec):.1f}"
+                for node in nodes:
+                    node.meta["input_range"] = chosen
+            result.changed += len(nodes)
+            massive = seen.tokens - seen.plain_tokens
+            amax = f"{float(seen.channel_amax.max()):.6g}"
+            plain = f"{float(seen.plain_amax.max()):.6g}"
+            ratio = f"{seen.channel_ratio:.1f}"
+            rows.append((label(value), len(nodes), amax, plain, massive, ratio, low, high, quality))
+        columns = ("value", "readers", "amax", "plain_amax", "massive_tokens", "channel_ratio")
+        columns += ("low", "high", "input_sqnr_db")
+        result.tables["ranges"] = Table(columns, tuple(rows))
+        return result
+
+
+def _column_energy(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor | None:
+    """What an error in each input channel costs its static readers: sum of w^2, `[k]`."""
+    if static_spec(nodes) is None:
+        return None
+    weights = [get_tensor(gm, str(n.args[1].target)) for n in nodes]  # type: ignore[union-attr]
+    return torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
+
+
+def static_spec(nodes: list[fx.Node]) -> QuantSpec | None:
+    """The static activation that these readers of one value share, if they have one."""
+    for node in nodes:
+        activation = node.meta["scheme"].activation
+        if activation is not None and not activation.dynamic:
+            return activation
+    return None

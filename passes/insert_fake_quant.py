@@ -1,0 +1,148 @@
+"""Put quantize/dequantize pairs where the schemes want quantized values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from panguq.ir.edit import call, get_tensor, label, module_path, tensor_node
+from panguq.ir.interpret import ensure_finite
+from panguq.ir.properties import Property
+from panguq.ir.quant_spec import QuantSpec
+from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
+from panguq.passes.assign_schemes import AssignSchemes
+from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.weight_scales import min_max_scale
+
+panguq = torch.ops.panguq
+SMALLEST_RANGE = 1e-12
+
+
+@dataclass(frozen=True)
+class InsertFakeQuant(Pass):
+    """Before: `y = linear(x, w)`.  After: `y = linear(dequantize(quantize(x)), dequantize(quantize(w)))`.
+
+    - per tensor, static: `scale = (high - low) / (qmax - qmin)` and
+      `zero_point = round(qmin - low / scale)` from the observed range, which is widened to hold
+      zero; symmetric: `scale = max(|low|, |high|) / qmax`, zero point 0.
+    - per token, dynamic: the scale is computed by the graph, `amax|x| / qmax` for each token.
+    - weights, per channel or group: from the smallest and largest weight of the group.
+    Matmuls that read one tensor share its quantize node.
+    """
+
+    name: ClassVar[str] = "insert-fake-quant"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
+
+    def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
+        """Observed ranges, if any scheme of the recipe quantizes activations statically."""
+        static = any(isinstance(p, AssignSchemes) and p.has_static_activation for p in earlier)
+        return self.requires | ({Property.CALIBRATED} if static else set())
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        result = PassResult()
+        quantized: dict[tuple[fx.Node, QuantSpec], fx.Node] = {}
+        weights: dict[tuple[str, QuantSpec], fx.Node] = {}
+        rows = []
+        for node in linears(gm):
+            scheme = node.meta["scheme"]
+            if scheme.is_float:
+                continue
+            if scheme.activation is not None:
+                source: fx.Node = node.args[0]  # type: ignore[assignment]
+                key = (source, scheme.activation)
+                if key not in quantized:
+                    quantized[key] = _quantize_input(node, source, scheme.activation)
+                node.update_arg(0, quantized[key])
+            shared = (str(node.args[1].target), scheme.weight)  # type: ignore[union-attr]
+            if shared not in weights:
+                clash = any(name == shared[0] for name, _ in weights)
+                stem = f"{shared[0]}.{scheme.name}" if clash else shared[0]
+                weights[shared] = _quantize_stored_weight(gm, ctx, node, scheme.weight, stem)
+            node.update_arg(1, weights[shared])
+            scale = get_tensor(gm, str(weights[shared].args[1].target))  # type: ignore[union-attr]
+            rows.append((label(node), scheme.name, float(scale.min()), float(scale.max())))
+            result.changed += 1
+        columns = ("matmul", "scheme", "smallest_weight_scale", "largest_weight_scale")
+        result.tables["quantized"] = Table(columns, tuple(rows))
+        return result
+
+
+def affine(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
+    """Scale and zero point that map [low, high] onto the codes of `spec`."""
+    if spec.symmetric:
+        return max(-low, high, SMALLEST_RANGE) / spec.quant_max, 0
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, SMALLEST_RANGE) / (spec.quant_max - spec.quant_min)
+    zero_point = round(spec.quant_min - low / scale)
+    return scale, min(max(zero_point, spec.quant_min), spec.quant_max)
+
+
+def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
+    """The dequantized value that stands for `source` from here on."""
+    dtype = source.meta["val"].dtype
+    zero = None
+    if spec.dynamic:
+        pair = call(
+            node,
+            panguq.quantize_per_token.default,
+            (source, spec.quant_max),
+            origin=source,
+            suffix=".quantize_per_token",
+        )
+        codes = call(node, operator.getitem, (pair, 0), origin=source, suffix=".codes")
+        scale = call(node, operator.getitem, (pair, 1), origin=source, suffix=".scale")
+    else:
+        step, offset = affine(*node.meta["input_range"], spec)
+        path = module_path(node)
+        scale = tensor_node(node, f"{path}.input_scale", torch.tensor([step]))
+        offset_tensor = torch.tensor([offset], dtype=torch.int32)
+        zero = tensor_node(node, f"{path}.input_zero_point", offset_tensor)
+        codes = call(
+            node,
+            panguq.quantize_per_tensor.default,
+            (source, scale, zero, spec.quant_min, spec.quant_max),
+            origin=source,
+            suffix=".quantize_per_tensor",
+        )
+    return call(
+        node,
+        panguq.dequantize.default,
+        (codes, scale, zero, dtype),
+        origin=source,
+        suffix=f".dequantize_{spec.granularity}",
+    )
+
+
+def _quantize_stored_weight(
+    gm: fx.GraphModule, ctx: PassContext, node: fx.Node, spec: QuantSpec, stem: str
+) -> fx.Node:
+    """The dequantized weight of `node`; `stem` names the scales that are stored for it."""
+    stored: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight = get_tensor(gm, str(stored.target))
+    ensure_finite(str(stored.target), weight)
+    group_size = spec.group_size_for(weight.shape[1])
+    scale, zero_point = min_max_scale(weight, group_size, spec)
+    scale_node = tensor_node(node, f"{stem}_scale", ctx.store.put(scale))
+    zero_node = None
+    if zero_point is not None:
+        zero_node = tensor_node(node, f"{stem}_zero_point", ctx.store.put(zero_point))
+    codes = call(
+        node,
+        panguq.quantize_weight.default,
+        (stored, scale_node, zero_node, group_size, spec.quant_min, spec.quant_max),
+        origin=node,
+        suffix=".weight_codes",
+    )
+    return call(
+        node,
+        panguq.dequantize_weight.default,
+        (codes, scale_node, zero_node, group_size, weight.dtype),
+        origin=node,
+        suffix=".weight",
+    )

@@ -1,0 +1,199 @@
+"""What calibration remembers of a matmul's input, and the range that each observer reads off it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from panguq.ir.quant_spec import QuantSpec
+
+BINS = 8192
+OUTLIER_TOKEN = 10.0  # a token is an outlier when its amax is this often the median token's
+
+
+class Histogram:
+    """Weighted counts over [-limit, limit] in equal bins; the limit doubles when exceeded."""
+
+    def __init__(self) -> None:
+        self.limit = 2.0**-10
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.low, self.high = math.inf, -math.inf
+
+    def add(self, tokens: Tensor, weights: Tensor) -> None:
+        """Count the values of `tokens` `[t, k]`, those of channel j `weights[j]` times.
+
+        All tokens move the smallest and largest value seen; every fourth is counted.
+        """
+        low, high = (float(v) for v in torch.aminmax(tokens))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        while max(-low, high) > self.limit:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts.zero_()
+            self.counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
+            self.limit *= 2
+        sample = tokens[::4]
+        bins = sample.add(self.limit).mul_(BINS / (2 * self.limit)).long().clamp_(0, BINS - 1)
+        each = weights.expand_as(sample).reshape(-1)
+        self.counts += torch.bincount(bins.reshape(-1), weights=each, minlength=BINS)
+
+    @property
+    def centers(self) -> Tensor:
+        """The middle of every bin, float64 `[bins]`."""
+        width = 2 * self.limit / BINS
+        return torch.arange(BINS, dtype=torch.float64) * width + width / 2 - self.limit
+
+
+class InputStatistics:
+    """Statistics of one value `[..., k]` over the calibration tokens.
+
+    A few massive tokens can be a thousand times larger than all others. They are told apart:
+    a token is plain unless its amax exceeds `OUTLIER_TOKEN` times its batch's median.
+    Over all tokens: `channel_amax` and `mean_square`, `[k]`. Over plain tokens: `plain_amax`
+    and `plain_mean_square`, `[k]`, and, where wanted, a histogram weighted by `column_energy`
+    `[k]`, the squared norm of the weights that each channel meets.
+    """
+
+    def __init__(self, channels: int, column_energy: Tensor | None = None) -> None:
+        self.column_energy = column_energy
+        self.histogram = Histogram()
+        self.channel_amax = torch.zeros(channels)
+        self.plain_amax = torch.zeros(channels)
+        self.square_sum = torch.zeros(channels)
+        self.plain_square_sum = torch.zeros(channels)
+        self.tokens = 0
+        self.plain_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Observe one batch."""
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        magnitude = tokens.abs()
+        token_amax = magnitude.amax(1)
+        plain = token_amax <= OUTLIER_TOKEN * token_amax.median()
+        outliers, kept = tokens[~plain], tokens if bool(plain.all()) else tokens[plain]
+        kept_amax = magnitude.amax(0) if not len(outliers) else kept.abs().amax(0)
+        self.plain_amax = torch.maximum(self.plain_amax, kept_amax)
+        self.channel_amax = torch.maximum(self.channel_amax, self.plain_amax)
+        squares = kept.square().sum(0)
+        self.plain_square_sum += squares
+        self.square_sum += squares
+        if len(outliers):
+            self.channel_amax = torch.maximum(self.channel_amax, outliers.abs().amax(0))
+            self.square_sum += outliers.square().sum(0)
+        self.tokens += tokens.shape[0]
+        self.plain_tokens += kept.shape[0]
+        if self.column_energy is not None:
+            self.histogram.add(kept, self.column_energy)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean square of each channel over all tokens, `[k]`."""
+        return self.square_sum / max(self.tokens, 1)
+
+    @property
+    def plain_mean_square(self) -> Tensor:
+        """Mean square of each channel over plain tokens, `[k]`."""
+        return self.plain_square_sum / max(self.plain_tokens, 1)
+
+    @property
+    def channel_ratio(self) -> float:
+        """The largest channel's amax over the median channel's."""
+        return float(self.channel_amax.max() / self.channel_amax.median().clamp_min(1e-30))
+
+
+Range = tuple[float, float]
+
+
+def min_max(histogram: Histogram, spec: QuantSpec, percentile: float) -> Range:
+    """The smallest and the largest value of plain tokens."""
+    return histogram.low, histogram.high
+
+
+def percentile_range(histogram: Histogram, spec: QuantSpec, percentile: float) -> Range:
+    """The values below which `100 - percentile` and `percentile` percent of all values lie."""
+    share = histogram.counts.cumsum(0) / histogram.counts.sum()
+    width = 2 * histogram.limit / BINS
+    tail = 1 - percentile / 100
+    low = float(histogram.centers[int(torch.searchsorted(share, tail))]) - width / 2
+    index = min(int(torch.searchsorted(share, 1 - tail)), BINS - 1)
+    high = float(histogram.centers[index]) + width / 2
+    return max(low, histogram.low), min(high, histogram.high)
+
+
+def _clipped_ranges(histogram: Histogram) -> list[Range]:
+    """Ranges cut at +-c, c falling from the largest magnitude in steps of 2^(1/8), 8 octaves."""
+    amax = max(-histogram.low, histogram.high)
+    limits = [amax * 2 ** (-step / 8) for step in range(64)]
+    return [(max(histogram.low, -c), min(histogram.high, c)) for c in limits]
+
+
+def mean_squared_error(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+    """Expected squared error of quantizing the histogram's values on [low, high].
+
+    Values inside err by `scale^2 / 12`, or by their own square where they are smaller than
+    that and so round to zero; values outside by their distance to the range.
+    """
+    span = 2 * max(-low, high) if spec.symmetric else max(high, 0.0) - min(low, 0.0)
+    scale = max(span, 1e-30) / (spec.quant_max - spec.quant_min)
+    x = histogram.centers
+    rounding = x.square().clamp(max=scale**2 / 12)
+    outside = (x - x.clamp(low, high)).square()
+    inside = (x >= low) & (x <= high)
+    error = torch.where(inside, rounding, outside + rounding)
+    return float((error * histogram.counts).sum() / histogram.counts.sum())
+
+
+def sqnr_db(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+    """Signal to quantization noise of the histogram's values on [low, high], in dB."""
+    signal = float((histogram.centers.square() * histogram.counts).sum() / histogram.counts.sum())
+    noise = mean_squared_error(histogram, low, high, spec)
+    return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
+
+
+def least_squares(histogram: Histogram, spec: QuantSpec, percentile: float) -> Range:
+    """The clipped range of least mean squared error."""
+    ranges = _clipped_ranges(histogram)
+    errors = [mean_squared_error(histogram, low, high, spec) for low, high in ranges]
+    return ranges[errors.index(min(errors))]
+
+
+def least_divergence(histogram: Histogram, spec: QuantSpec, percentile: float) -> Range:
+    """The clipped range of least KL(values ‖ quantized values), as TensorRT calibrates int8.
+
+    Szymon Migacz, "8-bit Inference with TensorRT", GTC 2017: what lies outside is moved to the
+    last bin of the reference, and each code spreads its count over the bins it had filled.
+    """
+    levels = spec.quant_max - spec.quant_min + 1
+    ranges = _clipped_ranges(histogram)
+    divergences = [_divergence(histogram, low, high, levels) for low, high in ranges]
+    return ranges[divergences.index(min(divergences))]
+
+
+def _divergence(histogram: Histogram, low: float, high: float, levels: int) -> float:
+    x, counts = histogram.centers, histogram.counts
+    inside = (x >= low) & (x <= high)
+    reference = counts[inside].clone()
+    if reference.numel() < 2:
+        return math.inf
+    reference[0] += counts[x < low].sum()
+    reference[-1] += counts[x > high].sum()
+    kept = counts[inside]
+    code = (torch.arange(kept.numel()) * levels // kept.numel()).clamp(max=levels - 1)
+    filled = (kept > 0).double()
+    total = torch.zeros(levels, dtype=torch.float64).index_add_(0, code, kept)
+    bins = torch.zeros(levels, dtype=torch.float64).index_add_(0, code, filled)
+    spread = (total / bins.clamp_min(1))[code] * filled
+    p, q = reference / reference.sum(), spread / spread.sum().clamp_min(1e-30)
+    both = (p > 0) & (q > 0)
+    missed = float(p[(p > 0) & (q == 0)].sum())
+    return float((p[both] * (p[both] / q[both]).log()).sum()) + missed * 20
+
+
+OBSERVERS: dict[str, Callable[[Histogram, QuantSpec, float], Range]] = {
+    "minmax": min_max,
+    "percentile": percentile_range,
+    "mse": least_squares,
+    "histogram": least_divergence,
+}

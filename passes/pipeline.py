@@ -1,0 +1,148 @@
+"""The registry of passes, the check of their order, and the runner that every pass goes through."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import fx
+
+from panguq.errors import NumericsError, RecipeError
+from panguq.ir.edit import clone, finish, weights_of
+from panguq.ir.equivalence import prove_site, prove_whole
+from panguq.ir.printer import print_graph
+from panguq.ir.properties import Property
+from panguq.ir.verify import verify
+from panguq.passes.assign_schemes import AssignSchemes
+from panguq.passes.base import Pass, PassContext, PassResult
+from panguq.passes.calibrate import Calibrate
+from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.outliers import Outliers
+from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.passes.smoothquant import SmoothQuant
+
+PASSES: tuple[type[Pass], ...] = (
+    Canonicalize,
+    AssignSchemes,
+    SmoothQuant,
+    Calibrate,
+    Outliers,
+    InsertFakeQuant,
+    QuantizeWeights,
+)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass that ran: its place, what it did, how long it took, and its proof if exact."""
+
+    index: int
+    step: Pass
+    result: PassResult
+    seconds: float
+    proved_difference: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name under which dumps show this pass: `02_smoothquant`."""
+        return f"{self.index:02d}_{self.step.name}"
+
+
+class Instrument(Protocol):
+    """Something that watches a pipeline. No pass knows of it."""
+
+    def before_pass(self, index: int, step: Pass, gm: fx.GraphModule) -> None:
+        """Called before each pass."""
+
+    def after_pass(self, record: PassRecord, gm: fx.GraphModule) -> None:
+        """Called after each pass, once its graph is verified."""
+
+    def failed_pass(self, index: int, step: Pass, error: BaseException) -> None:
+        """Called instead of `after_pass` when a pass, its proof or its check raises."""
+
+
+def check_order(passes: Sequence[Pass], have: frozenset[Property] = frozenset()) -> None:
+    """Raises RecipeError if a pass needs a property that nothing before it has established."""
+    held, broken_by = set(have), dict[Property, str]()
+    for index, step in enumerate(passes, start=1):
+        for needed in sorted(step.needs(passes[: index - 1]) - held, key=lambda p: p.name):
+            culprit = broken_by.get(needed)
+            cause = f", and {culprit} broke it" if culprit else ""
+            makers = [p.name for p in PASSES if needed in p.establishes]
+            raise RecipeError(
+                f"pass {index:02d} {step.name} needs {needed.name}{cause}",
+                f"put {' or '.join(makers)} before it" if makers else "",
+            )
+        held = (held - step.breaks) | step.establishes
+        broken_by.update({p: f"pass {index:02d} {step.name}" for p in step.breaks})
+
+
+def run_pipeline(
+    gm: fx.GraphModule,
+    passes: Sequence[Pass],
+    ctx: PassContext,
+    instruments: Sequence[Instrument] = (),
+    first_index: int = 1,
+    held: frozenset[Property] = frozenset(),
+) -> tuple[list[PassRecord], frozenset[Property]]:
+    """Run passes in order on `gm`, proving exact ones and verifying after each.
+
+    Returns a record of every pass and the properties that hold at the end. Raises RecipeError
+    before anything has run if the order is wrong.
+    """
+    check_order(passes, held)
+    records = []
+    properties = set(held)
+    for index, step in enumerate(passes, start=first_index):
+        for instrument in instruments:
+            instrument.before_pass(index, step, gm)
+        try:
+            record = _run_one(index, step, gm, ctx, properties)
+        except BaseException as error:
+            for instrument in instruments:
+                instrument.failed_pass(index, step, error)
+            if isinstance(error, NumericsError):
+                seen = f"{error.message}; first seen by pass {index:02d} {step.name}"
+                raise NumericsError(seen, error.hint) from error
+            raise
+        properties = (properties - step.breaks) | step.establishes
+        records.append(record)
+        for instrument in instruments:
+            instrument.after_pass(record, gm)
+    return records, frozenset(properties)
+
+
+def _run_one(
+    index: int, step: Pass, gm: fx.GraphModule, ctx: PassContext, held: set[Property]
+) -> PassRecord:
+    before = clone(gm) if step.exact else None
+    started = time.perf_counter()
+    result = step.run(gm, ctx)
+    finish(gm)
+    proved = None if before is None else _prove(before, gm, result, ctx)
+    verify(gm, (held - step.breaks) | step.establishes, after=f"pass {index:02d} {step.name}")
+    return PassRecord(index, step, result, time.perf_counter() - started, proved)
+
+
+def _prove(
+    before: fx.GraphModule, after: fx.GraphModule, result: PassResult, ctx: PassContext
+) -> float:
+    """The largest difference that an exact pass made, in float64, over its sites."""
+    if result.sites:
+        return max(
+            prove_site(before, after, site.inputs, site.outputs, ctx.generator())
+            for site in result.sites
+        )
+    if _same_graph(before, after):
+        return 0.0
+    return prove_whole(before, after, ctx.generator())
+
+
+def _same_graph(before: fx.GraphModule, after: fx.GraphModule) -> bool:
+    if print_graph(before) != print_graph(after):
+        return False
+    old, new = weights_of(before), weights_of(after)
+    return old.keys() == new.keys() and all(old[name] is new[name] for name in old)

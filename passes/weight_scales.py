@@ -1,0 +1,99 @@
+"""Scales and zero points of stored weights: from their range, or searched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from panguq.ir.quant_spec import QuantSpec
+
+SMALLEST_SCALE = 1e-10
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """Codes of 4 bits and less keep their scales in bfloat16, as int4 kernels read them."""
+    return torch.bfloat16 if spec.bits <= 4 else torch.float32
+
+
+def _store(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounded once to the dtype in which it is stored; zero only stands for an empty group."""
+    return torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale).to(scale_dtype(spec))
+
+
+def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale, and zero point if asymmetric, `[n, k / group_size]`, from each group's range.
+
+    Symmetric: `max|w| / qmax`. Asymmetric: `(max - min) / (qmax - qmin)` over a range widened to
+    hold zero, `zero_point = round(qmin - min / scale)` with the scale as stored.
+    """
+    groups = weight.float().reshape(weight.shape[0], -1, group_size)
+    if spec.symmetric:
+        return _store(groups.abs().amax(-1) / spec.quant_max, spec), None
+    return affine_scale(groups.amin(-1), groups.amax(-1), spec)
+
+
+def affine_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and int8 zero point that map [low, high], widened to hold zero, onto the codes."""
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = _store((high - low) / (spec.quant_max - spec.quant_min), spec)
+    zero_point = (spec.quant_min - low / scale.float()).round_()
+    return scale, zero_point.clamp_(spec.quant_min, spec.quant_max).to(torch.int8)
+
+
+def quantize_groups(
+    groups: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec
+) -> Tensor:
+    """`groups` `[n, groups, size]` rounded to the grid: float32 values that codes can express."""
+    step = scale.float().unsqueeze(-1)
+    codes = (groups / step).round_()
+    if zero_point is None:
+        return codes.clamp_(spec.quant_min, spec.quant_max).mul_(step)
+    zero = zero_point.unsqueeze(-1)
+    return codes.add_(zero).clamp_(spec.quant_min, spec.quant_max).sub_(zero).mul_(step)
+
+
+def search_scale(
+    weight: Tensor,
+    group_size: int,
+    spec: QuantSpec,
+    importance: Tensor | None,
+    ratios: tuple[float, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """The scale (and zero point) of least weighted squared error over a grid of clip ratios.
+
+    Every group chooses for itself: the ratio shrinks its range at both ends, and a symmetric
+    4-bit group also chooses which of its ends gets the code -8 (its scale may be negative). `importance`
+    `[k]` weighs each input's squared error by how large that input is, the diagonal of GPTQ's
+    Hessian; None weighs all alike. Result as `min_max_scale`.
+    """
+    groups = weight.float().reshape(weight.shape[0], -1, group_size)
+    weighting = None if importance is None else importance.float().reshape(-1, group_size)
+    low, high = groups.amin(-1), groups.amax(-1)
+    best: tuple[Tensor, Tensor | None] | None = None
+    best_error = torch.full(low.shape, torch.inf)
+    for ratio in ratios:
+        for candidate in _candidates(low * ratio, high * ratio, spec):
+            error = (quantize_groups(groups, *candidate, spec) - groups).square_()
+            total = (error if weighting is None else error.mul_(weighting)).sum(-1)
+            better = total < best_error
+            if best is None:
+                best, best_error = candidate, total
+                continue
+            best_error = torch.where(better, total, best_error)
+            zero = None
+            if candidate[1] is not None and best[1] is not None:
+                zero = torch.where(better, candidate[1], best[1])
+            best = (torch.where(better, candidate[0], best[0]), zero)
+    assert best is not None, "the grid of clip ratios is empty"
+    return best
+
+
+def _candidates(low: Tensor, high: Tensor, spec: QuantSpec) -> list[tuple[Tensor, Tensor | None]]:
+    if not spec.symmetric:
+        return [affine_scale(low, high, spec)]
+    amax = torch.maximum(low.abs(), high.abs())
+    if spec.bits > 4:
+        return [(_store(amax / spec.quant_max, spec), None)]
+    # With few codes the one extra negative code is worth having: either end may get it.
+    step = amax / -spec.quant_min
+    return [(_store(step, spec), None), (_store(-step, spec), None)]
