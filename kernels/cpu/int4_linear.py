@@ -1,0 +1,170 @@
+"""W4A16 on a CPU: float activations times 4-bit weights, one scale per group of inputs.
+
+`int4_linear` reads the kernel's own weight layout, `int4_linear_dequantize` panguq's canonical
+one. The kernel's layout depends on the machine's vector width: fold the packing ops when a model
+is loaded, never save what they return.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from panguq.ir.opset import define_op
+from panguq.kernels.packing import unpack_int4
+from panguq.kernels.quantize import dequantize_weight
+
+NAMESPACE = "panguq_cpu"
+N_MULTIPLE = 16
+GROUP_SIZES = (32, 64, 128, 256)
+# Dequantized at a time, so that what lies between stays in the cache (4 times faster at n=k=4096).
+WEIGHTS_PER_PIECE = 2**20
+
+
+def refusal(m: int | None, n: int, k: int, group_size: int) -> str | None:
+    """Why `int4_linear` cannot do this matmul; the dequantizing op takes every even k."""
+    if group_size not in GROUP_SIZES:
+        return f"group size {group_size} is none of {GROUP_SIZES}"
+    if k % group_size:
+        return f"k={k} is not a multiple of the group size {group_size}"
+    if n % N_MULTIPLE:
+        return f"n={n} is not a multiple of {N_MULTIPLE}"
+    return None
+
+
+def _fake_int4_kernel_weight(packed: Tensor) -> Tensor:
+    return torch.empty_like(packed)
+
+
+@define_op(
+    "int4_kernel_weight(Tensor packed) -> Tensor",
+    fake=_fake_int4_kernel_weight,
+    namespace=NAMESPACE,
+)
+def int4_kernel_weight(packed: Tensor) -> Tensor:
+    """Canonical int4 weight -> the kernel's layout: uint8 [n, k / 2] both, the same nibbles + 8."""
+    codes = unpack_int4(packed).to(torch.int32).add_(8)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+
+def _fake_int4_kernel_scales(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return scale.new_empty((scale.shape[1], scale.shape[0], 2), dtype=torch.bfloat16)
+
+
+@define_op(
+    "int4_kernel_scales(Tensor scale, Tensor? zero_point) -> Tensor",
+    fake=_fake_int4_kernel_scales,
+    namespace=NAMESPACE,
+)
+def int4_kernel_scales(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """scale float [n, k / g], zero_point integer, same shape, or None -> bfloat16 [k / g, n, 2].
+
+    The kernel computes code * scale + offset, offset = -zero_point * scale, both rounded to
+    bfloat16: without a zero point the offset is an exact 0, with one it costs 1 to 2 dB of 50.
+    A quantizer that rounds its scales to bfloat16 before it computes codes gains as much.
+    """
+    rounded = scale.to(torch.bfloat16)
+    if zero_point is None:
+        offset = torch.zeros_like(rounded)
+    else:
+        offset = (-zero_point.to(torch.float32) * rounded.to(torch.float32)).to(torch.bfloat16)
+    return torch.stack((rounded.t(), offset.t()), dim=-1).contiguous()
+
+
+def _fake_int4_linear(
+    x: Tensor,
+    kernel_weight: Tensor,
+    kernel_scales: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], kernel_weight.shape[0]))
+
+
+@define_op(
+    "int4_linear(Tensor x, Tensor kernel_weight, Tensor kernel_scales, int group_size,"
+    " Tensor? bias) -> Tensor",
+    fake=_fake_int4_linear,
+    namespace=NAMESPACE,
+)
+def int4_linear(
+    x: Tensor,
+    kernel_weight: Tensor,
+    kernel_scales: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """x @ ((codes - zero_point) * scale).T + bias in PyTorch's int4 kernel: for few tokens.
+
+    x float32 or bfloat16 [..., k]; the two kernel tensors from the ops above; group_size 32, 64,
+    128 or 256; bias float32 [n] or None. Returns [..., n] in x's dtype; x, the scales and the
+    result are rounded to bfloat16, the sums are float32.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    result = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        tokens.to(torch.bfloat16), kernel_weight, group_size, kernel_scales
+    ).to(torch.float32)
+    if bias is not None:
+        result.add_(bias)
+    return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
+
+
+def _fake_int4_linear_dequantize(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@define_op(
+    "int4_linear_dequantize(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point,"
+    " int group_size, Tensor? bias) -> Tensor",
+    fake=_fake_int4_linear_dequantize,
+    namespace=NAMESPACE,
+)
+def int4_linear_dequantize(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """The same matmul from canonical tensors, dequantized to bfloat16 first: for many tokens.
+
+    packed uint8 [n, k / 2]; scale float [n, k / group_size]; zero_point integer of the same shape
+    or None; bias float32 [n] or None. Any n and even k. Returns [..., n] in x's dtype.
+    """
+    tokens, rows = x.to(torch.bfloat16), max(1, WEIGHTS_PER_PIECE // x.shape[-1])
+    pieces = []
+    for start in range(0, packed.shape[0], rows):
+        piece = slice(start, start + rows)
+        codes, offset = (
+            unpack_int4(packed[piece]),
+            None if zero_point is None else zero_point[piece],
+        )
+        weight = dequantize_weight(codes, scale[piece], offset, group_size, torch.bfloat16)
+        pieces.append(F.linear(tokens, weight))
+    result = torch.cat(pieces, dim=-1).to(x.dtype)
+    return result if bias is None else result.add_(bias)
+
+
+def reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """What both ops approximate, in float64, from the canonical tensors."""
+    codes = unpack_int4(packed).to(torch.float64).view(packed.shape[0], -1, group_size)
+    offset = 0 if zero_point is None else zero_point.unsqueeze(-1)
+    weight = ((codes - offset) * scale.unsqueeze(-1)).flatten(1)
+    result = x.to(torch.float64) @ weight.t()
+    return (result if bias is None else result + bias).to(x.dtype)

@@ -1,0 +1,87 @@
+"""W8A16 on a CPU: float activations times int8 weights, one scale per output channel.
+
+Both ops multiply in bfloat16, which holds every int8 code exactly, so that activations and
+results are rounded to 8 bits (about 50 dB) and weights not at all; the scale is applied in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from panguq.ir.opset import define_op
+
+NAMESPACE = "panguq_cpu"
+K_MULTIPLE = 16
+ALIGNMENT_BYTES = 32
+
+
+def refusal(m: int | None, n: int, k: int) -> str | None:
+    """Why `int8_weight_linear` cannot do this matmul; the dequantizing op takes every shape."""
+    if k % K_MULTIPLE:
+        return f"k={k} is not a multiple of {K_MULTIPLE}, the width of the kernel's loads"
+    return None
+
+
+def _scaled(result: Tensor, weight_scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    result = result.to(torch.float32) * weight_scale.reshape(-1)
+    if bias is not None:
+        result.add_(bias)
+    return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy: the kernel's loads are aligned, a file's weights may not be."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
+
+
+def _fake_int8_weight_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@define_op(
+    "int8_weight_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    fake=_fake_int8_weight_linear,
+    namespace=NAMESPACE,
+)
+def int8_weight_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x @ (weight * weight_scale).T + bias, reading the weight as bytes: for few tokens.
+
+    x float32 or bfloat16 [..., k], k a multiple of 16; weight int8 [n, k]; weight_scale float32
+    [n] or [n, 1]; bias float32 [n] or None. Returns [..., n] in x's dtype.
+    """
+    tokens = _aligned(x.reshape(-1, x.shape[-1]).to(torch.bfloat16))
+    # The kernel would round the scales to bfloat16; ones keep them out of it.
+    ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
+    result = torch._weight_int8pack_mm(tokens, _aligned(weight), ones)
+    return _scaled(result, weight_scale, bias, x)
+
+
+@define_op(
+    "int8_weight_linear_dequantize(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias)"
+    " -> Tensor",
+    fake=_fake_int8_weight_linear,
+    namespace=NAMESPACE,
+)
+def int8_weight_linear_dequantize(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The same matmul as `int8_weight_linear`, converting the weight first: for many tokens.
+
+    Any k; otherwise the same arguments. Holds a bfloat16 copy of the weight while it runs.
+    """
+    tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    return _scaled(F.linear(tokens, weight.to(torch.bfloat16)), weight_scale, bias, x)
+
+
+def reference(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """What both ops approximate, in float64."""
+    dequantized = weight.to(torch.float64) * weight_scale.reshape(-1, 1)
+    result = x.to(torch.float64) @ dequantized.t()
+    return (result if bias is None else result + bias).to(x.dtype)

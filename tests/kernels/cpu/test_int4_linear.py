@@ -1,0 +1,135 @@
+"""W4A16: both ops against float64, within bfloat16, with outliers and a mean in the input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from panguq.kernels.cpu import int4_linear as module
+from panguq.kernels.cpu.int4_linear import (
+    int4_kernel_scales,
+    int4_kernel_weight,
+    int4_linear,
+    int4_linear_dequantize,
+    reference,
+    refusal,
+)
+from panguq.kernels.packing import pack_int4, unpack_int4
+from panguq.kernels.quantize import dequantize_weight, quantize_weight
+
+
+def tokens_with_outliers(*shape):
+    x = torch.randn(shape) + 0.5
+    x[..., 5] *= 30
+    return x
+
+
+def canonical(n, k, group_size, symmetric):
+    """A quantized weight: packed codes, scale, zero point."""
+    weight = torch.randn(n, k) * 0.05
+    groups = weight.view(n, -1, group_size)
+    low, high = groups.amin(-1), groups.amax(-1)
+    zero_point = None
+    if symmetric:
+        scale = groups.abs().amax(-1) / 7
+    else:
+        scale = (high - low) / 15
+        zero_point = (-8 - low / scale).round().clamp(-8, 7).to(torch.int8)
+    codes = quantize_weight(weight, scale, zero_point, group_size, -8, 7)
+    return pack_int4(codes), scale, zero_point
+
+
+def kernel_weight_of(packed, scale, zero_point, group_size):
+    """The weight that the kernel is documented to use: code * scale + offset, both rounded."""
+    rounded, offset = int4_kernel_scales(scale, zero_point).double().transpose(0, 1).unbind(-1)
+    codes = unpack_int4(packed).view(*scale.shape, group_size)
+    return (codes * rounded.unsqueeze(-1) + offset.unsqueeze(-1)).flatten(1)
+
+
+def run_kernel(x, packed, scale, zero_point, group_size, bias):
+    kernel_scales = int4_kernel_scales(scale, zero_point)
+    return int4_linear(x, int4_kernel_weight(packed), kernel_scales, group_size, bias)
+
+
+@given(
+    m=st.integers(1, 70),
+    n16=st.integers(1, 9),
+    group_size=st.sampled_from([32, 64, 128, 256]),
+    groups=st.integers(1, 3),
+    symmetric=st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_every_shape(assert_close, m, n16, group_size, groups, symmetric):
+    n, k = 16 * n16, groups * group_size
+    assert refusal(m, n, k, group_size) is None
+    x, weight = (
+        tokens_with_outliers(m, k).bfloat16().float(),
+        canonical(n, k, group_size, symmetric),
+    )
+    expected = (x.double() @ kernel_weight_of(*weight, group_size).t()).float()
+    assert_close(expected, run_kernel(x, *weight, group_size, None), 45)
+    rounded = dequantize_weight(unpack_int4(weight[0]), *weight[1:], group_size, torch.bfloat16)
+    expected = (x.double() @ rounded.double().t()).float()
+    assert_close(expected, int4_linear_dequantize(x, *weight, group_size, None), 45)
+
+
+@pytest.mark.parametrize("mean", [1, 10, 100])
+def test_a_large_mean_does_not_drown_the_zero_points(assert_close, mean):
+    x, weight = tokens_with_outliers(16, 576) + mean, canonical(64, 576, 32, symmetric=False)
+    assert_close(reference(x, *weight, 32, None), run_kernel(x, *weight, 32, None), 45)
+
+
+def test_symmetric_weights_are_exact_where_bfloat16_is():
+    """Codes times powers of two, summed over one input: nothing is rounded."""
+    codes = torch.arange(-8, 8, dtype=torch.int8).view(16, 1).expand(16, 32)
+    x = torch.eye(32)[:4]
+    scale = torch.full((16, 1), 0.25)
+    result = run_kernel(x, pack_int4(codes.contiguous()), scale, None, 32, None)
+    assert torch.equal(result, (codes[:, :4] * 0.25).t())
+
+
+@pytest.mark.parametrize("tokens", [(16,), (2, 5), (0,), (2, 1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_output_and_fake(assert_close, tokens, dtype, with_bias):
+    x, weight = tokens_with_outliers(*tokens, 96).to(dtype), canonical(48, 96, 32, False)
+    bias = torch.randn(48) if with_bias else None
+    expected = reference(x, *weight, 32, bias)
+    assert_close(expected, run_kernel(x, *weight, 32, bias), 45)
+    assert_close(expected, int4_linear_dequantize(x, *weight, 32, bias), 45)
+    packed, scale, zero_point = weight
+    kernel_weight, kernel_scales = int4_kernel_weight(packed), int4_kernel_scales(scale, zero_point)
+    opcheck(int4_linear, (x, kernel_weight, kernel_scales, 32, bias))
+    opcheck(int4_linear_dequantize, (x, *weight, 32, bias))
+
+
+def test_packing_permutes_nibbles_and_its_fakes_agree():
+    packed, scale, zero_point = canonical(80, 64, 32, symmetric=False)
+    nibbles = int4_kernel_weight(packed)
+    count = torch.bincount(torch.cat((packed & 15, packed >> 4)).flatten().int() ^ 8, minlength=16)
+    after = torch.bincount(torch.cat((nibbles & 15, nibbles >> 4)).flatten().int(), minlength=16)
+    assert torch.equal(count, after)
+    opcheck(int4_kernel_weight, (packed,))
+    opcheck(int4_kernel_scales, (scale, zero_point))
+    opcheck(int4_kernel_scales, (scale, None))
+
+
+def test_refusals_name_the_reason():
+    assert "group size 48" in refusal(1, 64, 96, 48)
+    assert "k=100" in refusal(1, 64, 100, 32)
+    assert "n=40" in refusal(1, 40, 64, 32)
+    assert refusal(None, 48, 96, 32) is None
+
+
+def test_the_dequantizing_op_takes_what_the_kernel_refuses(assert_close):
+    x, weight = tokens_with_outliers(16, 30), canonical(7, 30, 10, symmetric=False)
+    expected = reference(x, *weight, 10, None)
+    assert_close(expected, int4_linear_dequantize(x, *weight, 10, None), 45)
+
+
+def test_a_weight_dequantized_in_pieces_gives_every_output(assert_close, monkeypatch):
+    x, weight = tokens_with_outliers(16, 64), canonical(50, 64, 32, symmetric=False)
+    whole = int4_linear_dequantize(x, *weight, 32, None)
+    monkeypatch.setattr(module, "WEIGHTS_PER_PIECE", 64 * 7)
+    assert_close(whole, int4_linear_dequantize(x, *weight, 32, None), 45)
