@@ -10,6 +10,7 @@ else: what is not listed here cannot be reached from a file.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -41,3 +42,102 @@ def define_op(schema: str, fake: Body, namespace: str = "panguq") -> Callable[[B
         return op
 
     return register
+
+
+# Pure functions of their arguments: nothing in place, uninitialized, or on files; nothing random
+# but dropout and its like, which traces contain switched off.
+_ATEN = """
+    _assert_scalar.default _assert_tensor_metadata.default _log_softmax.default _softmax.default
+    _to_copy.default _unsafe_view.default abs.default add.Scalar add.Tensor addmm.default
+    alias.default all.default all.dim amax.default amin.default any.default any.dim arange.default
+    arange.start arange.start_step argmax.default baddbmm.default bitwise_and.Scalar
+    bitwise_and.Tensor bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bmm.default
+    broadcast_to.default cat.default chunk.default clamp.default clamp.Tensor clamp_max.default
+    clamp_min.default clone.default constant_pad_nd.default contiguous.default cos.default
+    cumsum.default detach.default diff.default div.Scalar div.Scalar_mode div.Tensor
+    div.Tensor_mode dropout.default einsum.default elu.default embedding.default eq.Scalar
+    eq.Tensor erf.default exp.default expand.default expand_as.default flatten.using_ints
+    floor.default floor_divide.default full.default full_like.default gather.default ge.Scalar
+    ge.Tensor gelu.default gt.Scalar gt.Tensor hardswish.default index.Tensor index_select.default
+    le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default linear.default log.default
+    log_softmax.int logical_and.default logical_not.default logical_or.default lt.Scalar lt.Tensor
+    masked_fill.Scalar masked_fill.Tensor matmul.default maximum.default mean.default mean.dim
+    minimum.default mm.default movedim.int mul.Scalar mul.Tensor narrow.default
+    native_layer_norm.default layer_norm.default ne.Scalar ne.Tensor neg.default new_full.default
+    new_ones.default new_zeros.default ones.default ones_like.default outer.default pad.default
+    permute.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor reciprocal.default relu.default
+    relu6.default remainder.Scalar remainder.Tensor repeat.default repeat_interleave.self_int
+    reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
+    rsub.Tensor scalar_tensor.default scaled_dot_product_attention.default select.int
+    sigmoid.default sign.default silu.default sin.default slice.Tensor softmax.int softplus.default
+    split.Tensor split.sizes split_with_sizes.default sqrt.default squeeze.default squeeze.dim
+    squeeze.dims stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int
+    t.default tanh.default tile.default to.device to.dtype to.dtype_layout transpose.int
+    tril.default triu.default type_as.default unbind.int unflatten.int unsqueeze.default
+    view.default view_as.default where.ScalarOther where.ScalarSelf where.Scalar where.self
+    zeros.default zeros_like.default
+"""
+
+# Items of an op with several results, and arithmetic on sizes.
+_PYTHON: dict[str, Callable[..., Any]] = {
+    "operator.getitem": operator.getitem,
+    "operator.add": operator.add,
+    "operator.sub": operator.sub,
+    "operator.mul": operator.mul,
+    "operator.floordiv": operator.floordiv,
+    "operator.truediv": operator.truediv,
+    "operator.mod": operator.mod,
+    "operator.neg": operator.neg,
+    "operator.eq": operator.eq,
+    "operator.ne": operator.ne,
+    "operator.lt": operator.lt,
+    "operator.le": operator.le,
+    "operator.gt": operator.gt,
+    "operator.ge": operator.ge,
+    "torch.sym_max": torch.sym_max,
+    "torch.sym_min": torch.sym_min,
+    "torch.sym_float": torch.sym_float,
+    "torch.sym_not": torch.sym_not,
+}
+
+
+@functools.cache
+def _fixed_ops() -> dict[str, Callable[..., Any]]:
+    """The listed ops by name, without those that this torch release does not have."""
+    ops = dict(_PYTHON)
+    for entry in _ATEN.split():
+        name, overload = entry.split(".")
+        packet = getattr(torch.ops.aten, name, None)
+        if packet is not None and overload in packet.overloads():
+            ops[f"aten.{entry}"] = getattr(packet, overload)
+    return ops
+
+
+@functools.cache
+def _fixed_names() -> dict[Callable[..., Any], str]:
+    return {op: name for name, op in _fixed_ops().items()}
+
+
+def resolve(name: str) -> Callable[..., Any] | None:
+    """The op that a file calls `name`; None for anything that is not allowed.
+
+    An op of panguq is known once the module that defines it has been imported.
+    """
+    return _own_ops.get(name) or _fixed_ops().get(name)
+
+
+def name_of(target: object) -> str | None:
+    """The name under which `resolve` gives back this call target; None if there is none."""
+    if isinstance(target, OpOverload) and _own_ops.get(str(target)) is target:
+        return str(target)
+    return _fixed_names().get(target) if callable(target) else None
+
+
+def is_allowed(target: object) -> bool:
+    """Whether a graph may call this target: exactly what a file can name."""
+    return name_of(target) is not None
+
+
+def allowed_ops() -> tuple[str, ...]:
+    """The names of all ops that `resolve` knows, sorted."""
+    return tuple(sorted({*_own_ops, *_fixed_ops()}))

@@ -1,0 +1,35 @@
+"""JSON as panguq writes it; anything else is refused with one clear error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from panguq.errors import StorageError
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """The value of a JSON text. Raises StorageError, naming `source`, for anything else.
+
+    Also refused: NaN and Infinity, which are not JSON, and a key that occurs twice.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except RecursionError:
+        raise StorageError(f"{source}: nested too deeply", _DAMAGED) from None
+    except ValueError as error:  # bad syntax, bad UTF-8, integers of thousands of digits
+        raise StorageError(f"{source}: not JSON: {error}", _DAMAGED) from error
+
+
+_DAMAGED = "the file is damaged or not panguq's; save it again"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(f"a key occurs twice among {', '.join(key for key, _ in pairs[:5])}")
+    return result
