@@ -1,0 +1,48 @@
+# Every target needs python3 (3.10 or later) and make, nothing else; `setup` installs the rest into
+# .venv. Variables: PYTHON=python3.12, TORCH="torch==2.13.0 --index-url ...", ARGS="-k recipe".
+PYTHON ?= python3
+# Installed before panguq itself, and pinned: what panguq needs is then there already, and the newest
+# release is not fetched in its place.
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## install panguq and all that it needs into .venv
+
+# The file is made last: a .venv without it was left half made, and is made anew.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("panguq needs Python 3.10 or later" if sys.version_info < (3, 10) else 0)'
+	@test -e $@ || rm -rf $(VENV)
+	@rm -f $@
+	@test -d $(VENV) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing $(TORCH)"
+	@$(RUN) -m pip install -q $(TORCH)
+	@echo "installing panguq and what it needs"
+	@$(RUN) -m pip install -q -e '.[demo,test,lint]'
+	@touch $@
+
+demo: setup  ## compile a real model and show what it gives
+	$(RUN) -m demo.run $(ARGS)
+
+test: setup  ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup  ## check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: setup  ## measure speed on this machine
+	$(RUN) -m bench.run $(ARGS)
+
+clean:  ## remove .venv and what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,170 @@
+"""A recipe says how a model is quantized: which scheme for which matmul, and which passes in order.
+
+```yaml
+name: w8a8
+description: what it is good for and what it costs
+schemes:                    # glob over module paths -> scheme; the last match wins
+  "*": W8A8                 # the default, wherever it stands
+  "*.down_proj": W8A8_DYNAMIC
+passes:                     # after canonicalize and assign-schemes, in this order
+  - smoothquant: {alpha: 0.5}
+  - insert-fake-quant
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, Union
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
+
+from panguq.errors import RecipeError
+from panguq.ir.quant_spec import parse_scheme
+from panguq.pass_options import pass_from_entry, pass_to_entry
+from panguq.passes.assign_schemes import AssignSchemes
+from panguq.passes.base import Pass
+from panguq.passes.canonicalize import Canonicalize
+from panguq.plain_yaml import at, dump_yaml, parse_yaml, read_yaml
+from panguq.suggest import did_you_mean
+
+RecipeLike: TypeAlias = Union["Recipe", str, Path, Mapping[str, Any]]
+"""What `Recipe.of` takes: a recipe, a preset's name, the path of a YAML file, or a mapping."""
+
+
+def preset_names() -> tuple[str, ...]:
+    """The built-in recipes, by name."""
+    files = resources.files("panguq.recipes").iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
+
+
+def _source(info: ValidationInfo) -> str:
+    return str(info.context) if info.context else "recipe"
+
+
+def _check_schemes(schemes: object, info: ValidationInfo) -> object:
+    """Every name in the spelling of `parse_scheme`; the default first, so that the rest wins."""
+    if not isinstance(schemes, Mapping):
+        return schemes
+    checked = {}
+    for glob, name in sorted(schemes.items(), key=lambda item: item[0] != "*"):
+        where = at(_source(info), f"schemes[{glob!r}]")
+        if not isinstance(glob, str) or not glob.strip() or not isinstance(name, str):
+            raise RecipeError(f"{where} = {name!r}", "write a glob and a scheme's name: '*': W8A8")
+        try:
+            checked[glob] = parse_scheme(name).name
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error.message}", error.hint) from None
+    return checked
+
+
+def _build_passes(entries: object, info: ValidationInfo) -> object:
+    if entries is None:  # an empty `passes:` in a file
+        return ()
+    if not isinstance(entries, list | tuple):
+        return entries
+    source = _source(info)
+    return tuple(pass_from_entry(e, f"{source}: passes[{i}]") for i, e in enumerate(entries))
+
+
+class Recipe(BaseModel):
+    """Schemes by module glob and passes in order. In Python, `passes` may hold Pass instances."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(default="unnamed", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
+    description: str = ""
+    schemes: Annotated[dict[str, str], BeforeValidator(_check_schemes)] = Field(min_length=1)
+    passes: Annotated[tuple[InstanceOf[Pass], ...], BeforeValidator(_build_passes)] = ()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """The recipe in a file. Without `name` it is called as the file."""
+        path = Path(path)
+        return cls._from_data(read_yaml(path), str(path), path.stem)
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """A built-in recipe."""
+        if name not in preset_names():
+            hint = did_you_mean(name, preset_names(), "presets")
+            raise RecipeError(f"unknown recipe {name!r}", f"{hint}; a path must end in .yaml")
+        file = resources.files("panguq.recipes") / f"{name}.yaml"
+        return cls._from_data(parse_yaml(file.read_bytes(), file.name), file.name, name)
+
+    @classmethod
+    def of(cls, recipe: RecipeLike) -> Recipe:
+        """The recipe that a preset's name, a path, a mapping or a recipe stands for."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, Mapping):
+            return cls._from_data(dict(recipe), "recipe")
+        if isinstance(recipe, Path) or str(recipe).endswith((".yaml", ".yml")):
+            return cls.from_yaml(recipe)
+        if isinstance(recipe, str):
+            return cls.named(recipe)
+        raise RecipeError(
+            f"a {type(recipe).__name__} is no recipe",
+            "give a preset's name, the path of a .yaml file, a mapping or a Recipe",
+        )
+
+    @classmethod
+    def _from_data(cls, data: object, source: str, name: str = "unnamed") -> Recipe:
+        if data is None:
+            raise RecipeError(f"{source}: is empty", "a recipe has at least `schemes`")
+        if not isinstance(data, dict):
+            kind = "a list" if isinstance(data, list) else f"the value {data!r:.60}"
+            raise RecipeError(
+                f"{source}: is {kind}, not a mapping", "write `name:`, `schemes:`, `passes:`"
+            )
+        return cls.model_validate({"name": name} | data, context=source)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_recipe_error(
+        cls, data: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> Recipe:
+        """Answer the first thing that is wrong as a RecipeError instead of pydantic's list."""
+        try:
+            recipe: Recipe = validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                hint = did_you_mean(key, cls.model_fields, "keys")
+                raise RecipeError(f"{_source(info)}: unknown key {key!r}", hint) from None
+            if first["type"] == "missing":
+                message = f"{_source(info)}: the key {key!r} is missing"
+                raise RecipeError(message, 'at least write `schemes: {"*": W8A8}`') from None
+            given = f"{first['input']!r:.60}"
+            raise RecipeError(f"{_source(info)}: {key} = {given}", first["msg"]) from None
+        return recipe
+
+    def build(self) -> tuple[Pass, ...]:
+        """All passes in order, with the two that every compile starts with."""
+        return (Canonicalize(), AssignSchemes(schemes=tuple(self.schemes.items())), *self.passes)
+
+    def with_schemes(self, schemes: Mapping[str, str]) -> Recipe:
+        """A copy in which these globs come last and so win; "*" replaces the default."""
+        kept = {glob: name for glob, name in self.schemes.items() if glob not in schemes}
+        fields = dict(self) | {"schemes": kept | dict(schemes)}
+        return type(self).model_validate(fields, context=f"recipe {self.name}")
+
+    def to_yaml(self) -> str:
+        """The recipe as a file, with every option of every pass, so that it keeps its meaning
+        when a default changes. A pass that is not in the registry is written by name, too, but
+        reading the file back needs it there."""
+        passes = [pass_to_entry(p) for p in self.passes]
+        return dump_yaml({**dict(self), "passes": passes})
