@@ -2,4 +2,12 @@
 
 from panguq.errors import PanguqError
 
-__all__ = ["PanguqError"]
+__all__ = ["PanguqError", "compile"]
+
+
+def __getattr__(name: str):
+    if name == "compile":
+        from panguq.compiler import compile
+
+        return compile
+    raise AttributeError(name)

@@ -29,3 +29,14 @@ def make_cache(tensors: Sequence[Tensor]) -> Any:
 def layer_tensors(cache: Any) -> list[Tensor]:
     """Keys and values of every layer, flat and in layer order; empty for a fresh cache."""
     return [t for x in cache.layers if x.is_initialized for t in (x.keys, x.values)]
+
+
+def update_cache(cache: Any, tensors: Sequence[Tensor]) -> Any:
+    """Let `cache` hold these grown keys and values, and return it."""
+    fresh = make_cache(tensors)
+    for index, layer in enumerate(fresh.layers):
+        if index < len(cache.layers):
+            cache.layers[index].__dict__.update(layer.__dict__)
+        else:
+            cache.layers.append(layer)
+    return cache

@@ -1,0 +1,72 @@
+"""Choose a kernel for a matmul: the cheapest legal one, keeping the losers and their cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from panguq.errors import LoweringError
+from panguq.lowering.candidates import Candidate, MatmulProblem, cpu_candidates
+from panguq.lowering.cost_model import M, cost_us, crossover_m
+from panguq.lowering.targets import Target
+
+DECODE_M, PREFILL_M = 1, 512
+FEW_AND_MANY = ("int8_weight_linear", "int8_weight_linear_dequantize")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The winner, every candidate with its cost at decode and prefill, and the crossover.
+
+    `few_tokens` is the largest m for which the winner's few-token variant is cheaper.
+    """
+
+    kernel: str
+    few_tokens: int
+    losers: tuple[tuple[str, str], ...]
+    decode_us: float
+    prefill_us: float
+
+
+def select_kernel(problem: MatmulProblem, target: Target) -> Choice:
+    """The kernel of least cost over one decode and one prefill step.
+
+    Raises LoweringError, with every candidate's refusal, if none is legal.
+    """
+    candidates = cpu_candidates(problem)
+    legal = [c for c in candidates if c.refusal is None]
+    if not legal:
+        reasons = "; ".join(f"{c.kernel}: {c.refusal}" for c in candidates)
+        raise LoweringError(
+            f"no kernel of target {target.name} can run {problem.scheme.name} for "
+            f"n={problem.n}, k={problem.k}: {reasons}",
+            "choose another scheme for this matmul in the recipe",
+        )
+    costs = {c.kernel: _costs(c, problem, target) for c in legal}
+    kernel = min(costs, key=lambda name: sum(costs[name]))
+    few_tokens = 0
+    if set(FEW_AND_MANY) <= costs.keys():  # the same stored bytes: switch by m at run time
+        kernel = FEW_AND_MANY[0]
+        few_tokens = crossover_m(*FEW_AND_MANY, problem, target)
+    losers = [(c.kernel, c.refusal or _describe(costs[c.kernel])) for c in candidates]
+    return Choice(
+        kernel=kernel,
+        few_tokens=few_tokens,
+        losers=tuple(entry for entry in losers if entry[0] != kernel),
+        decode_us=costs[kernel][0],
+        prefill_us=costs[kernel][1],
+    )
+
+
+def _costs(candidate: Candidate, problem: MatmulProblem, target: Target) -> tuple[float, float]:
+    if candidate.kernel not in target.kernels:
+        candidate = Candidate("linear")
+    expression = cost_us(candidate.kernel, problem, target)
+    at = [
+        float(expression.subs(M, m)) if problem.m is None else float(expression)
+        for m in (DECODE_M, PREFILL_M)
+    ]
+    return at[0], at[1]
+
+
+def _describe(costs: tuple[float, float]) -> str:
+    return f"{costs[0]:.0f} us at m={DECODE_M}, {costs[1]:.0f} us at m={PREFILL_M}"

@@ -1,0 +1,218 @@
+"""A compiled model: called like the transformers model it came from, generates like one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from panguq.errors import InputError, PanguqError
+from panguq.inputs import prepare, takes_empty_mask
+from panguq.ir.edit import clone
+from panguq.ir.interface import Interface
+from panguq.kv_cache import layer_tensors, make_cache, update_cache
+from panguq.lowering.prepack import prepack
+from panguq.recipe import Recipe
+from panguq.report.compile_report import CompileReport
+
+LOWERED = "lowered"
+
+
+class CompiledModule(nn.Module):
+    """The graphs of one compile and what is needed to run, inspect and save them.
+
+    `stages` maps a stage's name (`fake-quant`, `lowered`) to its graph; the stages share
+    their weights. The model runs `stage`.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, fx.GraphModule],
+        interface: Interface,
+        recipe: Recipe,
+        target: str,
+        report: CompileReport,
+        stage: str = LOWERED,
+    ) -> None:
+        super().__init__()
+        if stage not in stages:
+            raise PanguqError(
+                f"there is no stage {stage!r} in this compiled model",
+                f"the stages are {', '.join(stages)}",
+            )
+        object.__setattr__(self, "stages", dict(stages))
+        self.stages: dict[str, fx.GraphModule]
+        self.interface = interface
+        self.recipe = recipe
+        self.target = target
+        self.report = report
+        self.stage = stage
+        self._executable: fx.GraphModule | None = None
+        self.requires_grad_(False)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The graph of this model's stage, as dumped and saved."""
+        return self.stages[self.stage]
+
+    @property
+    def executable(self) -> fx.GraphModule:
+        """The graph that runs: weights in the layouts that the kernels read. Made once."""
+        if self._executable is None:
+            self._executable = prepack(clone(self.graph))
+        return self._executable
+
+    def at_stage(self, stage: str) -> CompiledModule:
+        """The same compile, run at another stage."""
+        return type(self)(
+            self.stages,
+            self.interface,
+            self.recipe,
+            self.target,
+            self.report,
+            stage,
+            **self._extras(),
+        )
+
+    def _extras(self) -> dict[str, Any]:
+        return {}
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the graph on the inputs that the source module took when it was traced."""
+        _check_module_inputs(self.interface, inputs)
+        with torch.no_grad():
+            results = self.executable(*inputs)
+        return results[0] if self.interface.returns == "tensor" else results
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the model as a folder of safetensors and json; see `panguq.load`."""
+        from panguq.model_folder import save_model
+
+        save_model(self, Path(path), overwrite)
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`."""
+        return f"recipe={self.recipe.name}, target={self.target}, stage={self.stage}"
+
+
+class CompiledCausalLM(CompiledModule, GenerationMixin):
+    """A compiled causal language model with transformers' calling convention and `generate`."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(
+        self,
+        stages: Mapping[str, fx.GraphModule],
+        interface: Interface,
+        recipe: Recipe,
+        target: str,
+        report: CompileReport,
+        stage: str = LOWERED,
+        *,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__(stages, interface, recipe, target, report, stage)
+        self.config = config
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self.tokenizer = tokenizer
+        self.empty_mask = takes_empty_mask(self.graph)
+
+    def _extras(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "generation_config": self.generation_config,
+            "tokenizer": self.tokenizer,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating point type of the model's activations."""
+        return getattr(torch, self.interface.float_dtype)
+
+    def can_generate(self) -> bool:
+        """It can."""
+        return True
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool = True,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[batch, kept, vocab]` and the grown cache for token ids `[batch, seq]`.
+
+        `past_key_values` is the cache that an earlier call returned (it is updated in place, as
+        transformers' models do); `attention_mask` `[batch, past + seq]`. Raises InputError for
+        what the graph cannot serve.
+        """
+        refused = sorted(name for name, value in unused.items() if value not in (None, False))
+        if refused:
+            raise InputError(
+                f"a compiled model does not take {', '.join(refused)}",
+                "its graph has token ids, mask, positions and cache as inputs",
+            )
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise InputError(
+                f"past_key_values is a {type(past_key_values).__name__}",
+                "use transformers' DynamicCache, the default of generate",
+            )
+        past = layer_tensors(past_key_values) if past_key_values is not None else []
+        inputs = prepare(
+            self.interface,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past,
+            logits_to_keep,
+            empty_mask=self.empty_mask,
+        )
+        with torch.no_grad():
+            logits, *grown = self.executable(*inputs.values())
+        cache = None
+        if past_key_values is not None:
+            cache = update_cache(past_key_values, grown)
+        elif use_cache is None or use_cache:
+            cache = make_cache(grown)
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return output if return_dict else output.to_tuple()
+
+
+def _check_module_inputs(interface: Interface, inputs: tuple[Tensor, ...]) -> None:
+    if len(inputs) != len(interface.inputs):
+        raise InputError(
+            f"{len(inputs)} inputs given, the module takes {len(interface.inputs)}",
+            f"give {', '.join(interface.inputs)}",
+        )
+    sizes: dict[str, int] = {}
+    for name, tensor in zip(interface.inputs, inputs, strict=True):
+        shape = interface.input_shapes[name]
+        if tensor.dim() != len(shape):
+            raise InputError(f"input {name} has {tensor.dim()} dimensions, expected {len(shape)}")
+        for index, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):
+            expected = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+            if size != expected:
+                raise InputError(
+                    f"dimension {index} of input {name} is {size}, the graph serves {expected}",
+                    f"the traced shape is {list(shape)}; compile again with other example inputs",
+                )

@@ -1,0 +1,155 @@
+"""`compile`: trace, passes in order, lowering. Read this file first."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from panguq.calibration import (
+    SAMPLED_SEQUENCES,
+    SAMPLED_TOKENS,
+    Batches,
+    causal_lm_batches,
+    module_batches,
+    probe_of,
+    sample_sequences,
+)
+from panguq.compiled_model import CompiledCausalLM, CompiledModule
+from panguq.errors import InputError
+from panguq.inputs import takes_empty_mask
+from panguq.ir.edit import clone
+from panguq.ir.interface import Interface
+from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
+from panguq.ir.weight_store import WeightStore
+from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
+from panguq.lowering.targets import find_target
+from panguq.passes.base import PassContext, Progress
+from panguq.passes.pipeline import check_order, run_pipeline
+from panguq.recipe import Recipe
+from panguq.report.dump import Dump
+from panguq.report.progress import terminal_progress
+from panguq.report.quality import Quality
+
+logger = logging.getLogger("panguq")
+
+
+def compile(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    example_inputs: Sequence[Tensor] | None = None,
+    target: str = "cpu",
+    dtype: torch.dtype | None = None,
+    dump_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompiledModule:
+    """Compile a model under a recipe into a graph of the target's kernels.
+
+    model: a transformers causal language model, or any nn.Module together with
+        `example_inputs`. It is never changed; tensors that no pass rewrites are shared.
+    recipe: a built-in recipe's name (`panguq.recipes()`), a YAML file, or a Recipe.
+    calibration: texts (with `tokenizer`), token ids, or batches; for other modules an iterable
+        of inputs. Without it, a recipe that needs data samples sequences from the model itself.
+    dtype: what the model is cast to before anything else; by default it keeps its own.
+    dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
+
+    Raises PanguqError's subclasses: RecipeError and LoweringError before any calibration,
+    TraceError, InputError for unusable data, NumericsError for tensors that are not finite.
+    """
+    recipe = Recipe.of(recipe)
+    passes = recipe.build()
+    lowering = LowerMatmuls(find_target(target).name)
+    check_order([*passes, lowering])
+    progress = progress or terminal_progress()
+
+    gm, interface = trace(model, example_inputs, dtype)
+    ctx = PassContext(interface=interface, store=WeightStore(), seed=seed, progress=progress)
+    quality = Quality(ctx)
+    dump = Dump.open(dump_dir, recipe, seed, target, ctx)
+    instruments = [quality, *([dump] if dump else [])]
+    if dump:
+        dump.traced(gm)
+
+    described, rest = passes[:2], passes[2:]  # what is decided without data comes first
+    _, held = run_pipeline(gm, described, ctx, instruments)
+    check_lowerable(gm, lowering.target)
+    calibrated = any(step.needs_calibration for step in passes)
+    ctx.batches, source = _calibration_batches(gm, ctx, calibration, tokenizer, calibrated)
+    ctx.probe = probe_of(ctx.batches, interface)
+    first = len(described) + 1
+    _, held = run_pipeline(gm, rest, ctx, instruments, first, held)
+    fake_quant = clone(gm)
+    run_pipeline(gm, [lowering], ctx, instruments, first + len(rest), held)
+
+    report = quality.report(target, gm, fake_quant, source)
+    if dump:
+        dump.close(report)
+    for warning in report.warnings:
+        logger.warning(warning)
+    stages = {"fake-quant": fake_quant, "lowered": gm}
+    if interface.kind != "causal_lm":
+        return CompiledModule(stages, interface, recipe, target, report)
+    return CompiledCausalLM(
+        stages,
+        interface,
+        recipe,
+        target,
+        report,
+        config=copy.deepcopy(model.config),  # type: ignore[arg-type]
+        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+    )
+
+
+def trace(
+    model: nn.Module, example_inputs: Sequence[Tensor] | None, dtype: torch.dtype | None
+) -> tuple[fx.GraphModule, Interface]:
+    """The model's graph and interface. Raises InputError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model is a {type(model).__name__}, not a torch.nn.Module",
+            "load it first, for example with panguq.load_pretrained(folder)",
+        )
+    if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
+        model = copy.deepcopy(model).to(dtype)
+    if is_causal_lm(model):
+        return trace_causal_lm(model)
+    if example_inputs is None:
+        raise InputError(
+            f"{type(model).__name__} is not a transformers causal language model",
+            "pass example_inputs=, a tuple of tensors with every size at least 2",
+        )
+    return trace_module(model, example_inputs)
+
+
+def _calibration_batches(
+    gm: fx.GraphModule, ctx: PassContext, data: Any, tokenizer: Any, needed: bool
+) -> tuple[Batches, str]:
+    """Batches for calibration and the probe, and a sentence that says where they came from."""
+    interface = ctx.interface
+    if interface.kind != "causal_lm":
+        if data is None:
+            raise InputError(
+                "no calibration data is given", "pass calibration=, an iterable of inputs"
+            )
+        return module_batches(data, interface), "given by the caller"
+    empty_mask = takes_empty_mask(gm)
+    if data is not None:
+        batches = causal_lm_batches(data, interface, tokenizer, empty_mask)
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        return batches, f"given by the caller: {len(batches)} sequences, {tokens} tokens"
+    count, length = (SAMPLED_SEQUENCES, SAMPLED_TOKENS) if needed else (1, 32)
+    ids = sample_sequences(gm, interface, 1, ctx.generator(), count, length, ctx.progress)
+    said = f"sampled from the model itself: {count} sequences of {ids.shape[1]} tokens"
+    if needed:
+        logger.warning("calibration data: none given, so %s (seed %d)", said, ctx.seed)
+    return causal_lm_batches(ids, interface, None, empty_mask), said

@@ -1,0 +1,154 @@
+"""From what a user passes to what a graph takes, refusing what the graph cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import InputError
+from panguq.ir.interface import Interface
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def takes_empty_mask(gm: fx.GraphModule) -> bool:
+    """Whether only attention ops read the mask, so that an empty one may say "plain causal"."""
+    mask = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == "attention_mask")
+    attention = torch.ops.panguq.attention.default
+    sizes = torch.ops.aten.sym_size.int
+    readers = [user for user in mask.users if user.target is not sizes]
+    return len(readers) == len(mask.users) and all(user.target is attention for user in readers)
+
+
+def empty_past(interface: Interface, batch: int) -> list[Tensor]:
+    """A cache that holds no token yet, in the order in which the graph takes it."""
+    dtype = getattr(torch, interface.float_dtype)
+    return [
+        torch.zeros(batch, layer.heads, 0, size, dtype=dtype)
+        for layer in interface.cache
+        for size in (layer.key_dim, layer.value_dim)
+    ]
+
+
+def check_ids(interface: Interface, input_ids: Tensor) -> Tensor:
+    """Token ids as int64 `[batch, seq]`. Raises InputError that says what is wrong with them."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in INTEGERS:
+        given = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise InputError(f"input_ids are {given}", "give token ids, an integer tensor [batch, seq]")
+    if input_ids.dim() != 2 or min(input_ids.shape) < 1:
+        raise InputError(
+            f"input_ids have shape {list(input_ids.shape)}",
+            "give [batch, seq] with at least one sequence and one token",
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or (interface.vocab_size is not None and high >= interface.vocab_size):
+        raise InputError(
+            f"token ids lie in [{low}, {high}], the vocabulary is [0, {interface.vocab_size})",
+            "the text was tokenized with another model's tokenizer",
+        )
+    return input_ids.long()
+
+
+def prepare(
+    interface: Interface,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past: Sequence[Tensor] = (),
+    logits_to_keep: int | Tensor = 0,
+    empty_mask: bool = False,
+) -> dict[str, Tensor]:
+    """The graph's inputs by name.
+
+    `attention_mask` is `[batch, past + seq]`, 1 where a token is real, and may be left out;
+    `position_ids` `[batch, seq]` default to counting from the past on. With `empty_mask` a plain
+    causal mask is passed as a tensor without elements. Raises InputError for sizes that the
+    graph cannot serve.
+    """
+    input_ids = check_ids(interface, input_ids)
+    batch, seq = input_ids.shape
+    past = list(past) or empty_past(interface, batch)
+    _check_past(interface, past, batch)
+    length = int(past[0].shape[2]) if past else 0
+    total = length + seq
+    if interface.max_positions is not None and total > interface.max_positions:
+        raise InputError(
+            f"{length} past and {seq} new tokens are more than the model's "
+            f"{interface.max_positions} positions",
+            "shorten the prompt, or generate fewer tokens",
+        )
+    real = _real_tokens(attention_mask, batch, total)
+    if position_ids is None:
+        position_ids = _positions(interface, real, length, batch, seq)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": _mask(real, length, seq, batch, empty_mask),
+        "position_ids": position_ids.expand(batch, seq),
+        "logit_positions": _kept(logits_to_keep, seq),
+    }
+    inputs.update(zip(interface.inputs[4:], past, strict=True))
+    return inputs
+
+
+def _check_past(interface: Interface, past: Sequence[Tensor], batch: int) -> None:
+    expected = 2 * len(interface.cache)
+    if len(past) != expected:
+        raise InputError(
+            f"the cache holds {len(past)} tensors, the model needs {expected}",
+            "pass back the past_key_values that this model returned",
+        )
+    for index, tensor in enumerate(past):
+        layer = interface.cache[index // 2]
+        size = layer.value_dim if index % 2 else layer.key_dim
+        wanted = (batch, layer.heads, past[0].shape[2], size)
+        if tuple(tensor.shape) != wanted:
+            raise InputError(
+                f"cache tensor {index} has shape {list(tensor.shape)}, expected {list(wanted)}",
+                "the cache belongs to another batch or another model",
+            )
+
+
+def _real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) != (batch, total):
+        raise InputError(
+            f"attention_mask has shape {list(attention_mask.shape)}, expected {[batch, total]}",
+            "give one entry for every past and new token, 1 where the token is real",
+        )
+    real = attention_mask.bool()
+    return None if bool(real.all()) else real
+
+
+def _positions(
+    interface: Interface, real: Tensor | None, past: int, batch: int, seq: int
+) -> Tensor:
+    if real is not None and interface.positions_from_mask:
+        counted = real.long().cumsum(1) - 1
+        return counted.clamp_min(-1 if interface.positions_from_mask else 0)[:, past:]
+    return torch.arange(past, past + seq).expand(batch, seq)
+
+
+def _mask(real: Tensor | None, past: int, seq: int, batch: int, empty_mask: bool) -> Tensor:
+    """Boolean `[batch, 1, seq, past + seq]`: each token attends to the real ones up to itself.
+
+    A token that is padding attends to itself alone: a row without any True would give NaN.
+    """
+    if real is None and empty_mask:
+        return torch.empty(0, dtype=torch.bool)
+    total = past + seq
+    causal = torch.ones(seq, total, dtype=torch.bool).tril(past)
+    if real is None:
+        return causal.expand(batch, 1, seq, total)
+    itself = torch.ones(seq, total, dtype=torch.bool).tril(past).triu(past)
+    return (causal & real[:, None, None, :]) | itself
+
+
+def _kept(logits_to_keep: int | Tensor, seq: int) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    if not logits_to_keep >= 0:
+        raise InputError(f"logits_to_keep is {logits_to_keep}", "give 0 for all, or a count")
+    return torch.arange(max(seq - logits_to_keep, 0) if logits_to_keep else 0, seq)

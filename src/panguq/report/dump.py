@@ -1,0 +1,4 @@
+class Dump:
+    @staticmethod
+    def open(*a):
+        return None

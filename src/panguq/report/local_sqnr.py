@@ -1,0 +1,72 @@
+"""How well each matmul does on its own: fed the float model's input, in dB."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir import interpret
+from panguq.ir.edit import label
+from panguq.passes.base import linears
+
+
+@dataclass(frozen=True)
+class MatmulReference:
+    """A matmul of the float graph on the probe: its input's label and value, and its output."""
+
+    input_label: str
+    input: Tensor
+    output: Tensor
+
+
+def sqnr_db(reference: Tensor, actual: Tensor) -> float:
+    """10 log10 of signal power over noise power; inf if equal, -inf if not finite."""
+    signal = reference.double().square().sum().item()
+    noise = (reference.double() - actual.double()).square().sum().item()
+    if not math.isfinite(noise):
+        return -math.inf
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def matmul_references(
+    gm: fx.GraphModule, probe: Mapping[str, Tensor]
+) -> dict[str, MatmulReference]:
+    """Input and output of every matmul of a float graph on the probe, by the matmul's label."""
+    matmuls = linears(gm)
+    wanted = {v for node in matmuls for v in (node, node.args[0])}
+    values = interpret.values(gm, probe, wanted)  # type: ignore[arg-type]
+    return {
+        label(node): MatmulReference(label(node.args[0]), values[node.args[0]], values[node])  # type: ignore[arg-type,index]
+        for node in matmuls
+    }
+
+
+def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) -> dict[str, float]:
+    """SQNR in dB of each referenced matmul of `gm`, computed from the reference's input.
+
+    A matmul whose input or output is not found under its label any more is left out.
+    """
+    nodes = {label(n): n for n in gm.graph.nodes}
+    result = {}
+    for name, reference in references.items():
+        start, end = nodes.get(reference.input_label), nodes.get(name)
+        if start is None or end is None:
+            continue
+        result[name] = sqnr_db(reference.output, _region(gm, start, end, reference.input))
+    return result
+
+
+def _region(gm: fx.GraphModule, start: fx.Node, end: fx.Node, value: Tensor) -> Tensor:
+    needed = interpret.ancestors([end], stop=[start])
+    environment: interpret.Environment = {start: value}
+    with torch.no_grad():
+        for node in gm.graph.nodes:
+            if node in needed and node is not start:
+                environment[node] = interpret.compute(gm, node, environment)
+    return environment[end]
