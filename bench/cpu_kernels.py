@@ -19,14 +19,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from panguq.kernels.cpu.dequantized_linear import dequantized_linear
 from panguq.kernels.cpu.int4_linear import (
     int4_kernel_scales,
     int4_kernel_weight,
     int4_linear,
-    int4_linear_dequantize,
 )
 from panguq.kernels.cpu.int8_linear import int8_linear
-from panguq.kernels.cpu.int8_weight_linear import int8_weight_linear, int8_weight_linear_dequantize
+from panguq.kernels.cpu.int8_weight_linear import int8_weight_linear
 from panguq.kernels.packing import pack_int4
 from panguq.kernels.quantize import quantize_per_token
 
@@ -80,13 +80,15 @@ def variants(n: int, k: int, warm: bool) -> dict[str, Callable[[torch.Tensor], o
         "float32": lambda x: F.linear(x, float_weight()),
         "int8_linear": lambda x: multiply(*ready(x)),
         "quantize_per_token + int8_linear": w8a8,
-        "int8_weight_linear": lambda x: int8_weight_linear(x, int8_weight(), weight_scale, None),
-        "int8_weight_linear_dequantize": lambda x: int8_weight_linear_dequantize(
-            x, int8_weight(), weight_scale, None
+        "int8_weight_linear (bytes)": lambda x: int8_weight_linear(
+            x, int8_weight(), weight_scale, None, len(x)
+        ),
+        "int8_weight_linear (converted)": lambda x: int8_weight_linear(
+            x, int8_weight(), weight_scale, None, 0
         ),
         "int4_linear": lambda x: int4_linear(x, int4_weight(), kernel_scales, GROUP_SIZE, None),
-        "int4_linear_dequantize": lambda x: int4_linear_dequantize(
-            x, canonical(), group_scale, None, GROUP_SIZE, None
+        "dequantized_linear": lambda x: dequantized_linear(
+            x, canonical(), group_scale, None, GROUP_SIZE, None, torch.bfloat16
         ),
     }
 

@@ -80,7 +80,8 @@ def smollm2_tokenizer(gguf_path: Path):
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    control = [AddedToken(t, special=True) for t, kind in zip(tokens, token_types) if kind == 3]
+    kinds = zip(tokens, token_types, strict=True)
+    control = [AddedToken(token, special=True) for token, kind in kinds if kind == 3]
     bpe.add_special_tokens(control)
 
     def token(name: str) -> str:

@@ -21,7 +21,11 @@ from panguq.ir.interpret import Environment, ancestors, last_uses
 
 TOLERANCE_IN_EPSILONS = 16
 PROBE_SIZES = {"batch": 2, "seq": 6, "past": 4, "kept": 3}
+# A site may change what a cache holds (v / s), so regions are proved without a past: what the
+# graph then appends to its own cache is part of the region.
+SITE_PROBE_SIZES = {**PROBE_SIZES, "past": 0}
 OTHER_SIZE = 4
+Sizes = Mapping[str, int]
 
 
 def _lift(value: Any) -> Any:
@@ -59,27 +63,26 @@ def evaluate(
     return {node: environment[node] for node in outputs}
 
 
-def probe_size(gm: fx.GraphModule, size: int | torch.SymInt) -> int:
+def probe_size(gm: fx.GraphModule, size: int | torch.SymInt, sizes: Sizes) -> int:
     """A small concrete value for a possibly symbolic size, the same in every tensor."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     names = gm.meta.get("symbol_names", {})
     expr = size.node.expr
-    sizes = {s: PROBE_SIZES.get(names.get(s, ""), OTHER_SIZE) for s in expr.free_symbols}
-    return int(expr.subs(sizes))
+    return int(expr.subs({s: sizes.get(names.get(s, ""), OTHER_SIZE) for s in expr.free_symbols}))
 
 
-def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator) -> Any:
+def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator, sizes: Sizes) -> Any:
     """A random value of the node's type: float64 normal, all-true mask, small integers."""
     val = node.meta["val"]
     if isinstance(val, torch.SymInt):
-        return probe_size(gm, val)
-    shape = tuple(probe_size(gm, s) for s in val.shape)
+        return probe_size(gm, val, sizes)
+    shape = tuple(probe_size(gm, s, sizes) for s in val.shape)
     if val.dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     if val.dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool).tril(shape[-1] - shape[-2])
-    high = min(PROBE_SIZES["seq"], *shape[-1:]) if node.target == "logit_positions" else 4
+    high = min(sizes["seq"], *shape[-1:]) if node.target == "logit_positions" else 4
     return torch.randint(0, max(high, 1), shape, generator=generator)
 
 
@@ -111,7 +114,7 @@ def prove_site(
     Raises NumericsError, naming the first output that differs, beyond the stated tolerance.
     """
     starts = [find_label(before, name) for name in inputs]
-    probe = {label(n): probe_value(before, n, generator) for n in starts}
+    probe = {label(n): probe_value(before, n, generator, SITE_PROBE_SIZES) for n in starts}
     sizes_before, sizes_after = _sizes(before), _sizes(after)
     old = evaluate(
         before,
@@ -139,7 +142,7 @@ def prove_whole(before: fx.GraphModule, after: fx.GraphModule, generator: torch.
     ]
     ends_before, ends_after = _results(before), _results(after)
     probe = {
-        str(n.target): probe_value(before, n, generator)
+        str(n.target): probe_value(before, n, generator, PROBE_SIZES)
         for n in before.graph.nodes
         if n.op == "placeholder"
     }
@@ -177,7 +180,7 @@ def _by_name(gm: fx.GraphModule, probe: Mapping[str, Tensor]) -> dict[fx.Node, T
 def _sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     """Values of the nodes that read a dynamic size, so that a region needs no inputs for them."""
     return {
-        n: probe_size(gm, n.meta["val"])
+        n: probe_size(gm, n.meta["val"], SITE_PROBE_SIZES)
         for n in gm.graph.nodes
         if n.op == "call_function" and isinstance(n.meta["val"], torch.SymInt)
     }

@@ -55,7 +55,8 @@ def values(
 ) -> dict[fx.Node, Any]:
     """The values of the `wanted` nodes for inputs given by placeholder name."""
     keep = set(wanted)
-    order = [n for n in gm.graph.nodes if n in ancestors(keep)]
+    needed = ancestors(keep)
+    order = [n for n in gm.graph.nodes if n in needed]
     freed = last_uses(order)
     environment: Environment = {}
     with torch.no_grad():

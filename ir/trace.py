@@ -9,6 +9,7 @@ and weights are read by `get_attr` under the names they have in the source model
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -50,7 +51,8 @@ class _CausalLM(nn.Module):
     ) -> tuple[Tensor, ...]:
         from panguq.kv_cache import layer_tensors, make_cache
 
-        past = [t for pair in zip(past_keys.unbind(0), past_values.unbind(0)) for t in pair]
+        layers = zip(past_keys.unbind(0), past_values.unbind(0), strict=True)
+        past = [tensor for pair in layers for tensor in pair]
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -127,13 +129,36 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
         input_shapes=_name_symbols(gm),
         float_dtype=str(dtype).removeprefix("torch."),
         vocab_size=int(config.vocab_size),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=_learned_positions(gm),
+        positions_from_mask=_numbers_real_tokens(skeleton),
         cache=tuple(
             CacheLayer(heads=heads, key_dim=int(head_dim), value_dim=int(head_dim))
             for _ in range(layers)
         ),
     )
     return gm, interface
+
+
+def _learned_positions(gm: fx.GraphModule) -> int | None:
+    """How many positions a table serves that `position_ids` look up, or None without a table."""
+    sizes = []
+    for node in gm.graph.nodes:
+        if node.target is not torch.ops.aten.embedding.default:
+            continue
+        index, offset = node.args[1], 0
+        while index.op == "call_function" and isinstance(index.args[0], fx.Node):
+            if index.target is torch.ops.aten.add.Tensor and isinstance(index.args[1], int):
+                offset += index.args[1]
+            index = index.args[0]
+        if index.target == "position_ids":
+            sizes.append(int(node.args[0].meta["val"].shape[0]) - offset)
+    return min(sizes, default=None)
+
+
+def _numbers_real_tokens(model: nn.Module) -> bool:
+    """Whether a position table of the model counts positions by the attention mask, as OPT's does."""
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    return any("attention_mask" in inspect.signature(t.forward).parameters for t in tables)
 
 
 def trace_module(
@@ -178,13 +203,21 @@ _WHAT_IS_SERVED = (
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+            exported = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+            if any(_writes(node) for node in exported.graph_module.graph.nodes):
+                exported = exported.run_decompositions({})  # writes in place become values
+            return exported
     except Exception as error:
+        source = module.model if isinstance(module, _CausalLM) else module
         raise TraceError(
-            f"cannot trace {_innermost_module(error, module)}: {_first_line(error)}",
+            f"cannot trace {_innermost_module(error, source)}: {_first_line(error)}",
             "the forward may depend on tensor values or fix a size; make it shape-polymorphic, "
             "or compile the part of the model that is. " + _WHAT_IS_SERVED,
         ) from error
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _first_line(error: BaseException) -> str:
@@ -291,7 +324,7 @@ def shape_of(gm: fx.GraphModule, node: fx.Node) -> tuple[str | int, ...]:
     spelled: dict[sympy.Expr, str] = gm.meta.setdefault("spelled_sizes", {})
 
     def spell(size: int | torch.SymInt) -> str | int:
-        if not isinstance(size, torch.SymInt):
+        if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
             return int(size)
         expr = size.node.expr
         if expr not in spelled:

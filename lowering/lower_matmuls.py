@@ -12,8 +12,13 @@ from torch import fx
 from panguq.errors import LoweringError
 from panguq.ir.edit import call, erase_unused, label, replace
 from panguq.ir.properties import Property
-from panguq.kernels.cpu import int4_linear, int8_linear, int8_weight_linear  # noqa: F401
-from panguq.lowering.candidates import MatmulProblem
+from panguq.kernels.cpu import (  # noqa: F401  (registers torch.ops.panguq_cpu.*)
+    dequantized_linear,
+    int4_linear,
+    int8_linear,
+    int8_weight_linear,
+)
+from panguq.lowering.candidates import MatmulProblem, Precision
 from panguq.lowering.select_kernel import Choice, select_kernel
 from panguq.lowering.targets import Target, find_target
 from panguq.passes.assign_schemes import AssignSchemes
@@ -32,7 +37,8 @@ class LowerMatmuls(Pass):
     - W8A16: `int8_weight_linear(x, codes, weight_scale)`.
     - W4A16: `int4_linear(x, kernel layout of the packed codes)`; the ops that bring the stored
       codes into the kernel's layout depend on weights alone and are run once, at loading.
-    A matmul that no integer kernel takes multiplies its dequantized weight, and says so.
+    A weight-only matmul that neither takes, or one that must not round to bfloat16
+    (`precision`), becomes `dequantized_linear`, which takes everything, and says so.
     """
 
     name: ClassVar[str] = "lower-matmuls"
@@ -40,6 +46,7 @@ class LowerMatmuls(Pass):
     establishes: ClassVar[frozenset[Property]] = frozenset({Property.LOWERED})
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
     target: str = "cpu"
+    precision: Precision = "bfloat16"
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """Fake-quant matmuls on integer codes; nothing where the recipe quantizes nothing."""
@@ -54,9 +61,10 @@ class LowerMatmuls(Pass):
             scheme = node.meta.get("scheme")
             if scheme is None or scheme.is_float:
                 continue
-            choice = choose(node, target)
+            choice = choose(node, target, self.precision)
             if choice.kernel == "dequantized_linear":
-                result.skip(node, "; ".join(f"{k}: {why}" for k, why in choice.losers))
+                others = "; ".join(f"{kernel}: {why}" for kernel, why in choice.losers)
+                result.skip(node, f"no integer kernel: {others}")
             lowered = _LOWERINGS[choice.kernel](node, choice)
             lowered.meta["scheme"] = scheme
             sources = list(node.all_input_nodes)
@@ -69,20 +77,21 @@ class LowerMatmuls(Pass):
         return result
 
 
-def choose(node: fx.Node, target: Target) -> Choice:
+def choose(node: fx.Node, target: Target, precision: Precision) -> Choice:
     """The kernel for this linear under its scheme."""
     n, k = node.args[1].meta["val"].shape  # type: ignore[union-attr]
-    return select_kernel(MatmulProblem(None, int(n), int(k), node.meta["scheme"]), target)
+    problem = MatmulProblem(None, int(n), int(k), node.meta["scheme"], precision)
+    return select_kernel(problem, target)
 
 
-def check_lowerable(gm: fx.GraphModule, target_name: str) -> None:
+def check_lowerable(gm: fx.GraphModule, lowering: LowerMatmuls) -> None:
     """Raises LoweringError if the target has no kernel for a scheme, before any calibration."""
-    target = find_target(target_name)
+    target = find_target(lowering.target)
     for node in linears(gm):
         scheme = node.meta.get("scheme")
         if scheme is not None and not scheme.is_float:
             try:
-                choose(node, target)
+                choose(node, target, lowering.precision)
             except LoweringError as error:
                 raise LoweringError(f"{label(node)}: {error.message}", error.hint) from None
 
@@ -133,16 +142,17 @@ def _int4(node: fx.Node, choice: Choice) -> fx.Node:
     return call(node, cpu.int4_linear.default, args, origin=node)
 
 
-def _int4_dequantize(node: fx.Node, choice: Choice) -> fx.Node:
-    unpacked, scale, zero_point, group_size, _ = node.args[1].args  # type: ignore[union-attr]
-    args = (node.args[0], unpacked.args[0], scale, zero_point, group_size, _bias(node))
-    return call(node, cpu.int4_linear_dequantize.default, args, origin=node)
+def _dequantized(node: fx.Node, choice: Choice) -> fx.Node:
+    codes, scale, zero_point, group_size, _ = node.args[1].args  # type: ignore[union-attr]
+    stored = codes.args[0] if codes.target is panguq.unpack_int4.default else codes
+    dtype = torch.float32 if choice.precision == "float32" else torch.bfloat16
+    args = (node.args[0], stored, scale, zero_point, group_size, _bias(node), dtype)
+    return call(node, cpu.dequantized_linear.default, args, origin=node)
 
 
 _LOWERINGS = {
     "int8_linear": _int8,
     "int8_weight_linear": _int8_weight,
-    "int8_weight_linear_dequantize": _int8_weight,
     "int4_linear": _int4,
-    "int4_linear_dequantize": _int4_dequantize,
+    "dequantized_linear": _dequantized,
 }

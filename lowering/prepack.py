@@ -1,4 +1,4 @@
-"""Run once what depends on stored weights alone: layouts that only the kernels of a machine know."""
+"""Run once what depends on stored weights alone: layouts that only a machine's kernels know."""
 
 from __future__ import annotations
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from panguq.errors import LoweringError
-from panguq.lowering.candidates import Candidate, MatmulProblem, cpu_candidates
+from panguq.lowering.candidates import Candidate, MatmulProblem, Precision, cpu_candidates
 from panguq.lowering.cost_model import M, cost_us, crossover_m
 from panguq.lowering.targets import Target
 
 DECODE_M, PREFILL_M = 1, 512
-FEW_AND_MANY = ("int8_weight_linear", "int8_weight_linear_dequantize")
+BYTES, CONVERTED = "int8_weight_linear", "int8_weight_linear (converted)"
 
 
 @dataclass(frozen=True)
 class Choice:
     """The winner, every candidate with its cost at decode and prefill, and the crossover.
 
-    `few_tokens` is the largest m for which the winner's few-token variant is cheaper.
+    `few_tokens`: up to this m the winner reads its weight as it is stored, beyond it converts the
+    weight first (only `int8_weight_linear` can do both).
     """
 
     kernel: str
+    precision: Precision
     few_tokens: int
     losers: tuple[tuple[str, str], ...]
     decode_us: float
@@ -44,12 +46,12 @@ def select_kernel(problem: MatmulProblem, target: Target) -> Choice:
     costs = {c.kernel: _costs(c, problem, target) for c in legal}
     kernel = min(costs, key=lambda name: sum(costs[name]))
     few_tokens = 0
-    if set(FEW_AND_MANY) <= costs.keys():  # the same stored bytes: switch by m at run time
-        kernel = FEW_AND_MANY[0]
-        few_tokens = crossover_m(*FEW_AND_MANY, problem, target)
+    if kernel == BYTES:
+        few_tokens = crossover_m(BYTES, CONVERTED, problem, target)
     losers = [(c.kernel, c.refusal or _describe(costs[c.kernel])) for c in candidates]
     return Choice(
         kernel=kernel,
+        precision=problem.precision,
         few_tokens=few_tokens,
         losers=tuple(entry for entry in losers if entry[0] != kernel),
         decode_us=costs[kernel][0],
@@ -58,14 +60,15 @@ def select_kernel(problem: MatmulProblem, target: Target) -> Choice:
 
 
 def _costs(candidate: Candidate, problem: MatmulProblem, target: Target) -> tuple[float, float]:
-    if candidate.kernel not in target.kernels:
-        candidate = Candidate("linear")
-    expression = cost_us(candidate.kernel, problem, target)
-    at = [
-        float(expression.subs(M, m)) if problem.m is None else float(expression)
-        for m in (DECODE_M, PREFILL_M)
-    ]
-    return at[0], at[1]
+    variants = [candidate.kernel]
+    if candidate.kernel == BYTES:
+        variants.append(CONVERTED)
+
+    def cheapest_us(m: int) -> float:
+        expressions = [cost_us(variant, problem, target) for variant in variants]
+        return min(float(expression.subs(M, m)) for expression in expressions)
+
+    return cheapest_us(DECODE_M), cheapest_us(PREFILL_M)
 
 
 def _describe(costs: tuple[float, float]) -> str:

@@ -34,12 +34,12 @@ class Target:
 CPU = Target(
     name="cpu",
     kernels={
-        "linear": KernelCost(25.0, 14.0, 42.0, 4.0),
-        "int8_linear": KernelCost(45.0, 12.0, 160.0, 1.0),
-        "int8_weight_linear": KernelCost(45.0, 12.0, 32.0, 1.0),
-        "int8_weight_linear_dequantize": KernelCost(60.0, 3.0, 85.0, 1.0),
-        "int4_linear": KernelCost(30.0, 10.0, 37.0, 0.5),
-        "int4_linear_dequantize": KernelCost(120.0, 0.25, 85.0, 0.5),
+        "linear": KernelCost(7.4, 10.4, 42.0, 4.0),
+        "int8_linear": KernelCost(29.0, 6.9, 157.0, 1.0),
+        "int8_weight_linear": KernelCost(36.0, 11.1, 33.0, 1.0),
+        "int8_weight_linear (converted)": KernelCost(59.0, 3.5, 80.0, 1.0),
+        "int4_linear": KernelCost(17.0, 15.6, 39.0, 0.5),
+        "dequantized_linear": KernelCost(41.0, 0.5, 78.0, 0.5),
     },
 )
 

@@ -2,5 +2,6 @@
 
 if __name__ != "panguq.passes":
     raise ImportError(
-        "this folder is the package panguq.passes; install panguq (pip install -e .) and import that"
+        "this folder is the package panguq.passes;"
+        " install panguq (pip install -e .) and import that"
     )

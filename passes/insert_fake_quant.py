@@ -25,7 +25,7 @@ SMALLEST_RANGE = 1e-12
 
 @dataclass(frozen=True)
 class InsertFakeQuant(Pass):
-    """Before: `y = linear(x, w)`.  After: `y = linear(dequantize(quantize(x)), dequantize(quantize(w)))`.
+    """Before: `linear(x, w)`.  After: `linear(dequantize(quantize(x)), dequantize(quantize(w)))`.
 
     - per tensor, static: `scale = (high - low) / (qmax - qmin)` and
       `zero_point = round(qmin - low / scale)` from the observed range, which is widened to hold

@@ -25,8 +25,8 @@ class QuantizeWeights(Pass):
 
     Round to nearest. `clip_search` first replaces the scales by those of least squared error
     over `steps` clip ratios from `smallest_ratio` to 1, each input weighted by the mean square of
-    its activations (`importance: activations`, needs calibrate) or not (`none`). Codes of 8 bits are
-    stored as int8 `[n, k]`, codes of 4 bits two to a byte, uint8 `[n, k / 2]`.
+    its activations (`importance: activations`, needs calibrate) or not (`none`). Codes of 8 bits
+    are stored as int8 `[n, k]`, codes of 4 bits two to a byte, uint8 `[n, k / 2]`.
     """
 
     name: ClassVar[str] = "quantize-weights"

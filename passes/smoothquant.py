@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -13,10 +13,10 @@ from torch import Tensor, fx
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.channels import KINDS, ScaleSite, find_scale_sites
 from panguq.ir.edit import get_tensor, label, set_tensor
-from panguq.ir.interpret import ensure_finite
 from panguq.ir.properties import Property
 from panguq.ir.sweep import sweep
 from panguq.passes.base import Pass, PassContext, PassResult, Site, Table
+from panguq.passes.observers import InputStatistics
 from panguq.suggest import did_you_mean
 
 SMALLEST = 1e-5  # clamps both w_j and s_j, as the reference code does
@@ -33,7 +33,7 @@ class SmoothQuant(Pass):
     Per site of `ir/channels.py` and channel j (kinds: norm_linear, value_output, up_down,
     linear_linear, embedding_linear), with tokens t and the linears that read the site:
 
-        a_j = max_t |X_tj|                        X [tokens, k], all calibration tokens
+        a_j = max_t |X_tj|                        X [tokens, k], plain calibration tokens
         w_j = max(max_i |W_ij|, 1e-5)             W [n, k], the largest over those linears
         s_j = max(a_j^alpha / w_j^(1-alpha), 1e-5)      s_j = 1 where a_j = 0
         source weight, bias  /= s                 norm weight [k], or rows of a linear [n, k]
@@ -45,6 +45,8 @@ class SmoothQuant(Pass):
     whose linears all have quantized activations are smoothed. Caches of `value_output` sites
     hold v / s. Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
 
+    Plain tokens are all but the few massive ones (`InputStatistics`), whose channels no scale
+    could tame. With `statistic: rms`, a_j and w_j are root mean squares instead of maxima.
     `alpha` moves more of the outliers into the weights as it grows; `alphas` overrides it for
     some kinds of site; `sites` lists the kinds to smooth.
     """
@@ -55,6 +57,7 @@ class SmoothQuant(Pass):
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
     alpha: float = 0.5
+    statistic: Literal["amax", "rms"] = "amax"
     sites: tuple[str, ...] = KINDS
     alphas: tuple[tuple[str, float], ...] = ()
 
@@ -74,22 +77,32 @@ class SmoothQuant(Pass):
         sites = self._choose(gm, ctx, result)
         if not sites:
             return result
-        observed = _activation_amax(gm, ctx, sites)
+        observed = self._observe(gm, ctx, sites)
         factors: Factors = defaultdict(dict)
         rows = []
         for site in sites:
             alpha = dict(self.alphas).get(site.kind, self.alpha)
-            act_amax = _per_channel(site, observed)
-            scale = smoothing_scale(act_amax, _weight_amax(gm, site, factors), alpha)
+            act_size = _per_channel(site, observed)
+            weight_size = _weight_size(gm, site, factors, self.statistic)
+            scale = smoothing_scale(act_size, weight_size, alpha)
             _add_factors(gm, site, scale, factors)
             spread = (scale.min().item(), scale.median().item(), scale.max().item())
-            amaxes = (act_amax.max().item(), (act_amax / scale).max().item())
-            rows.append((site.name, site.kind, site.channels, *spread, *amaxes))
+            largest = (act_size.max().item(), (act_size / scale).max().item())
+            rows.append((site.name, site.kind, site.channels, *spread, *largest))
         for weight, by_axis in factors.items():
             set_tensor(gm, weight, ctx.store.put(_folded(weight, get_tensor(gm, weight), by_axis)))
         result.changed = len(sites)
         result.sites = _regions(gm, sites)
-        columns = ("site", "kind", "channels", "min", "median", "max", "amax_before", "amax_after")
+        columns = (
+            "site",
+            "kind",
+            "channels",
+            "min",
+            "median",
+            "max",
+            "largest_before",
+            "largest_after",
+        )
         result.tables["scales"] = Table(columns, tuple(rows))
         return result
 
@@ -115,31 +128,26 @@ class SmoothQuant(Pass):
                 chosen.append(site)
         return chosen
 
+    def _observe(
+        self, gm: fx.GraphModule, ctx: PassContext, sites: Iterable[ScaleSite]
+    ) -> dict[fx.Node, Tensor]:
+        """The size of every channel of every smoothed linear's input, `[k]` each."""
+        inputs = {_input(consumer.linear) for site in sites for consumer in site.consumers}
+        seen = {value: InputStatistics(value.meta["val"].shape[-1]) for value in inputs}
+        sweep(gm, ctx.batches, inputs, lambda node, value: seen[node].add(value), ctx.progress)
+        if not all(statistics.tokens for statistics in seen.values()):
+            raise InputError("smoothquant saw no calibration tokens", "give calibration data")
+        if self.statistic == "rms":
+            return {value: s.plain_mean_square.sqrt() for value, s in seen.items()}
+        return {value: s.plain_amax for value, s in seen.items()}
 
-def smoothing_scale(act_amax: Tensor, weight_amax: Tensor, alpha: float) -> Tensor:
-    """s `[channels]` from the abs-maxima of activations and weights `[channels]`, in float64."""
-    weight_amax = weight_amax.double().clamp_min(SMALLEST)
-    act_amax = act_amax.double()
-    scale = (act_amax**alpha / weight_amax ** (1 - alpha)).clamp_min(SMALLEST)
-    return torch.where(act_amax == 0, 1.0, scale)
 
-
-def _activation_amax(
-    gm: fx.GraphModule, ctx: PassContext, sites: Iterable[ScaleSite]
-) -> dict[fx.Node, Tensor]:
-    """Abs-max over all calibration tokens of every smoothed linear's input, `[k]` each."""
-    inputs = {_input(consumer.linear) for site in sites for consumer in site.consumers}
-    amax: dict[fx.Node, Tensor] = {}
-
-    def observe(node: fx.Node, value: Tensor) -> None:
-        if value.numel():
-            now = value.detach().abs().flatten(0, -2).amax(0).double()
-            amax[node] = torch.maximum(amax[node], now) if node in amax else now
-
-    sweep(gm, ctx.batches, inputs, observe, ctx.progress)
-    if len(amax) < len(inputs):
-        raise InputError("smoothquant saw no calibration tokens", "give calibration data")
-    return amax
+def smoothing_scale(act_size: Tensor, weight_size: Tensor, alpha: float) -> Tensor:
+    """s `[channels]` from the sizes of activations and weights `[channels]`, in float64."""
+    weight_size = weight_size.double().clamp_min(SMALLEST)
+    act_size = act_size.double()
+    scale = (act_size**alpha / weight_size ** (1 - alpha)).clamp_min(SMALLEST)
+    return torch.where(act_size == 0, 1.0, scale)
 
 
 def _input(linear: fx.Node) -> fx.Node:
@@ -158,18 +166,20 @@ def _per_channel(site: ScaleSite, observed: dict[fx.Node, Tensor]) -> Tensor:
     return amax
 
 
-def _weight_amax(gm: fx.GraphModule, site: ScaleSite, factors: Factors) -> Tensor:
-    """Abs-max of the consumers' columns, as they are after the sites before this one."""
-    amax = torch.zeros(site.channels, dtype=torch.float64)
+def _weight_size(gm: fx.GraphModule, site: ScaleSite, factors: Factors, statistic: str) -> Tensor:
+    """Size of the consumers' columns, as they are after the sites before this one."""
+    size = torch.zeros(site.channels, dtype=torch.float64)
     for consumer in site.consumers:
         weight = get_tensor(gm, consumer.weight)
-        ensure_finite(consumer.weight, weight)
         by_axis = factors.get(consumer.weight, {})
         rows = by_axis.get(0)
-        magnitude = weight.abs() if rows is None else weight.abs() * rows[:, None].float()
-        columns = magnitude.amax(0).double() * by_axis.get(1, 1.0)
-        _scatter_amax(amax, consumer.channel, columns)
-    return amax
+        scaled = weight if rows is None else weight * rows[:, None].float()
+        if statistic == "rms":
+            columns = scaled.float().square().mean(0).sqrt().double()
+        else:
+            columns = scaled.abs().amax(0).double()
+        _scatter_amax(size, consumer.channel, columns * by_axis.get(1, 1.0))
+    return size
 
 
 def _add_factors(gm: fx.GraphModule, site: ScaleSite, scale: Tensor, factors: Factors) -> None:

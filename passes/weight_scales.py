@@ -62,9 +62,9 @@ def search_scale(
     """The scale (and zero point) of least weighted squared error over a grid of clip ratios.
 
     Every group chooses for itself: the ratio shrinks its range at both ends, and a symmetric
-    4-bit group also chooses which of its ends gets the code -8 (its scale may be negative). `importance`
-    `[k]` weighs each input's squared error by how large that input is, the diagonal of GPTQ's
-    Hessian; None weighs all alike. Result as `min_max_scale`.
+    4-bit group also chooses which of its ends gets the code -8 (its scale may be negative).
+    `importance` `[k]` weighs each input's squared error by how large that input is, the diagonal
+    of GPTQ's Hessian; None weighs all alike. Result as `min_max_scale`.
     """
     groups = weight.float().reshape(weight.shape[0], -1, group_size)
     weighting = None if importance is None else importance.float().reshape(-1, group_size)

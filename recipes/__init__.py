@@ -2,5 +2,6 @@
 
 if __name__ != "panguq.recipes":
     raise ImportError(
-        "this folder is the package panguq.recipes; install panguq (pip install -e .) and import that"
+        "this folder is the package panguq.recipes;"
+        " install panguq (pip install -e .) and import that"
     )

@@ -1,29 +1,24 @@
 """W4A16 on a CPU: float activations times 4-bit weights, one scale per group of inputs.
 
-`int4_linear` reads the kernel's own weight layout, `int4_linear_dequantize` panguq's canonical
-one. The kernel's layout depends on the machine's vector width: fold the packing ops when a model
-is loaded, never save what they return.
+PyTorch's kernel has a weight layout of its own, which depends on the machine's vector width: run
+the packing ops when a model is loaded, never save what they return.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from panguq.ir.opset import define_op
 from panguq.kernels.packing import unpack_int4
-from panguq.kernels.quantize import dequantize_weight
 
 NAMESPACE = "panguq_cpu"
 N_MULTIPLE = 16
 GROUP_SIZES = (32, 64, 128, 256)
-# Dequantized at a time, so that what lies between stays in the cache (4 times faster at n=k=4096).
-WEIGHTS_PER_PIECE = 2**20
 
 
 def refusal(m: int | None, n: int, k: int, group_size: int) -> str | None:
-    """Why `int4_linear` cannot do this matmul; the dequantizing op takes every even k."""
+    """Why `int4_linear` cannot do this matmul."""
     if group_size not in GROUP_SIZES:
         return f"group size {group_size} is none of {GROUP_SIZES}"
     if k % group_size:
@@ -108,63 +103,3 @@ def int4_linear(
     if bias is not None:
         result.add_(bias)
     return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
-
-
-def _fake_int4_linear_dequantize(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group_size: int,
-    bias: Tensor | None,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
-
-
-@define_op(
-    "int4_linear_dequantize(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point,"
-    " int group_size, Tensor? bias) -> Tensor",
-    fake=_fake_int4_linear_dequantize,
-    namespace=NAMESPACE,
-)
-def int4_linear_dequantize(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group_size: int,
-    bias: Tensor | None,
-) -> Tensor:
-    """The same matmul from canonical tensors, dequantized to bfloat16 first: for many tokens.
-
-    packed uint8 [n, k / 2]; scale float [n, k / group_size]; zero_point integer of the same shape
-    or None; bias float32 [n] or None. Any n and even k. Returns [..., n] in x's dtype.
-    """
-    tokens, rows = x.to(torch.bfloat16), max(1, WEIGHTS_PER_PIECE // x.shape[-1])
-    pieces = []
-    for start in range(0, packed.shape[0], rows):
-        piece = slice(start, start + rows)
-        codes, offset = (
-            unpack_int4(packed[piece]),
-            None if zero_point is None else zero_point[piece],
-        )
-        weight = dequantize_weight(codes, scale[piece], offset, group_size, torch.bfloat16)
-        pieces.append(F.linear(tokens, weight))
-    result = torch.cat(pieces, dim=-1).to(x.dtype)
-    return result if bias is None else result.add_(bias)
-
-
-def reference(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group_size: int,
-    bias: Tensor | None,
-) -> Tensor:
-    """What both ops approximate, in float64, from the canonical tensors."""
-    codes = unpack_int4(packed).to(torch.float64).view(packed.shape[0], -1, group_size)
-    offset = 0 if zero_point is None else zero_point.unsqueeze(-1)
-    weight = ((codes - offset) * scale.unsqueeze(-1)).flatten(1)
-    result = x.to(torch.float64) @ weight.t()
-    return (result if bias is None else result + bias).to(x.dtype)

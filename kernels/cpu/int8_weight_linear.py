@@ -18,7 +18,7 @@ ALIGNMENT_BYTES = 32
 
 
 def refusal(m: int | None, n: int, k: int) -> str | None:
-    """Why `int8_weight_linear` cannot do this matmul; the dequantizing op takes every shape."""
+    """Why no byte-reading kernel does this matmul; converting the weight takes every shape."""
     if k % K_MULTIPLE:
         return f"k={k} is not a multiple of {K_MULTIPLE}, the width of the kernel's loads"
     return None
@@ -38,50 +38,30 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _fake_int8_weight_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, few_tokens: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @define_op(
-    "int8_weight_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    "int8_weight_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias,"
+    " int few_tokens) -> Tensor",
     fake=_fake_int8_weight_linear,
     namespace=NAMESPACE,
 )
 def int8_weight_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, few_tokens: int
 ) -> Tensor:
-    """x @ (weight * weight_scale).T + bias, reading the weight as bytes: for few tokens.
+    """x @ (weight * weight_scale).T + bias, the weight read as bytes or converted first.
 
-    x float32 or bfloat16 [..., k], k a multiple of 16; weight int8 [n, k]; weight_scale float32
-    [n] or [n, 1]; bias float32 [n] or None. Returns [..., n] in x's dtype.
-    """
-    tokens = _aligned(x.reshape(-1, x.shape[-1]).to(torch.bfloat16))
-    # The kernel would round the scales to bfloat16; ones keep them out of it.
-    ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
-    result = torch._weight_int8pack_mm(tokens, _aligned(weight), ones)
-    return _scaled(result, weight_scale, bias, x)
-
-
-@define_op(
-    "int8_weight_linear_dequantize(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias)"
-    " -> Tensor",
-    fake=_fake_int8_weight_linear,
-    namespace=NAMESPACE,
-)
-def int8_weight_linear_dequantize(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    """The same matmul as `int8_weight_linear`, converting the weight first: for many tokens.
-
-    Any k; otherwise the same arguments. Holds a bfloat16 copy of the weight while it runs.
+    x float32 or bfloat16 [..., k]; weight int8 [n, k]; weight_scale float32 [n] or [n, 1]; bias
+    float32 [n] or None. Returns [..., n] in x's dtype. Up to `few_tokens` tokens the kernel that
+    reads bytes runs (k a multiple of 16); beyond, a bfloat16 copy of the weight is held meanwhile.
     """
     tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    return _scaled(F.linear(tokens, weight.to(torch.bfloat16)), weight_scale, bias, x)
-
-
-def reference(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """What both ops approximate, in float64."""
-    dequantized = weight.to(torch.float64) * weight_scale.reshape(-1, 1)
-    result = x.to(torch.float64) @ dequantized.t()
-    return (result if bias is None else result + bias).to(x.dtype)
+    if tokens.shape[0] > few_tokens:
+        return _scaled(F.linear(tokens, weight.to(torch.bfloat16)), weight_scale, bias, x)
+    # The kernel would round the scales to bfloat16; ones keep them out of it.
+    ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
+    result = torch._weight_int8pack_mm(_aligned(tokens), _aligned(weight), ones)
+    return _scaled(result, weight_scale, bias, x)

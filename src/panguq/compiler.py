@@ -67,7 +67,7 @@ def compile(
     """
     recipe = Recipe.of(recipe)
     passes = recipe.build()
-    lowering = LowerMatmuls(find_target(target).name)
+    lowering = LowerMatmuls(find_target(target).name, recipe.precision)
     check_order([*passes, lowering])
     progress = progress or terminal_progress()
 
@@ -81,7 +81,7 @@ def compile(
 
     described, rest = passes[:2], passes[2:]  # what is decided without data comes first
     _, held = run_pipeline(gm, described, ctx, instruments)
-    check_lowerable(gm, lowering.target)
+    check_lowerable(gm, lowering)
     calibrated = any(step.needs_calibration for step in passes)
     ctx.batches, source = _calibration_batches(gm, ctx, calibration, tokenizer, calibrated)
     ctx.probe = probe_of(ctx.batches, interface)

@@ -33,6 +33,7 @@ from pydantic import (
 
 from panguq.errors import RecipeError
 from panguq.ir.quant_spec import parse_scheme
+from panguq.lowering.candidates import Precision
 from panguq.pass_options import pass_from_entry, pass_to_entry
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass
@@ -80,7 +81,10 @@ def _build_passes(entries: object, info: ValidationInfo) -> object:
 
 
 class Recipe(BaseModel):
-    """Schemes by module glob and passes in order. In Python, `passes` may hold Pass instances."""
+    """Schemes by module glob and passes in order. In Python, `passes` may hold Pass instances.
+
+    `precision` is the least that lowered weight-only matmuls of a float32 model may multiply in.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -88,6 +92,7 @@ class Recipe(BaseModel):
     description: str = ""
     schemes: Annotated[dict[str, str], BeforeValidator(_check_schemes)] = Field(min_length=1)
     passes: Annotated[tuple[InstanceOf[Pass], ...], BeforeValidator(_build_passes)] = ()
+    precision: Precision = "bfloat16"
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:

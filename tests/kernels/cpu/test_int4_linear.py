@@ -6,13 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from panguq.kernels.cpu import int4_linear as module
+from panguq.kernels.cpu import dequantized_linear as module
+from panguq.kernels.cpu.dequantized_linear import dequantized_linear, reference
 from panguq.kernels.cpu.int4_linear import (
     int4_kernel_scales,
     int4_kernel_weight,
     int4_linear,
-    int4_linear_dequantize,
-    reference,
     refusal,
 )
 from panguq.kernels.packing import pack_int4, unpack_int4
@@ -47,6 +46,10 @@ def kernel_weight_of(packed, scale, zero_point, group_size):
     return (codes * rounded.unsqueeze(-1) + offset.unsqueeze(-1)).flatten(1)
 
 
+def run_dequantized(x, packed, scale, zero_point, group_size, bias, dtype=torch.bfloat16):
+    return dequantized_linear(x, packed, scale, zero_point, group_size, bias, dtype)
+
+
 def run_kernel(x, packed, scale, zero_point, group_size, bias):
     kernel_scales = int4_kernel_scales(scale, zero_point)
     return int4_linear(x, int4_kernel_weight(packed), kernel_scales, group_size, bias)
@@ -71,7 +74,7 @@ def test_every_shape(assert_close, m, n16, group_size, groups, symmetric):
     assert_close(expected, run_kernel(x, *weight, group_size, None), 45)
     rounded = dequantize_weight(unpack_int4(weight[0]), *weight[1:], group_size, torch.bfloat16)
     expected = (x.double() @ rounded.double().t()).float()
-    assert_close(expected, int4_linear_dequantize(x, *weight, group_size, None), 45)
+    assert_close(expected, run_dequantized(x, *weight, group_size, None), 45)
 
 
 @pytest.mark.parametrize("mean", [1, 10, 100])
@@ -97,11 +100,11 @@ def test_output_and_fake(assert_close, tokens, dtype, with_bias):
     bias = torch.randn(48) if with_bias else None
     expected = reference(x, *weight, 32, bias)
     assert_close(expected, run_kernel(x, *weight, 32, bias), 45)
-    assert_close(expected, int4_linear_dequantize(x, *weight, 32, bias), 45)
+    assert_close(expected, run_dequantized(x, *weight, 32, bias), 45)
     packed, scale, zero_point = weight
     kernel_weight, kernel_scales = int4_kernel_weight(packed), int4_kernel_scales(scale, zero_point)
     opcheck(int4_linear, (x, kernel_weight, kernel_scales, 32, bias))
-    opcheck(int4_linear_dequantize, (x, *weight, 32, bias))
+    opcheck(dequantized_linear, (x, *weight, 32, bias, torch.bfloat16))
 
 
 def test_packing_permutes_nibbles_and_its_fakes_agree():
@@ -125,11 +128,20 @@ def test_refusals_name_the_reason():
 def test_the_dequantizing_op_takes_what_the_kernel_refuses(assert_close):
     x, weight = tokens_with_outliers(16, 30), canonical(7, 30, 10, symmetric=False)
     expected = reference(x, *weight, 10, None)
-    assert_close(expected, int4_linear_dequantize(x, *weight, 10, None), 45)
+    assert_close(expected, run_dequantized(x, *weight, 10, None), 45)
 
 
 def test_a_weight_dequantized_in_pieces_gives_every_output(assert_close, monkeypatch):
     x, weight = tokens_with_outliers(16, 64), canonical(50, 64, 32, symmetric=False)
-    whole = int4_linear_dequantize(x, *weight, 32, None)
+    whole = run_dequantized(x, *weight, 32, None)
     monkeypatch.setattr(module, "WEIGHTS_PER_PIECE", 64 * 7)
-    assert_close(whole, int4_linear_dequantize(x, *weight, 32, None), 45)
+    assert_close(whole, run_dequantized(x, *weight, 32, None), 45)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float32_is_exact_to_float32(assert_close, bits):
+    packed, scale, zero_point = canonical(50, 64, 32, symmetric=False)
+    codes = packed if bits == 4 else unpack_int4(packed)
+    x = tokens_with_outliers(16, 64)
+    result = dequantized_linear(x, codes, scale, zero_point, 32, None, torch.float32)
+    assert_close(reference(x, codes, scale, zero_point, 32, None), result, 100)
