@@ -24,8 +24,10 @@ def _wide(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * (x / sqrt(mean(x^2) + eps))` over the last axis; x `[..., k]`, weight `[k]`."""
     wide = _wide(x)
-    inverse_rms = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (wide * inverse_rms).to(x.dtype)
+    # vector_norm sums the squares in one pass and without a copy of them.
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    normalized = (wide * mean_square.add_(eps).rsqrt_()).to(x.dtype)
+    return normalized.mul_(weight) if weight.dtype == x.dtype else weight * normalized
 
 
 @define_op(
@@ -37,9 +39,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x `[batch, heads, seq, d]`; cos and sin `[batch, seq, d]`.
     """
-    x1, x2 = x.chunk(2, dim=-1)
-    rotated = torch.cat((-x2, x1), dim=-1)
-    return x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    half = x.shape[-1] // 2
+    result = x * cos
+    result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    result[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return result
 
 
 @define_op(

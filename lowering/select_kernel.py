@@ -10,6 +10,8 @@ from panguq.lowering.cost_model import M, cost_us, crossover_m
 from panguq.lowering.targets import Target
 
 DECODE_M, PREFILL_M = 1, 512
+# What a served request is made of: one prompt, then this many tokens one by one.
+DECODE_STEPS = 256
 BYTES, CONVERTED = "int8_weight_linear", "int8_weight_linear (converted)"
 
 
@@ -30,7 +32,7 @@ class Choice:
 
 
 def select_kernel(problem: MatmulProblem, target: Target) -> Choice:
-    """The kernel of least cost over one decode and one prefill step.
+    """The kernel of least cost over one prompt of 512 tokens and 256 decoding steps.
 
     Raises LoweringError, with every candidate's refusal, if none is legal.
     """
@@ -44,7 +46,7 @@ def select_kernel(problem: MatmulProblem, target: Target) -> Choice:
             "choose another scheme for this matmul in the recipe",
         )
     costs = {c.kernel: _costs(c, problem, target) for c in legal}
-    kernel = min(costs, key=lambda name: sum(costs[name]))
+    kernel = min(costs, key=lambda name: DECODE_STEPS * costs[name][0] + costs[name][1])
     few_tokens = 0
     if kernel == BYTES:
         few_tokens = crossover_m(BYTES, CONVERTED, problem, target)
