@@ -30,9 +30,9 @@ from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
 from panguq.lowering.targets import find_target
 from panguq.passes.base import PassContext, Progress
-from panguq.passes.pipeline import check_order, run_pipeline
+from panguq.passes.pipeline import Instrument, check_order, run_pipeline
 from panguq.recipe import Recipe
-from panguq.report.dump import Dump
+from panguq.report.dump import Dump, chosen_folder
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
 
@@ -67,6 +67,7 @@ def compile(
     """
     recipe = Recipe.of(recipe)
     passes = recipe.build()
+    dump_folder = chosen_folder(dump_dir)
     lowering = LowerMatmuls(find_target(target).name, recipe.precision)
     check_order([*passes, lowering])
     progress = progress or terminal_progress()
@@ -74,10 +75,10 @@ def compile(
     gm, interface = trace(model, example_inputs, dtype)
     ctx = PassContext(interface=interface, store=WeightStore(), seed=seed, progress=progress)
     quality = Quality(ctx)
-    dump = Dump.open(dump_dir, recipe, seed, target, ctx)
-    instruments = [quality, *([dump] if dump else [])]
+    dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries)
+    instruments: list[Instrument] = [quality, *([dump] if dump else [])]
     if dump:
-        dump.traced(gm)
+        dump.traced(gm, model)
 
     described, rest = passes[:2], passes[2:]  # what is decided without data comes first
     _, held = run_pipeline(gm, described, ctx, instruments)

@@ -1,0 +1,51 @@
+"""Run a pass that failed once more, on what the dump says it was given."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from panguq.errors import StorageError
+from panguq.ir.properties import Property
+from panguq.ir.value_types import restore_types
+from panguq.ir.weight_store import WeightStore
+from panguq.lowering.lower_matmuls import LowerMatmuls
+from panguq.pass_options import make_pass
+from panguq.passes import pipeline
+from panguq.passes.base import Pass, PassContext
+from panguq.report import node_metadata
+from panguq.report.dump_files import COMPILE_AGAIN, PROBE, STAGE_JSON, StageInfo
+from panguq.report.dump_reader import DumpReader
+
+
+def rerun_failed(reader: DumpReader, stage: str) -> fx.GraphModule:
+    """The graph after the failed pass, if it goes well this time; else what it raises."""
+    info = reader.stage(stage)
+    step = _pass_of(reader, stage, info)
+    gm = reader.graph(stage)
+    restore_types(gm, reader.info.interface)
+    if info.metadata is not None:
+        node_metadata.restore(gm, info.metadata, reader.metadata(stage))
+    ctx = PassContext(
+        interface=reader.info.interface,
+        store=WeightStore(),
+        batches=reader.batches(stage),
+        probe=reader.probe() if (reader.path / PROBE).exists() else None,
+        seed=reader.info.seed,
+    )
+    held = frozenset(held for held in Property if held.name in info.holds)
+    pipeline.run_pipeline(gm, [step], ctx, first_index=info.index, held=held)
+    return gm
+
+
+def _pass_of(reader: DumpReader, stage: str, info: StageInfo) -> Pass:
+    kinds: tuple[type[Pass], ...] = (*pipeline.PASSES, LowerMatmuls)
+    known = {kind.name: kind for kind in kinds}
+    if info.name not in known:
+        raise StorageError(
+            f"{reader.path / stage / STAGE_JSON}: this panguq has no pass {info.name}",
+            "register the pass, or read the graph that it was given with `panguq show`",
+        )
+    where = f"{reader.path / stage / STAGE_JSON}: {info.name}"
+    if not isinstance(info.options, dict):
+        raise StorageError(f"{where} has no options", COMPILE_AGAIN)
+    return make_pass(known[info.name], info.options, where)
