@@ -178,7 +178,7 @@ def _product(walk: Walk, node: fx.Node) -> None:
     if len(scaled) > 1:
         walk.stop(node, "multiplies the scale with itself")
     if len(scaled) == 1:
-        walk.carry(node, walk.layouts[scaled[0]].padded(len(val_shape(node))))  # type: ignore[index]
+        walk.carry(node, walk.layouts[scaled[0]].padded(len(val_shape(node))))
     elif len(factors) == 1:
         _tie(walk, node, factors[0], lambda x: x, lambda x: x)
     else:

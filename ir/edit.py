@@ -9,6 +9,7 @@ Weights are buffers of the GraphModule, read by `get_attr` nodes whose target is
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -119,6 +120,13 @@ def set_tensor(gm: torch.nn.Module, name: str, tensor: Tensor) -> None:
         owner.register_buffer(leaf, tensor)
 
 
+def free_name(gm: fx.GraphModule, name: str) -> str:
+    """`name`, with an ordinal if a weight is called so already."""
+    taken = {buffer for buffer, _ in gm.named_buffers(remove_duplicate=False)}
+    numbered = (f"{name}_{ordinal}" for ordinal in itertools.count(1))
+    return name if name not in taken else next(n for n in numbered if n not in taken)
+
+
 def tensor_node(before: fx.Node, name: str, tensor: Tensor) -> fx.Node:
     """Store `tensor` as weight `name` and insert the `get_attr` that reads it."""
     graph = before.graph
@@ -179,7 +187,8 @@ def finish(gm: fx.GraphModule) -> None:
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
     """A second graph that shares the weights' storage with the first."""
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, mapping := {})
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
     last = graph.output(output)
     last.meta = dict(next(reversed(gm.graph.nodes)).meta)
     for old, new in mapping.items():

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import NumericsError
-from panguq.ir.edit import find_label, get_tensor, label
-from panguq.ir.interpret import Environment, ancestors, last_uses
+from panguq.ir.edit import find_label, get_tensor, label, weights_of
+from panguq.ir.interpret import Environment, ancestors, ensure_finite, last_uses
 
 TOLERANCE_IN_EPSILONS = 16
 PROBE_SIZES = {"batch": 2, "seq": 6, "past": 4, "kept": 3}
@@ -45,22 +45,27 @@ def evaluate(
     order = [n for n in gm.graph.nodes if n in needed]
     freed = last_uses(order)
     environment: Environment = {}
+
+    def value(node: fx.Node) -> Any:
+        """A weight is lifted where it is read and kept nowhere: all at once are twice the model."""
+        if node.op == "get_attr" and node not in environment:
+            return _lift(get_tensor(gm, str(node.target)))
+        return environment[node]
+
     with torch.no_grad():
         for node in order:
             if node in inputs:
                 environment[node] = _lift(inputs[node])
-            elif node.op == "get_attr":
-                environment[node] = _lift(get_tensor(gm, str(node.target)))
-            else:
-                args = fx.map_arg(node.args, lambda n: environment[n])
+            elif node.op != "get_attr":
+                args = fx.map_arg(node.args, value)
                 lifted = tuple(_lift(a) for a in args)
-                kwargs = fx.map_arg(node.kwargs, lambda n: environment[n])
+                kwargs = fx.map_arg(node.kwargs, value)
                 assert callable(node.target)
                 environment[node] = node.target(*lifted, **{k: _lift(v) for k, v in kwargs.items()})
             for source in freed.get(node, ()):
                 if source not in outputs:
                     environment.pop(source, None)
-    return {node: environment[node] for node in outputs}
+    return {node: value(node) for node in outputs}
 
 
 def probe_size(gm: fx.GraphModule, size: int | torch.SymInt, sizes: Sizes) -> int:
@@ -92,9 +97,16 @@ def _weight_epsilon(gm: fx.GraphModule) -> float:
 
 
 def _difference(before: Tensor, after: Tensor) -> float:
-    """Largest difference relative to the largest reference value; inf where shapes differ."""
+    """Largest difference relative to the largest reference value; inf where shapes differ.
+
+    An infinity, as masks hold it, must stay the same infinity; a NaN is always a difference.
+    """
     if before.shape != after.shape:
         return math.inf
+    finite = before.isfinite()
+    if not torch.equal(before[~finite], after[~finite]):
+        return math.inf
+    before, after = before[finite], after[finite]
     if before.numel() == 0:
         return 0.0
     scale = before.abs().max().item() or 1.0
@@ -128,7 +140,7 @@ def prove_site(
     )
     bound = TOLERANCE_IN_EPSILONS * _weight_epsilon(after)
     pairs = [(name, x, y) for name, x, y in zip(outputs, old.values(), new.values(), strict=True)]
-    return _judge(pairs, bound)
+    return _judge(pairs, bound, before)
 
 
 def prove_whole(before: fx.GraphModule, after: fx.GraphModule, generator: torch.Generator) -> float:
@@ -152,14 +164,17 @@ def prove_whole(before: fx.GraphModule, after: fx.GraphModule, generator: torch.
     )
     pairs = [(label(new_nodes[n.name]), old[n], new[new_nodes[n.name]]) for n in shared]
     pairs += [(label(y), old[x], new[y]) for x, y in zip(ends_before, ends_after, strict=True)]
-    return _judge(pairs, TOLERANCE_IN_EPSILONS * _weight_epsilon(after))
+    return _judge(pairs, TOLERANCE_IN_EPSILONS * _weight_epsilon(after), before)
 
 
-def _judge(pairs: list[tuple[str, Tensor, Tensor]], bound: float) -> float:
+def _judge(pairs: list[tuple[str, Tensor, Tensor]], bound: float, before: fx.GraphModule) -> float:
     worst = 0.0
     for name, x, y in pairs:
         difference = _difference(x.double(), y.double())
         if difference > bound:
+            if not x.isfinite().all():  # no fault of the rewrite
+                for weight, tensor in weights_of(before).items():
+                    ensure_finite(weight, tensor)
             raise NumericsError(
                 f"{name} changed by {difference:.3g} of its largest value in float64; "
                 f"rounding explains at most {bound:.3g}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -92,6 +93,20 @@ def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
         )
 
 
+def _is_broken(node: fx.Node, value: Any, environment: Environment) -> bool:
+    """Whether this value is not finite, other than by the -inf of a mask that it was given."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if torch.isfinite(value).all():
+        return False
+    given = [environment[source] for source in node.all_input_nodes]
+    masks = -math.inf in node.args or any(
+        isinstance(x, Tensor) and x.is_floating_point() and bool((x == -math.inf).any())
+        for x in given
+    )
+    return not masks or not bool((torch.isfinite(value) | (value == -math.inf)).all())
+
+
 def first_non_finite(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> str | None:
     """The label of the first node that yields NaN or Inf on these inputs, if any."""
     order = [n for n in gm.graph.nodes if n.op != "output"]
@@ -103,8 +118,7 @@ def first_non_finite(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> str | 
                 environment[node] = inputs[str(node.target)]
             else:
                 value = environment[node] = compute(gm, node, environment)
-                floating = isinstance(value, Tensor) and value.is_floating_point()
-                if floating and not torch.isfinite(value).all():
+                if _is_broken(node, value, environment):
                     return label(node)
             for source in freed.get(node, ()):
                 del environment[source]

@@ -42,8 +42,10 @@ class QuantSpec:
         """Inputs per scale for a weight with k inputs.
 
         Where `group_size` does not divide k, the largest of 64 and 32 that does; k itself per
-        channel. Raises ValueError if none of them divides k.
+        channel. Raises ValueError if none of them divides k, and for 4-bit codes of odd k.
         """
+        if self.bits == 4 and k % 2:
+            raise ValueError(f"k = {k} is odd, and 4-bit codes are stored in pairs")
         if self.granularity != "per_group":
             return k
         assert self.group_size is not None

@@ -34,6 +34,10 @@ def sweep(
         {n: batch[str(n.target)] for n in needed if n.op == "placeholder"} for batch in batches
     ]
     with torch.no_grad():
+        for environment in environments:
+            for node in watch & environment.keys():
+                ensure_finite(label(node), environment[node], "activation")
+                observe(node, environment[node])
         for done, step in enumerate(steps):
             progress("calibration sweep", done, len(steps))
             weights: dict[fx.Node, Any] = {}

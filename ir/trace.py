@@ -78,7 +78,7 @@ def _fake_mode_of(model: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def is_causal_lm(model: nn.Module) -> bool:
+def is_causal_lm(model: Any) -> bool:
     """Whether this is a transformers model that continues token sequences from a cache."""
     return hasattr(model, "config") and hasattr(model, "generate") and model.can_generate()
 
@@ -156,7 +156,7 @@ def _learned_positions(gm: fx.GraphModule) -> int | None:
 
 
 def _numbers_real_tokens(model: nn.Module) -> bool:
-    """Whether a position table of the model counts positions by the attention mask, as OPT's does."""
+    """Whether a position table counts positions by the attention mask, as OPT's does."""
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
     return any("attention_mask" in inspect.signature(t.forward).parameters for t in tables)
 
@@ -176,7 +176,11 @@ def trace_module(
                 f"size at least 2: {getattr(example, 'shape', type(example).__name__)}",
                 "sizes 0 and 1 would be baked into the graph; give a larger example",
             )
-    dynamic = tuple({d: Dim.AUTO for d in range(e.dim())} for e in example_inputs)
+    dynamic: tuple[Any, ...] = tuple({d: Dim.AUTO for d in range(e.dim())} for e in example_inputs)
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # `*inputs` is one argument to export
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        dynamic = (*dynamic[:named], dynamic[named:])
     exported = _export(skeleton_of(model), tuple(example_inputs), dynamic)
     gm = _unlift(exported, strip="", split={})
     results = next(reversed(gm.graph.nodes)).args[0]
@@ -184,12 +188,12 @@ def trace_module(
     interface = Interface(
         kind="module",
         inputs=tuple(str(n.target) for n in gm.graph.nodes if n.op == "placeholder"),
-        outputs=tuple(f"output_{i}" for i in range(len(results))),  # type: ignore[arg-type]
+        outputs=tuple(f"output_{i}" for i in range(len(results))),
         input_shapes=_name_symbols(gm),
         float_dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
         returns="tensor"
         if isinstance(exported.module_call_graph[0].signature, type(None))
-        or exported.call_spec.out_spec.is_leaf()  # type: ignore[union-attr]
+        or exported.call_spec.out_spec.is_leaf()
         else "tuple",
     )
     return gm, interface
@@ -272,7 +276,7 @@ def _unlift(exported: ExportedProgram, strip: str, split: dict[str, str]) -> fx.
             continue
         elif node.args and node.args[0] in stacks:  # a size of the stack is one of its parts'
             part = mapping[in_layer_order[0]]
-            mapping[node] = graph.call_function(_SIZE, (part, int(node.args[1]) - 1))  # type: ignore[arg-type]
+            mapping[node] = graph.call_function(_SIZE, (part, int(node.args[1]) - 1))
             mapping[node].meta = {"val": node.meta["val"], "module_path": ""}
         elif node.op == "output":
             graph.output(tuple(mapping[n] for n in node.args[0]))

@@ -48,6 +48,6 @@ class WeightStore:
         finally:
             os.close(handle)
             os.unlink(path)
-        mapped = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
+        mapped = torch.empty(0, dtype=tensor.dtype).set_(storage).view(tensor.shape)
         mapped.copy_(tensor)
         return mapped

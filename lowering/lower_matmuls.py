@@ -79,7 +79,7 @@ class LowerMatmuls(Pass):
 
 def choose(node: fx.Node, target: Target, precision: Precision) -> Choice:
     """The kernel for this linear under its scheme."""
-    n, k = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    n, k = node.args[1].meta["val"].shape
     problem = MatmulProblem(None, int(n), int(k), node.meta["scheme"], precision)
     return select_kernel(problem, target)
 
@@ -108,8 +108,8 @@ def _bias(node: fx.Node) -> Any:
 
 def _int8(node: fx.Node, choice: Choice) -> fx.Node:
     dequantize, weight = node.args[:2]
-    codes, act_scale, zero_point, dtype = dequantize.args  # type: ignore[union-attr]
-    weight_codes, weight_scale = weight.args[:2]  # type: ignore[union-attr]
+    codes, act_scale, zero_point, dtype = dequantize.args
+    weight_codes, weight_scale = weight.args[:2]
     sums = None
     if zero_point is not None:
         sums = call(
@@ -120,13 +120,13 @@ def _int8(node: fx.Node, choice: Choice) -> fx.Node:
 
 
 def _int8_weight(node: fx.Node, choice: Choice) -> fx.Node:
-    codes, scale = node.args[1].args[:2]  # type: ignore[union-attr]
+    codes, scale = node.args[1].args[:2]
     args = (node.args[0], codes, scale, _bias(node), choice.few_tokens)
     return call(node, cpu.int8_weight_linear.default, args, origin=node)
 
 
 def _int4(node: fx.Node, choice: Choice) -> fx.Node:
-    unpacked, scale, zero_point, group_size, _ = node.args[1].args  # type: ignore[union-attr]
+    unpacked, scale, zero_point, group_size, _ = node.args[1].args
     packed = unpacked.args[0]
     weight = call(
         node, cpu.int4_kernel_weight.default, (packed,), origin=node, suffix=".kernel_weight"
@@ -143,7 +143,7 @@ def _int4(node: fx.Node, choice: Choice) -> fx.Node:
 
 
 def _dequantized(node: fx.Node, choice: Choice) -> fx.Node:
-    codes, scale, zero_point, group_size, _ = node.args[1].args  # type: ignore[union-attr]
+    codes, scale, zero_point, group_size, _ = node.args[1].args
     stored = codes.args[0] if codes.target is panguq.unpack_int4.default else codes
     dtype = torch.float32 if choice.precision == "float32" else torch.bfloat16
     args = (node.args[0], stored, scale, zero_point, group_size, _bias(node), dtype)

@@ -38,7 +38,7 @@ class AssignSchemes(Pass):
         for node in linears(gm):
             scheme, reason = self.choose(node)
             if scheme.weight is not None:
-                k = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+                k = node.args[1].meta["val"].shape[1]
                 try:
                     group_size = scheme.weight.group_size_for(k)
                 except ValueError as error:
@@ -90,13 +90,13 @@ class AssignSchemes(Pass):
 def gives_logits(node: fx.Node) -> bool:
     """Whether this node is the graph's first output."""
     output = next(reversed(node.graph.nodes))
-    return output.args[0][0] is node  # type: ignore[index]
+    return output.args[0][0] is node
 
 
 def _check_siblings(gm: fx.GraphModule) -> None:
     readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in linears(gm):
-        readers[node.args[0]].append(node)  # type: ignore[index]
+        readers[node.args[0]].append(node)
     for siblings in readers.values():
         names = {module_path(n): n.meta["scheme"].name for n in siblings}
         if len(set(names.values())) > 1:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from panguq.ir.edit import label
 from panguq.ir.interface import Interface
-from panguq.ir.properties import Property
+from panguq.ir.properties import Property as Property
 from panguq.ir.weight_store import WeightStore
 
 

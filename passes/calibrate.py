@@ -47,11 +47,11 @@ class Calibrate(Pass):
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in linears(gm):
             if not node.meta["scheme"].is_float:
-                readers[node.args[0]].append(node)  # type: ignore[index]
+                readers[node.args[0]].append(node)
         if readers and not ctx.batches:
             raise InputError("there is no calibration data", "give calibration=, or a text file")
         statistics = {
-            value: InputStatistics(value.meta["val"].shape[-1], _column_energy(gm, nodes))
+            value: InputStatistics(int(value.meta["val"].shape[-1]), _column_energy(gm, nodes))
             for value, nodes in readers.items()
         }
 
@@ -85,8 +85,8 @@ class Calibrate(Pass):
             plain = f"{float(seen.plain_amax.max()):.6g}"
             ratio = f"{seen.channel_ratio:.1f}"
             rows.append((label(value), len(nodes), amax, plain, massive, ratio, low, high, quality))
-        columns = ("value", "readers", "amax", "plain_amax", "massive_tokens", "channel_ratio")
-        columns += ("low", "high", "input_sqnr_db")
+        seen_columns = ("value", "readers", "amax", "plain_amax", "massive_tokens", "channel_ratio")
+        columns = (*seen_columns, "low", "high", "input_sqnr_db")
         result.tables["ranges"] = Table(columns, tuple(rows))
         return result
 
@@ -95,7 +95,7 @@ def _column_energy(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor | None:
     """What an error in each input channel costs its static readers: sum of w^2, `[k]`."""
     if static_spec(nodes) is None:
         return None
-    weights = [get_tensor(gm, str(n.args[1].target)) for n in nodes]  # type: ignore[union-attr]
+    weights = [get_tensor(gm, str(n.args[1].target)) for n in nodes]
     return torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
 
 

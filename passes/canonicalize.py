@@ -85,23 +85,25 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 
 def _same_value(node: fx.Node) -> fx.Node:
-    return node.args[0]  # type: ignore[return-value]
+    return node.args[0]
 
 
 def _cast_to_same_dtype(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
-    return source if _dtype(node) == _dtype(source) else None  # type: ignore[arg-type,return-value]
+    return source if _dtype(node) == _dtype(source) else None
 
 
 def _full_slice(node: fx.Node) -> fx.Node | None:
     source, _, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]
     whole = start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62))
-    return source if whole and step == 1 else None  # type: ignore[return-value]
+    return source if whole and step == 1 else None
 
 
 def _times_one(node: fx.Node) -> fx.Node | None:
     left, right = node.args
-    return left if right == 1.0 and isinstance(right, (int, float)) else None  # type: ignore[return-value]
+    if not isinstance(right, (int, float)) or right != 1.0 or _dtype(node) != _dtype(left):
+        return None
+    return left
 
 
 def _dropout(node: fx.Node) -> fx.Node | None:
@@ -125,7 +127,7 @@ def _read_sizes_from_inputs(gm: fx.GraphModule) -> None:
                 if isinstance(size, torch.SymInt):
                     first.setdefault(size.node.expr, (p, d))
     readers: dict[Any, fx.Node] = {}
-    body = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1:]
     for node in list(gm.graph.nodes):
         if node.target is aten.sym_size.int and isinstance(node.meta["val"], torch.SymInt):
             expr = node.meta["val"].node.expr
@@ -133,9 +135,10 @@ def _read_sizes_from_inputs(gm: fx.GraphModule) -> None:
                 continue
             if expr not in readers:
                 source, dim = first[expr]
-                with gm.graph.inserting_before(body):
+                with gm.graph.inserting_after(last[0]):
                     readers[expr] = gm.graph.call_function(aten.sym_size.int, (source, dim))
                 readers[expr].meta.update(val=node.meta["val"], module_path="")
+                last = [readers[expr]]
             replace(node, readers[expr])
 
 
@@ -143,7 +146,9 @@ def _read_sizes_from_inputs(gm: fx.GraphModule) -> None:
 
 
 def _linear(node: fx.Node, x: Any, weight: Any, bias: Any) -> fx.Node | None:
-    if weight.op != "get_attr" or (bias is not None and bias.op != "get_attr"):
+    if weight.op != "get_attr" or len(weight.meta["val"].shape) != 2:
+        return None
+    if bias is not None and (bias.op != "get_attr" or len(bias.meta["val"].shape) != 1):
         return None
     gm = node.graph.owning_module
     assert gm is not None
@@ -203,7 +208,7 @@ def _rms_norm(node: fx.Node) -> fx.Node | None:
 
 def _torch_rms_norm(node: fx.Node) -> fx.Node | None:
     x, shape, weight, eps = (*node.args, None, None)[:4]
-    if weight is None or eps is None or len(shape) != 1:  # type: ignore[arg-type]
+    if weight is None or eps is None or len(shape) != 1:
         return None
     return call(node, panguq.rms_norm.default, (x, weight, eps), origin=node)
 
@@ -211,12 +216,14 @@ def _torch_rms_norm(node: fx.Node) -> fx.Node | None:
 def _rotary(node: fx.Node) -> fx.Node | None:
     """Anchored at the sum `x * cos + rotate_half(x) * sin`."""
     direct, rotated = node.args[:2]
-    if not (_is(direct, aten.mul.Tensor) and _is(rotated, aten.mul.Tensor)):
+    if node.kwargs or not (_is(direct, aten.mul.Tensor) and _is(rotated, aten.mul.Tensor)):
         return None
     (x, cos), (halves, sin) = direct.args, rotated.args
     if not all(_is(t, aten.unsqueeze.default) and t.args[1] == 1 for t in (cos, sin)):
         return None
-    if not _is(halves, aten.cat.default) or halves.args[1] not in (-1, 3):
+    if not _is(halves, aten.cat.default) or halves.args[1:] not in ((-1,), (3,)):
+        return None
+    if len(halves.args[0]) != 2:
         return None
     negated, first = halves.args[0]
     if not _is(negated, aten.neg.default):
@@ -233,7 +240,7 @@ def _rotary(node: fx.Node) -> fx.Node | None:
 def _swiglu(node: fx.Node) -> fx.Node | None:
     for gate, up in (node.args, node.args[::-1]):
         if _is(gate, aten.silu.default) and isinstance(up, fx.Node):
-            if gate.meta["val"].shape != up.meta["val"].shape:
+            if gate.meta["val"].shape != up.meta["val"].shape or _dtype(gate) != _dtype(up):
                 return None
             return call(node, panguq.swiglu.default, (gate.args[0], up), origin=node)
     return None
@@ -267,15 +274,19 @@ def _attention(node: fx.Node) -> fx.Node | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, key, value, mask = (given.get(name) for name in names[:4])
-    q, k = query.meta["val"], key.meta["val"]  # type: ignore[union-attr]
+    q, k = query.meta["val"], key.meta["val"]
     if given.get("dropout_p", 0.0) != 0.0 or q.dim() != 4:
+        return None
+    scale = given.get("scale")
+    if scale is None and isinstance(q.shape[3], int):
+        scale = q.shape[3] ** -0.5
+    if not isinstance(scale, float):  # it follows from a dynamic size
         return None
     if mask is None:
         if not given.get("is_causal") or q.shape[2] != k.shape[2]:
             return None
         name = f"{module_path(node) or 'attention'}.causal_mask"
         mask = tensor_node(node, name, torch.empty(0, dtype=torch.bool))
-    scale = given.get("scale") or q.shape[3] ** -0.5
     groups = _repeats(key)
     if groups > 1:
         key, value = _unrepeated(key, groups), _unrepeated(value, groups)

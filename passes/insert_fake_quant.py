@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from panguq.ir.edit import call, get_tensor, label, module_path, tensor_node
+from panguq.ir.edit import call, free_name, get_tensor, label, module_path, tensor_node
 from panguq.ir.interpret import ensure_finite
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
@@ -54,18 +54,18 @@ class InsertFakeQuant(Pass):
             if scheme.is_float:
                 continue
             if scheme.activation is not None:
-                source: fx.Node = node.args[0]  # type: ignore[assignment]
+                source: fx.Node = node.args[0]
                 key = (source, scheme.activation)
                 if key not in quantized:
                     quantized[key] = _quantize_input(node, source, scheme.activation)
                 node.update_arg(0, quantized[key])
-            shared = (str(node.args[1].target), scheme.weight)  # type: ignore[union-attr]
+            shared = (str(node.args[1].target), scheme.weight)
             if shared not in weights:
                 clash = any(name == shared[0] for name, _ in weights)
                 stem = f"{shared[0]}.{scheme.name}" if clash else shared[0]
                 weights[shared] = _quantize_stored_weight(gm, ctx, node, scheme.weight, stem)
             node.update_arg(1, weights[shared])
-            scale = get_tensor(gm, str(weights[shared].args[1].target))  # type: ignore[union-attr]
+            scale = get_tensor(gm, str(weights[shared].args[1].target))
             rows.append((label(node), scheme.name, float(scale.min()), float(scale.max())))
             result.changed += 1
         columns = ("matmul", "scheme", "smallest_weight_scale", "largest_weight_scale")
@@ -98,11 +98,13 @@ def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
         codes = call(node, operator.getitem, (pair, 0), origin=source, suffix=".codes")
         scale = call(node, operator.getitem, (pair, 1), origin=source, suffix=".scale")
     else:
-        step, offset = affine(*node.meta["input_range"], spec)
+        low, high = node.meta["input_range"]
+        step, offset = affine(low, high, spec)
         path = module_path(node)
-        scale = tensor_node(node, f"{path}.input_scale", torch.tensor([step]))
+        name = free_name(node.graph.owning_module, f"{path}.input_scale".lstrip("."))
+        scale = tensor_node(node, name, torch.tensor([step]))
         offset_tensor = torch.tensor([offset], dtype=torch.int32)
-        zero = tensor_node(node, f"{path}.input_zero_point", offset_tensor)
+        zero = tensor_node(node, name.replace("input_scale", "input_zero_point"), offset_tensor)
         codes = call(
             node,
             panguq.quantize_per_tensor.default,
@@ -123,7 +125,7 @@ def _quantize_stored_weight(
     gm: fx.GraphModule, ctx: PassContext, node: fx.Node, spec: QuantSpec, stem: str
 ) -> fx.Node:
     """The dequantized weight of `node`; `stem` names the scales that are stored for it."""
-    stored: fx.Node = node.args[1]  # type: ignore[assignment]
+    stored: fx.Node = node.args[1]
     weight = get_tensor(gm, str(stored.target))
     ensure_finite(str(stored.target), weight)
     group_size = spec.group_size_for(weight.shape[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.edit import call, get_tensor, label, replace, tensor_node
+from panguq.ir.edit import call, free_name, get_tensor, label, replace, tensor_node
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.passes.base import Pass, PassContext, PassResult, Site, Table, linears
@@ -55,7 +55,7 @@ class Outliers(Pass):
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in linears(gm):
             if node.meta["scheme"].activation is not None:
-                readers[node.args[0]].append(node)  # type: ignore[index]
+                readers[node.args[0]].append(node)
         if self.treatment == "split":
             return self._split(gm, ctx, readers)
         return self._reassign(gm, readers)
@@ -102,7 +102,8 @@ class Outliers(Pass):
             spec = static_spec(nodes)
             if spec is not None:
                 histogram = nodes[0].meta["input_statistics"].histogram
-                quality = sqnr_db(histogram, *nodes[0].meta["input_range"], spec)
+                low, high = nodes[0].meta["input_range"]
+                quality = sqnr_db(histogram, low, high, spec)
                 ranked.append((quality, value, nodes))
         ranked.sort(key=lambda entry: entry[0])
         quantized = [n for n in linears(gm) if not n.meta["scheme"].is_float]
@@ -128,19 +129,21 @@ class Outliers(Pass):
 
 
 def _weights(node: fx.Node) -> int:
-    return int(node.args[1].meta["val"].numel())  # type: ignore[union-attr]
+    return int(node.args[1].meta["val"].numel())
 
 
 def _split_channels(gm: fx.GraphModule, ctx: PassContext, node: fx.Node, channels: Tensor) -> None:
     """Replace `node` by itself without these input channels plus a float matmul of them."""
     value, stored, *bias = node.args
-    name = str(stored.target)  # type: ignore[union-attr]
+    name = str(stored.target)
     weight = get_tensor(gm, name)
     rest = weight.clone()
     rest[:, channels] = 0
-    rest_node = tensor_node(node, f"{name}_without_outliers", ctx.store.put(rest))
-    side = tensor_node(node, f"{name}_outliers", ctx.store.put(weight[:, channels]))
-    which = tensor_node(node, f"{name}_outlier_channels", channels)
+    side_name = free_name(gm, f"{name}_outliers")  # another reader of the weight may have one
+    rest_name = side_name.replace("_outliers", "_without_outliers")
+    rest_node = tensor_node(node, rest_name, ctx.store.put(rest))
+    side = tensor_node(node, side_name, ctx.store.put(weight[:, channels]))
+    which = tensor_node(node, side_name.replace("_outliers", "_outlier_channels"), channels)
     linear, select = aten.linear.default, aten.index_select.default
     few = call(node, select, (value, -1, which), origin=node, suffix=".outlier_input")
     side_node = call(node, linear, (few, side), origin=node, suffix=".outliers")

@@ -77,27 +77,27 @@ class QuantizeWeights(Pass):
         dequantized = next(iter(node.users))
         matmul = next(iter(dequantized.users))
         spec = matmul.meta["scheme"].weight
-        weight = get_tensor(gm, str(stored.target))  # type: ignore[union-attr]
-        scale = get_tensor(gm, str(scale_node.target))  # type: ignore[union-attr]
-        zero = None if zero_node is None else get_tensor(gm, str(zero_node.target))  # type: ignore[union-attr]
+        weight = get_tensor(gm, str(stored.target))
+        scale = get_tensor(gm, str(scale_node.target))
+        zero = None if zero_node is None else get_tensor(gm, str(zero_node.target))
         clipped = 0.0
         if self.clip_search:
             importance = None
             if self.needs_statistics:
                 importance = matmul.meta["input_statistics"].mean_square
             plain = scale
-            scale, zero = search_scale(weight, group_size, spec, importance, self.ratios())  # type: ignore[arg-type]
+            scale, zero = search_scale(weight, group_size, spec, importance, self.ratios())
             clipped = float((scale.abs() < plain).float().mean())
-            set_tensor(gm, str(scale_node.target), ctx.store.put(scale))  # type: ignore[union-attr]
+            set_tensor(gm, str(scale_node.target), ctx.store.put(scale))
             if zero is not None:
-                set_tensor(gm, str(zero_node.target), ctx.store.put(zero))  # type: ignore[union-attr]
+                set_tensor(gm, str(zero_node.target), ctx.store.put(zero))
         codes = panguq.quantize_weight(
             weight, scale, zero, group_size, spec.quant_min, spec.quant_max
         )
         groups = weight.float().reshape(weight.shape[0], -1, group_size)
         noise = (quantize_groups(groups, scale, zero, spec) - groups).square().sum()
         sqnr_db = 10 * torch.log10(groups.square().sum() / noise.clamp_min(1e-30))
-        name = str(scale_node.target).removesuffix("_scale") + "_codes"  # type: ignore[union-attr]
+        name = str(scale_node.target).removesuffix("_scale") + "_codes"
         if spec.bits == 4:
             packed = tensor_node(node, name, ctx.store.put(panguq.pack_int4(codes)))
             replacement = call(
@@ -106,5 +106,5 @@ class QuantizeWeights(Pass):
         else:
             replacement = tensor_node(node, name, ctx.store.put(codes))
         replace(node, replacement)
-        erase_unused([stored])  # type: ignore[list-item]
+        erase_unused([stored])
         return label(matmul), spec.bits, group_size, clipped, float(sqnr_db)

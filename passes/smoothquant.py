@@ -151,7 +151,7 @@ def smoothing_scale(act_size: Tensor, weight_size: Tensor, alpha: float) -> Tens
 
 
 def _input(linear: fx.Node) -> fx.Node:
-    return linear.args[0]  # type: ignore[return-value]
+    return linear.args[0]
 
 
 def _scatter_amax(into: Tensor, channel: Tensor, values: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -71,20 +73,21 @@ def search_scale(
     low, high = groups.amin(-1), groups.amax(-1)
     best: tuple[Tensor, Tensor | None] | None = None
     best_error = torch.full(low.shape, torch.inf)
-    for ratio in ratios:
-        for candidate in _candidates(low * ratio, high * ratio, spec):
-            error = (quantize_groups(groups, *candidate, spec) - groups).square_()
-            total = (error if weighting is None else error.mul_(weighting)).sum(-1)
-            better = total < best_error
-            if best is None:
-                best, best_error = candidate, total
-                continue
-            best_error = torch.where(better, total, best_error)
-            zero = None
-            if candidate[1] is not None and best[1] is not None:
-                zero = torch.where(better, candidate[1], best[1])
-            best = (torch.where(better, candidate[0], best[0]), zero)
-    assert best is not None, "the grid of clip ratios is empty"
+    plain = min_max_scale(weight, group_size, spec)  # so that the search is never worse
+    searched = (c for ratio in ratios for c in _candidates(low * ratio, high * ratio, spec))
+    for candidate in itertools.chain((plain,), searched):
+        error = (quantize_groups(groups, *candidate, spec) - groups).square_()
+        total = (error if weighting is None else error.mul_(weighting)).sum(-1)
+        better = total < best_error
+        if best is None:
+            best, best_error = candidate, total
+            continue
+        best_error = torch.where(better, total, best_error)
+        zero = None
+        if candidate[1] is not None and best[1] is not None:
+            zero = torch.where(better, candidate[1], best[1])
+        best = (torch.where(better, candidate[0], best[0]), zero)
+    assert best is not None
     return best
 
 

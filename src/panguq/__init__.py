@@ -1,13 +1,105 @@
-"""panguq: a quantizing graph compiler for large language models on Ascend NPUs and CPUs."""
+"""panguq: a quantizing graph compiler for large language models on Ascend NPUs and CPUs.
 
-from panguq.errors import PanguqError
+```python
+model = panguq.load_pretrained("path/to/model")
+compiled = panguq.compile(model, "w8a8")
+compiled.save("out")
+compiled = panguq.load("out")
+```
+"""
 
-__all__ = ["PanguqError", "compile"]
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from panguq.errors import (
+    InputError,
+    LoweringError,
+    NumericsError,
+    PanguqError,
+    RecipeError,
+    StorageError,
+    TraceError,
+    VerifyError,
+)
+
+if TYPE_CHECKING:
+    from panguq.compiled_model import CompiledCausalLM, CompiledModule
+    from panguq.compiler import compile
+    from panguq.evaluate import evaluate
+    from panguq.hf import load_pretrained, load_tokenizer
+    from panguq.model_folder import load
+    from panguq.plan import Plan, plan
+    from panguq.recipe import Recipe
+    from panguq.recipe import preset_names as recipes
+
+    __version__: str
+
+__all__ = [
+    "CompiledCausalLM",
+    "CompiledModule",
+    "InputError",
+    "LoweringError",
+    "NumericsError",
+    "PanguqError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "StorageError",
+    "TraceError",
+    "VerifyError",
+    "__version__",
+    "compile",
+    "evaluate",
+    "load",
+    "load_pretrained",
+    "load_tokenizer",
+    "plan",
+    "recipes",
+]
+
+# Loaded on first use: `import panguq` stays light, without transformers.
+_LAZY = {
+    "CompiledCausalLM": ("panguq.compiled_model", "CompiledCausalLM"),
+    "CompiledModule": ("panguq.compiled_model", "CompiledModule"),
+    "Plan": ("panguq.plan", "Plan"),
+    "Recipe": ("panguq.recipe", "Recipe"),
+    "compile": ("panguq.compiler", "compile"),
+    "evaluate": ("panguq.evaluate", "evaluate"),
+    "load": ("panguq.model_folder", "load"),
+    "load_pretrained": ("panguq.hf", "load_pretrained"),
+    "load_tokenizer": ("panguq.hf", "load_tokenizer"),
+    "plan": ("panguq.plan", "plan"),
+    "recipes": ("panguq.recipe", "preset_names"),
+}
 
 
-def __getattr__(name: str):
-    if name == "compile":
-        from panguq.compiler import compile
+class _FrontDoor(ModuleType):
+    """Keeps `panguq.plan`, `panguq.evaluate` and `panguq.recipes` functions: Python would bind the
+    modules that carry those names over them, as soon as anything imports one."""
 
-        return compile
-    raise AttributeError(name)
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _FrontDoor
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("panguq")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'panguq' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = globals()[name] = getattr(import_module(module), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

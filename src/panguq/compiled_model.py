@@ -145,6 +145,15 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
         """The floating point type of the model's activations."""
         return getattr(torch, self.interface.float_dtype)
 
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """It is not; `generate` asks."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """There is none to switch; `generate` asks."""
+        return {}
+
     def can_generate(self) -> bool:
         """It can."""
         return True
@@ -166,7 +175,9 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
         transformers' models do); `attention_mask` `[batch, past + seq]`. Raises InputError for
         what the graph cannot serve.
         """
-        refused = sorted(name for name, value in unused.items() if value not in (None, False))
+        refused = sorted(
+            name for name, value in unused.items() if value is not None and value is not False
+        )
         if refused:
             raise InputError(
                 f"a compiled model does not take {', '.join(refused)}",

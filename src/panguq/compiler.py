@@ -105,8 +105,8 @@ def compile(
         recipe,
         target,
         report,
-        config=copy.deepcopy(model.config),  # type: ignore[arg-type]
-        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),  # type: ignore[arg-type]
+        config=copy.deepcopy(model.config),
+        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
         tokenizer=tokenizer,
     )
 

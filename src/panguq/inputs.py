@@ -126,8 +126,7 @@ def _positions(
     interface: Interface, real: Tensor | None, past: int, batch: int, seq: int
 ) -> Tensor:
     if real is not None and interface.positions_from_mask:
-        counted = real.long().cumsum(1) - 1
-        return counted.clamp_min(-1 if interface.positions_from_mask else 0)[:, past:]
+        return (real.long().cumsum(1) - 1)[:, past:]
     return torch.arange(past, past + seq).expand(batch, seq)
 
 

@@ -68,7 +68,7 @@ def write_folder(
     shards, aliases = plan_shards(tensors, shard_bytes)
     needed = sum(map(len, contents.values())) + sum(s.size for s in shards) + _SLACK_BYTES
     try:
-        _check_target(target, overwrite)
+        check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(target, overwrite) as folder:
             _check_space(target, needed)
@@ -146,7 +146,8 @@ def read_folder(path: str | Path, verify: bool = True) -> Folder:
 # --- writing ----------------------------------------------------------------------------------
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a place where `write_folder` would not write. Raises StorageError."""
     if not target.name:
         raise StorageError(f"{target} cannot be replaced", "name a folder in it")
     if not target.exists():

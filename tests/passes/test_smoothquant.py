@@ -158,8 +158,8 @@ def test_weights_by_hand() -> None:
         "norm:layer_norm", "norm_linear", 8,
     )  # fmt: skip
     assert first["max"] == pytest.approx(s1.max().item(), rel=1e-5)
-    assert second["amax_before"] == pytest.approx(hidden.max().item(), rel=1e-5)
-    assert second["amax_after"] == pytest.approx((hidden / s2).max().item(), rel=1e-5)
+    assert second["largest_before"] == pytest.approx(hidden.max().item(), rel=1e-5)
+    assert second["largest_after"] == pytest.approx((hidden / s2).max().item(), rel=1e-5)
     assert result.changed == 2
 
 
@@ -178,7 +178,7 @@ def test_grouped_heads_share_the_largest_activation() -> None:
     row = table(result)[0]
     assert row["min"] == pytest.approx(scale.min().item())
     assert row["max"] == pytest.approx(scale.max().item())
-    assert row["amax_before"] == pytest.approx(seen.max().item())
+    assert row["largest_before"] == pytest.approx(seen.max().item())
 
 
 def test_each_weight_is_rounded_once() -> None:

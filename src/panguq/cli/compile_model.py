@@ -1,0 +1,190 @@
+"""`panguq compile`: a model folder and a recipe into a folder of the compiled model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from panguq.cli.command import (
+    Commands,
+    add_command,
+    add_json,
+    positive,
+    print_json,
+    quiet_transformers,
+    text_windows,
+)
+from panguq.errors import InputError, RecipeError, StorageError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the command line."""
+    command = add_command(
+        commands,
+        "compile",
+        run,
+        "Quantize a model and compile it. Without --calibration, a recipe that needs data samples "
+        "it from the model.",
+        "panguq compile smollm2 --recipe w8a8 --calibration text.txt --out smollm2-w8a8",
+    )
+    command.add_argument("model", metavar="MODEL_DIR", type=Path, help="a local model folder")
+    command.add_argument(
+        "--recipe", required=True, help="a built-in recipe's name (panguq recipes) or a YAML file"
+    )
+    command.add_argument("--calibration", metavar="FILE", type=Path, help="a text file")
+    command.add_argument("--windows", type=positive, default=16, help="pieces of text to take")
+    command.add_argument("--window", type=positive, default=512, help="tokens in each of them")
+    command.add_argument("--out", metavar="DIR", type=Path, help="where to save the result")
+    command.add_argument("--force", action="store_true", help="replace the model in --out")
+    command.add_argument("--dump", metavar="DIR", type=Path, help="write what each pass did")
+    command.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
+    command.add_argument("--dtype", choices=_DTYPES, help="cast the model first")
+    command.add_argument("--seed", type=int, default=0, help="for sampling (default: 0)")
+    command.add_argument(
+        "--scheme",
+        metavar="GLOB=SCHEME",
+        action="append",
+        default=[],
+        help="override the recipe for some modules, as in '*.down_proj=W8A16'; may be repeated",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="only say what would happen, without the weights"
+    )
+    add_json(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Plan, or compile and save."""
+    recipe = _recipe(options)
+    if options.out is not None:
+        check_writable(options.out, options.force)
+    import torch
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    quiet_transformers()
+    if options.dry_run:
+        return _dry_run(options, recipe, dtype)
+
+    from panguq.compiler import compile
+    from panguq.hf import load_pretrained, load_tokenizer
+    from panguq.lowering.targets import find_target
+
+    find_target(options.target)
+    tokenizer, windows = None, None
+    if options.calibration is not None:
+        tokenizer = load_tokenizer(options.model)
+        sizes = (options.window, options.windows)
+        windows = text_windows(options.calibration, "calibration text", tokenizer, *sizes)
+    else:
+        tokenizer = _tokenizer_if_any(options.model)
+    compiled = compile(
+        load_pretrained(options.model),
+        recipe,
+        calibration=windows,
+        tokenizer=tokenizer,
+        target=options.target,
+        dtype=dtype,
+        dump_dir=options.dump,
+        seed=options.seed,
+    )
+    if options.out is not None:
+        compiled.save(options.out, overwrite=options.force)
+    if options.json:
+        print_json({**compiled.report.model_dump(), "out": _text(options.out)})
+    else:
+        print(_summary(compiled, options))
+    return 0
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """Refuse before the long work what saving would refuse after it. Raises StorageError."""
+    from panguq.storage import check_target
+
+    if path.exists() and not force:
+        raise StorageError(f"{path} already exists", "choose another, or pass --force")
+    check_target(path.resolve(), force)
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written: {error.strerror or error}", "choose another place"
+        ) from error
+
+
+def _recipe(options: argparse.Namespace) -> Any:
+    from panguq.recipe import Recipe
+
+    recipe = Recipe.of(options.recipe)
+    overrides = {}
+    for entry in options.scheme:
+        glob, equals, scheme = entry.rpartition("=")
+        if not equals or not glob:
+            raise RecipeError(f"--scheme {entry!r}", "write GLOB=SCHEME, as in '*.down_proj=W8A16'")
+        overrides[glob] = scheme
+    return recipe.with_schemes(overrides) if overrides else recipe
+
+
+def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
+    from panguq.plan import plan
+
+    found = plan(
+        options.model,
+        recipe,
+        target=options.target,
+        dtype=dtype,
+        windows=options.windows,
+        window=options.window,
+    )
+    if options.json:
+        print_json(found.model_dump())
+    else:
+        print(found.render())
+    return 1 if found.refusals else 0
+
+
+def _tokenizer_if_any(folder: Path) -> Any:
+    from panguq.hf import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except InputError:  # it would only have been saved along
+        return None
+
+
+def _summary(compiled: Any, options: argparse.Namespace) -> str:
+    from panguq.evaluate import weight_figures
+
+    report, figures = compiled.report, weight_figures(compiled)
+    lines = [f"{options.model} with recipe {compiled.recipe.name} for target {report.target}"]
+    lines.append(f"calibration data: {report.calibration}")
+    lines += [
+        f"  {p.name:24} {p.changed:5} changed {p.skipped:5} skipped {p.seconds:8.1f} s"
+        + ("" if p.worst_local_sqnr_db is None else f"   worst {p.worst_local_sqnr_db:.1f} dB")
+        for p in report.passes
+    ]
+    lines.append(
+        f"decoder linears: {figures['bits_per_weight']:.2f} bits a weight; activations "
+        f"{figures['static_share']:.1%} static, {figures['dynamic_share']:.1%} dynamic, "
+        f"{figures['float_share']:.1%} float"
+    )
+    lines += [f"warning: {warning}" for warning in report.warnings]
+    if options.out is not None:
+        size = sum(file.stat().st_size for file in options.out.iterdir())
+        lines.append(f"saved as {options.out} ({size / 2**20:.1f} MiB)")
+    dump = options.dump or os.environ.get("PANGUQ_DUMP")
+    if dump:
+        lines.append(f"dump in {dump}")
+    return "\n".join(lines)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

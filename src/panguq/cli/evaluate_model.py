@@ -1,0 +1,109 @@
+"""`panguq eval`: how good a compiled model is on a text."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from panguq.cli.command import (
+    Commands,
+    add_command,
+    add_json,
+    positive,
+    print_json,
+    quiet_transformers,
+    text_windows,
+)
+from panguq.errors import InputError
+
+STAGES = ("lowered", "fake-quant", "float")
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the command line."""
+    command = add_command(
+        commands,
+        "eval",
+        run,
+        "Measure perplexity, and KL divergence and top-1 agreement with the float model. The text "
+        "is cut into windows that do not overlap; the first token of each is not scored.",
+        "panguq eval smollm2-w8a8 --against smollm2 --text book.txt --windows 16 --json",
+    )
+    command.add_argument("compiled", metavar="COMPILED_DIR", type=Path, help="a compiled model")
+    command.add_argument(
+        "--against", metavar="MODEL_DIR", type=Path, required=True, help="the float model's folder"
+    )
+    command.add_argument("--text", metavar="FILE", type=Path, required=True, help="a text file")
+    command.add_argument("--window", type=positive, default=512, help="tokens in a window")
+    command.add_argument("--windows", type=positive, default=16, help="how many windows at most")
+    command.add_argument("--stage", choices=STAGES, default="lowered", help="which graph to run")
+    add_json(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate and print."""
+    quiet_transformers()
+    from panguq.hf import load_pretrained
+    from panguq.model_folder import load
+
+    is_float = options.stage == "float"
+    compiled: Any = load(options.compiled, "lowered" if is_float else options.stage)
+    if compiled.interface.kind != "causal_lm":
+        raise InputError(f"{options.compiled}: not a language model", "evaluate it yourself")
+    tokenizer = _tokenizer(options, compiled)
+    windows = text_windows(options.text, "a text", tokenizer, options.window, options.windows)
+    model = load_pretrained(options.against)
+    result = measure(compiled, model, windows, is_float)
+    if options.json:
+        print_json(result)
+    else:
+        print(_table(result))
+    return 0
+
+
+def measure(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> dict[str, Any]:
+    """All figures of a compiled model, or with `is_float` of the float model itself.
+
+    A model that is not finite is a result, too: its figures are not, and `first_broken` names the
+    first op that yields NaN or Inf, None if there is none.
+    """
+    from panguq.evaluate import evaluate, first_broken_node, logits_of, weight_figures
+    from panguq.report.progress import terminal_progress
+
+    reference = logits_of(model)
+    measured = reference if is_float else logits_of(compiled)
+    figures: dict[str, Any] = dict(
+        evaluate({"it": measured}, windows, reference, progress=terminal_progress())["it"]
+    )
+    if is_float:
+        bits = 8.0 * model.dtype.itemsize
+        shares = {"static_share": 0.0, "dynamic_share": 0.0, "float_share": 1.0}
+        figures |= {"bits_per_weight": bits, **shares}
+    else:
+        figures |= weight_figures(compiled)
+    figures |= {"stage": "float" if is_float else compiled.stage}
+    figures |= {"windows": len(windows), "window": windows.shape[1]}
+    if not math.isfinite(figures["perplexity"]):
+        figures["first_broken"] = None if is_float else first_broken_node(compiled, windows)
+    return figures
+
+
+def _tokenizer(options: argparse.Namespace, compiled: Any) -> Any:
+    from panguq.hf import load_tokenizer
+
+    try:
+        return load_tokenizer(options.against)
+    except InputError:
+        if compiled.tokenizer is not None:
+            return compiled.tokenizer
+        raise
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = []
+    for name, value in result.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        lines.append(f"{name:17} {shown}")
+    return "\n".join(lines)

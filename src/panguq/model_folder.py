@@ -1,0 +1,209 @@
+"""A compiled model as a folder, and back. See `storage.py` for how folders are written and checked.
+
+    interface.json           what the graphs take and return
+    recipe.yaml              the recipe, with every option of every pass
+    report.json              what the compile did
+    graph.<stage>.json       one graph a stage: nodes that name ops, weights and earlier nodes
+    weights.safetensors      the weights of all stages, each once
+    config.json …            for causal language models: transformers' configuration files
+    tokenizer.json …         the tokenizer's own files, if the model has one
+
+Nothing that is read is executed: graphs name ops out of a fixed list, configurations are data for
+classes that transformers itself ships, and there is no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, fx
+
+from panguq.compiled_model import LOWERED, CompiledCausalLM, CompiledModule
+from panguq.errors import PanguqError, StorageError, VerifyError
+from panguq.ir.edit import weights_of
+from panguq.ir.interface import Interface
+from panguq.ir.serialize import from_text, to_text
+from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that files name)
+from panguq.manifest import SAVE_AGAIN
+from panguq.plain_yaml import parse_yaml
+from panguq.recipe import Recipe
+from panguq.report.compile_report import CompileReport
+from panguq.storage import Folder, read_folder, write_folder
+from panguq.tokenizer_files import read_tokenizer, tokenizer_files
+
+logger = logging.getLogger("panguq")
+
+_GRAPH = re.compile(r"graph\.([a-z][a-z-]*)\.json")
+_Data = TypeVar("_Data", bound=BaseModel)
+
+
+def save_model(model: CompiledModule, path: str | Path, overwrite: bool = False) -> None:
+    """Write a compiled model as the folder `path`, whole or not at all.
+
+    Equal models give equal bytes. Raises StorageError if there is something at `path` already
+    (unless `overwrite` and panguq wrote it) or if it cannot be written.
+    """
+    files: dict[str, bytes | str] = {
+        "interface.json": _json_text(model.interface),
+        "recipe.yaml": model.recipe.to_yaml(),
+        "report.json": _json_text(model.report),
+    }
+    for stage, graph in model.stages.items():
+        files[f"graph.{stage}.json"] = to_text(graph)
+    if isinstance(model, CompiledCausalLM):
+        files["config.json"] = model.config.to_json_string(use_diff=True)
+        files["generation_config.json"] = model.generation_config.to_json_string(use_diff=True)
+        if model.tokenizer is not None:
+            files |= tokenizer_files(model.tokenizer)
+    write_folder(path, files, shared_weights(model.stages), overwrite)
+
+
+def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
+    """The compiled model in a folder that `save` wrote, to be run at `stage`.
+
+    Weights are memory-mapped. A causal language model comes back as a `CompiledCausalLM`, with its
+    tokenizer if it was saved with one. Raises StorageError, naming the file, for anything missing,
+    truncated, changed or from elsewhere.
+    """
+    folder = read_folder(path)
+    interface = _read(folder, "interface.json", Interface)
+    report = _read(folder, "report.json", CompileReport)
+    recipe = _read_recipe(folder)
+    stages = _read_stages(folder, interface)
+    if interface.kind != "causal_lm":
+        return CompiledModule(stages, interface, recipe, report.target, report, stage)
+    return CompiledCausalLM(
+        stages,
+        interface,
+        recipe,
+        report.target,
+        report,
+        stage,
+        config=_read_config(folder),
+        generation_config=_read_generation_config(folder),
+        tokenizer=_read_tokenizer(folder),
+    )
+
+
+def shared_weights(stages: Mapping[str, fx.GraphModule]) -> dict[str, Tensor]:
+    """The weights of all stages by name. Raises VerifyError if a name means two tensors."""
+    weights: dict[str, Tensor] = {}
+    for stage, graph in stages.items():
+        for name, tensor in weights_of(graph).items():
+            known = weights.setdefault(name, tensor)
+            if not _is_same(known, tensor):
+                raise VerifyError(
+                    f"weight {name} of stage {stage} is not the one that another stage has",
+                    "a pass replaced it after the stages parted; it must take a new name",
+                )
+    return weights
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    place = (one.data_ptr(), one.dtype, one.shape, one.stride())
+    return place == (other.data_ptr(), other.dtype, other.shape, other.stride())
+
+
+def _json_text(data: BaseModel) -> str:
+    return data.model_dump_json(indent=1) + "\n"
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def _read(folder: Folder, name: str, kind: type[_Data]) -> _Data:
+    value = folder.json(name)
+    try:
+        return kind.model_validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise _damaged(folder, name, _first_line(error)) from error
+
+
+def _read_recipe(folder: Folder) -> Recipe:
+    where = str(folder.path / "recipe.yaml")
+    try:
+        data: Any = parse_yaml(folder.data("recipe.yaml"), where)
+        return Recipe.of(data if isinstance(data, dict) else {})
+    except StorageError:
+        raise
+    except PanguqError as error:
+        raise StorageError(
+            f"{where}: {error.message}",
+            "it was compiled with passes that this panguq does not have; import what defines them, "
+            "or compile the model again",
+        ) from error
+
+
+def _read_stages(folder: Folder, interface: Interface) -> dict[str, fx.GraphModule]:
+    tensors = folder.tensors()
+    stages = {}
+    for name in sorted(folder.names):
+        found = _GRAPH.fullmatch(name)
+        if found is None:
+            continue
+        graph = from_text(folder.data(name), tensors, str(folder.path / name))
+        inputs = tuple(str(n.target) for n in graph.graph.nodes if n.op == "placeholder")
+        if inputs != interface.inputs:
+            raise _damaged(folder, name, "its inputs are not those in interface.json")
+        stages[found[1]] = graph
+    if not stages:
+        raise _damaged(folder, "graph.lowered.json", "there is no graph")
+    return stages
+
+
+def _read_config(folder: Folder) -> Any:
+    """The configuration; of a model type that transformers does not know, its plain values."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    data = _object(folder, "config.json")
+    model_type = data.pop("model_type", "")
+    try:
+        if model_type in CONFIG_MAPPING:
+            return AutoConfig.for_model(model_type, **data)
+        plain: Any = type("PlainConfig", (PretrainedConfig,), {"model_type": str(model_type)})
+        return plain.from_dict(data)
+    except Exception as error:  # each configuration class checks its values in its own way
+        raise _damaged(folder, "config.json", _first_line(error)) from error
+
+
+def _read_generation_config(folder: Folder) -> Any:
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_dict(_object(folder, "generation_config.json"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _damaged(folder, "generation_config.json", _first_line(error)) from error
+
+
+def _read_tokenizer(folder: Folder) -> Any:
+    if "tokenizer_config.json" not in folder.names:
+        return None
+    try:
+        return read_tokenizer(folder.path)
+    except PanguqError as error:  # the model itself is whole, and runs on token ids
+        logger.warning("no tokenizer: %s", error.message)
+        return None
+
+
+def _object(folder: Folder, name: str) -> dict[str, Any]:
+    value = folder.json(name)
+    if not isinstance(value, dict):
+        raise _damaged(folder, name, "not an object")
+    return value
+
+
+def _damaged(folder: Folder, name: str, why: str) -> StorageError:
+    return StorageError(f"{folder.path / name}: {why}", SAVE_AGAIN)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:300] if lines else type(error).__name__

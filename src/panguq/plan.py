@@ -1,0 +1,165 @@
+"""The dry run: what a compile would do, without touching weights or data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from panguq.calibration import WINDOW, WINDOWS
+from panguq.compiler import trace
+from panguq.errors import LoweringError, PanguqError, RecipeError
+from panguq.ir.channels import find_scale_sites
+from panguq.ir.edit import finish, label, module_path
+from panguq.ir.interface import Interface
+from panguq.ir.weight_store import WeightStore
+from panguq.lowering.lower_matmuls import LowerMatmuls, choose
+from panguq.lowering.select_kernel import Choice
+from panguq.lowering.targets import find_target
+from panguq.passes.assign_schemes import AssignSchemes, gives_logits
+from panguq.passes.base import Pass, PassContext, linears
+from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.pipeline import check_order
+from panguq.passes.smoothquant import SmoothQuant
+from panguq.plan_costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
+from panguq.plan_report import MatmulPlan, Plan
+from panguq.recipe import Recipe
+
+__all__ = ["Plan", "plan"]
+
+
+def plan(
+    model: nn.Module | str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    target: str = "cpu",
+    example_inputs: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    windows: int = WINDOWS,
+    window: int = WINDOW,
+) -> Plan:
+    """What `compile` would do with this model: schemes, kernels, predicted cost, refusals.
+
+    model: as for `compile`, or the path of a local model folder, of which only the config is read.
+    windows, window: how much calibration data there would be, for the predicted time and memory.
+
+    The checks are those that `compile` makes before any calibration; what they refuse is listed in
+    `Plan.refusals` instead of raised. Raises RecipeError for a recipe that cannot be read,
+    LoweringError for an unknown target, TraceError and InputError for a model that has no graph.
+    """
+    recipe = Recipe.of(recipe)
+    lowering = LowerMatmuls(find_target(target).name, recipe.precision)
+    if isinstance(model, str | Path):
+        from panguq.hf import skeleton
+
+        model = skeleton(model)
+    started = time.perf_counter()
+    gm, interface = trace(model, example_inputs, dtype)
+    ctx = PassContext(interface=interface, store=WeightStore())
+    Canonicalize().run(gm, ctx)  # its proof would need the weights
+    finish(gm)
+    trace_seconds = time.perf_counter() - started
+
+    passes = recipe.build()
+    refusals = _order_refusals([*passes, lowering])
+    notes, refused = _assign(gm, ctx, recipe)
+    refusals += refused
+    matmuls = []
+    for node in linears(gm):
+        try:
+            choice = choose(node, find_target(target), recipe.precision)
+            row = _describe(node, choice, notes.get(label(node), ""))
+        except LoweringError as error:
+            refusals.append(f"{label(node)}: {error.message}")
+            row = _describe(node, None, f"refused: {error.message}")
+        matmuls.append(row)
+    sites, blocked = _smoothing(gm, interface, passes)
+    return Plan(
+        recipe=recipe.name,
+        target=target,
+        passes=tuple(p.name for p in (*passes, lowering)),
+        inputs={name: list(interface.input_shapes[name]) for name in interface.inputs},
+        nodes=len(gm.graph.nodes),
+        matmuls=tuple(matmuls),
+        smoothing_sites=sites,
+        smoothing_blocked=blocked,
+        refusals=tuple(refusals),
+        calibration_tokens=windows * window,
+        weight_bytes=weight_bytes(gm),
+        disk_bytes=disk_bytes(gm),
+        peak_bytes=peak_bytes(gm, windows, window),
+        trace_seconds=round(trace_seconds, 1),
+        compile_seconds=round(trace_seconds + compile_seconds(gm, passes, windows * window), 1),
+    )
+
+
+def _order_refusals(passes: Sequence[Pass]) -> list[str]:
+    try:
+        check_order(passes)
+    except RecipeError as error:
+        return [_with_hint(error)]
+    return []
+
+
+def _assign(
+    gm: fx.GraphModule, ctx: PassContext, recipe: Recipe
+) -> tuple[dict[str, str], list[str]]:
+    """Assign schemes; the notes by matmul, and what was refused.
+
+    Globs that match nothing are refused one by one, so that the rest can still be planned.
+    """
+    paths = [module_path(node) for node in linears(gm)]
+    used, refusals = [], []
+    for glob, scheme in recipe.schemes.items():
+        if glob == "*" or any(fnmatchcase(path, glob) for path in paths):
+            used.append((glob, scheme))
+            continue
+        try:
+            AssignSchemes(schemes=((glob, scheme),)).run(gm, ctx)
+        except RecipeError as error:
+            refusals.append(_with_hint(error))
+    try:
+        skipped = AssignSchemes(schemes=tuple(used)).run(gm, ctx).skipped
+    except RecipeError as error:  # matmuls that read one tensor disagree: each has its scheme
+        return {}, [*refusals, _with_hint(error)]
+    return {skip.node: skip.reason for skip in skipped}, refusals
+
+
+def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
+    scheme = node.meta["scheme"]
+    n, k = (int(size) for size in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    grouped = scheme.weight is not None and scheme.weight.granularity == "per_group"
+    return MatmulPlan(
+        name=module_path(node) or label(node),
+        n=n,
+        k=k,
+        scheme=scheme.name,
+        group_size=scheme.weight.group_size_for(k) if grouped else None,
+        kernel=choice.kernel if choice else None,
+        few_tokens=choice.few_tokens if choice else 0,
+        decode_us=round(choice.decode_us, 1) if choice else None,
+        prefill_us=round(choice.prefill_us, 1) if choice else None,
+        others=dict(choice.losers) if choice else {},
+        gives_logits=gives_logits(node),
+        note=note,
+    )
+
+
+def _smoothing(
+    gm: fx.GraphModule, interface: Interface, passes: Sequence[Pass]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """How many sites of each kind the recipe's smoothquant finds; what cannot move, and why."""
+    kinds = {kind for p in passes if isinstance(p, SmoothQuant) for kind in p.sites}
+    if not kinds:
+        return {}, {}
+    found, blocked = find_scale_sites(gm, interface)
+    counts = {kind: sum(site.kind == kind for site in found) for kind in sorted(kinds)}
+    return counts, {label(entry.source): entry.reason for entry in blocked}
+
+
+def _with_hint(error: PanguqError) -> str:
+    return f"{error.message} ({error.hint})" if error.hint else error.message

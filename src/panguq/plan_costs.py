@@ -1,0 +1,111 @@
+"""What a compile is expected to cost. Estimates: of the right order, not promises.
+
+The constants were fitted to compiles of a Llama of 135M parameters on one thread of an AMD EPYC
+(Zen 4) with PyTorch 2.13; nothing but what the dry run prints depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from panguq.lowering.targets import CPU
+from panguq.passes.base import Pass, linears
+from panguq.passes.quantize_weights import QuantizeWeights
+
+_PROCESS_BYTES = 350 << 20  # Python, torch and transformers, loaded and idle
+_NODE_BYTES = 400  # of a saved graph's text, for each node and stage
+_ALLOCATOR_BYTES = 768 << 20  # freed, and kept by the C library for the next use
+_FLOAT64_S_PER_WEIGHT = 20e-9  # one exact pass, proved in float64
+_QUANTIZE_S_PER_WEIGHT = 5e-9
+_CLIP_RATIO_S_PER_WEIGHT = 3e-9  # for each ratio of a clip search
+_OBSERVED_SLOWDOWN = 1.4  # a calibration sweep against its matmuls alone
+
+
+def weight_bytes(gm: fx.GraphModule) -> int:
+    """The traced model's weights as they are, each once."""
+    return sum(_bytes(value) for value in _weights(gm).values())
+
+
+def disk_bytes(gm: fx.GraphModule) -> int:
+    """Size of the saved model: codes, scales and zero points; other weights as they are; graphs.
+
+    8-bit codes take a byte and 4-bit codes half a byte a weight; a scale takes 4 bytes and so
+    does a zero point, for each output or group. A weight that something else reads too (tied
+    embeddings) is stored for it as well.
+    """
+    values = _weights(gm)
+    total = 2 * _NODE_BYTES * len(gm.graph.nodes)
+    readers: dict[str, set[fx.Node]] = {name: set() for name in values}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)].update(node.users)
+    for name, value in values.items():
+        quantized = [n for n in readers[name] if _is_quantized(n, name)]
+        total += sum(_code_bytes(node) for node in quantized)
+        if len(quantized) < len(readers[name]):
+            total += _bytes(value)
+    return total
+
+
+def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
+    """Peak memory that is not backed by files, for weights that are memory-mapped.
+
+    The process itself + what its allocator keeps + a float64 copy of the largest weight (the
+    proofs of exact passes) + one value as wide as the widest matmul input for all calibration
+    tokens + six as wide as the widest output for one window.
+    """
+    largest = max((value.numel() for value in _weights(gm).values()), default=0)
+    quantized = [node for node in linears(gm) if not node.meta["scheme"].is_float]
+    shapes = [node.args[1].meta["val"].shape for node in quantized]  # type: ignore[union-attr]
+    widest = max((int(n) for n, _ in shapes), default=0)
+    stream = max((int(k) for _, k in shapes), default=0)
+    activations = 4 * (windows * window * stream + 6 * window * widest)
+    return _PROCESS_BYTES + _ALLOCATOR_BYTES + 8 * largest + activations
+
+
+def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> float:
+    """Seconds after the trace, on one thread.
+
+    For each pass that looks at calibration data: tokens · weights of the matmuls at the target's
+    float speed, times 1.4. For each exact pass: a float64 run of all weights. Quantizing: a
+    constant for each weight, and another for each ratio of a clip search.
+    """
+    quantized = sum(_size(n) for n in linears(gm) if not n.meta["scheme"].is_float)
+    weights = sum(_size(n) for n in linears(gm))
+    sweeps = sum(p.needs_calibration for p in passes) if quantized else 0
+    ratios = sum(
+        len(p.ratios()) for p in passes if isinstance(p, QuantizeWeights) and p.clip_search
+    )
+    sweep_s = tokens * quantized / (CPU.kernels["linear"].gmac_per_s * 1e9)
+    return (
+        sweeps * _OBSERVED_SLOWDOWN * sweep_s
+        + sum(p.exact for p in passes) * _FLOAT64_S_PER_WEIGHT * weights
+        + (_QUANTIZE_S_PER_WEIGHT + ratios * _CLIP_RATIO_S_PER_WEIGHT) * quantized
+    )
+
+
+def _weights(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    return {str(n.target): n.meta["val"] for n in gm.graph.nodes if n.op == "get_attr"}
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return int(value.numel()) * value.element_size()
+
+
+def _size(node: fx.Node) -> int:
+    return int(node.args[1].meta["val"].numel())  # type: ignore[union-attr]
+
+
+def _is_quantized(node: fx.Node, weight: str) -> bool:
+    scheme = node.meta.get("scheme")
+    return scheme is not None and not scheme.is_float and str(node.args[1].target) == weight  # type: ignore[union-attr]
+
+
+def _code_bytes(node: fx.Node) -> int:
+    weight = node.meta["scheme"].weight
+    n, k = (int(size) for size in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    scales = n * k // weight.group_size_for(k)
+    return n * k * weight.bits // 8 + scales * 4 * (1 if weight.symmetric else 2)

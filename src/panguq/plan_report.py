@@ -1,0 +1,122 @@
+"""What a dry run found, as data and as text."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, ConfigDict
+
+
+class MatmulPlan(BaseModel):
+    """One matmul `[m, k] x [n, k]^T`: its scheme, its kernel with predicted microseconds at one
+    token and at 512, and why each other kernel was not taken. No kernel: it is refused."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    n: int
+    k: int
+    scheme: str
+    group_size: int | None = None
+    kernel: str | None
+    few_tokens: int = 0
+    decode_us: float | None = None
+    prefill_us: float | None = None
+    others: dict[str, str] = {}
+    gives_logits: bool = False
+    note: str = ""
+
+
+class Plan(BaseModel):
+    """A compile that has not happened. `refusals` is empty if it would start."""
+
+    model_config = ConfigDict(frozen=True)
+    recipe: str
+    target: str
+    passes: tuple[str, ...]
+    inputs: dict[str, list[str | int]]
+    nodes: int
+    matmuls: tuple[MatmulPlan, ...]
+    smoothing_sites: dict[str, int]
+    smoothing_blocked: dict[str, str]
+    refusals: tuple[str, ...]
+    calibration_tokens: int
+    weight_bytes: int
+    disk_bytes: int
+    peak_bytes: int
+    trace_seconds: float
+    compile_seconds: float
+
+    def render(self) -> str:
+        """The plan as text. Matmuls that differ in their layer alone share a line."""
+        lines = [
+            f"recipe {self.recipe}, target {self.target}: {' > '.join(self.passes)}",
+            f"graph: {self.nodes} nodes, {len(self.matmuls)} matmuls",
+            *(f"  {name} {shape}" for name, shape in self._first_inputs().items()),
+            "",
+            *self._matmul_lines(),
+            "",
+            *self._smoothing_lines(),
+            f"weights now {_size(self.weight_bytes)}; on disk about {_size(self.disk_bytes)}",
+            f"compiling takes about {self.compile_seconds:.0f} s on one thread with "
+            f"{self.calibration_tokens} calibration tokens, of which the trace took "
+            f"{self.trace_seconds:.0f} s; peak memory about {_size(self.peak_bytes)} (estimates)",
+        ]
+        if self.refusals:
+            lines += ["", "refused:", *(f"  {refusal}" for refusal in _grouped(self.refusals))]
+        return "\n".join(lines)
+
+    def _first_inputs(self) -> dict[str, list[str | int]]:
+        cache = [name for name in self.inputs if name.startswith("past_")]
+        return {name: s for name, s in self.inputs.items() if name not in cache[2:]}
+
+    def _matmul_lines(self) -> list[str]:
+        groups: dict[tuple[str, ...], int] = {}
+        why: dict[str, str] = {}
+        for row in self.matmuls:
+            cells = _cells(row)
+            groups[cells] = groups.get(cells, 0) + 1
+            why |= {f"{row.scheme} n={row.n} k={row.k}, {k}": v for k, v in row.others.items()}
+        head = ("matmul", "n", "k", "scheme", "kernel", "us at m=1", "m=512", "note")
+        rows = [(*cells[:1], str(count), *cells[1:]) for cells, count in groups.items()]
+        lines = _table([(head[0], "count", *head[1:]), *rows])
+        if why:
+            lines += ["", "kernels that were not taken:"]
+            lines += [f"  {what}: {reason}" for what, reason in why.items()]
+        return lines
+
+    def _smoothing_lines(self) -> list[str]:
+        if not self.smoothing_sites and not self.smoothing_blocked:
+            return []
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.smoothing_sites.items())
+        blocked = len(self.smoothing_blocked)
+        return [f"smoothing sites: {counts}; {blocked} other outputs cannot be rescaled"]
+
+
+def _cells(row: MatmulPlan) -> tuple[str, ...]:
+    groups = f" g{row.group_size}" if row.group_size else ""
+    costs = [f"{us:.0f}" if us is not None else "-" for us in (row.decode_us, row.prefill_us)]
+    name = _any_layer(row.name)
+    return (name, str(row.n), str(row.k), row.scheme + groups, row.kernel or "-", *costs, row.note)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _any_layer(text: str) -> str:
+    """`model.layers.7.mlp` as `model.layers.*.mlp`."""
+    return re.sub(r"(?<=\.)\d+(?=[.:])", "*", text)
+
+
+def _grouped(texts: tuple[str, ...]) -> list[str]:
+    counts: dict[str, int] = {}
+    for text in map(_any_layer, texts):
+        counts[text] = counts.get(text, 0) + 1
+    return [f"{text} ({count} times)" if count > 1 else text for text, count in counts.items()]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
