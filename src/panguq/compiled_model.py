@@ -16,6 +16,7 @@ from panguq.errors import InputError, PanguqError
 from panguq.inputs import prepare, takes_empty_mask
 from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
+from panguq.ir.size_expression import evaluate, names_in
 from panguq.kv_cache import layer_tensors, make_cache, update_cache
 from panguq.lowering.prepack import prepack
 from panguq.recipe import Recipe
@@ -220,8 +221,13 @@ def _check_module_inputs(interface: Interface, inputs: tuple[Tensor, ...]) -> No
         shape = interface.input_shapes[name]
         if tensor.dim() != len(shape):
             raise InputError(f"input {name} has {tensor.dim()} dimensions, expected {len(shape)}")
+        for size, wanted in zip(tensor.shape, shape, strict=True):
+            sizes.setdefault(str(wanted), size)
+    for name, tensor in zip(interface.inputs, inputs, strict=True):
+        shape = interface.input_shapes[name]
         for index, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):
-            expected = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+            known = all(part in sizes for part in names_in(str(wanted)))
+            expected = evaluate(str(wanted), sizes) if known else size
             if size != expected:
                 raise InputError(
                     f"dimension {index} of input {name} is {size}, the graph serves {expected}",

@@ -1,4 +1,4 @@
-"""Models from local folders in transformers' format: nothing is downloaded, no code of theirs run."""
+"""Models from local folders in transformers' format: nothing is downloaded, no code of theirs runs."""
 
 from __future__ import annotations
 

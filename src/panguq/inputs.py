@@ -82,6 +82,7 @@ def prepare(
     real = _real_tokens(attention_mask, batch, total)
     if position_ids is None:
         position_ids = _positions(interface, real, length, batch, seq)
+    _check_positions(interface, position_ids, batch, seq)
     inputs = {
         "input_ids": input_ids,
         "attention_mask": _mask(real, length, seq, batch, empty_mask),
@@ -122,6 +123,19 @@ def _real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tenso
     return None if bool(real.all()) else real
 
 
+def _check_positions(interface: Interface, positions: Tensor, batch: int, seq: int) -> None:
+    if tuple(positions.shape) not in ((batch, seq), (1, seq)):
+        raise InputError(
+            f"position_ids have shape {list(positions.shape)}, expected {[batch, seq]}",
+            "give one position for every new token, or leave them out",
+        )
+    if interface.max_positions is not None and int(positions.max()) >= interface.max_positions:
+        raise InputError(
+            f"position_ids go up to {int(positions.max())}, the model's table holds "
+            f"{interface.max_positions} positions"
+        )
+
+
 def _positions(
     interface: Interface, real: Tensor | None, past: int, batch: int, seq: int
 ) -> Tensor:
@@ -147,7 +161,13 @@ def _mask(real: Tensor | None, past: int, seq: int, batch: int, empty_mask: bool
 
 def _kept(logits_to_keep: int | Tensor, seq: int) -> Tensor:
     if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep
+        whole = logits_to_keep.dim() == 1 and logits_to_keep.dtype in INTEGERS
+        if not whole or any(not -seq <= at < seq for at in logits_to_keep.tolist()):
+            raise InputError(
+                f"logits_to_keep is {logits_to_keep.tolist()}, there are {seq} new tokens",
+                "give a count, or a 1-D tensor of positions among them",
+            )
+        return logits_to_keep.long()
     if not logits_to_keep >= 0:
         raise InputError(f"logits_to_keep is {logits_to_keep}", "give 0 for all, or a count")
     return torch.arange(max(seq - logits_to_keep, 0) if logits_to_keep else 0, seq)

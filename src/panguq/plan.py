@@ -156,7 +156,8 @@ def _smoothing(
     kinds = {kind for p in passes if isinstance(p, SmoothQuant) for kind in p.sites}
     if not kinds:
         return {}, {}
-    found, blocked = find_scale_sites(gm, interface)
+    sites, blocked = find_scale_sites(gm, interface)
+    found = [s for s in sites if all(c.linear.meta["scheme"].activation for c in s.consumers)]
     counts = {kind: sum(site.kind == kind for site in found) for kind in sorted(kinds)}
     return counts, {label(entry.source): entry.reason for entry in blocked}
 

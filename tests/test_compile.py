@@ -1,0 +1,270 @@
+"""compile end to end: every preset on tiny models, reproducible, honest about what it hurts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import panguq
+from panguq.compiled_model import CompiledCausalLM, CompiledModule
+from panguq.errors import InputError, LoweringError, NumericsError, PanguqError, RecipeError
+from panguq.evaluate import evaluate, logits_of
+from panguq.ir.edit import label, op_name, weights_of
+from panguq.recipe import Recipe, preset_names
+from tests.models import FAMILIES, VOCAB, HandWritten, hand_written, make_model, token_ids
+
+QUANTIZED = tuple(name for name in preset_names() if name != "float")
+KERNELS = {
+    "w8a8": {"int8_linear"},
+    "w8a8-dynamic": {"int8_linear"},
+    "w8a16": {"int8_weight_linear"},
+    "w4a16": {"int4_linear"},
+    "w4a16-asym": {"int4_linear"},
+}
+# What a random model keeps of its logits, in dB, is a matter of bits alone.
+LEAST_DB = {"w8a8": 20, "w8a8-dynamic": 25, "w8a16": 30, "w4a16": 12, "w4a16-asym": 14}
+
+
+@functools.cache
+def compiled(family: str, preset: str) -> CompiledCausalLM:
+    model = panguq.compile(make_model(family), preset, calibration=token_ids(8, 32))
+    assert isinstance(model, CompiledCausalLM)
+    return model
+
+
+def perplexity(model: object, windows: Tensor) -> float:
+    return evaluate({"it": logits_of(model)}, windows)["it"]["perplexity"]
+
+
+def logits_db(expected: Tensor, actual: Tensor) -> float:
+    noise = (expected - actual).square().sum()
+    return float(10 * torch.log10(expected.square().sum() / noise))
+
+
+@pytest.mark.parametrize("preset", QUANTIZED)
+@pytest.mark.parametrize("family", ["openpangu", "opt"])
+def test_every_preset(family, preset) -> None:
+    model, ids = compiled(family, preset), token_ids(3, 40, seed=9)
+    with torch.no_grad():
+        expected = make_model(family)(ids).logits
+    assert logits_db(expected, model(ids).logits) >= LEAST_DB[preset]
+    matmuls = [m for m in model.report.matmuls if m.scheme != "FLOAT"]
+    assert len(matmuls) == (14 if family == "openpangu" else 12)
+    assert {m.kernel.split(".")[-1] for m in matmuls} <= KERNELS[preset] | {"dequantized_linear"}
+    assert {m.kernel.split(".")[-1] for m in matmuls} & KERNELS[preset]
+    assert model.report.warnings == ()
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("openpangu", "opt")])
+def test_every_family(family, preset) -> None:
+    model, ids = compiled(family, preset), token_ids(3, 40, seed=9)
+    with torch.no_grad():
+        expected = make_model(family)(ids).logits
+    assert logits_db(expected, model(ids).logits) >= LEAST_DB[preset]
+
+
+@pytest.mark.parametrize("preset", QUANTIZED)
+def test_lowered_perplexity_is_the_fake_quant_graphs(preset) -> None:
+    model, windows = compiled("openpangu", preset), token_ids(6, 48, seed=5)
+    fake, lowered = (perplexity(model.at_stage(s), windows) for s in ("fake-quant", "lowered"))
+    assert lowered == pytest.approx(fake, rel=0.01)
+    assert fake != pytest.approx(perplexity(make_model("openpangu"), windows), rel=1e-9)
+
+
+def test_a_stage_that_is_not_there() -> None:
+    with pytest.raises(PanguqError, match="no stage 'lowred'") as caught:
+        compiled("openpangu", "w8a8").at_stage("lowred")
+    assert caught.value.hint == "the stages are fake-quant, lowered"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float_is_the_identity(family) -> None:
+    model, eager, ids = panguq.compile(make_model(family), "float"), make_model(family), None
+    ids = token_ids(2, 33)
+    with torch.no_grad():
+        expected = eager(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(m.scheme == "FLOAT" for m in model.report.matmuls)
+    assert {op_name(n) for n in model.graph.graph.nodes} & {"linear"}
+
+
+def test_a_compiled_model_generates() -> None:
+    model, ids = compiled("openpangu", "w8a8"), token_ids(2, 5)
+    result = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    assert result.shape == (2, 11) and torch.equal(result[:, :5], ids)
+    step = model(result[:, :-1]).logits[:, -1].argmax(-1)  # the last token, all at once
+    assert torch.equal(step, result[:, -1])
+
+
+def test_compiling_twice_gives_the_same_bits(caplog) -> None:
+    """Without data: the calibration sequences are sampled, from the seed."""
+    first, second = (panguq.compile(make_model("llama"), "w8a8") for _ in range(2))
+    one, other = (weights_of(m.graph) for m in (first, second))
+    assert list(one) == list(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    ids = token_ids(2, 20)
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    said = [r.message for r in caplog.records if r.name == "panguq"]
+    assert "sampled from the model itself" in said[0] and "seed 0" in said[0]
+    assert "sampled from the model itself" in first.report.calibration
+
+
+def test_another_seed_gives_other_data() -> None:
+    first, second = (panguq.compile(make_model("llama"), "w8a8", seed=s) for s in (0, 1))
+    one, other = (weights_of(m.graph) for m in (first, second))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_given_data_is_said(caplog) -> None:
+    model = panguq.compile(make_model("llama"), "w8a8", calibration=token_ids(3, 16))
+    assert model.report.calibration == "given by the caller: 3 sequences, 48 tokens"
+    assert not [r for r in caplog.records if "sampled" in r.message]
+
+
+def test_float_says_nothing(caplog) -> None:
+    panguq.compile(make_model("llama"), "float")
+    assert not [r for r in caplog.records if r.name == "panguq" and r.levelno >= logging.WARNING]
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "most"), [("w8a8", 1.1), ("w8a16", 1.1), ("w4a16", 0.6)])
+def test_bytes_of_a_weight(preset, most) -> None:
+    """At group 64 or more; an outlier's side matmul is counted apart."""
+    for m in compiled("openpangu", preset).report.matmuls:
+        if m.scheme == "FLOAT":
+            assert m.stored_bytes >= 4 * m.n * m.k or m.is_side
+        elif m.group_size is None or m.group_size >= 64:
+            assert m.stored_bytes <= most * m.n * m.k
+
+
+def test_a_bfloat16_compile() -> None:
+    model = make_model("openpangu")
+    ids = token_ids(2, 24)
+    lowered = panguq.compile(model, "w8a8", calibration=token_ids(8, 32), dtype=torch.bfloat16)
+    assert lowered.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert next(model.parameters()).dtype == torch.float32
+    assert logits_db(expected, lowered(ids).logits.float()) >= 18
+
+
+# --- any module ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_any_module_with_example_inputs(preset) -> None:
+    batches = [(token_ids(2, 16, seed),) for seed in range(4)]
+    model = panguq.compile(hand_written(), preset, example_inputs=batches[0], calibration=batches)
+    assert type(model) is CompiledModule
+    ids = token_ids(3, 21, seed=8)
+    with torch.no_grad():
+        expected = hand_written()(ids)
+    assert logits_db(expected, model(ids)) >= LEAST_DB.get(preset, 90)
+
+
+def test_a_module_needs_data_to_calibrate() -> None:
+    with pytest.raises(InputError, match="no calibration data is given"):
+        panguq.compile(hand_written(), "w8a8", example_inputs=(token_ids(2, 16),))
+
+
+class Convolution(nn.Module):
+    """Nothing here is a matmul with a stored weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(-1) * 2
+
+
+def test_a_module_without_matmuls() -> None:
+    x = torch.randn(3, 4)
+    model = panguq.compile(Convolution(), "w8a16", example_inputs=(x,), calibration=[x])
+    assert torch.equal(model(x), Convolution()(x))
+    assert model.report.matmuls == ()
+
+
+# --- what hurts, and what is refused ------------------------------------------------------------
+
+
+class Blind(HandWritten):
+    """One column of a weight meets no activation and dwarfs all others: nothing is left of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            norm, gate = self.layers[1].mlp_norm, self.layers[1].gate
+            norm.weight[3] = 0.0
+            gate.weight[:, 3] = 1000.0
+
+
+def test_matmuls_below_5_db_are_named(caplog) -> None:
+    batches = [(token_ids(2, 16, seed),) for seed in range(4)]
+    recipe = Recipe(
+        name="rtn", schemes={"*": "W8A16"}, passes=("insert-fake-quant", "quantize-weights")
+    )
+    model = panguq.compile(Blind().eval(), recipe, example_inputs=batches[0], calibration=batches)
+    assert len(model.report.warnings) == 1
+    assert model.report.warnings[0].startswith("layers.1.gate:linear keeps only ")
+    assert "give it more bits" in model.report.warnings[0]
+    assert model.report.warnings[0] in [r.message for r in caplog.records]
+    others = [m.local_sqnr_db for m in model.report.matmuls if m.name != "layers.1.gate:linear"]
+    assert min(db for db in others if db is not None) > 20
+
+
+def test_the_report_has_every_pass_and_matmul() -> None:
+    model = compiled("openpangu", "w8a8")
+    names = [p.name for p in model.report.passes]
+    expected = [p.name for p in (*model.recipe.build(),)] + ["lower-matmuls"]
+    assert [n.split("_", 1)[1] for n in names] == expected
+    assert [n.split("_")[0] for n in names] == [f"{i:02d}" for i in range(1, len(names) + 1)]
+    labels = {label(n) for n in model.graph.graph.nodes}
+    assert {m.name for m in model.report.matmuls} <= labels
+    assert sum(m.gives_logits for m in model.report.matmuls) == 1
+    assert all(math.isfinite(m.local_sqnr_db) for m in model.report.matmuls if m.local_sqnr_db)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"recipe": "w8a9"}, RecipeError, "did you mean w8a"),
+        ({"recipe": "w8a8", "target": "cpuu"}, LoweringError, "did you mean cpu"),
+        ({"recipe": {"schemes": {"*.q_prj": "W8A8"}}}, RecipeError, "matches no matmul"),
+        ({"recipe": "w8a8", "calibration": []}, InputError, "empty or too short"),
+        ({"recipe": "w8a8", "calibration": ["text"]}, InputError, "need a tokenizer"),
+        ({"recipe": "w8a8", "calibration": torch.full((2, 16), VOCAB)}, InputError, "vocabulary"),
+        ({"recipe": {"schemes": {"*": "W8A8"}, "passes": ["insert-fake-quant"]}}, RecipeError,
+         "pass 03 insert-fake-quant needs CALIBRATED"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        panguq.compile(make_model("llama"), **options)
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(preset, bad) -> None:
+    model = make_model("openpangu")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = bad
+    with pytest.raises(NumericsError) as caught:
+        panguq.compile(model, preset, calibration=token_ids(4, 16))
+    assert "weight model.layers.1.mlp.up_proj.weight [96, 64] holds 1 value" in caught.value.message
+    assert "first seen by pass 01 canonicalize" in caught.value.message
+
+
+def test_an_activation_that_overflows_is_named() -> None:
+    """Finite weights whose products are not: the value is named, and the pass that saw it."""
+    model = make_model("openpangu")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
+    with pytest.raises(NumericsError, match=r"activation .*layers\.1.* NaN or Inf") as caught:
+        panguq.compile(model, "w8a8", calibration=token_ids(4, 16))
+    assert "first seen by pass 03 smoothquant" in caught.value.message
