@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -143,8 +145,6 @@ def test_a_text_that_says_nothing_is_refused() -> None:
 def test_what_is_refused(data, message) -> None:
     with pytest.raises(InputError) as caught:
         batches_of(data)
-    import re
-
     assert re.search(message, str(caught.value))
 
 

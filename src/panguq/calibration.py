@@ -104,7 +104,7 @@ def _ids_and_mask(item: Any, index: int, tokenizer: Any) -> tuple[Tensor, Tensor
         item = item["input_ids"]
     try:
         ids = item if isinstance(item, Tensor) else torch.tensor(item)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"calibration item {index} is a {type(item).__name__}, not text or token ids"
         ) from error

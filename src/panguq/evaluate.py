@@ -78,6 +78,7 @@ class Divergence:
         """Sum over the vocabulary, then over tokens."""
         assert float_log_probs is not None
         terms = float_log_probs.exp().mul_(float_log_probs - log_probs)
+        terms.masked_fill_(float_log_probs == -math.inf, 0.0)  # 0 log 0 is 0
         self.total += float(terms.sum(dtype=torch.float64))
         self.count += len(targets)
 

@@ -1,4 +1,4 @@
-"""Models from local folders in transformers' format: nothing is downloaded, no code of theirs runs."""
+"""Local model folders in transformers' format: nothing is downloaded, no code of theirs is run."""
 
 from __future__ import annotations
 
