@@ -71,7 +71,10 @@ class InputStatistics:
         tokens = x.reshape(-1, x.shape[-1]).float()
         magnitude = tokens.abs()
         token_amax = magnitude.amax(1)
-        plain = token_amax <= OUTLIER_TOKEN * token_amax.median()
+        # Padding may be all zero: the median is that of tokens which hold something.
+        alive = token_amax[token_amax > 0]
+        usual = alive.median() if len(alive) else token_amax.new_zeros(())
+        plain = token_amax <= OUTLIER_TOKEN * usual
         outliers, kept = tokens[~plain], tokens if bool(plain.all()) else tokens[plain]
         kept_amax = magnitude.amax(0) if not len(outliers) else kept.abs().amax(0)
         self.plain_amax = torch.maximum(self.plain_amax, kept_amax)

@@ -180,9 +180,11 @@ def test_any_module_with_example_inputs(preset) -> None:
     assert logits_db(expected, model(ids)) >= least_db(preset)
 
 
-def test_a_module_needs_data_to_calibrate() -> None:
-    with pytest.raises(InputError, match="no calibration data is given"):
-        panguq.compile(hand_written(), "w8a8", example_inputs=(token_ids(2, 16),))
+def test_example_inputs_serve_where_no_calibration_data_is_given(caplog) -> None:
+    compiled = panguq.compile(hand_written(), "w8a8", example_inputs=(token_ids(2, 16),))
+    assert compiled.report.calibration == "the example inputs"
+    assert "example inputs" in caplog.text
+    assert compiled(token_ids(3, 9)).shape[:2] == (3, 9)
 
 
 class Convolution(nn.Module):

@@ -25,7 +25,7 @@ from panguq.errors import InputError
 from panguq.inputs import takes_empty_mask
 from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
-from panguq.ir.memory import return_large_blocks
+from panguq.ir.memory import release_free_memory, return_large_blocks
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
@@ -59,7 +59,8 @@ def compile(
         `example_inputs`. It is never changed; tensors that no pass rewrites are shared.
     recipe: a built-in recipe's name (`panguq.recipes()`), a YAML file, or a Recipe.
     calibration: texts (with `tokenizer`), token ids, or batches; for other modules an iterable
-        of inputs. Without it, a recipe that needs data samples sequences from the model itself.
+        of inputs. Without it, a recipe that needs data samples sequences from the model itself
+        (other modules: takes the example inputs), and says so.
     dtype: what the model is cast to before anything else; by default it keeps its own.
     dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
 
@@ -67,6 +68,7 @@ def compile(
     TraceError, InputError for unusable data, NumericsError for tensors that are not finite.
     """
     return_large_blocks()
+    release_free_memory()
     recipe = Recipe.of(recipe)
     passes = recipe.build()
     dump_folder = chosen_folder(dump_dir)
@@ -86,7 +88,9 @@ def compile(
     _, held = run_pipeline(gm, described, ctx, instruments)
     check_lowerable(gm, lowering)
     calibrated = any(step.needs_calibration for step in passes)
-    ctx.batches, source = _calibration_batches(gm, ctx, calibration, tokenizer, calibrated)
+    ctx.batches, source = _calibration_batches(
+        gm, ctx, calibration, tokenizer, model, example_inputs, calibrated
+    )
     ctx.probe = probe_of(ctx.batches, interface)
     first = len(described) + 1
     _, held = run_pipeline(gm, rest, ctx, instruments, first, held)
@@ -135,24 +139,31 @@ def trace(
 
 
 def _calibration_batches(
-    gm: fx.GraphModule, ctx: PassContext, data: Any, tokenizer: Any, needed: bool
+    gm: fx.GraphModule,
+    ctx: PassContext,
+    data: Any,
+    tokenizer: Any,
+    model: nn.Module,
+    example_inputs: Sequence[Tensor] | None,
+    calibrated: bool,
 ) -> tuple[Batches, str]:
     """Batches for calibration and the probe, and a sentence that says where they came from."""
     interface = ctx.interface
     if interface.kind != "causal_lm":
-        if data is None:
-            raise InputError(
-                "no calibration data is given", "pass calibration=, an iterable of inputs"
-            )
-        return module_batches(data, interface), "given by the caller"
+        if data is not None:
+            return module_batches(data, interface), "given by the caller"
+        if calibrated:
+            logger.warning("calibration data: none given, so the example inputs serve for it")
+        return module_batches([example_inputs or ()], interface), "the example inputs"
     empty_mask = takes_empty_mask(gm)
     if data is not None:
         batches = causal_lm_batches(data, interface, tokenizer, empty_mask)
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         return batches, f"given by the caller: {len(batches)} sequences, {tokens} tokens"
-    count, length = (SAMPLED_SEQUENCES, SAMPLED_TOKENS) if needed else (1, 32)
-    ids = sample_sequences(gm, interface, 1, ctx.generator(), count, length, ctx.progress)
+    count, length = (SAMPLED_SEQUENCES, SAMPLED_TOKENS) if calibrated else (1, 32)
+    start = getattr(model.config, "bos_token_id", None) or 0
+    ids = sample_sequences(gm, interface, start, ctx.generator(), count, length, ctx.progress)
     said = f"sampled from the model itself: {count} sequences of {ids.shape[1]} tokens"
-    if needed:
+    if calibrated:
         logger.warning("calibration data: none given, so %s (seed %d)", said, ctx.seed)
     return causal_lm_batches(ids, interface, None, empty_mask), said
