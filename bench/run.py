@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def main() -> None:
     """Parse arguments, measure, print."""
     parser = argparse.ArgumentParser(description="Speed and compile cost on SmolLM2-135M.")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compile-cost", metavar="RECIPE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -69,8 +70,22 @@ def speed(repeats: int) -> dict[str, Any]:
         print(f"\n{title}: median (min-max), times faster than eager float32")
         for name, timing in timings.items():
             print(f"  {name:14s} {timing.render()}")
+        own = compare_with(timings, "float")
+        print("  against panguq's own float compile: " + ", ".join(own))
         results[title] = {name: _as_dict(timing) for name, timing in timings.items()}
     return results
+
+
+def compare_with(timings: dict[str, Timing], baseline: str) -> list[str]:
+    """Median paired ratios against another of the models that ran."""
+    base = timings[baseline].milliseconds
+    lines = []
+    for name, timing in timings.items():
+        ratios = [b / x for b, x in zip(base, timing.milliseconds, strict=True)]
+        if name not in (baseline, "eager float32"):
+            low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+            lines.append(f"{name} {middle:.2f}x ({low:.2f}-{high:.2f})")
+    return lines
 
 
 def _as_dict(timing: Timing) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The main job on a real model: fetch it, compile it W8A8 and W4A16, show what that gives.
 
-    python -m demo.run [--windows 16] [--out .cache/demo] [--quick]
+    python -m demo.run [--windows 16] [--repeats 5] [--out .cache/demo]
 
 Prints one table: perplexity on text that calibration has not seen, for the float model, for naive
 quantization (round to nearest, ranges from the extremes, nothing else) and for panguq's

@@ -24,7 +24,9 @@ class Interface(BaseModel):
     (which positions' logits are wanted), then a key and a value per layer; it returns
     `logits` `[batch, kept, vocab]` and the grown keys and values. Any other module takes
     and returns what its `forward` did when it was traced. `max_positions` is the size of a learned
-    position table; `positions_from_mask` says that the model numbers only real tokens.
+    position table or of a sliding attention window; `positions_from_mask` says that the model
+    numbers only real tokens; `size_limits` are the least and the largest value (None: any) of a
+    named size for which the trace holds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +38,7 @@ class Interface(BaseModel):
     vocab_size: int | None = None
     max_positions: int | None = None
     positions_from_mask: bool = False
+    size_limits: dict[str, tuple[int, int | None]] = {}
     cache: tuple[CacheLayer, ...] = ()
     returns: Literal["tensor", "tuple"] = "tuple"
 

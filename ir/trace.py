@@ -129,7 +129,7 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
         input_shapes=_name_symbols(gm),
         float_dtype=str(dtype).removeprefix("torch."),
         vocab_size=int(config.vocab_size),
-        max_positions=_learned_positions(gm),
+        max_positions=min(filter(None, (_learned_positions(gm), _window(config))), default=None),
         positions_from_mask=_numbers_real_tokens(skeleton),
         cache=tuple(
             CacheLayer(heads=heads, key_dim=int(head_dim), value_dim=int(head_dim))
@@ -159,6 +159,15 @@ def _numbers_real_tokens(model: nn.Module) -> bool:
     """Whether a position table counts positions by the attention mask, as OPT's does."""
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
     return any("attention_mask" in inspect.signature(t.forward).parameters for t in tables)
+
+
+def _window(config: Any) -> int | None:
+    """Tokens up to which attention over a sliding window is plain causal attention, if it has one.
+
+    The graph's mask is causal, so longer sequences would be computed wrongly and are refused.
+    """
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window and getattr(config, "use_sliding_window", True) else None
 
 
 def trace_module(
@@ -191,12 +200,27 @@ def trace_module(
         outputs=tuple(f"output_{i}" for i in range(len(results))),
         input_shapes=_name_symbols(gm),
         float_dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
-        returns="tensor"
-        if isinstance(exported.module_call_graph[0].signature, type(None))
-        or exported.call_spec.out_spec.is_leaf()
-        else "tuple",
+        returns="tensor" if exported.call_spec.out_spec.is_leaf() else "tuple",
+        size_limits=_size_limits(gm, exported),
     )
     return gm, interface
+
+
+def _size_limits(
+    gm: fx.GraphModule, exported: ExportedProgram
+) -> dict[str, tuple[int, int | None]]:
+    """The range of every named size on which the trace's branches hold.
+
+    Export assumes at least 2 of every dynamic size; a bound of 2 or less is that, no branch.
+    """
+    limits = {}
+    for symbol, bounds in exported.range_constraints.items():
+        name = gm.meta["symbol_names"].get(symbol)
+        if name is not None:
+            least = int(bounds.lower) if isinstance(bounds.lower, sympy.Integer) else 0
+            largest = int(bounds.upper) if isinstance(bounds.upper, sympy.Integer) else None
+            limits[name] = (least if least > 2 else 0, largest)
+    return limits
 
 
 _WHAT_IS_SERVED = (

@@ -22,7 +22,7 @@ class WeightStore:
     Tensors below `in_memory_bytes` stay in memory.
     """
 
-    def __init__(self, folder: Path | None = None, in_memory_bytes: int = 1 << 20) -> None:
+    def __init__(self, folder: Path | None = None, in_memory_bytes: int = 1 << 14) -> None:
         self.folder = folder
         self.in_memory_bytes = in_memory_bytes
 
@@ -37,7 +37,10 @@ class WeightStore:
             return tensor.clone() if tensor._base is not None else tensor
         handle, path = tempfile.mkstemp(prefix="panguq-", suffix=".bin", dir=self.folder)
         try:
-            os.posix_fallocate(handle, 0, size)
+            if hasattr(os, "posix_fallocate"):  # elsewhere a full disk shows itself on writing
+                os.posix_fallocate(handle, 0, size)
+            else:
+                os.ftruncate(handle, size)
             storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
         except OSError as error:
             raise StorageError(

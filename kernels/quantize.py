@@ -111,8 +111,9 @@ def quantize_weight(
 ) -> Tensor:
     """clamp(round(weight / scale) + zero_point, quant_min, quant_max), one scale per group.
 
-    weight float [n, k]; scale float [n, k / group_size], positive; zero_point integer of the same
-    shape, or None for 0; group_size == k is per channel. Returns int8 [n, k].
+    weight float [n, k]; scale float [n, k / group_size], not zero (a negative one flips the codes);
+    zero_point integer of the same shape, or None for 0; group_size == k is per channel. Returns
+    int8 [n, k].
     """
     groups = weight.to(torch.float32).reshape(weight.shape[0], -1, group_size)
     codes = groups.div(scale.to(torch.float32).unsqueeze(-1)).round_()

@@ -23,7 +23,7 @@ class KernelCost:
 
 @dataclass(frozen=True)
 class Target:
-    """A machine, its kernels' costs, and the dtype in which its models run."""
+    """A machine and what its kernels cost."""
 
     name: str
     kernels: dict[str, KernelCost]

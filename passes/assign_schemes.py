@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from panguq.errors import RecipeError
@@ -88,9 +89,17 @@ class AssignSchemes(Pass):
 
 
 def gives_logits(node: fx.Node) -> bool:
-    """Whether this node is the graph's first output."""
-    output = next(reversed(node.graph.nodes))
-    return output.args[0][0] is node
+    """Whether this linear gives a language model's logits, perhaps scaled or capped on the way."""
+    graph = node.graph
+    if not any(p.target == "logit_positions" for p in graph.nodes if p.op == "placeholder"):
+        return False
+    result = next(reversed(graph.nodes)).args[0][0]
+    while result is not node and result.target is not torch.ops.aten.linear.default:
+        inputs = [n for n in result.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if len(inputs) != 1 or inputs[0].op != "call_function":
+            return False
+        result = inputs[0]
+    return result is node
 
 
 def _check_siblings(gm: fx.GraphModule) -> None:

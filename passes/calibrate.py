@@ -96,7 +96,8 @@ def _column_energy(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor | None:
     if static_spec(nodes) is None:
         return None
     weights = [get_tensor(gm, str(n.args[1].target)) for n in nodes]
-    return torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
+    energy = torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
+    return energy if energy.any() else torch.ones_like(energy)
 
 
 def static_spec(nodes: list[fx.Node]) -> QuantSpec | None:

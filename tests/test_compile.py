@@ -280,3 +280,85 @@ def test_an_activation_that_overflows_is_named() -> None:
     with pytest.raises(NumericsError, match=r"activation .*layers\.1.* NaN or Inf") as caught:
         panguq.compile(model, "w8a8", calibration=token_ids(4, 16))
     assert "first seen by pass 04 calibrate" in caught.value.message
+
+
+def test_a_sliding_window_is_served_up_to_its_length_and_refused_beyond() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    model = MistralForCausalLM(config).eval()
+    compiled = panguq.compile(model, "float")
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids[:, :8]).logits, model(ids[:, :8]).logits)
+    with pytest.raises(InputError, match="8 positions"):
+        compiled(ids)
+
+
+def test_sizes_on_which_a_module_branches_are_refused_outside_their_range() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if x.shape[0] > 3 else x - 1
+
+    compiled = panguq.compile(Branches(), "float", example_inputs=(torch.zeros(6, 4),))
+    assert torch.equal(compiled(torch.zeros(5, 4)), torch.ones(5, 4))
+    with pytest.raises(InputError, match="the trace holds for 4"):
+        compiled(torch.zeros(2, 4))
+
+
+def test_dtype_casts_weights_and_spares_rotary_tables() -> None:
+    model = make_model("llama")
+    compiled = panguq.compile(model, "float", dtype=torch.bfloat16)
+    assert compiled.dtype == torch.bfloat16
+    assert next(model.parameters()).dtype == torch.float32
+    tables = [t for n, t in compiled.graph.named_buffers() if n.endswith("inv_freq")]
+    assert tables and all(table.dtype == torch.float32 for table in tables)
+
+
+def test_padding_is_not_observed() -> None:
+    ids = torch.ones(2, 16, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    mask[:, -5:] = 1
+    compiled = panguq.compile(
+        make_model("llama"), "w8a8", calibration=[{"input_ids": ids, "attention_mask": mask}]
+    )
+    assert compiled.report.calibration == "given by the caller: 2 sequences, 10 tokens"
+
+
+def test_scaled_logits_are_logits_too() -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=2.0,
+    )
+    compiled = panguq.compile(GraniteForCausalLM(config).eval(), "w8a16")
+    head = next(m for m in compiled.report.matmuls if m.name.startswith("lm_head"))
+    assert head.scheme == "FLOAT" and head.gives_logits
+
+
+def test_the_last_linear_of_another_module_is_quantized() -> None:
+    compiled = panguq.compile(nn.Linear(64, 32), "w8a16", example_inputs=(torch.randn(4, 64),))
+    assert [m.scheme for m in compiled.report.matmuls] == ["W8A16"]
+
+
+@pytest.mark.parametrize("preset", ["float", "w8a8"])
+def test_a_weight_that_is_not_finite_is_named(preset) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("inf")
+    with pytest.raises(NumericsError, match="weight lm_head.weight"):
+        panguq.compile(model, preset)

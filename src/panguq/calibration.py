@@ -26,6 +26,11 @@ def token_windows(text: str, tokenizer: Any, window: int, windows: int) -> Tenso
     A tokenizer that puts BOS first does so in every window. Raises InputError if the text is
     too short for one window of at least 8 tokens.
     """
+    if window < SHORTEST or windows < 1:
+        raise InputError(
+            f"{windows} windows of {window} tokens say nothing",
+            f"take at least one window of at least {SHORTEST} tokens",
+        )
     limit = window * windows * 12  # characters: more than enough, and a bound on the work
     ids = tokenizer(text[:limit], add_special_tokens=False).input_ids
     bos = bos_prefix(tokenizer)
@@ -73,9 +78,8 @@ def causal_lm_batches(
         )
     batches = []
     for index, item in enumerate(data):
-        ids, mask = _ids_and_mask(item, index, tokenizer)
-        inputs = prepare(interface, ids, mask, empty_mask=empty_mask, logits_to_keep=1)
-        batches.append(inputs)
+        for ids in _without_padding(*_ids_and_mask(item, index, tokenizer), index):
+            batches.append(prepare(interface, ids, empty_mask=empty_mask, logits_to_keep=1))
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     if tokens < SHORTEST:
         raise InputError(
@@ -109,6 +113,22 @@ def _ids_and_mask(item: Any, index: int, tokenizer: Any) -> tuple[Tensor, Tensor
             f"calibration item {index} is a {type(item).__name__}, not text or token ids"
         ) from error
     return (ids[None] if ids.dim() == 1 else ids), mask
+
+
+def _without_padding(ids: Tensor, mask: Tensor | None, index: int) -> list[Tensor]:
+    """The sequences of a batch, each `[1, its real tokens]`: padding must not be observed."""
+    if mask is None:
+        return [ids]
+    mask = torch.as_tensor(mask).reshape(ids.shape[0], -1).bool()
+    if mask.shape != ids.shape:
+        raise InputError(
+            f"calibration batch {index}: attention_mask has shape {list(mask.shape)}, "
+            f"input_ids {list(ids.shape)}"
+        )
+    if bool(mask.all()):
+        return [ids]
+    rows = [row[real][None] for row, real in zip(ids, mask, strict=True)]
+    return [row for row in rows if row.numel()]
 
 
 def module_batches(data: Any, interface: Interface) -> Batches:

@@ -223,6 +223,13 @@ def _check_module_inputs(interface: Interface, inputs: tuple[Tensor, ...]) -> No
             raise InputError(f"input {name} has {tensor.dim()} dimensions, expected {len(shape)}")
         for size, wanted in zip(tensor.shape, shape, strict=True):
             sizes.setdefault(str(wanted), size)
+    for name, (least, largest) in interface.size_limits.items():
+        size = sizes.get(name, least)
+        if size < least or (largest is not None and size > largest):
+            raise InputError(
+                f"size {name} is {size}, the trace holds for {least} to {largest or 'any size'}",
+                "the module branches on this size; compile again with other example inputs",
+            )
     for name, tensor in zip(interface.inputs, inputs, strict=True):
         shape = interface.input_shapes[name]
         for index, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):

@@ -23,8 +23,9 @@ from panguq.calibration import (
 from panguq.compiled_model import CompiledCausalLM, CompiledModule
 from panguq.errors import InputError
 from panguq.inputs import takes_empty_mask
-from panguq.ir.edit import clone
+from panguq.ir.edit import clone, weights_of
 from panguq.ir.interface import Interface
+from panguq.ir.interpret import ensure_finite
 from panguq.ir.memory import release_free_memory, return_large_blocks
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
@@ -32,7 +33,7 @@ from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
 from panguq.lowering.targets import find_target
 from panguq.passes.base import PassContext, Progress
 from panguq.passes.pipeline import Instrument, check_order, run_pipeline
-from panguq.recipe import Recipe
+from panguq.recipe import Recipe, RecipeLike
 from panguq.report.dump import Dump, chosen_folder
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
@@ -42,7 +43,7 @@ logger = logging.getLogger("panguq")
 
 def compile(
     model: nn.Module,
-    recipe: str | Path | Recipe,
+    recipe: RecipeLike,
     *,
     calibration: Any = None,
     tokenizer: Any = None,
@@ -57,12 +58,15 @@ def compile(
 
     model: a transformers causal language model, or any nn.Module together with
         `example_inputs`. It is never changed; tensors that no pass rewrites are shared.
-    recipe: a built-in recipe's name (`panguq.recipes()`), a YAML file, or a Recipe.
+    recipe: a built-in recipe's name (`panguq.recipes()`), a YAML file, a mapping, or a Recipe.
     calibration: texts (with `tokenizer`), token ids, or batches; for other modules an iterable
         of inputs. Without it, a recipe that needs data samples sequences from the model itself
         (other modules: takes the example inputs), and says so.
     dtype: what the model is cast to before anything else; by default it keeps its own.
     dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
+
+    The C library is told to return freed blocks of 4 MiB and more to the system at once, for the
+    whole process and from now on; without that a compile needs a gigabyte more.
 
     Raises PanguqError's subclasses: RecipeError and LoweringError before any calibration,
     TraceError, InputError for unusable data, NumericsError for tensors that are not finite.
@@ -77,6 +81,8 @@ def compile(
     progress = progress or terminal_progress()
 
     gm, interface = trace(model, example_inputs, dtype)
+    for name, tensor in weights_of(gm).items():
+        ensure_finite(name, tensor)
     ctx = PassContext(interface=interface, store=WeightStore(), seed=seed, progress=progress)
     quality = Quality(ctx)
     dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries)
@@ -127,7 +133,7 @@ def trace(
             "load it first, for example with panguq.load_pretrained(folder)",
         )
     if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
-        model = copy.deepcopy(model).to(dtype)
+        model = _cast(model, dtype)
     if is_causal_lm(model):
         return trace_causal_lm(model)
     if example_inputs is None:
@@ -136,6 +142,15 @@ def trace(
             "pass example_inputs=, a tuple of tensors with every size at least 2",
         )
     return trace_module(model, example_inputs)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with its parameters cast. Buffers, such as rotary tables, keep their precision."""
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    for p in model.parameters():
+        cast = p.detach().to(dtype) if p.is_floating_point() else p.detach()
+        memo[id(p)] = nn.Parameter(cast, requires_grad=False)
+    return copy.deepcopy(model, memo)
 
 
 def _calibration_batches(

@@ -16,6 +16,9 @@ from torch import Tensor
 from panguq.ir.interpret import first_non_finite
 from panguq.passes.base import Progress, no_progress
 
+COLLAPSED = 10.0  # times the float model's perplexity: the model says nothing any more
+POOR_DB = 5.0
+
 Logits = Callable[[Tensor], Tensor]
 """From token ids `[1, seq]` to logits `[1, seq, vocab]`."""
 
@@ -169,6 +172,15 @@ def weight_figures(model: Any) -> dict[str, float]:
     total = sum(shares.values()) or 1
     figures = {f"{kind}_share": count / total for kind, count in shares.items()}
     return {"bits_per_weight": 8 * sum(m.stored_bytes for m in rows) / weights, **figures}
+
+
+def worst_matmul(model: Any) -> str | None:
+    """The first matmul that keeps next to nothing of its float result, else the worst one."""
+    rated = [m for m in model.report.matmuls if m.local_sqnr_db is not None]
+    broken = [m for m in rated if m.local_sqnr_db < POOR_DB]
+    if broken:
+        return str(broken[0].name)
+    return str(min(rated, key=lambda m: m.local_sqnr_db).name) if rated else None
 
 
 def first_broken_node(model: Any, windows: Tensor) -> str | None:

@@ -14,6 +14,7 @@ passes:                     # after canonicalize and assign-schemes, in this ord
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -98,7 +99,8 @@ class Recipe(BaseModel):
     def from_yaml(cls, path: str | Path) -> Recipe:
         """The recipe in a file. Without `name` it is called as the file."""
         path = Path(path)
-        return cls._from_data(read_yaml(path), str(path), path.stem)
+        name = re.sub(r"[^A-Za-z0-9_.+-]", "-", path.stem)
+        return cls._from_data(read_yaml(path), str(path), name)
 
     @classmethod
     def named(cls, name: str) -> Recipe:

@@ -67,9 +67,17 @@ def measure(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> 
     """All figures of a compiled model, or with `is_float` of the float model itself.
 
     A model that is not finite is a result, too: its figures are not, and `first_broken` names the
-    first op that yields NaN or Inf, None if there is none.
+    first op that yields NaN or Inf, or, where perplexity is ten times the float model's, the first
+    matmul below 5 dB of local SQNR.
     """
-    from panguq.evaluate import evaluate, first_broken_node, logits_of, weight_figures
+    from panguq.evaluate import (
+        COLLAPSED,
+        evaluate,
+        first_broken_node,
+        logits_of,
+        weight_figures,
+        worst_matmul,
+    )
     from panguq.report.progress import terminal_progress
 
     reference = logits_of(model)
@@ -87,6 +95,8 @@ def measure(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> 
     figures |= {"windows": len(windows), "window": windows.shape[1]}
     if not math.isfinite(figures["perplexity"]):
         figures["first_broken"] = None if is_float else first_broken_node(compiled, windows)
+    elif not is_float and figures["perplexity"] > COLLAPSED * figures["float_perplexity"]:
+        figures["first_broken"] = worst_matmul(compiled)
     return figures
 
 
