@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from panguq.ir import canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.edit import (
@@ -23,6 +24,7 @@ from panguq.ir.edit import (
     retarget,
     tensor_node,
 )
+from panguq.ir.interpret import ensure_finite
 from panguq.passes.base import Pass, PassContext, PassResult, Property, Table
 
 aten = torch.ops.aten
@@ -65,12 +67,24 @@ class Canonicalize(Pass):
         for node in list(gm.graph.nodes):
             if node.op == "get_attr" and not node.users:
                 gm.graph.erase_node(node)
+        _check_weights(gm)
         assign_labels(gm)
         finish(gm)
         result = PassResult(changed=sum(counts.values()))
         rows = tuple((key, number) for key, number in sorted(counts.items()))
         result.tables["rewrites"] = Table(("rewrite", "count"), rows)
         return result
+
+
+def _check_weights(gm: fx.GraphModule) -> None:
+    """Raises NumericsError for a weight with NaN or Inf. Other constants, such as masks, may."""
+    readers = (aten.linear.default, aten.embedding.default, aten.layer_norm.default)
+    for node in gm.graph.nodes:
+        read = any(user.target in (*readers, panguq.rms_norm.default) for user in node.users)
+        if node.op == "get_attr" and read:
+            tensor = get_tensor(gm, str(node.target))
+            if not isinstance(tensor, FakeTensor):
+                ensure_finite(str(node.target), tensor)
 
 
 def _gone(node: fx.Node) -> bool:

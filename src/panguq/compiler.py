@@ -23,9 +23,8 @@ from panguq.calibration import (
 from panguq.compiled_model import CompiledCausalLM, CompiledModule
 from panguq.errors import InputError
 from panguq.inputs import takes_empty_mask
-from panguq.ir.edit import clone, weights_of
+from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
-from panguq.ir.interpret import ensure_finite
 from panguq.ir.memory import release_free_memory, return_large_blocks
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
@@ -81,8 +80,6 @@ def compile(
     progress = progress or terminal_progress()
 
     gm, interface = trace(model, example_inputs, dtype)
-    for name, tensor in weights_of(gm).items():
-        ensure_finite(name, tensor)
     ctx = PassContext(interface=interface, store=WeightStore(), seed=seed, progress=progress)
     quality = Quality(ctx)
     dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries)
