@@ -25,6 +25,8 @@ from panguq.passes.outliers import Outliers
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
 
+WORTH_RELEASING_BYTES = 64 << 20  # looking for garbage costs half a second in a large process
+
 PASSES: tuple[type[Pass], ...] = (
     Canonicalize,
     AssignSchemes,
@@ -125,7 +127,8 @@ def _run_one(
     finish(gm)
     proved = None if before is None else _prove(before, gm, result, ctx)
     verify(gm, (held - step.breaks) | step.establishes, after=f"pass {index:02d} {step.name}")
-    release_free_memory()
+    if sum(t.nbytes for t in weights_of(gm).values()) >= WORTH_RELEASING_BYTES:
+        release_free_memory()
     return PassRecord(index, step, result, time.perf_counter() - started, proved)
 
 

@@ -25,7 +25,7 @@ from panguq.errors import InputError
 from panguq.inputs import takes_empty_mask
 from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
-from panguq.ir.memory import release_free_memory, return_large_blocks
+from panguq.ir.memory import return_large_blocks
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
@@ -71,7 +71,6 @@ def compile(
     TraceError, InputError for unusable data, NumericsError for tensors that are not finite.
     """
     return_large_blocks()
-    release_free_memory()
     recipe = Recipe.of(recipe)
     passes = recipe.build()
     dump_folder = chosen_folder(dump_dir)
