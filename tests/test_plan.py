@@ -118,7 +118,7 @@ def test_more_calibration_data_costs_more(folder: Path) -> None:
 def test_any_module_can_be_planned() -> None:
     module = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
     plan = panguq.plan(module, "w8a8-dynamic", example_inputs=(torch.randn(3, 64),))
-    assert [m.scheme for m in plan.matmuls] == ["W8A8_DYNAMIC", "FLOAT"]
+    assert [m.scheme for m in plan.matmuls] == ["W8A8_DYNAMIC", "W8A8_DYNAMIC"]
 
 
 def test_a_large_model_is_planned_without_its_memory(folder: Path, tmp_path: Path) -> None:
