@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,8 +72,9 @@ def value_types(args: Any) -> Any:
 
 def call(
     before: fx.Node,
-    op: OpOverload,
+    op: Callable[..., Any],
     args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
     *,
     origin: fx.Node,
     suffix: str = "",
@@ -83,12 +84,13 @@ def call(
     The new node belongs to `origin`'s module and is labelled `<origin's label><suffix>`.
     """
     graph = before.graph
+    named = dict(kwargs or {})
     with graph.inserting_before(before):
-        node = graph.call_function(op, args)
+        node = graph.call_function(op, args, named)
     owner = graph.owning_module
     assert owner is not None
     with fake_mode(owner), torch.no_grad():
-        node.meta["val"] = op(*value_types(args))
+        node.meta["val"] = op(*value_types(args), **value_types(named))
     node.meta["module_path"] = module_path(origin)
     if "label" in origin.meta:
         node.meta["label"] = origin.meta["label"] + suffix

@@ -72,6 +72,7 @@ class Scheme:
 _PER_CHANNEL_8 = QuantSpec(8, "per_channel")
 _PER_GROUP_4 = QuantSpec(4, "per_group", group_size=128)
 _PER_TOKEN_8 = QuantSpec(8, "per_token", dynamic=True)
+_PER_TOKEN_4 = QuantSpec(4, "per_token", dynamic=True)
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -82,6 +83,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("W8A16", _PER_CHANNEL_8),
         Scheme("W4A16", _PER_GROUP_4),
         Scheme("W4A16_ASYM", replace(_PER_GROUP_4, symmetric=False)),
+        Scheme("W4A8", replace(_PER_GROUP_4, group_size=256), _PER_TOKEN_8),
+        Scheme("W4A4", QuantSpec(4, "per_channel"), _PER_TOKEN_4),
     )
 }
 

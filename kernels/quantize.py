@@ -30,13 +30,15 @@ def _fake_quantize_per_tensor(
 def quantize_per_tensor(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max).
+    """clamp(round(x * (1 / scale) + zero_point), quant_min, quant_max).
 
     x float [...]; scale float32 [1]; zero_point int32 [1]. Returns int8 [...]; an infinity
-    becomes the nearest bound.
+    becomes the nearest bound. The factor 1 / scale is rounded to x's dtype, in which NPU kernels
+    take it, and the zero point is added before rounding, as they do.
     """
-    codes = (x.contiguous() * scale.reciprocal()).round_()
-    return codes.add_(zero_point).clamp_(quant_min, quant_max).to(torch.int8)
+    factor = scale.reciprocal().to(x.dtype).to(scale.dtype)
+    codes = (x.contiguous() * factor).add_(zero_point).round_()
+    return codes.clamp_(quant_min, quant_max).to(torch.int8)
 
 
 def _fake_quantize_per_token(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ class InsertFakeQuant(Pass):
     - per tensor, static: `scale = (high - low) / (qmax - qmin)` and
       `zero_point = round(qmin - low / scale)` from the observed range, which is widened to hold
       zero; symmetric: `scale = max(|low|, |high|) / qmax`, zero point 0.
+      In a 16-bit model the scale is one of its dtype's values, see `storable_scale`.
     - per token, dynamic: the scale is computed by the graph, `amax|x| / qmax` for each token.
     - weights, per channel or group: from the smallest and largest weight of the group.
     Matmuls that read one tensor share its quantize node.
@@ -73,14 +74,37 @@ class InsertFakeQuant(Pass):
         return result
 
 
-def affine(low: float, high: float, spec: QuantSpec) -> tuple[float, int]:
-    """Scale and zero point that map [low, high] onto the codes of `spec`."""
+def affine(
+    low: float, high: float, spec: QuantSpec, dtype: torch.dtype = torch.float32
+) -> tuple[float, int]:
+    """Scale and zero point that map [low, high] of a tensor of `dtype` onto the codes of `spec`."""
     if spec.symmetric:
-        return max(-low, high, SMALLEST_RANGE) / spec.quant_max, 0
+        return storable_scale(max(-low, high, SMALLEST_RANGE) / spec.quant_max, dtype), 0
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = max(high - low, SMALLEST_RANGE) / (spec.quant_max - spec.quant_min)
+    width = max(high - low, SMALLEST_RANGE)
+    scale = storable_scale(width / (spec.quant_max - spec.quant_min), dtype)
     zero_point = round(spec.quant_min - low / scale)
     return scale, min(max(zero_point, spec.quant_min), spec.quant_max)
+
+
+def storable_scale(scale: float, dtype: torch.dtype) -> float:
+    """A scale that a model of this dtype can store, at most three steps of the dtype above `scale`.
+
+    NPU kernels and servers keep a 16-bit model's scale s and its reciprocal r in its own dtype, so
+    that codes are made with r and read with s: of the three values the one of least |s * r - 1|.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return scale
+    least = 1 / 2**15 if dtype == torch.float16 else 0.0  # its reciprocal must not overflow
+    values = [torch.tensor(max(scale, least), dtype=dtype)]
+    for _ in range(2):
+        values.append(torch.nextafter(values[-1], torch.tensor(torch.inf, dtype=dtype)))
+    return min((float(s) for s in values), key=lambda s: _gain_error(s, dtype))
+
+
+def _gain_error(scale: float, dtype: torch.dtype) -> float:
+    reciprocal = torch.tensor(scale).reciprocal().to(dtype)
+    return abs(scale * float(reciprocal) - 1.0)
 
 
 def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
@@ -99,7 +123,7 @@ def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
         scale = call(node, operator.getitem, (pair, 1), origin=source, suffix=".scale")
     else:
         low, high = node.meta["input_range"]
-        step, offset = affine(low, high, spec)
+        step, offset = affine(low, high, spec, dtype)
         path = module_path(node)
         name = free_name(node.graph.owning_module, f"{path}.input_scale".lstrip("."))
         scale = tensor_node(node, name, torch.tensor([step]))

@@ -45,11 +45,25 @@ def test_quantize_per_tensor_is_bit_exact(x, scale, zero_point, bounds):
         torch.from_numpy(x), torch.tensor([scale]), torch.tensor([zero_point]).int(), *bounds
     )
     reciprocal = F32(1) / F32(scale)
-    expected = [
-        [int(np.clip(float(np.rint(value * reciprocal)) + zero_point, *bounds)) for value in row]
-        for row in x
-    ]
+    with np.errstate(over="ignore"):
+        expected = [
+            [int(np.clip(np.rint(value * reciprocal + F32(zero_point)), *bounds)) for value in row]
+            for row in x
+        ]
     assert codes.tolist() == expected
+
+
+def test_the_zero_point_is_added_before_rounding():
+    x, step, zero = torch.tensor([0.5, 1.5]), torch.ones(1), torch.ones(1, dtype=torch.int32)
+    assert quantize_per_tensor(x, step, zero, -128, 127).tolist() == [2, 2]
+
+
+def test_the_factor_is_rounded_to_the_dtype_of_the_input():
+    x, step = torch.tensor([85.0]).bfloat16(), torch.tensor([0.7])
+    zero = torch.zeros(1, dtype=torch.int32)
+    factor = float(torch.tensor(1 / 0.7).bfloat16())
+    assert round(85 * factor) != round(85 / 0.7)
+    assert quantize_per_tensor(x, step, zero, -128, 127).tolist() == [round(85 * factor)]
 
 
 def test_halves_round_to_even():

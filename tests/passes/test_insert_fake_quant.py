@@ -17,7 +17,7 @@ from panguq.ir.quant_spec import SCHEMES, QuantSpec
 from panguq.kernels.quantize import dequantize, quantize_per_tensor
 from panguq.passes.base import linears
 from panguq.passes.calibrate import Calibrate
-from panguq.passes.insert_fake_quant import InsertFakeQuant, affine
+from panguq.passes.insert_fake_quant import InsertFakeQuant, affine, storable_scale
 from panguq.passes.quantize_weights import QuantizeWeights
 from tests.models import run_passes, tiny_context, trace_tiny
 
@@ -178,3 +178,22 @@ def test_an_empty_range_is_no_division_by_zero() -> None:
     for spec in SPECS:
         scale, zero = affine(0.0, 0.0, spec)
         assert scale > 0 and spec.quant_min <= zero <= spec.quant_max
+
+
+@given(st.floats(1e-4, 1e3), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_a_16_bit_model_stores_its_scale_and_its_reciprocal(scale, dtype) -> None:
+    chosen = storable_scale(scale, dtype)
+    assert torch.tensor(chosen, dtype=dtype).item() == chosen
+    nearest = torch.tensor(scale, dtype=dtype).item()
+    assert chosen >= nearest
+    gain = chosen * torch.tensor(chosen).reciprocal().to(dtype).item()
+    assert abs(gain - 1) <= abs(nearest * torch.tensor(nearest).reciprocal().to(dtype).item() - 1)
+
+
+def test_a_float32_model_keeps_its_scale() -> None:
+    assert storable_scale(0.1, torch.float32) == 0.1
+
+
+def test_a_tiny_scale_in_float16_has_a_finite_reciprocal() -> None:
+    chosen = storable_scale(1e-7, torch.float16)
+    assert torch.tensor(chosen).reciprocal().half().isfinite()
