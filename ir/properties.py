@@ -15,3 +15,4 @@ class Property(enum.Enum):
     QDQ = "quantized values pass through quantize and dequantize nodes"
     WEIGHT_CODES = "quantized weights are stored as integer codes"
     LOWERED = "no quantize/dequantize pair is left in front of a matmul"
+    ASCEND_OPS = "only aten and npu ops and panguq's own NPU kernels are called"

@@ -107,6 +107,19 @@ def _lowered(gm: fx.GraphModule) -> str | None:
     return None
 
 
+def _ascend_ops(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue  # the rest is arithmetic on sizes and the items of tuples
+        name = node.target.name()
+        if name.split("::")[0] not in ("aten", "npu", "panguq_npu") and name not in _ON_NPU:
+            return f"{label(node)} calls {name}, which an Ascend NPU does not know"
+    return None
+
+
+_ON_NPU = ("panguq::dispatch_matmul",)  # calls the NPU kernel that its table names
+
+
 CHECKS: dict[Property, Callable[[fx.GraphModule], str | None]] = {
     Property.CANONICAL: _canonical,
     Property.SCHEMES: _schemes,
@@ -115,6 +128,7 @@ CHECKS: dict[Property, Callable[[fx.GraphModule], str | None]] = {
     Property.QDQ: _qdq,
     Property.WEIGHT_CODES: _weight_codes,
     Property.LOWERED: _lowered,
+    Property.ASCEND_OPS: _ascend_ops,
 }
 
 

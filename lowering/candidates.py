@@ -2,40 +2,145 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from panguq.ir.quant_spec import Scheme
+from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.kernels.ascend import w4a16, w8a8
+from panguq.kernels.ascend.tiles import legal_tiles
 from panguq.kernels.cpu import int4_linear, int8_linear, int8_weight_linear
+from panguq.lowering.ascend_rules import (
+    fallback_names,
+    quant_matmul_refusal,
+    weight_quant_refusal,
+)
+from panguq.lowering.problem import (
+    Candidate,
+    Dtype,
+    MatmulProblem,
+    Precision,
+    Schedule,
+    Storage,
+    Tile,
+    WeightFormat,
+)
+from panguq.lowering.targets import Target
 
-Precision = Literal["bfloat16", "float32"]
+__all__ = [
+    "Candidate",
+    "Dtype",
+    "MatmulProblem",
+    "Precision",
+    "Schedule",
+    "Storage",
+    "Tile",
+    "WeightFormat",
+    "ascend_candidates",
+    "candidates",
+    "cpu_candidates",
+    "fallbacks",
+    "scheme_refusal",
+]
+
+FLOAT_OP = "linear"
 
 
-@dataclass(frozen=True)
-class MatmulProblem:
-    """`[m, k] x [n, k]^T` under a scheme; m is None where it varies at run time.
+def candidates(
+    problem: MatmulProblem, target: Target, allow_float: bool = False
+) -> list[Candidate]:
+    """All kernels of the target that know the scheme, legal or not."""
+    if target.kind == "cpu":
+        return cpu_candidates(problem)
+    return ascend_candidates(problem, target, allow_float)
 
-    `precision` is the least that weight-only matmuls of a float32 model may multiply in.
+
+def scheme_refusal(problem: MatmulProblem, target: Target) -> str | None:
+    """Why the target cannot run the problem's scheme on its shape; None if some kernel can."""
+    found = candidates(problem, target)
+    if any(c.refusal is None for c in found):
+        return None
+    reasons = {f"{c.kernel}: {c.refusal}": None for c in found if c.storage != "float"}
+    return "; ".join(reasons or {f"{c.kernel}: {c.refusal}": None for c in found})
+
+
+def fallbacks(scheme: Scheme) -> tuple[Scheme, ...]:
+    """The schemes that take this one's place, in order, where no kernel takes a shape.
+
+    See `ascend_rules.fallback_names` for the order and its reasons.
     """
-
-    m: int | None
-    n: int
-    k: int
-    scheme: Scheme
-    precision: Precision = "bfloat16"
-
-    @property
-    def group_size(self) -> int:
-        """Inputs per weight scale; k where there are no groups."""
-        return self.scheme.weight.group_size_for(self.k) if self.scheme.weight else self.k
+    return tuple(SCHEMES[name] for name in fallback_names(scheme))
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A kernel for a problem; `refusal` says why it is not legal, None if it is."""
+def ascend_candidates(
+    problem: MatmulProblem, target: Target, allow_float: bool = False
+) -> list[Candidate]:
+    """The vendor's op first, panguq's own kernels for every tile and number of splits, and the
+    float matmul, which is legal for a quantized scheme only with `allow_float`."""
+    weight, activation = problem.scheme.weight, problem.scheme.activation
+    if weight is None:
+        return [Candidate(FLOAT_OP)]
+    try:
+        _ = problem.group_size
+    except ValueError as error:
+        found = [Candidate("none", str(error))]
+    else:
+        if activation is not None:
+            storage: Storage = "int8" if weight.bits == 8 else "int4"
+            found = [Candidate("npu_quant_matmul", quant_matmul_refusal(problem), storage=storage)]
+            if weight.bits == activation.bits == 8:
+                found += _own(problem, target, "w8a8", storage)
+        else:
+            storage = "int8" if weight.bits == 8 else "int4"
+            refusal = weight_quant_refusal(problem)
+            found = [Candidate("npu_weight_quant_batchmatmul", refusal, storage=storage)]
+            if weight.bits == 4:
+                found += _own(problem, target, "w4a16", storage)
+    off = f"the scheme is {problem.scheme.name}, and allow_float is off"
+    return [*found, Candidate(FLOAT_OP, None if allow_float else off)]
 
-    kernel: str
-    refusal: str | None = None
+
+def split_counts(cores: int) -> list[int]:
+    """Numbers of splits worth a try: powers of two, and what divides the cores evenly."""
+    divisors = {s for s in range(2, cores + 1) if cores % s == 0}
+    powers = {2**e for e in range(1, 8) if 2**e <= cores}
+    return sorted(divisors | powers)
+
+
+def _own(problem: MatmulProblem, target: Target, family: str, storage: Storage) -> list[Candidate]:
+    unfit = _own_refusal(problem)
+    found = []
+    for count in [1, *split_counts(int(target["cube_cores"]))]:
+        schedule: Schedule = "split_k" if count > 1 else "data_parallel"
+        kernel = f"{family}_{schedule}"
+        for tile in legal_tiles(kernel):
+            refusal = unfit or _kernel_refusal(problem, family, count, tile)
+            found.append(Candidate(kernel, refusal, schedule, count, tile, storage))
+    return found
+
+
+def _kernel_refusal(problem: MatmulProblem, family: str, splits: int, tile: Tile) -> str | None:
+    m, n, k = problem.m, problem.n, problem.k
+    if family == "w8a8":
+        return w8a8.refusal(m, n, k, splits, tile)
+    weight = problem.scheme.weight
+    grouped = weight is not None and weight.granularity == "per_group"
+    return w4a16.refusal(m, n, k, problem.group_size if grouped else 0, splits, tile)
+
+
+def _own_refusal(problem: MatmulProblem) -> str | None:
+    weight, activation = problem.scheme.weight, problem.scheme.activation
+    assert weight is not None
+    if problem.dtype == "float32":
+        return "its result is float16 or bfloat16, the model is float32"
+    if problem.weight_format != "ND":
+        return "it reads weights in ND format"
+    if activation is None:
+        return None
+    if weight.granularity != "per_channel" or not weight.symmetric:
+        return "8-bit weights must be symmetric, with one scale per output"
+    if problem.dtype == "float16" and activation.granularity == "per_tensor":
+        return (
+            "a float16 model's scales are stored as 19-bit floats (npu_trans_quant_param), "
+            "which it does not read"
+        )
+    return None
 
 
 def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
@@ -47,6 +152,8 @@ def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
     if weight.bits == 8 and activation is not None:
         grouped = None if weight.granularity == "per_channel" else "weights must be per channel"
         return [Candidate("int8_linear", grouped or int8_linear.refusal(m, n, k))]
+    if activation is not None and weight.bits == 4:
+        return [Candidate("dequantized_linear")]  # of the dequantized activations
     if activation is not None:
         return [Candidate("none", f"no kernel of target cpu runs {problem.scheme.name}")]
     rounds = "it multiplies in bfloat16, the recipe asks for float32"

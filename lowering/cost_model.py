@@ -2,16 +2,170 @@
 
 from __future__ import annotations
 
-import sympy
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from panguq.lowering.candidates import MatmulProblem
+import numpy as np
+import sympy
+from numpy.typing import NDArray
+
+from panguq.errors import LoweringError
+from panguq.lowering.cost_terms import ARGUMENTS, OVERLAPPED, SERIAL, TERMS, Form, S, compiled
+from panguq.lowering.cost_terms import total as total_expression
+from panguq.lowering.executions import Execution, executions
+from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.targets import KernelCost, Target
 
 M = sympy.Symbol("m", positive=True)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of one call. `total_us` is the sum of the serial terms and the largest of the
+    overlapped ones (`cost_terms.OVERLAPPED`); `how` names the tiling that it is the cost of."""
+
+    total_us: float
+    terms: dict[str, float]
+    how: str = ""
+
+    @property
+    def bound_by(self) -> str:
+        """The overlapped term that decides."""
+        return max(OVERLAPPED, key=lambda name: self.terms[name])
+
+
+def cost(candidate: Candidate, problem: MatmulProblem, target: Target) -> Cost:
+    """The cost on an Ascend target. Raises LoweringError if the problem does not fix m."""
+    if problem.m is None:
+        raise LoweringError(
+            "a cost needs a number of tokens, and m is symbolic",
+            "give m, or select a kernel over a mix of m",
+        )
+    found = [e for e in executions(candidate, problem, target) if _covers(e, problem.m)]
+    return min(
+        (execution_cost(e, problem, target) for e in found), key=lambda found: found.total_us
+    )
+
+
+def execution_cost(execution: Execution, problem: MatmulProblem, target: Target) -> Cost:
+    """The cost of one way to run the matmul, for the problem's m."""
+    assert problem.m is not None
+    m = np.array([float(problem.m)])
+    values = [v[0, 0] for v in _term_arrays(execution.form, [execution], problem, target, m)]
+    named = {name: float(value) for name, value in zip(TERMS, values, strict=True)}
+    total = sum(named[name] for name in SERIAL) + max(named[name] for name in OVERLAPPED)
+    return Cost(total, named, execution.label)
+
+
+def total_us(
+    candidates: Sequence[Candidate],
+    problem: MatmulProblem,
+    target: Target,
+    tokens: NDArray[np.int64],
+) -> Floats:
+    """Microseconds `[candidates, tokens]` of every candidate for every m in `tokens`."""
+    result: Floats = np.full((len(candidates), len(tokens)), np.inf)
+    by_form: dict[Form, list[tuple[int, Execution]]] = defaultdict(list)
+    for row, candidate in enumerate(candidates):
+        for execution in executions(candidate, problem, target):
+            by_form[execution.form].append((row, execution))
+    for form, pairs in by_form.items():
+        rows = [row for row, _ in pairs]
+        found = [execution for _, execution in pairs]
+        named = dict(
+            zip(
+                TERMS, _term_arrays(form, found, problem, target, tokens.astype(float)), strict=True
+            )
+        )
+        serial = sum((named[name] for name in SERIAL), np.zeros((1, 1)))
+        overlapped = np.max(np.stack([named[name] for name in OVERLAPPED]), axis=0)
+        totals = serial + overlapped
+        for position, execution in enumerate(found):
+            outside = tokens < execution.first_m
+            if execution.last_m is not None:
+                outside |= tokens > execution.last_m
+            totals[position, outside] = np.inf
+        np.minimum.at(result, rows, totals)
+    return result
+
+
+def expression(execution: Execution, problem: MatmulProblem, target: Target) -> sympy.Expr:
+    """The cost as an expression in m alone, with exact rational numbers."""
+    known = {
+        S[name]: sympy.nsimplify(execution.argument(name, problem, target), rational=True)
+        for name in ARGUMENTS[1:]
+    }
+    return total_expression(execution.form).subs(known)
+
+
+def crossing(
+    first: Execution, second: Execution, last_m: int, problem: MatmulProblem, target: Target
+) -> sympy.Rational | None:
+    """Where in (last_m, last_m + 1] the first becomes dearer than the second, solved exactly.
+
+    Between whole numbers every ceiling is constant, so both costs are the largest of some straight
+    lines there. None if they do not meet inside: then a step at last_m, such as one more tile,
+    decides.
+    """
+    pieces = []
+    for execution in (first, second):
+        whole = expression(execution, problem, target)
+        steps = {c: c.subs(M, last_m + 1) for c in whole.atoms(sympy.ceiling)}
+        pieces.append(whole.xreplace(steps))
+    difference = pieces[0] - pieces[1]
+    lines = {a for piece in pieces for top in piece.atoms(sympy.Max, sympy.Min) for a in top.args}
+    start, end = sympy.Integer(last_m), sympy.Integer(last_m + 1)
+    corners = {start, end}
+    for line, other in itertools.combinations(lines, 2):
+        root = _root(line - other)
+        if root is not None and start < root < end:
+            corners.add(root)
+    ordered = sorted(corners)
+    for left, right in itertools.pairwise(ordered):
+        low, high = difference.subs(M, left), difference.subs(M, right)
+        if low <= 0 < high:
+            return left + (right - left) * (-low) / (high - low)
+    return None
+
+
+def _root(line: sympy.Expr) -> sympy.Rational | None:
+    slope = sympy.diff(line, M)
+    if slope.free_symbols or slope == 0 or not slope.is_number:
+        return None
+    return -line.subs(M, 0) / slope
+
+
+def _covers(execution: Execution, m: int) -> bool:
+    return execution.first_m <= m and (execution.last_m is None or m <= execution.last_m)
+
+
+def _term_arrays(
+    form: Form,
+    found: Sequence[Execution],
+    problem: MatmulProblem,
+    target: Target,
+    tokens: Floats,
+) -> list[Floats]:
+    """The terms `[executions, tokens]`, in the order of `TERMS`."""
+    shape = (len(found), len(tokens))
+    columns = np.array([e.arguments(problem, target) for e in found], dtype=float).T[:, :, None]
+    values = compiled(form)(tokens[None, :], *columns)
+    return [np.broadcast_to(np.asarray(value, dtype=float), shape) for value in values]
+
+
+def at(problem: MatmulProblem, m: int) -> MatmulProblem:
+    """The problem for a fixed number of tokens."""
+    return replace(problem, m=m)
+
+
+# --- CPU ----------------------------------------------------------------------------------------
 
 
 def cost_us(kernel: str, problem: MatmulProblem, target: Target) -> sympy.Expr:
-    """Microseconds of one call, an expression in m (a number if the problem fixes m)."""
+    """Microseconds of one call on a CPU, an expression in m (a number if the problem fixes m)."""
     constants: KernelCost = target.kernels[kernel]
     weights = problem.n * problem.k
     weight_us = weights * constants.weight_bytes_per_weight / (constants.gb_per_s * 1e3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -12,33 +12,38 @@ from torch import fx
 from panguq.errors import LoweringError
 from panguq.ir.edit import call, erase_unused, label, replace
 from panguq.ir.properties import Property
-from panguq.kernels.cpu import (  # noqa: F401  (registers torch.ops.panguq_cpu.*)
-    dequantized_linear,
-    int4_linear,
-    int8_linear,
-    int8_weight_linear,
-)
-from panguq.lowering.candidates import MatmulProblem, Precision
+from panguq.lowering.ascend_calls import AscendCalls
+from panguq.lowering.cpu_calls import lower_on_cpu
+from panguq.lowering.dispatch import NO_LIMIT
+from panguq.lowering.graph_problems import matmul_problem, output_parts
+from panguq.lowering.problem import MatmulProblem, Precision
 from panguq.lowering.select_kernel import Choice, select_kernel
 from panguq.lowering.targets import Target, find_target
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 
 aten = torch.ops.aten
-panguq = torch.ops.panguq
-cpu = torch.ops.panguq_cpu
 
 
 @dataclass(frozen=True)
 class LowerMatmuls(Pass):
-    """Before: `linear(dequantize(q), dequantize_weight(codes))`.  After: one kernel call on codes.
+    """Before: `linear(dequantize(q), dequantize_weight(codes))`.  After: kernel calls on codes.
 
+    On a CPU
     - W8A8, static and dynamic: `int8_linear(q, act_scale, zero_point, codes, weight_scale)`.
     - W8A16: `int8_weight_linear(x, codes, weight_scale)`.
     - W4A16: `int4_linear(x, kernel layout of the packed codes)`; the ops that bring the stored
       codes into the kernel's layout depend on weights alone and are run once, at loading.
     A weight-only matmul that neither takes, or one that must not round to bfloat16
-    (`precision`), becomes `dequantized_linear`, which takes everything, and says so.
+    (`precision`), becomes `dequantized_linear`, which takes everything, and says so; so do W4A8 and
+    W4A4, on dequantized activations.
+
+    On Ascend (x flattened to `[m, k]`, the result viewed as `[..., n]`)
+    - W8A8: `npu_quant_matmul(npu_quantize(x), w, deq_scale, bias=int32)`; W8A8_DYNAMIC, W4A8 and
+      W4A4: the same on `npu_dynamic_quant(x)` with its scale per token.
+    - W8A16, W4A16: `npu_weight_quant_batchmatmul(x, w, scale, offset)`.
+    Where the cost model prefers another kernel on the same stored bytes for some m, the call is
+    `dispatch_matmul` with a table over m. More than 65535 outputs are split into several calls.
     """
 
     name: ClassVar[str] = "lower-matmuls"
@@ -56,17 +61,21 @@ class LowerMatmuls(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         target = find_target(self.target)
         result = PassResult()
+        calls = AscendCalls(gm, ctx.store) if target.kind == "ascend" else None
+        choices = Choices(target, self.precision)
         rows: list[tuple[object, ...]] = []
         for node in [n for n in gm.graph.nodes if n.target is aten.linear.default]:
             scheme = node.meta.get("scheme")
             if scheme is None or scheme.is_float:
                 continue
-            choice = choose(node, target, self.precision)
+            choice = choices.choose(node)
             if choice.kernel == "dequantized_linear":
                 others = "; ".join(f"{kernel}: {why}" for kernel, why in choice.losers)
-                result.skip(node, f"no integer kernel: {others}")
-            lowered = _LOWERINGS[choice.kernel](node, choice)
-            lowered.meta["scheme"] = scheme
+                result.skip(node, f"no integer kernel: {others or scheme.name}")
+            lowered = (
+                lower_on_cpu(node, choice) if calls is None else _on_ascend(node, choice, calls)
+            )
+            lowered.meta.update({k: node.meta[k] for k in ("scheme", "merged") if k in node.meta})
             sources = list(node.all_input_nodes)
             replace(node, lowered)
             erase_unused(sources)
@@ -77,21 +86,39 @@ class LowerMatmuls(Pass):
         return result
 
 
-def choose(node: fx.Node, target: Target, precision: Precision) -> Choice:
-    """The kernel for this linear under its scheme."""
-    n, k = node.args[1].meta["val"].shape
-    problem = MatmulProblem(None, int(n), int(k), node.meta["scheme"], precision)
-    return select_kernel(problem, target)
+def _on_ascend(node: fx.Node, choice: Choice, calls: AscendCalls) -> fx.Node:
+    table = [(entry.last_m or NO_LIMIT, entry.candidate) for entry in choice.table]
+    parts = [calls.lower(node, table, rows) for rows in output_parts(node)]
+    if len(parts) == 1:
+        return parts[0]
+    return call(node, aten.cat.default, (parts, -1), origin=node)
 
 
-def check_lowerable(gm: fx.GraphModule, lowering: LowerMatmuls) -> None:
+class Choices:
+    """The kernels for a graph's linears under their schemes; equal problems are solved once."""
+
+    def __init__(self, target: Target, precision: Precision) -> None:
+        self.target = target
+        self.precision = precision
+        self.known: dict[MatmulProblem, Choice] = {}
+
+    def choose(self, node: fx.Node) -> Choice:
+        """The kernel for this linear. Raises LoweringError if the target has none."""
+        whole = self.target.kind == "cpu"
+        problem = matmul_problem(node, node.meta["scheme"], self.precision, whole)
+        if problem not in self.known:
+            self.known[problem] = select_kernel(problem, self.target)
+        return self.known[problem]
+
+
+def check_lowerable(gm: fx.GraphModule, target: Target, precision: Precision) -> None:
     """Raises LoweringError if the target has no kernel for a scheme, before any calibration."""
-    target = find_target(lowering.target)
+    choices = Choices(target, precision)
     for node in linears(gm):
         scheme = node.meta.get("scheme")
         if scheme is not None and not scheme.is_float:
             try:
-                choose(node, target, lowering.precision)
+                choices.choose(node)
             except LoweringError as error:
                 raise LoweringError(f"{label(node)}: {error.message}", error.hint) from None
 
@@ -100,59 +127,3 @@ def _row(node: fx.Node, choice: Choice) -> tuple[object, ...]:
     others = "; ".join(f"{kernel}: {why}" for kernel, why in choice.losers)
     costs = (f"{choice.decode_us:.0f}", f"{choice.prefill_us:.0f}")
     return (label(node), choice.kernel, choice.few_tokens, *costs, others)
-
-
-def _bias(node: fx.Node) -> Any:
-    return node.args[2] if len(node.args) > 2 else None
-
-
-def _int8(node: fx.Node, choice: Choice) -> fx.Node:
-    dequantize, weight = node.args[:2]
-    codes, act_scale, zero_point, dtype = dequantize.args
-    weight_codes, weight_scale = weight.args[:2]
-    sums = None
-    if zero_point is not None:
-        sums = call(
-            node, cpu.weight_row_sums.default, (weight_codes,), origin=node, suffix=".row_sums"
-        )
-    args = (codes, act_scale, zero_point, weight_codes, weight_scale, sums, _bias(node), dtype)
-    return call(node, cpu.int8_linear.default, args, origin=node)
-
-
-def _int8_weight(node: fx.Node, choice: Choice) -> fx.Node:
-    codes, scale = node.args[1].args[:2]
-    args = (node.args[0], codes, scale, _bias(node), choice.few_tokens)
-    return call(node, cpu.int8_weight_linear.default, args, origin=node)
-
-
-def _int4(node: fx.Node, choice: Choice) -> fx.Node:
-    unpacked, scale, zero_point, group_size, _ = node.args[1].args
-    packed = unpacked.args[0]
-    weight = call(
-        node, cpu.int4_kernel_weight.default, (packed,), origin=node, suffix=".kernel_weight"
-    )
-    scales = call(
-        node,
-        cpu.int4_kernel_scales.default,
-        (scale, zero_point),
-        origin=node,
-        suffix=".kernel_scales",
-    )
-    args = (node.args[0], weight, scales, group_size, _bias(node))
-    return call(node, cpu.int4_linear.default, args, origin=node)
-
-
-def _dequantized(node: fx.Node, choice: Choice) -> fx.Node:
-    codes, scale, zero_point, group_size, _ = node.args[1].args
-    stored = codes.args[0] if codes.target is panguq.unpack_int4.default else codes
-    dtype = torch.float32 if choice.precision == "float32" else torch.bfloat16
-    args = (node.args[0], stored, scale, zero_point, group_size, _bias(node), dtype)
-    return call(node, cpu.dequantized_linear.default, args, origin=node)
-
-
-_LOWERINGS = {
-    "int8_linear": _int8,
-    "int8_weight_linear": _int8_weight,
-    "int4_linear": _int4,
-    "dequantized_linear": _dequantized,
-}

@@ -8,9 +8,13 @@ from torch import fx
 from panguq.ir.edit import finish, get_tensor, label, replace, tensor_node
 from panguq.ir.interpret import compute
 
-cpu = torch.ops.panguq_cpu
-
-PREPACKING = ("int4_kernel_weight", "int4_kernel_scales", "weight_row_sums")
+aten = torch.ops.aten
+PREPACKING = {
+    "panguq_cpu": ("int4_kernel_weight", "int4_kernel_scales", "weight_row_sums"),
+    "panguq_npu": ("int4_weight",),
+}
+# Of integer codes alone: a float weight that is turned or sliced may be as large as the model.
+LAYOUTS = (aten.t.default, aten.clone.default, aten.slice.Tensor)
 
 
 def prepack(gm: fx.GraphModule) -> fx.GraphModule:
@@ -18,14 +22,26 @@ def prepack(gm: fx.GraphModule) -> fx.GraphModule:
 
     What it makes depends on the machine, so a prepacked graph is run and never saved.
     """
-    ops = {getattr(cpu, name).default for name in PREPACKING if hasattr(cpu, name)}
+    ops = {
+        getattr(getattr(torch.ops, namespace), name).default
+        for namespace, names in PREPACKING.items()
+        for name in names
+        if hasattr(getattr(torch.ops, namespace), name)
+    }
     for node in list(gm.graph.nodes):
-        if node.target in ops and all(s.op == "get_attr" for s in node.all_input_nodes):
-            values = {s: compute(gm, s, {}) for s in node.all_input_nodes}
+        sources = node.all_input_nodes
+        if not sources or any(source.op != "get_attr" for source in sources):
+            continue
+        if node.target in ops or (node.target in LAYOUTS and _is_codes(gm, sources[0])):
+            values = {s: compute(gm, s, {}) for s in sources}
             name = label(node).replace(":", ".")
             replace(node, tensor_node(node, f"prepacked.{name}", compute(gm, node, values)))
     finish(gm)
     return _with_plain_attributes(gm)
+
+
+def _is_codes(gm: fx.GraphModule, source: fx.Node) -> bool:
+    return get_tensor(gm, str(source.target)).dtype in (torch.int8, torch.uint8, torch.int32)
 
 
 def _with_plain_attributes(gm: fx.GraphModule) -> fx.GraphModule:

@@ -86,7 +86,8 @@ def test_a_matmul_without_kernel_is_listed(folder: Path, monkeypatch: pytest.Mon
     def none(*arguments: object) -> None:
         raise LoweringError("no kernel of target cpu can run it")
 
-    monkeypatch.setattr(sys.modules["panguq.plan"], "choose", none)  # panguq.plan: a function
+    plan_module = sys.modules["panguq.plan"]  # panguq.plan is a function
+    monkeypatch.setattr(plan_module.Choices, "choose", none)
     plan = panguq.plan(folder, "w8a8")
     assert len(plan.refusals) == 15
     assert plan.matmuls[0].kernel is None

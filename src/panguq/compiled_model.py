@@ -11,14 +11,19 @@ from torch import Tensor, fx, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from typing_extensions import Self
 
 from panguq.errors import InputError, PanguqError
 from panguq.inputs import prepare, takes_empty_mask
 from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
 from panguq.ir.size_expression import evaluate, names_in
+from panguq.kernels.ascend.device import require_device
 from panguq.kv_cache import layer_tensors, make_cache, update_cache
+from panguq.lowering.on_device import on_device
 from panguq.lowering.prepack import prepack
+from panguq.lowering.specialize import specialize
+from panguq.lowering.targets import find_target
 from panguq.recipe import Recipe
 from panguq.report.compile_report import CompileReport
 
@@ -55,6 +60,7 @@ class CompiledModule(nn.Module):
         self.report = report
         self.stage = stage
         self._executable: fx.GraphModule | None = None
+        self._device = torch.device("cpu")
         self.requires_grad_(False)
 
     @property
@@ -67,9 +73,47 @@ class CompiledModule(nn.Module):
         """The graph that runs: weights in the layouts that the kernels read. Made once."""
         if self._executable is None:
             self._executable = prepack(clone(self.graph))
+            if self._device.type != "cpu":
+                on_device(self._executable, self._device)
         return self._executable
 
-    def at_stage(self, stage: str) -> CompiledModule:
+    def to(self, device: str | torch.device) -> Self:  # type: ignore[override]
+        """This model, to be run on `device` from now on: `cpu`, or `npu` for Ascend targets.
+
+        Raises InputError for a device that the model's target does not run on, LoweringError if
+        torch_npu or an NPU is missing.
+        """
+        place = torch.device(device)
+        if place.type == "npu":
+            if find_target(self.target).kind != "ascend":
+                raise InputError(
+                    f"a model compiled for {self.target} does not run on {place}",
+                    "compile it with target='ascend910b1' (b2, b3, b4)",
+                )
+            require_device()
+        elif place.type != "cpu":
+            raise InputError(f"compiled models do not run on {place}", "the devices: cpu, npu")
+        if place != self._device:
+            self._device, self._executable = place, None
+        return self
+
+    def specialize(self, m: int) -> Self:
+        """This model for m = batch * seq tokens a call: no node chooses a kernel at run time.
+
+        Raises LoweringError for an m that is no positive integer.
+        """
+        graphs = {name: specialize(graph, m) for name, graph in self.stages.items()}
+        return type(self)(
+            graphs,
+            self.interface,
+            self.recipe,
+            self.target,
+            self.report,
+            self.stage,
+            **self._extras(),
+        )
+
+    def at_stage(self, stage: str) -> Self:
         """The same compile, run at another stage."""
         return type(self)(
             self.stages,
@@ -88,7 +132,7 @@ class CompiledModule(nn.Module):
         """Run the graph on the inputs that the source module took when it was traced."""
         _check_module_inputs(self.interface, inputs)
         with torch.no_grad():
-            results = self.executable(*inputs)
+            results = self.executable(*(x.to(self._device) for x in inputs))
         return results[0] if self.interface.returns == "tensor" else results
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
@@ -139,7 +183,7 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return torch.device("cpu")
+        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -192,15 +236,15 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
         past = layer_tensors(past_key_values) if past_key_values is not None else []
         inputs = prepare(
             self.interface,
-            input_ids,
-            attention_mask,
-            position_ids,
+            _on_cpu(input_ids),
+            _on_cpu(attention_mask),
+            _on_cpu(position_ids),
             past,
             logits_to_keep,
             empty_mask=self.empty_mask,
         )
         with torch.no_grad():
-            logits, *grown = self.executable(*inputs.values())
+            logits, *grown = self.executable(*(x.to(self._device) for x in inputs.values()))
         cache = None
         if past_key_values is not None:
             cache = update_cache(past_key_values, grown)
@@ -208,6 +252,11 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
             cache = make_cache(grown)
         output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         return output if return_dict else output.to_tuple()
+
+
+def _on_cpu(given: Any) -> Any:
+    """What a user passes is checked on the CPU, wherever the model runs."""
+    return given.cpu() if isinstance(given, Tensor) else given
 
 
 def _check_module_inputs(interface: Interface, inputs: tuple[Tensor, ...]) -> None:

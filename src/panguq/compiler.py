@@ -28,8 +28,9 @@ from panguq.ir.interface import Interface
 from panguq.ir.memory import return_large_blocks
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
-from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
-from panguq.lowering.targets import find_target
+from panguq.lowering.lower_matmuls import check_lowerable
+from panguq.lowering.stages import default_dtype, fitting, lowering_passes
+from panguq.lowering.targets import TargetKind, find_target
 from panguq.passes.base import PassContext, Progress
 from panguq.passes.pipeline import Instrument, check_order, run_pipeline
 from panguq.recipe import Recipe, RecipeLike
@@ -61,7 +62,9 @@ def compile(
     calibration: texts (with `tokenizer`), token ids, or batches; for other modules an iterable
         of inputs. Without it, a recipe that needs data samples sequences from the model itself
         (other modules: takes the example inputs), and says so.
-    dtype: what the model is cast to before anything else; by default it keeps its own.
+    target: `cpu`, `ascend910b1` … `ascend910b4`, or the path of a target file.
+    dtype: what the model is cast to before anything else. By default a model keeps its own on a
+        CPU and becomes bfloat16 for an Ascend target, whose kernels take 16-bit floats.
     dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
 
     The C library is told to return freed blocks of 4 MiB and more to the system at once, for the
@@ -72,13 +75,15 @@ def compile(
     """
     return_large_blocks()
     recipe = Recipe.of(recipe)
-    passes = recipe.build()
+    passes = [*recipe.build()]
     dump_folder = chosen_folder(dump_dir)
-    lowering = LowerMatmuls(find_target(target).name, recipe.precision)
-    check_order([*passes, lowering])
+    fit = fitting(target, recipe.ascend)
+    passes[2:2] = fit
+    lowering = lowering_passes(target, recipe.precision, recipe.ascend)
+    check_order([*passes, *lowering])
     progress = progress or terminal_progress()
 
-    gm, interface = trace(model, example_inputs, dtype)
+    gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
     ctx = PassContext(interface=interface, store=WeightStore(), seed=seed, progress=progress)
     quality = Quality(ctx)
     dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries)
@@ -86,18 +91,19 @@ def compile(
     if dump:
         dump.traced(gm, model)
 
-    described, rest = passes[:2], passes[2:]  # what is decided without data comes first
+    count = 2 + len(fit)  # what is decided without data comes first
+    described, rest = passes[:count], passes[count:]
     _, held = run_pipeline(gm, described, ctx, instruments)
-    check_lowerable(gm, lowering)
+    check_lowerable(gm, find_target(target), recipe.precision)
     calibrated = any(step.needs_calibration for step in passes)
     ctx.batches, source = _calibration_batches(
-        gm, ctx, calibration, tokenizer, model, example_inputs, calibrated
+        gm, ctx, calibration, tokenizer, model, example_inputs, calibrated, find_target(target).kind
     )
     ctx.probe = probe_of(ctx.batches, interface)
     first = len(described) + 1
     _, held = run_pipeline(gm, rest, ctx, instruments, first, held)
     fake_quant = clone(gm)
-    run_pipeline(gm, [lowering], ctx, instruments, first + len(rest), held)
+    run_pipeline(gm, lowering, ctx, instruments, first + len(rest), held)
 
     report = quality.report(target, gm, fake_quant, source)
     if dump:
@@ -157,6 +163,7 @@ def _calibration_batches(
     model: nn.Module,
     example_inputs: Sequence[Tensor] | None,
     calibrated: bool,
+    kind: TargetKind,
 ) -> tuple[Batches, str]:
     """Batches for calibration and the probe, and a sentence that says where they came from."""
     interface = ctx.interface
@@ -166,7 +173,8 @@ def _calibration_batches(
         if calibrated:
             logger.warning("calibration data: none given, so the example inputs serve for it")
         return module_batches([example_inputs or ()], interface), "the example inputs"
-    empty_mask = takes_empty_mask(gm)
+    # The fused attention of an Ascend graph reads a mask in full.
+    empty_mask = takes_empty_mask(gm) and kind == "cpu"
     if data is not None:
         batches = causal_lm_batches(data, interface, tokenizer, empty_mask)
         tokens = sum(batch["input_ids"].numel() for batch in batches)

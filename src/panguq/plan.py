@@ -17,8 +17,9 @@ from panguq.ir.channels import find_scale_sites
 from panguq.ir.edit import finish, label, module_path
 from panguq.ir.interface import Interface
 from panguq.ir.weight_store import WeightStore
-from panguq.lowering.lower_matmuls import LowerMatmuls, choose
+from panguq.lowering.lower_matmuls import Choices
 from panguq.lowering.select_kernel import Choice
+from panguq.lowering.stages import default_dtype, fitting, lowering_passes
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.base import Pass, PassContext, linears
@@ -52,26 +53,34 @@ def plan(
     LoweringError for an unknown target, TraceError and InputError for a model that has no graph.
     """
     recipe = Recipe.of(recipe)
-    lowering = LowerMatmuls(find_target(target).name, recipe.precision)
+    lowering = lowering_passes(target, recipe.precision, recipe.ascend)
     if isinstance(model, str | Path):
         from panguq.hf import skeleton
 
         model = skeleton(model)
     started = time.perf_counter()
-    gm, interface = trace(model, example_inputs, dtype)
+    gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
     ctx = PassContext(interface=interface, store=WeightStore())
     Canonicalize().run(gm, ctx)  # its proof would need the weights
     finish(gm)
     trace_seconds = time.perf_counter() - started
 
-    passes = recipe.build()
-    refusals = _order_refusals([*passes, lowering])
+    passes = [*recipe.build()]
+    fit = fitting(target, recipe.ascend)
+    passes[2:2] = fit
+    refusals = _order_refusals([*passes, *lowering])
     notes, refused = _assign(gm, ctx, recipe)
     refusals += refused
+    for step in fit:
+        try:
+            notes |= {skip.node: skip.reason for skip in step.run(gm, ctx).skipped}
+        except LoweringError as error:
+            refusals.append(_with_hint(error))
     matmuls = []
+    choices = Choices(find_target(target), recipe.precision)
     for node in linears(gm):
         try:
-            choice = choose(node, find_target(target), recipe.precision)
+            choice = choices.choose(node)
             row = _describe(node, choice, notes.get(label(node), ""))
         except LoweringError as error:
             refusals.append(f"{label(node)}: {error.message}")
@@ -81,7 +90,7 @@ def plan(
     return Plan(
         recipe=recipe.name,
         target=target,
-        passes=tuple(p.name for p in (*passes, lowering)),
+        passes=tuple(p.name for p in (*passes, *lowering)),
         inputs={name: list(interface.input_shapes[name]) for name in interface.inputs},
         nodes=len(gm.graph.nodes),
         matmuls=tuple(matmuls),

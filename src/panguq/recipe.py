@@ -14,6 +14,8 @@ passes:                     # after canonicalize and assign-schemes, in this ord
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -26,15 +28,18 @@ from pydantic import (
     ConfigDict,
     Field,
     InstanceOf,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
-from panguq.errors import RecipeError
+from panguq.errors import LoweringError, RecipeError
 from panguq.ir.quant_spec import parse_scheme
-from panguq.lowering.candidates import Precision
+from panguq.lowering.options import AscendOptions
+from panguq.lowering.problem import Precision
 from panguq.pass_options import pass_from_entry, pass_to_entry
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass
@@ -81,10 +86,32 @@ def _build_passes(entries: object, info: ValidationInfo) -> object:
     return tuple(pass_from_entry(e, f"{source}: passes[{i}]") for i, e in enumerate(entries))
 
 
+def _ascend_options(value: object, info: ValidationInfo) -> object:
+    """The options that a mapping spells; unknown names and values are refused by name."""
+    if not isinstance(value, Mapping):
+        return value
+    where = at(_source(info), "ascend")
+    known = [field.name for field in dataclasses.fields(AscendOptions)]
+    for key in value:
+        if key not in known:
+            raise RecipeError(
+                f"{where}: unknown option {key!r}", did_you_mean(str(key), known, "options")
+            )
+    try:
+        return TypeAdapter(AscendOptions).validate_json(json.dumps(dict(value)), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}: {option} = {first['input']!r:.60}", first["msg"]) from None
+    except LoweringError as error:
+        raise RecipeError(f"{where}: {error.message}", error.hint) from None
+
+
 class Recipe(BaseModel):
     """Schemes by module glob and passes in order. In Python, `passes` may hold Pass instances.
 
-    `precision` is the least that lowered weight-only matmuls of a float32 model may multiply in.
+    `precision` is the least that lowered weight-only matmuls of a float32 model may multiply in on
+    a CPU; `ascend` holds the options of Ascend targets.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -94,6 +121,7 @@ class Recipe(BaseModel):
     schemes: Annotated[dict[str, str], BeforeValidator(_check_schemes)] = Field(min_length=1)
     passes: Annotated[tuple[InstanceOf[Pass], ...], BeforeValidator(_build_passes)] = ()
     precision: Precision = "bfloat16"
+    ascend: Annotated[AscendOptions, BeforeValidator(_ascend_options)] = AscendOptions()
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -174,4 +202,5 @@ class Recipe(BaseModel):
         when a default changes. A pass that is not in the registry is written by name, too, but
         reading the file back needs it there."""
         passes = [pass_to_entry(p) for p in self.passes]
-        return dump_yaml({**dict(self), "passes": passes})
+        ascend = to_jsonable_python(self.ascend)
+        return dump_yaml({**dict(self), "passes": passes, "ascend": ascend})

@@ -10,7 +10,7 @@ from panguq.errors import LoweringError
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme
 from panguq.lowering.candidates import MatmulProblem, cpu_candidates
 from panguq.lowering.cost_model import M, cost_us, crossover_m
-from panguq.lowering.lower_matmuls import _LOWERINGS
+from panguq.lowering.cpu_calls import _LOWERINGS
 from panguq.lowering.select_kernel import (
     BYTES,
     CONVERTED,

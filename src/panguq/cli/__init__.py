@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from panguq.cli import compile_model, dumps, evaluate_model, generate, listings
+from panguq.cli import compile_model, dumps, evaluate_model, explain, generate, listings
 from panguq.errors import PanguqError
 
 _EXAMPLE = """\
@@ -15,6 +15,7 @@ examples:
   panguq compile MODEL_DIR --recipe w8a8 --calibration text.txt --out OUT
   panguq eval OUT --against MODEL_DIR --text other.txt
   panguq generate OUT --prompt "Once upon a time"
+  panguq explain 128x256x2048 --scheme w8a8 --target ascend910b1
 
 `panguq COMMAND --help` tells more. Set PANGUQ_TRACEBACK=1 to see where an error comes from.
 """
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"panguq {_version()}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for module in (compile_model, evaluate_model, generate, listings, dumps):
+    for module in (compile_model, evaluate_model, generate, explain, listings, dumps):
         module.add(commands)
     return top
 

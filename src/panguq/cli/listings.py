@@ -100,7 +100,7 @@ def _recipe_data(recipe: Any) -> dict[str, Any]:
 
 
 def _registry() -> tuple[Any, ...]:
-    from panguq.lowering.lower_matmuls import LowerMatmuls
+    from panguq.lowering.stages import LOWERING_PASSES
     from panguq.passes.pipeline import PASSES
 
-    return (*PASSES, LowerMatmuls)
+    return (*PASSES, *LOWERING_PASSES)

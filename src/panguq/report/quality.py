@@ -22,6 +22,7 @@ from panguq.report.local_sqnr import (
     sqnr_db,
 )
 
+aten = torch.ops.aten
 POOR_DB = 5.0
 
 
@@ -95,7 +96,7 @@ def summarize_matmuls(
     gm: fx.GraphModule, fake_quant: fx.GraphModule, quality: Mapping[str, float]
 ) -> list[MatmulSummary]:
     """Every matmul with a scheme: kernel from the lowered graph, bytes from what it stores."""
-    kernels = {label(n): n for n in gm.graph.nodes}
+    kernels = {name: n for n in gm.graph.nodes for name in (label(n), *n.meta.get("merged", ()))}
     rows = []
     for node in fake_quant.graph.nodes:
         if node.target is not torch.ops.aten.linear.default or "scheme" not in node.meta:
@@ -111,7 +112,7 @@ def summarize_matmuls(
                 k=k,
                 scheme=scheme.name,
                 group_size=scheme.weight.group_size_for(k) if scheme.weight else None,
-                kernel=str(kernels[name].target).removesuffix(".default"),
+                kernel=str(_kernel_behind(kernels[name]).target).removesuffix(".default"),
                 gives_logits=gives_logits(node),
                 is_side="split_from" in node.meta,
                 stored_bytes=sum(t.numel() * t.element_size() for t in tensors),
@@ -119,3 +120,14 @@ def summarize_matmuls(
             )
         )
     return rows
+
+
+def _kernel_behind(node: fx.Node) -> fx.Node:
+    """The op that computes this value, behind those that only give it its place and shape."""
+    while node.target in _SHAPING:
+        source = node.args[0]
+        node = source[0] if isinstance(source, (list, tuple)) else source  # type: ignore[assignment]
+    return node
+
+
+_SHAPING = (aten.view.default, aten.slice.Tensor, aten.cat.default, aten.add.Tensor)

@@ -8,7 +8,7 @@ from panguq.errors import StorageError
 from panguq.ir.properties import Property
 from panguq.ir.value_types import restore_types
 from panguq.ir.weight_store import WeightStore
-from panguq.lowering.lower_matmuls import LowerMatmuls
+from panguq.lowering.stages import LOWERING_PASSES
 from panguq.pass_options import make_pass
 from panguq.passes import pipeline
 from panguq.passes.base import Pass, PassContext
@@ -38,7 +38,7 @@ def rerun_failed(reader: DumpReader, stage: str) -> fx.GraphModule:
 
 
 def _pass_of(reader: DumpReader, stage: str, info: StageInfo) -> Pass:
-    kinds: tuple[type[Pass], ...] = (*pipeline.PASSES, LowerMatmuls)
+    kinds: tuple[type[Pass], ...] = (*pipeline.PASSES, *LOWERING_PASSES)
     known = {kind.name: kind for kind in kinds}
     if info.name not in known:
         raise StorageError(

@@ -1,0 +1,160 @@
+"""Which tiles fit an Atlas A2 core: panguq's own memory rule, and the tiles offered to a cost model.
+
+A tile is (block_m, block_n, block_k): what one program keeps of the result and takes of k at a
+time. A core pair has these memories (bytes; CANN's platform_config of Ascend910B1 to B4):
+
+    UB   192 KiB in each of the two vector cores      L0A, L0B  64 KiB each, inputs of the cube
+    L1   512 KiB in the cube core                     L0C      128 KiB, sums of the cube
+
+The rule counts the buffers that the kernels in `triton/` need at their fullest moment. Whatever is
+loaded in a loop has two buffers, so that the next load runs beside the arithmetic. With e bytes for
+each element of the cube's inputs (2 for W4A16, 1 for W8A8):
+
+    L1    2 e (block_m block_k + block_k block_n)      both inputs, two buffers
+    L0A   2 * 32 block_m                               the cube takes k in steps of 32 bytes at the
+    L0B   2 * 32 block_n                               least; two buffers
+    L0C   4 block_m block_n                            one buffer: the sum stays until k ends
+
+UB of W4A16, in units of P = block_k block_n / 2, the packed bytes of one weight tile. All of a tile
+is unpacked by one vector core. It is fullest while the nibbles are put next to each other, which
+the vector core does in 16-bit numbers:
+
+    packed, two buffers 2 P + even and odd columns 4 P + both together 4 P + workspace 36 P = 46 P
+
+The workspace is what AscendNPU IR reserves to interleave: 18 numbers for each pair, transposes of
+16 rows and their tails. The later float32 weights (8 P) fit into it. Scales and offsets add 2
+vectors of block_n, 16-bit in two buffers and float32 in one: 16 block_n.
+
+UB at the end of a data-parallel kernel: the sums, 4 bytes each, are scaled and rounded where they
+lie, half of the rows in each vector core, beside 3 float32 vectors at most:
+2 block_m block_n + 8 block_n + 4 block_m.
+
+`reduce_partials` (block_m, block_n, 1): the sum and two buffers of partial sums, 12 block_m block_n.
+Vectors are loaded when the partial sums are gone.
+
+`dynamic_quant` (1, 1, block_k): two buffers of float32 input (or of 16-bit input beside one of
+float32), codes in two buffers, and the 8 bytes for each number that the compiler takes to turn
+float32 into int8: 8 + 2 + 8 = 18 block_k, and 1 KiB for single numbers.
+
+block_m and block_n are multiples of 16, the cube's fractal; int8 fractals hold 32 of k and, as the
+weight is [k, n], 32 of n; rows of packed int4 are whole 32-byte blocks of UB, so block_n is a
+multiple of 64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Tile = tuple[int, int, int]
+
+KIB = 1024
+CAPACITY = {"ub": 192 * KIB, "l1": 512 * KIB, "l0a": 64 * KIB, "l0b": 64 * KIB, "l0c": 128 * KIB}
+
+# What each side of the tile is a multiple of.
+_MULTIPLES: dict[str, Tile] = {
+    "w4a16_data_parallel": (16, 64, 16),
+    "w4a16_split_k": (16, 64, 16),
+    "w8a8_data_parallel": (16, 32, 32),
+    "w8a8_split_k": (16, 32, 32),
+    "reduce_partials": (1, 16, 1),
+    "dynamic_quant": (1, 1, 32),
+}
+
+# Wide in n where m is small, since there the weight is what is read; near the largest sum that L0C
+# holds where m is large. block_k 32, 64 and 128 divide the group sizes in use.
+_W4A16_TILES: tuple[Tile, ...] = (
+    (16, 64, 128),
+    (16, 128, 64),
+    (16, 256, 32),
+    (32, 128, 64),
+    (32, 256, 32),
+    (64, 64, 128),
+    (64, 128, 64),
+    (64, 256, 32),
+    (128, 128, 64),
+    (128, 256, 32),
+    (256, 128, 64),
+)
+_W8A8_TILES: tuple[Tile, ...] = (
+    (16, 64, 512),
+    (16, 128, 512),
+    (16, 256, 256),
+    (16, 256, 512),
+    (32, 256, 512),
+    (64, 128, 512),
+    (64, 256, 512),
+    (128, 128, 512),
+    (128, 256, 256),
+    (128, 256, 512),
+    (256, 128, 512),
+)
+_LEGAL_TILES: dict[str, tuple[Tile, ...]] = {
+    "w4a16_data_parallel": _W4A16_TILES,
+    "w4a16_split_k": _W4A16_TILES,
+    "w8a8_data_parallel": _W8A8_TILES,
+    "w8a8_split_k": _W8A8_TILES,
+    "reduce_partials": ((8, 512, 1), (16, 512, 1)),
+    "dynamic_quant": ((1, 1, 4096), (1, 1, 8192)),
+}
+
+
+@dataclass(frozen=True)
+class TileMemory:
+    """Bytes that a tile needs in each memory of a core pair; `ub` is that of one vector core."""
+
+    ub: int
+    l1: int = 0
+    l0a: int = 0
+    l0b: int = 0
+    l0c: int = 0
+
+
+def legal_tiles(kernel: str) -> tuple[Tile, ...]:
+    """Tiles of this kernel, (block_m, block_n, block_k), that fit every target, small ones first."""
+    return _LEGAL_TILES[kernel]
+
+
+def tile_memory(kernel: str, tile: Tile) -> TileMemory:
+    """What the kernel needs at this tile, by the rule above."""
+    block_m, block_n, block_k = tile
+    if kernel == "reduce_partials":
+        return TileMemory(ub=12 * block_m * block_n)
+    if kernel == "dynamic_quant":
+        return TileMemory(ub=18 * block_k + KIB)
+    is_w4a16 = kernel.startswith("w4a16")
+    ub = 46 * block_k * block_n // 2 + 16 * block_n if is_w4a16 else 0
+    if kernel.endswith("data_parallel"):
+        ub = max(ub, 2 * block_m * block_n + 8 * block_n + 4 * block_m)
+    return TileMemory(
+        ub=ub,
+        l1=2 * (2 if is_w4a16 else 1) * (block_m + block_n) * block_k,
+        l0a=2 * 32 * block_m,
+        l0b=2 * 32 * block_n,
+        l0c=4 * block_m * block_n,
+    )
+
+
+def tile_refusal(kernel: str, tile: Tile) -> str | None:
+    """Why the kernel cannot have this tile: a side that does not align, or a memory too small."""
+    for name, size, multiple in zip(
+        ("block_m", "block_n", "block_k"), tile, _MULTIPLES[kernel], strict=True
+    ):
+        if size < 1 or size % multiple:
+            return f"{name}={size} is not a positive multiple of {multiple}"
+    memory = tile_memory(kernel, tile)
+    for name, capacity in CAPACITY.items():
+        needed = getattr(memory, name)
+        if needed > capacity:
+            return f"tile {tile} needs {needed} bytes of {name.upper()}, which has {capacity}"
+    return None
+
+
+def split_bounds(k: int, block_k: int, splits: int) -> list[tuple[int, int]]:
+    """First and last + 1 input of each part of k: whole blocks, as evenly as they go.
+
+    Split s has the blocks from s * blocks // splits on, blocks = ceil(k / block_k). A part is empty
+    only where there are more splits than blocks.
+    """
+    blocks = -(-k // block_k)
+    edges = [min(split * blocks // splits * block_k, k) for split in range(splits + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))

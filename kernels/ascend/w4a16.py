@@ -1,0 +1,236 @@
+"""W4A16 by panguq's own kernel: 16-bit activations times 4-bit weights with one scale per group.
+
+A vector core turns codes into 16-bit weights, the cube core multiplies. `w4a16_data_parallel` gives
+each core whole outputs; `w4a16_split_k` also divides k, for shapes with too few outputs to keep
+every core busy. The bodies here are what the Triton kernels in `triton/w4a16.py` compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from panguq.errors import LoweringError
+from panguq.ir.opset import define_op
+from panguq.kernels.ascend.tiles import split_bounds, tile_refusal
+from panguq.kernels.ascend.triton.launch import NAMESPACE, NPU, launch_w4a16
+from panguq.kernels.packing import unpack_int4
+
+CODES_PER_WORD = 8
+BIAS_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float16}
+
+
+def refusal(
+    m: int | None,
+    n: int,
+    k: int,
+    group_size: int,
+    splits: int = 1,
+    tile: tuple[int, int, int] | None = None,
+) -> str | None:
+    """Why the kernels cannot do this matmul of m tokens (None: any), n outputs, k inputs.
+
+    `group_size` 0 is one scale per output. `tile` is (block_m, block_n, block_k).
+    """
+    if n % CODES_PER_WORD:
+        return f"n={n} is not a multiple of {CODES_PER_WORD}: the weight is stored 8 codes a word"
+    if group_size < 0:
+        return f"group size {group_size} is negative"
+    if splits < 1:
+        return f"{splits} splits: there is at least one"
+    if tile is None:
+        return None
+    if reason := tile_refusal("w4a16_split_k" if splits > 1 else "w4a16_data_parallel", tile):
+        return reason
+    if group_size % tile[2]:
+        return f"block_k={tile[2]} does not divide the group size {group_size}"
+    if splits > -(-k // tile[2]):
+        return f"{splits} splits: k={k} has only {-(-k // tile[2])} blocks of {tile[2]}"
+    return None
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    splits: int,
+    tile: list[int],
+) -> None:
+    """Raise LoweringError unless the arguments are what the op documents."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise LoweringError(f"{NAMESPACE}.{op}: {message}")
+
+    require(x.dtype in BIAS_DTYPE, f"x is {x.dtype}, not float16 or bfloat16")
+    require(weight.dtype == torch.int32, f"weight is {weight.dtype}, not int32")
+    require(weight.dim() == 2, f"weight has {weight.dim()} dimensions, not 2")
+    k, n = weight.shape[0], weight.shape[1] * CODES_PER_WORD
+    require(x.shape[-1] == k, f"x has {x.shape[-1]} inputs, weight {k}")
+    require(len(tile) == 3, f"tile {tile} is not (block_m, block_n, block_k)")
+    reason = refusal(None, n, k, group_size, splits, (tile[0], tile[1], tile[2]))
+    require(reason is None, str(reason))
+    groups = -(-k // group_size) if group_size else 1
+    for name, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is None:
+            continue
+        require(tensor.dtype == x.dtype, f"{name} is {tensor.dtype}, x is {x.dtype}")
+        shapes = [(groups, n)] if group_size else [(n,), (1, n)]
+        require(
+            tuple(tensor.shape) in shapes, f"{name} is {list(tensor.shape)}, not {list(shapes[0])}"
+        )
+    if bias is not None:
+        expected = BIAS_DTYPE[x.dtype]
+        require(
+            bias.dtype == expected, f"bias is {bias.dtype}; with x of {x.dtype} it is {expected}"
+        )
+        require(tuple(bias.shape) == (n,), f"bias is {list(bias.shape)}, not [{n}]")
+
+
+def dequantize(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
+    """(code + offset) * scale in float32, rounded once to scale's dtype: [k, n].
+
+    weight int32 [k, n / 8]; scale and offset float16 or bfloat16 [ceil(k / group_size), n], or
+    [n] with `group_size` 0.
+    """
+    k = weight.shape[0]
+    values = unpack_int4(weight.view(torch.uint8)).to(torch.float32)
+
+    def per_input(parameter: Tensor) -> Tensor:
+        rows = parameter.to(torch.float32).reshape(-1, values.shape[1])
+        return rows.repeat_interleave(group_size, dim=0)[:k] if group_size else rows
+
+    if offset is not None:
+        values.add_(per_input(offset))
+    return values.mul_(per_input(scale)).to(scale.dtype)
+
+
+def _finish(total: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 sums [m, n] -> the result [..., n] in x's dtype."""
+    if bias is not None:
+        total = total.add_(bias)
+    return total.to(x.dtype).view(*x.shape[:-1], total.shape[1])
+
+
+def _result(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1] * CODES_PER_WORD))
+
+
+def _fake_data_parallel(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    tile: list[int],
+) -> Tensor:
+    _check("w4a16_data_parallel", x, weight, scale, offset, bias, group_size, 1, tile)
+    return _result(x, weight)
+
+
+@define_op(
+    "w4a16_data_parallel(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? bias,"
+    " int group_size, int[] tile) -> Tensor",
+    fake=_fake_data_parallel,
+    namespace=NAMESPACE,
+)
+def w4a16_data_parallel(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    tile: list[int],
+) -> Tensor:
+    """x @ ((code + offset) * scale) + bias: float16 or bfloat16 [..., n].
+
+    x float16 or bfloat16 [..., k]; weight int32 [k, n / 8], 8 codes of [-8, 7] in a word, the
+    lowest nibble first; scale and offset [ceil(k / group_size), n] in x's dtype, or [n] with
+    `group_size` 0; bias [n], float32 for bfloat16 and float16 for float16. Weights are rounded to
+    x's dtype, sums are float32, the result is rounded once. Raises LoweringError.
+    """
+    _check("w4a16_data_parallel", x, weight, scale, offset, bias, group_size, 1, tile)
+    values = dequantize(weight, scale, offset, group_size)
+    total = x.reshape(-1, x.shape[-1]).to(torch.float32) @ values.to(torch.float32)
+    return _finish(total, x, bias)
+
+
+def _fake_split_k(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    splits: int,
+    tile: list[int],
+) -> Tensor:
+    _check("w4a16_split_k", x, weight, scale, offset, bias, group_size, splits, tile)
+    return _result(x, weight)
+
+
+@define_op(
+    "w4a16_split_k(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? bias,"
+    " int group_size, int splits, int[] tile) -> Tensor",
+    fake=_fake_split_k,
+    namespace=NAMESPACE,
+)
+def w4a16_split_k(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    splits: int,
+    tile: list[int],
+) -> Tensor:
+    """As `w4a16_data_parallel`, with k divided into `splits` parts of whole blocks of k.
+
+    The float32 sums of the parts are added in the order of k, so the same input gives the same
+    bits in every run. Raises LoweringError.
+    """
+    _check("w4a16_split_k", x, weight, scale, offset, bias, group_size, splits, tile)
+    values = dequantize(weight, scale, offset, group_size).to(torch.float32)
+    tokens = x.reshape(-1, x.shape[-1]).to(torch.float32)
+    total = tokens.new_zeros((tokens.shape[0], values.shape[1]))
+    for start, stop in split_bounds(x.shape[-1], tile[2], splits):
+        total += tokens[:, start:stop] @ values[start:stop]
+    return _finish(total, x, bias)
+
+
+def _npu_data_parallel(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    tile: list[int],
+) -> Tensor:
+    _check("w4a16_data_parallel", x, weight, scale, offset, bias, group_size, 1, tile)
+    return launch_w4a16(x, weight, scale, offset, bias, group_size, 1, tile)
+
+
+def _npu_split_k(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    splits: int,
+    tile: list[int],
+) -> Tensor:
+    _check("w4a16_split_k", x, weight, scale, offset, bias, group_size, splits, tile)
+    return launch_w4a16(x, weight, scale, offset, bias, group_size, splits, tile)
+
+
+NPU.impl("w4a16_data_parallel", _npu_data_parallel)
+NPU.impl("w4a16_split_k", _npu_split_k)

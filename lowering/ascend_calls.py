@@ -1,0 +1,363 @@
+"""How a fake-quant matmul is written in ops of torch_npu and panguq's own kernels.
+
+Weights stay stored as `[n, k]`; what an Ascend kernel reads, `[k, n]`, is made of them by nodes
+that depend on weights alone and are run once, at loading (see prepack.py). Small operands (scales,
+offsets, biases) are stored in the form that the kernel takes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir.edit import call, free_name, get_tensor, label, tensor_node, value_types
+from panguq.ir.quant_spec import Scheme
+from panguq.ir.weight_store import WeightStore
+from panguq.kernels.ascend import int4_weight, npu_ops  # noqa: F401  (registers the ops)
+from panguq.kernels.ascend.contracts import check_call
+from panguq.lowering.dispatch import (
+    QINT8,
+    QUINT4X2,
+    SCALAR_TYPES,
+    Operands,
+    kernel_call,
+)
+from panguq.lowering.problem import Candidate
+
+aten = torch.ops.aten
+npu = torch.ops.npu
+panguq = torch.ops.panguq
+own = torch.ops.panguq_npu
+
+W4A8_GROUP = 256
+LARGEST_INT32_BIAS = 2**30  # leaves the other half of int32 to the sum of products
+
+
+@dataclass
+class AscendCalls:
+    """Writes calls into one graph; inputs that several matmuls quantize are quantized once."""
+
+    gm: fx.GraphModule
+    store: WeightStore
+    made: dict[tuple[fx.Node, str], tuple[Any, ...]] = field(default_factory=dict)
+
+    def lower(self, node: fx.Node, table: Sequence[tuple[int, Candidate]], rows: slice) -> fx.Node:
+        """The matmul's outputs `rows`, shaped `[..., rows]`; `table` holds (last m, kernel)."""
+        scheme: Scheme = node.meta["scheme"]
+        source = source_of(node)
+        dtype = node.meta["val"].dtype
+        late_bias = None
+        if scheme.activation is None:
+            given = self._weight_only(node, rows, dtype)
+        elif scheme.weight is not None and scheme.weight.bits == 4:
+            result = self._int4_codes(node, scheme, rows, dtype)
+            return self._finish(node, source, result, self._bias(node, rows), rows)
+        elif scheme.activation.dynamic:
+            given = self._int8_dynamic(node, rows, dtype)
+        else:
+            given, late_bias = self._int8_static(node, rows, dtype)
+        result = self._matmul(node, given, table, rows)
+        return self._finish(node, source, result, late_bias, rows)
+
+    def _matmul(
+        self,
+        node: fx.Node,
+        given: Operands,
+        table: Sequence[tuple[int, Candidate]],
+        rows: slice,
+    ) -> fx.Node:
+        for _, kernel in table:
+            op, args, named = kernel_call(kernel, given)
+            if op.namespace == "npu":
+                check_call(op, value_types(args), value_types(named), label(node))
+        if len(table) > 1:
+            args = (given.x, given.weight, given.scale, given.offset, given.pertoken_scale)
+            args += (given.bias, given.group_size, given.output_dtype)
+            args += ([last for last, _ in table], [str(kernel) for _, kernel in table])
+            op, named = panguq.dispatch_matmul.default, {}
+        return call(node, op, args, named, origin=node, suffix=f".kernel{_part(rows)}")
+
+    # --- activations ----------------------------------------------------------------------------
+
+    def _flat(self, node: fx.Node, x: fx.Node) -> fx.Node:
+        """x as `[m, k]`."""
+        if x.meta["val"].dim() == 2:
+            return x
+        key = (x, "flat")
+        if key not in self.made:
+            flat = call(
+                node,
+                aten.reshape.default,
+                (x, [-1, int(x.meta["val"].shape[-1])]),
+                origin=x,
+                suffix=".flat",
+            )
+            self.made[key] = (flat,)
+        return self.made[key][0]
+
+    def _quantize_static(self, node: fx.Node) -> fx.Node:
+        """int8 codes `[m, k]` of the matmul's statically quantized input."""
+        quantize: fx.Node = node.args[0].args[0]
+        key = (quantize, "static")
+        if key not in self.made:
+            source, scale, zero_point = quantize.args[:3]
+            dtype = source.meta["val"].dtype
+            factor = get_tensor(self.gm, str(scale.target)).reciprocal().to(dtype)
+            zero = get_tensor(self.gm, str(zero_point.target)).to(dtype)
+            stem = str(scale.target).removesuffix("input_scale")
+            args = (
+                source,
+                self._small(node, f"{stem}input_factor", factor),
+                self._small(node, f"{stem}input_offset", zero),
+                QINT8,
+                -1,
+                False,
+            )
+            codes = call(
+                node, npu.npu_quantize.default, args, origin=source, suffix=".npu_quantize"
+            )
+            self.made[key] = (self._flat(node, codes),)
+        return self.made[key][0]
+
+    def _quantize_dynamic(self, node: fx.Node, bits: int) -> tuple[fx.Node, fx.Node]:
+        """Codes `[m, k]` (int8, or int32 of eight 4-bit codes) and float32 scales `[m]`."""
+        quantize: fx.Node = node.args[0].args[0].args[0]
+        key = (quantize, "dynamic")
+        if key not in self.made:
+            source = quantize.args[0]
+            named = {} if bits == 8 else {"dst_type": QUINT4X2}
+            pair = call(
+                node,
+                npu.npu_dynamic_quant.default,
+                (source,),
+                named,
+                origin=source,
+                suffix=".npu_dynamic_quant",
+            )
+            codes = call(node, operator.getitem, (pair, 0), origin=source, suffix=".npu_codes")
+            scale = call(node, operator.getitem, (pair, 1), origin=source, suffix=".npu_scale")
+            if scale.meta["val"].dim() != 1:
+                scale = call(node, aten.view.default, (scale, [-1]), origin=scale, suffix=".flat")
+            self.made[key] = (self._flat(node, codes), scale)
+        codes, scale = self.made[key]
+        return codes, scale
+
+    # --- operands -------------------------------------------------------------------------------
+
+    def _weight_only(self, node: fx.Node, rows: slice, dtype: torch.dtype) -> Operands:
+        codes, scale, zero_point, group_size, _ = node.args[1].args
+        scales = self._rows(scale, rows)
+        per_channel = scales.shape[1] == 1
+        stored = _kernel_layout(scales, per_channel).to(dtype)
+        stem = _stem(scale)
+        offset = None
+        if zero_point is not None:
+            minus = -_kernel_layout(self._rows(zero_point, rows), per_channel).to(dtype)
+            offset = self._small(node, f"{stem}antiquant_offset{_row_name(rows)}", minus)
+        bias = self._bias(node, rows, torch.float32 if dtype == torch.bfloat16 else dtype)
+        return Operands(
+            self._flat(node, node.args[0]),
+            self._weight(node, codes, rows),
+            self._small(node, f"{stem}antiquant_scale{_row_name(rows)}", stored),
+            offset,
+            None,
+            bias,
+            0 if per_channel else group_size,
+            dtype,
+        )
+
+    def _int8_dynamic(self, node: fx.Node, rows: slice, dtype: torch.dtype) -> Operands:
+        codes, scale = node.args[1].args[:2]
+        x, pertoken_scale = self._quantize_dynamic(node, 8)
+        stored = self._rows(scale, rows).reshape(-1).float()
+        weight_scale = self._small(node, f"{_stem(scale)}npu_scale{_row_name(rows)}", stored)
+        bias = self._bias(node, rows, torch.float32)
+        weight = self._weight(node, codes, rows)
+        return Operands(x, weight, weight_scale, None, pertoken_scale, bias, 0, dtype)
+
+    def _int8_static(
+        self, node: fx.Node, rows: slice, dtype: torch.dtype
+    ) -> tuple[Operands, fx.Node | None]:
+        """Operands, and the bias if it is too large to be folded into the int32 sum.
+
+        deq_scale = act_scale * weight_scale; bias_int32 = round(bias / deq_scale) -
+        zero_point * sum_k codes.
+        """
+        _, act_scale, zero_point, _ = node.args[0].args
+        codes, scale = node.args[1].args[:2]
+        x = self._quantize_static(node)
+        step = get_tensor(self.gm, str(act_scale.target)).double()
+        deq_scale = (step * self._rows(scale, rows).reshape(-1).double()).float()
+        sums = self._rows(codes, rows).sum(dim=1, dtype=torch.int32)
+        folded = -get_tensor(self.gm, str(zero_point.target)).long() * sums
+        late_bias = None
+        if _has_bias(node):
+            steps = (self._rows(node.args[2], rows).double() / deq_scale.double()).round()
+            if bool(steps.abs().max() > LARGEST_INT32_BIAS):
+                late_bias = self._bias(node, rows, dtype)
+            else:
+                folded = folded + steps.long()
+        stem = _stem(scale)
+        if dtype == torch.float16:
+            deq_scale = npu.npu_trans_quant_param(deq_scale)
+        given = Operands(
+            x,
+            self._weight(node, codes, rows),
+            self._small(node, f"{stem}deq_scale{_row_name(rows)}", deq_scale),
+            None,
+            None,
+            self._small(node, f"{stem}quant_bias{_row_name(rows)}", folded.to(torch.int32)),
+            0,
+            dtype,
+        )
+        return given, late_bias
+
+    def _int4_codes(
+        self, node: fx.Node, scheme: Scheme, rows: slice, dtype: torch.dtype
+    ) -> fx.Node:
+        """W4A8 and W4A4: 4-bit weights times codes of the input.
+
+        W4A8 takes one scale per 256 inputs, which per-channel scales are repeated to, and
+        `offset = 8 * sum_k(code * scale)`, as the op documents.
+        """
+        codes, scale = node.args[1].args[:2]
+        weight = self._weight(node, codes, rows)
+        scales = self._rows(scale, rows).float()
+        stem = _stem(scale)
+        assert scheme.activation is not None
+        x, pertoken_scale = self._quantize_dynamic(node, scheme.activation.bits)
+        named: dict[str, Any] = {"output_dtype": SCALAR_TYPES[dtype]}
+        if scheme.activation.bits == 4:
+            stored = self._small(node, f"{stem}npu_scale{_row_name(rows)}", scales.reshape(-1))
+            named |= {"pertoken_scale": pertoken_scale}
+        else:
+            values = self._rows(codes, rows)
+            groups = values.shape[1] // W4A8_GROUP
+            scales = scales.repeat_interleave(groups // scales.shape[1], dim=1).t().contiguous()
+            sums = values.reshape(values.shape[0], groups, W4A8_GROUP).sum(-1, dtype=torch.int32)
+            offset = 8 * (sums.t().double() * scales.double()).sum(0).float()
+            converted = npu.npu_trans_quant_param(scales.reshape(-1)).reshape(scales.shape)
+            stored = self._small(node, f"{stem}npu_scale{_row_name(rows)}", converted)
+            column = call(
+                node,
+                aten.view.default,
+                (pertoken_scale, [-1, 1]),
+                origin=node,
+                suffix=f".pertoken_scale{_part(rows)}",
+            )
+            named |= {
+                "offset": self._small(node, f"{stem}npu_offset{_row_name(rows)}", offset),
+                "pertoken_scale": column,
+            }
+        args = (x, weight, stored)
+        check_call(npu.npu_quant_matmul.default, value_types(args), value_types(named), label(node))
+        return call(
+            node,
+            npu.npu_quant_matmul.default,
+            args,
+            named,
+            origin=node,
+            suffix=f".kernel{_part(rows)}",
+        )
+
+    # --- weights --------------------------------------------------------------------------------
+
+    def _weight(self, node: fx.Node, codes: fx.Node, rows: slice) -> fx.Node:
+        """The stored codes `[n, k]` as the kernels read them."""
+        packed = codes.target is panguq.unpack_int4.default
+        stored: fx.Node = codes.args[0] if packed else codes
+        suffix = f".kernel_weight{_part(rows)}"
+        if rows.start is not None:
+            stored = call(
+                node,
+                aten.slice.Tensor,
+                (stored, 0, rows.start, rows.stop),
+                origin=node,
+                suffix=f".weight_rows{_part(rows)}",
+            )
+        if packed:
+            return call(node, own.int4_weight.default, (stored,), origin=node, suffix=suffix)
+        turned = call(node, aten.t.default, (stored,), origin=node, suffix=f".turned{_part(rows)}")
+        named = {"memory_format": torch.contiguous_format}
+        return call(node, aten.clone.default, (turned,), named, origin=node, suffix=suffix)
+
+    def _rows(self, stored: fx.Node, rows: slice) -> Tensor:
+        if stored.target is panguq.unpack_int4.default:
+            packed = get_tensor(self.gm, str(stored.args[0].target))
+            return panguq.unpack_int4(packed[rows])
+        return get_tensor(self.gm, str(stored.target))[rows]
+
+    def _bias(self, node: fx.Node, rows: slice, dtype: torch.dtype | None = None) -> fx.Node | None:
+        if not _has_bias(node):
+            return None
+        bias = self._rows(node.args[2], rows)
+        dtype = dtype or node.meta["val"].dtype
+        if rows.start is None and bias.dtype == dtype:
+            return node.args[2]
+        kind = str(dtype).removeprefix("torch.")
+        name = f"{node.args[2].target}_{kind}{_row_name(rows)}"
+        return self._small(node, name, bias.to(dtype))
+
+    def _small(self, node: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+        name = free_name(self.gm, name)
+        return tensor_node(node, name, self.store.put(tensor.contiguous()))
+
+    def _finish(
+        self, node: fx.Node, source: fx.Node, result: fx.Node, bias: fx.Node | None, rows: slice
+    ) -> fx.Node:
+        """The kernel's `[m, n]` as the matmul's `[..., n]`, plus a bias that it could not add."""
+        if bias is not None:
+            suffix = f".biased{_part(rows)}"
+            result = call(node, aten.add.Tensor, (result, bias), origin=node, suffix=suffix)
+        shape = [*self._leading_sizes(node, source), int(result.meta["val"].shape[-1])]
+        return call(node, aten.view.default, (result, shape), origin=node, suffix=_part(rows))
+
+    def _leading_sizes(self, node: fx.Node, source: fx.Node) -> tuple[Any, ...]:
+        """The sizes of `source` without the last: numbers, or nodes where they are symbolic."""
+        key = (source, "sizes")
+        if key not in self.made:
+            self.made[key] = tuple(
+                call(node, aten.sym_size.int, (source, axis), origin=source, suffix=f".size_{axis}")
+                if isinstance(size, torch.SymInt)
+                else int(size)
+                for axis, size in enumerate(source.meta["val"].shape[:-1])
+            )
+        return self.made[key]
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The float value that a matmul reads, before it was quantized."""
+    x: fx.Node = node.args[0]
+    if x.target is not panguq.dequantize.default:
+        return x
+    codes: fx.Node = x.args[0]
+    quantize = codes.args[0] if codes.target is operator.getitem else codes
+    return quantize.args[0]
+
+
+def _has_bias(node: fx.Node) -> bool:
+    return len(node.args) > 2 and node.args[2] is not None
+
+
+def _kernel_layout(scales: Tensor, per_channel: bool) -> Tensor:
+    """`[n, k / g]` as the kernels read it: `[k / g, n]`, or `[n]` with one scale an output."""
+    return scales.reshape(-1) if per_channel else scales.t()
+
+
+def _part(rows: slice) -> str:
+    return "" if rows.start is None else f".rows_{rows.start}"
+
+
+def _row_name(rows: slice) -> str:
+    return _part(rows).replace(".", "_")
+
+
+def _stem(scale: fx.Node) -> str:
+    """What the names of a matmul's small operands start with: `mlp.down_proj.`"""
+    name = str(scale.target)
+    return name.removesuffix("weight_scale") if name.endswith("weight_scale") else f"{name}_"

@@ -1,0 +1,252 @@
+"""The cost of one matmul on an Ascend NPU as sympy expressions, one per term.
+
+    total = launch + vector_start + dequantize_phase
+            + max(cube, core_load, dequantize, vector_traffic, hbm, l2) + store + reduce
+
+The terms inside max() overlap: cores load the next blocks, and vector cores prepare the next
+weights, while the cube multiplies. The others follow one another. All are microseconds of the
+busiest core. Every term grows with m or stays, which `envelope.py` relies on.
+
+Symbols: m tokens, n outputs, k inputs; `Form` says which formulas apply; the rest are constants of
+the target (`targets.ASCEND_UNITS`), numbers of the scheme (`SCHEME_SYMBOLS`) and the schedule.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+from sympy import Expr, Max, Min, Symbol, ceiling
+
+from panguq.lowering.targets import ASCEND_UNITS
+
+TERMS = (
+    "launch",
+    "vector_start",
+    "dequantize_phase",
+    "cube",
+    "core_load",
+    "dequantize",
+    "vector_traffic",
+    "hbm",
+    "l2",
+    "store",
+    "reduce",
+)
+OVERLAPPED = ("cube", "core_load", "dequantize", "vector_traffic", "hbm", "l2")
+SERIAL = tuple(name for name in TERMS if name not in OVERLAPPED)
+FRACTAL = 16  # rows and columns that the cube multiplies in one cycle
+SUM_BYTES = 4  # a partial sum is float32 or int32
+
+
+def _symbol(name: str) -> Symbol:
+    return Symbol(name, positive=True)
+
+
+M, N, K = _symbol("m"), _symbol("n"), _symbol("k")
+SCHEDULE_SYMBOLS = (
+    "splits",
+    "launches",
+    "block_m",
+    "block_n",
+    "block_k",
+    "grid_m",
+    "grid_n",
+    "tile_vector_cores",  # that dequantize a tile together
+)
+SCHEME_SYMBOLS = (
+    "x_parts",  # matrices that x is decomposed into (1: none)
+    "x_bytes",  # an input's, as the cube loads it
+    "stored_bytes",  # a weight's, as it is stored
+    "cube_bytes",  # a weight's, as the cube loads it
+    "scale_bytes",  # scales and offsets, per weight
+    "output_bytes",
+    "fractal_k",  # inputs that the cube multiplies in one cycle
+)
+ARGUMENTS = ("m", "n", "k", *SCHEDULE_SYMBOLS, *SCHEME_SYMBOLS, *ASCEND_UNITS)
+S: dict[str, Symbol] = {name: _symbol(name) for name in ARGUMENTS}
+
+Blocks = Literal["tiles", "rectangles"]
+Layout = Literal["kn", "nk", "blocked"]
+Dequantize = Literal["never", "ring", "workspace", "vendor"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which formulas apply.
+
+    blocks: "tiles" of block_m x block_n that cores take one after another, in waves; or one
+    "rectangle" of the result for each core of a grid_m x grid_n grid, cut into blocks inside.
+    layout: of the weight in memory: rows along n (`[k, n]`), along k (`[n, k]`), or blocks that
+    are read without gaps. mixed: vector cores take part. split: k is divided, too.
+    dequantize: "ring": vector cores hand each block over through a buffer that stays in L2;
+    "workspace": first the whole weight, then the matmul; "vendor": as "ring", at the rate that
+    CANN's kernel was timed at.
+    """
+
+    blocks: Blocks
+    layout: Layout
+    mixed: bool
+    split: bool = False
+    dequantize: Dequantize = "never"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the busiest core does, and what all cores do together."""
+
+    cores: Expr  # cores that have something to do
+    inputs: Expr  # of the busiest core: the k it walks through, all its blocks together
+    columns: Expr  # of a block
+    fractals: Expr  # cycles of the cube
+    x_bytes: Expr  # loaded by the busiest core
+    weight_bytes: Expr
+    all_blocks: Expr  # blocks of all cores per block of the busiest
+    result_bytes: Expr  # of the sums of one block
+
+
+@functools.cache
+def terms(form: Form) -> dict[str, Expr]:
+    """Every term of `TERMS` in microseconds."""
+    work = _tiles(form) if form.blocks == "tiles" else _rectangles(form)
+    cycles_per_us = S["clock_mhz"]
+    sharing = S["tile_vector_cores"]
+    weights = work.inputs * work.columns  # that the busiest core multiplies with
+    partial_bytes = S["splits"] * M * N * SUM_BYTES if form.split else sympy.Integer(0)
+    result = dict.fromkeys(TERMS, sympy.Integer(0))
+    result["launch"] = S["launches"] * S["launch_us"]
+    if form.mixed:
+        used = work.cores / S["cube_cores"]
+        result["vector_start"] = S["vector_start_us"] + S["vector_start_per_wave_us"] * used
+    result["cube"] = work.fractals / cycles_per_us
+    result["core_load"] = (work.x_bytes + work.weight_bytes) / (
+        S["core_load_bytes_per_cycle"] * cycles_per_us
+    )
+    hbm_bytes = (
+        N * K * (S["stored_bytes"] + S["scale_bytes"])
+        + S["x_parts"] * M * K * S["x_bytes"]
+        + M * N * S["output_bytes"]
+    )
+    l2_bytes = (work.x_bytes + work.weight_bytes) * work.all_blocks + partial_bytes
+    vector_rate = S["vector_bytes_per_cycle"] * cycles_per_us
+    if form.dequantize == "ring":
+        read = work.inputs * _padded(work.columns * S["stored_bytes"]) + weights * S["scale_bytes"]
+        moved = read + weights * S["cube_bytes"]
+        result["dequantize"] = _instructions(weights) / sharing
+        result["vector_traffic"] = moved / (sharing * vector_rate)
+        l2_bytes += moved * work.all_blocks
+    if form.dequantize == "vendor":
+        read = weights * (S["stored_bytes"] + S["scale_bytes"])
+        rate = S["vendor_dequantize_bytes_per_cycle"] * cycles_per_us
+        result["vector_traffic"] = read / (sharing * rate)
+        l2_bytes += (read + weights * S["cube_bytes"]) * work.all_blocks
+    if form.dequantize == "workspace":
+        result["dequantize_phase"], spilled = _whole_workspace(vector_rate)
+        # Phase 2 reads the workspace instead of the codes.
+        hbm_bytes += spilled - N * K * (S["stored_bytes"] + S["scale_bytes"])
+    result["hbm"] = hbm_bytes / (S["hbm_gb_per_s"] * 1000)
+    result["l2"] = l2_bytes / (S["l2_read_bytes_per_cycle"] * cycles_per_us * S["cube_cores"])
+    result["store"] = work.result_bytes / (S["l2_write_bytes_per_cycle"] * cycles_per_us)
+    if form.split:
+        reading = partial_bytes / (S["vector_cores"] * vector_rate)
+        adding = S["splits"] * M * N / (S["vector_cores"] * S["vector_lanes"] / 2 * cycles_per_us)
+        result["reduce"] = reading + adding
+    return {name: sympy.sympify(term) for name, term in result.items()}
+
+
+@functools.cache
+def total(form: Form) -> Expr:
+    """The whole cost in microseconds."""
+    parts = terms(form)
+    return sum((parts[name] for name in SERIAL), Max(*(parts[name] for name in OVERLAPPED)))
+
+
+@functools.cache
+def compiled(form: Form) -> Callable[..., Any]:
+    """`terms` as a function of numbers or numpy arrays, in the order of `ARGUMENTS`."""
+    values = list(terms(form).values())
+    function: Callable[..., Any] = sympy.lambdify(
+        [S[name] for name in ARGUMENTS], values, modules="numpy", cse=True
+    )
+    return function
+
+
+def _tiles(form: Form) -> _Work:
+    block_m, block_n, block_k = S["block_m"], S["block_n"], S["block_k"]
+    splits = S["splits"] if form.split else 1
+    programs = ceiling(M / block_m) * ceiling(N / block_n) * splits
+    waves = ceiling(programs / S["cube_cores"])
+    steps = waves * ceiling(ceiling(K / block_k) / splits)
+    columns = Min(block_n, N)
+    fractals = (
+        ceiling(block_m / FRACTAL) * ceiling(block_n / FRACTAL) * ceiling(block_k / S["fractal_k"])
+    )
+    rows = Min(block_m, M)
+    return _Work(
+        cores=Min(programs, S["cube_cores"]),
+        inputs=steps * block_k,
+        columns=columns,
+        fractals=steps * fractals,
+        x_bytes=steps * rows * _padded(block_k * S["x_bytes"]),
+        weight_bytes=steps * _weight_bytes(form, columns, block_k),
+        all_blocks=programs / waves,
+        result_bytes=rows * columns * SUM_BYTES,
+    )
+
+
+def _rectangles(form: Form) -> _Work:
+    block_k = S["block_k"]
+    rows = S["x_parts"] * M
+    core_m = FRACTAL * ceiling(ceiling(rows / FRACTAL) / S["grid_m"])
+    core_n = FRACTAL * ceiling(ceiling(N / FRACTAL) / S["grid_n"])
+    steps = ceiling(K / block_k)
+    over_m, over_n = ceiling(core_m / S["block_m"]), ceiling(core_n / S["block_n"])
+    columns = Min(S["block_n"], core_n)
+    cores = Min(S["grid_m"], ceiling(rows / FRACTAL)) * Min(S["grid_n"], ceiling(N / FRACTAL))
+    loaded_rows = Min(core_m, rows)
+    return _Work(
+        cores=cores,
+        inputs=K * over_n * over_m,
+        columns=columns,
+        fractals=core_m / FRACTAL * core_n / FRACTAL * ceiling(K / S["fractal_k"]),
+        x_bytes=over_n * steps * loaded_rows * _padded(block_k * S["x_bytes"]),
+        weight_bytes=over_m * over_n * steps * _weight_bytes(form, columns, block_k),
+        all_blocks=cores,
+        result_bytes=Min(loaded_rows, S["block_m"]) * columns * SUM_BYTES,
+    )
+
+
+def _weight_bytes(form: Form, columns: Expr, block_k: Expr) -> Expr:
+    """What the cube loads of the weight for one block of k."""
+    if form.dequantize != "never" or form.layout == "blocked":
+        return columns * block_k * S["cube_bytes"]
+    if form.layout == "kn":
+        return block_k * _padded(columns * S["cube_bytes"])
+    return columns * _padded(block_k * S["cube_bytes"])
+
+
+def _padded(row_bytes: Expr) -> Expr:
+    """Memory moves whole units: a shorter row costs as much as a unit."""
+    return S["memory_unit_bytes"] * ceiling(row_bytes / S["memory_unit_bytes"])
+
+
+def _instructions(weights: Expr) -> Expr:
+    """Microseconds that one vector core takes to dequantize so many weights."""
+    return weights * S["dequantize_instructions"] / (S["vector_lanes"] * S["clock_mhz"])
+
+
+def _whole_workspace(vector_rate: Expr) -> tuple[Expr, Expr]:
+    """Microseconds to dequantize the whole weight on all vector cores, and the bytes of the
+    workspace that the matmul must then fetch from memory, because L2 could not keep them."""
+    written = N * K * S["cube_bytes"]
+    stored = N * K * (S["stored_bytes"] + S["scale_bytes"])
+    spilled = Max(0, written - S["l2_mib"] * 2**20)
+    phase = Max(
+        _instructions(N * K) / S["vector_cores"],
+        (stored + written) / (S["vector_cores"] * vector_rate),
+        (stored + spilled) / (S["hbm_gb_per_s"] * 1000),
+    )
+    return phase, spilled

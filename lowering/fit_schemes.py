@@ -1,0 +1,104 @@
+"""Give each matmul a scheme that the target has a kernel for, before anything is calibrated."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from panguq.errors import LoweringError
+from panguq.ir.edit import label
+from panguq.ir.properties import Property
+from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.lowering.candidates import fallbacks, scheme_refusal
+from panguq.lowering.graph_problems import matmul_problem
+from panguq.lowering.select_kernel import DEFAULT_MIX, TokenMix, select_kernel
+from panguq.lowering.targets import Target, find_target
+from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
+
+
+@dataclass(frozen=True)
+class FitSchemes(Pass):
+    """Before: matmuls with the recipe's schemes.  After: with schemes that the target can run.
+
+    A scheme whose kernels all refuse a matmul's shape is replaced by the first of its documented
+    fallbacks that fits (W4A8 -> W8A8_DYNAMIC -> FLOAT, see `candidates.fallbacks`). Matmuls that
+    read one tensor keep one scheme: if one of them falls back, all do. With `allow_float`, matmuls
+    that are predicted to take longer quantized than in float, over the mix `tokens`, stay float.
+    Raises LoweringError if the target has no kernel for a scheme at all.
+    """
+
+    name: ClassVar[str] = "fit-schemes"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
+    exact: ClassVar[bool] = True
+    target: str = "cpu"
+    allow_float: bool = False
+    tokens: TokenMix = DEFAULT_MIX
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        target = find_target(self.target)
+        result = PassResult()
+        rows: list[tuple[object, ...]] = []
+        for siblings in _siblings(gm):
+            scheme: Scheme = siblings[0].meta["scheme"]
+            chosen, reasons = fit(siblings, target)
+            if self.allow_float and not chosen.is_float:
+                quantized_us, float_us = self._predicted_us(siblings, chosen, target)
+                if float_us < quantized_us:
+                    reasons.append(
+                        f"float is predicted to be faster: {float_us:.0f} us against "
+                        f"{quantized_us:.0f} us over the mix of tokens"
+                    )
+                    chosen = SCHEMES["FLOAT"]
+            for node in siblings if chosen != scheme else ():
+                node.meta["scheme"] = chosen
+                reason = f"{scheme.name} -> {chosen.name}: {'; '.join(reasons)}"
+                result.skip(node, reason)
+                rows.append((label(node), scheme.name, chosen.name, "; ".join(reasons)))
+                result.changed += 1
+        columns = ("matmul", "scheme", "fallback", "reason")
+        result.tables["fallbacks"] = Table(columns, tuple(rows))
+        return result
+
+    def _predicted_us(
+        self, siblings: list[fx.Node], scheme: Scheme, target: Target
+    ) -> tuple[float, float]:
+        """What the mix costs quantized and in float, summed over the siblings."""
+        totals = [0.0, 0.0]
+        for node in siblings:
+            problem = matmul_problem(node, scheme, whole=False)
+            for storage, cost_us in select_kernel(
+                problem, target, self.tokens, allow_float=True
+            ).storage_us:
+                totals[storage == "float"] += cost_us
+        return totals[0], totals[1]
+
+
+def fit(siblings: list[fx.Node], target: Target) -> tuple[Scheme, list[str]]:
+    """The scheme for matmuls that read one tensor, and why not those before it in the order."""
+    scheme: Scheme = siblings[0].meta["scheme"]
+    reasons: list[str] = []
+    for candidate in (scheme, *fallbacks(scheme)):
+        refusals = []
+        for node in siblings:
+            problem = matmul_problem(node, candidate, whole=False)
+            refusal = scheme_refusal(problem, target)
+            if refusal is not None:
+                refusals.append(f"{label(node)} (n={problem.n}, k={problem.k}): {refusal}")
+        if not refusals:
+            return candidate, reasons
+        reasons += [f"{candidate.name} does not fit {refusal}" for refusal in refusals]
+    raise LoweringError(
+        f"target {target.name} has no kernel for {scheme.name}: {'; '.join(reasons)}",
+        "choose another scheme in the recipe",
+    )
+
+
+def _siblings(gm: fx.GraphModule) -> list[list[fx.Node]]:
+    readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in linears(gm):
+        if not node.meta["scheme"].is_float:
+            readers[node.args[0]].append(node)
+    return list(readers.values())

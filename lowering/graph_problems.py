@@ -1,0 +1,35 @@
+"""The matmuls of a graph as problems for the kernel selection."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import fx
+
+from panguq.ir.quant_spec import Scheme
+from panguq.lowering.problem import Dtype, MatmulProblem, Precision
+
+LARGEST_N = 65535  # of one call of an NPU matmul
+PART_MULTIPLE = 64
+
+
+def output_parts(node: fx.Node) -> list[slice]:
+    """The rows of the weight that one call computes: all of them where they are few enough."""
+    n = int(node.args[1].meta["val"].shape[0])
+    if n <= LARGEST_N:
+        return [slice(None)]
+    parts = -(-n // LARGEST_N)
+    size = -(-n // (parts * PART_MULTIPLE)) * PART_MULTIPLE
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def matmul_problem(
+    node: fx.Node, scheme: Scheme, precision: Precision = "bfloat16", whole: bool = True
+) -> MatmulProblem:
+    """This linear under a scheme, for any m; the first of its parts unless `whole`."""
+    n, k = (int(size) for size in node.args[1].meta["val"].shape)
+    if not whole:
+        part = output_parts(node)[0]
+        n = n if part.start is None else part.stop - part.start
+    dtype = cast(Dtype, str(node.args[0].meta["val"].dtype).removeprefix("torch."))
+    return MatmulProblem(None, n, k, scheme, precision, dtype)

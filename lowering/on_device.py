@@ -1,0 +1,30 @@
+"""Move a prepacked graph to a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def on_device(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """`gm` with its weights on `device`, and with every tensor that it makes made there."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            tensor: Tensor = getattr(gm, str(node.target))
+            object.__setattr__(gm, str(node.target), tensor.to(device))
+        node.args = _moved(node.args, device)
+        node.kwargs = _moved(node.kwargs, device)
+    gm.recompile()
+    return gm
+
+
+def _moved(argument: Any, device: torch.device) -> Any:
+    if isinstance(argument, torch.device):
+        return device
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_moved(item, device) for item in argument)
+    if isinstance(argument, dict):
+        return {name: _moved(item, device) for name, item in argument.items()}
+    return argument

@@ -1,0 +1,63 @@
+"""A matmul to be done, and a kernel that may do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from panguq.ir.quant_spec import Scheme
+
+Precision = Literal["bfloat16", "float32"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Schedule = Literal["vendor", "data_parallel", "split_k"]
+Storage = Literal["float", "int8", "int4"]
+Tile = tuple[int, int, int]
+WeightFormat = Literal["ND", "NZ"]
+
+
+@dataclass(frozen=True)
+class MatmulProblem:
+    """`[m, k] x [n, k]^T` under a scheme; m is None where it varies at run time.
+
+    `precision` is the least that weight-only matmuls of a float32 model may multiply in on a CPU.
+    `dtype` is the model's and `weight_format` that of stored integer weights, for Ascend targets:
+    ND is `[k, n]` row by row, NZ the cube's own order of blocks (npu_format_cast).
+    """
+
+    m: int | None
+    n: int
+    k: int
+    scheme: Scheme
+    precision: Precision = "bfloat16"
+    dtype: Dtype = "bfloat16"
+    weight_format: WeightFormat = "ND"
+
+    @property
+    def group_size(self) -> int:
+        """Inputs per weight scale; k where there are no groups."""
+        return self.scheme.weight.group_size_for(self.k) if self.scheme.weight else self.k
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel for a problem; `refusal` says why it is not legal, None if it is.
+
+    `kernel` is the op's name. `splits` and `tile` (block_m, block_n, block_k) belong to panguq's
+    own kernels; for a vendor's op CANN chooses them. `storage` is the stored weight it reads:
+    kernels of one storage read the same bytes.
+    """
+
+    kernel: str
+    refusal: str | None = None
+    schedule: Schedule = "vendor"
+    splits: int = 1
+    tile: Tile | None = None
+    storage: Storage = "float"
+
+    def __str__(self) -> str:
+        parts = [self.kernel]
+        if self.splits > 1:
+            parts.append(f"splits={self.splits}")
+        if self.tile is not None:
+            parts.append("tile=" + "x".join(map(str, self.tile)))
+        return " ".join(parts)

@@ -1,0 +1,137 @@
+"""Targets as YAML or JSON files: plain data, checked number by number, never executed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from panguq.errors import LoweringError, PanguqError
+from panguq.lowering.targets import (
+    ASCEND_UNITS,
+    TARGETS,
+    Constant,
+    KernelCost,
+    Target,
+    check_target,
+)
+from panguq.plain_yaml import check_plain, dump_yaml, read_yaml
+from panguq.strict_json import parse_json
+from panguq.suggest import did_you_mean
+
+_KEYS = ("name", "kind", "constants", "kernels")
+_HINT = "save_target(find_target('ascend910b1'), path) writes a file to start from"
+
+
+def load_target(path: Path) -> Target:
+    """The target in a file that `save_target` wrote, or a person.
+
+        name: mine
+        kind: ascend
+        constants:
+          launch_us: {value: 13.5, unit: us, source: fitted to timings of my machine}
+
+    Raises LoweringError, naming the file and the constant, for what is missing, unknown, not a
+    number, zero, negative or not finite.
+    """
+    data = _read(path)
+    _only(data, _KEYS, str(path), "keys")
+    name = data.get("name")
+    if not isinstance(name, str) or not name:
+        raise LoweringError(f"{path}: name: is missing or not text", _HINT)
+    if name in TARGETS and name != "cpu":
+        raise LoweringError(
+            f"{path}: name: {name!r} is a built-in target's", "give the target another name"
+        )
+    kind = data.get("kind")
+    constants = {
+        key: _constant(entry, f"{path}: constants.{key}", key)
+        for key, entry in _mapping(data.get("constants", {}), f"{path}: constants").items()
+    }
+    kernels = {
+        key: _kernel(entry, f"{path}: kernels.{key}")
+        for key, entry in _mapping(data.get("kernels", {}), f"{path}: kernels").items()
+    }
+    target = Target(name, kernels, kind, constants)  # type: ignore[arg-type]
+    return check_target(target, str(path))
+
+
+def save_target(target: Target, path: Path) -> None:
+    """Write the target as YAML under a temporary name, then rename it.
+
+    Raises LoweringError if the target is not sound or the file cannot be written.
+    """
+    check_target(target, f"target {target.name}")
+    data: dict[str, object] = {"name": target.name, "kind": target.kind}
+    if target.constants:
+        data["constants"] = {name: asdict(c) for name, c in target.constants.items()}
+    if target.kernels:
+        data["kernels"] = {name: asdict(cost) for name, cost in target.kernels.items()}
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(dump_yaml(data))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise LoweringError(
+            f"{path}: cannot be written: {error.strerror or error}", "choose another place"
+        ) from error
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    try:
+        if path.suffix == ".json" and path.is_file():
+            data = parse_json(path.read_bytes(), str(path))
+            check_plain(data, str(path))
+        else:
+            data = read_yaml(path)
+    except PanguqError as error:
+        raise LoweringError(error.message, _HINT) from None
+    except OSError as error:
+        raise LoweringError(f"{path}: cannot be read: {error.strerror}", _HINT) from None
+    return _mapping(data, str(path))
+
+
+def _mapping(data: object, where: str) -> Mapping[str, object]:
+    if not isinstance(data, Mapping):
+        raise LoweringError(f"{where}: is not a mapping", _HINT)
+    return data
+
+
+def _constant(entry: object, where: str, name: str) -> Constant:
+    given = _mapping(entry, where)
+    _only(given, ("value", "unit", "source"), where, "keys")
+    unit, known = given.get("unit"), ASCEND_UNITS.get(name)
+    if known is not None and unit not in (None, known):
+        raise LoweringError(f"{where}.unit: {unit!r}, but this constant is in {known}")
+    if "value" not in given:
+        raise LoweringError(f"{where}.value: is missing", _HINT)
+    source = given.get("source", "")
+    return Constant(given["value"], known or str(unit), str(source))  # type: ignore[arg-type]
+
+
+def _kernel(entry: object, where: str) -> KernelCost:
+    given = _mapping(entry, where)
+    names = [f.name for f in fields(KernelCost)]
+    _only(given, names, where, "keys")
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise LoweringError(f"{where}.{missing[0]}: is missing", _HINT)
+    return KernelCost(**given)  # type: ignore[arg-type]
+
+
+def _only(
+    given: Mapping[str, object], known: tuple[str, ...] | list[str], where: str, kind: str
+) -> None:
+    for key in given:
+        if key not in known:
+            raise LoweringError(f"{where}: unknown key {key!r}", did_you_mean(key, known, kind))

@@ -1,0 +1,210 @@
+"""Make one matmul of a gated MLP's gate and up projections."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir.edit import (
+    call,
+    erase_unused,
+    free_name,
+    get_tensor,
+    label,
+    module_path,
+    tensor_node,
+)
+from panguq.ir.properties import Property
+from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
+from panguq.passes.assign_schemes import AssignSchemes
+from panguq.passes.base import Pass, PassContext, PassResult, Site
+
+aten = torch.ops.aten
+panguq = torch.ops.panguq
+
+LARGEST_N = 65535  # npu_quant_matmul, npu_weight_quant_batchmatmul: last sizes (op-plugin docs)
+_KEPT_META = ("scheme", "input_statistics", "input_range")
+
+
+@dataclass(frozen=True)
+class MergeGateUp(Pass):
+    """Before: `swiglu(linear(x, w_gate, b_gate), linear(x, w_up, b_up))`.
+
+    After: `y = linear(x, cat(w_gate, w_up), cat(b_gate, b_up))` `[..., 2 f]` and
+    `swiglu(y[..., :f], y[..., f:])`, for weights `[f, k]`.
+
+    A row of the weight is one output, so codes, scales, zero points and biases are stacked row by
+    row and every output keeps its own numbers. A missing bias counts as zeros. The two
+    slices carry the labels of the matmuls whose results they are. Found by data flow: both
+    matmuls read one node under one scheme and only the swiglu reads them. `npu_swiglu` takes its
+    gate from the first half of one tensor (op-plugin docs), which is what this prepares.
+    """
+
+    name: ClassVar[str] = "merge-gate-up"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
+    exact: ClassVar[bool] = True
+
+    def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
+        """Integer codes, if the recipe quantizes at all."""
+        quantizes = any(isinstance(p, AssignSchemes) and p.quantizes for p in earlier)
+        return self.requires | ({Property.WEIGHT_CODES} if quantizes else set())
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        result = PassResult()
+        readers = Counter(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
+        nodes = [n for n in gm.graph.nodes if n.target is panguq.swiglu.default]
+        for done, node in enumerate(nodes):
+            ctx.progress("merge gate and up", done, len(nodes))
+            gate, up = node.args
+            reason = _obstacle(gate, up, node, readers)
+            if reason is not None:
+                result.skip(node, reason)
+                continue
+            result.sites.append(Site((label(gate.args[0]),), (label(node),)))
+            _merge(gm, ctx, node)
+            result.changed += 1
+        ctx.progress("merge gate and up", len(nodes), len(nodes))
+        return result
+
+
+def _obstacle(gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str]) -> str | None:
+    """Why these two cannot become one matmul; None if they can."""
+    for name, node in (("gate", gate), ("up", up)):
+        if node.target is not aten.linear.default:
+            return f"{name} is {label(node)}, not a matmul"
+        if set(node.users) != {swiglu}:
+            return f"{name} {label(node)} has other readers"
+    if gate is up:
+        return "gate and up are one matmul"
+    if gate.args[0] is not up.args[0]:
+        return f"gate reads {label(gate.args[0])}, up reads {label(up.args[0])}"
+    schemes = gate.meta.get("scheme"), up.meta.get("scheme")
+    if schemes[0] != schemes[1]:
+        names = " and ".join("none" if s is None else s.name for s in schemes)
+        return f"their schemes differ: {names}"
+    sizes = [int(linear.args[1].meta["val"].shape[0]) for linear in (gate, up)]
+    if schemes[0] is not None and not schemes[0].is_float and sum(sizes) > LARGEST_N:
+        return f"{sum(sizes)} outputs are more than the {LARGEST_N} of a quantized matmul"
+    reason = _unlike(gate.args[1], up.args[1])
+    if reason is not None:
+        return reason
+    biases = [b for b in (_bias(gate), _bias(up)) if b is not None]
+    if len({b.meta["val"].dtype for b in biases}) > 1:
+        return "their biases differ in dtype"
+    stored = [n for linear in (gate, up) for n in _weight_tensors(linear)]
+    if any(n.op != "get_attr" for n in stored):
+        return "a weight is computed, not stored"
+    shared = [str(n.target) for n in stored if len(n.users) > 1 or readers[str(n.target)] > 1]
+    if shared:
+        return f"{shared[0]} has other readers, so that merging would store it twice"
+    return None
+
+
+def _bias(linear: fx.Node) -> fx.Node | None:
+    return linear.args[2] if len(linear.args) > 2 else None  # type: ignore[return-value]
+
+
+def _unlike(gate: Any, up: Any) -> str | None:
+    """Why the weights' expressions cannot be stacked: they must be the same ops and constants."""
+    if gate.op != up.op or (gate.op == "call_function" and gate.target is not up.target):
+        return f"their weights are made differently: {label(gate)} and {label(up)}"
+    if gate.op == "get_attr":
+        one, other = gate.meta["val"], up.meta["val"]
+        if one.dtype != other.dtype or one.shape[1:] != other.shape[1:]:
+            return f"{label(gate)} and {label(up)} differ in dtype or shape"
+        return None
+    if gate.target not in (panguq.dequantize_weight.default, panguq.unpack_int4.default):
+        return f"{label(gate)} is not known to keep the rows of a weight apart"
+    if len(gate.users) > 1 or len(up.users) > 1:
+        return f"{label(gate if len(gate.users) > 1 else up)} has other readers"
+    for one, other in zip(gate.args, up.args, strict=True):
+        if isinstance(one, fx.Node) and isinstance(other, fx.Node):
+            reason = _unlike(one, other)
+            if reason is not None:
+                return reason
+        elif one is not other and one != other:
+            return f"{label(gate)} and {label(up)} differ: {one} and {other}"
+    return None
+
+
+def _weight_tensors(linear: fx.Node) -> list[fx.Node]:
+    """The leaves below the linear's weight, and its bias."""
+    leaves: list[fx.Node] = []
+    stack = [n for n in linear.args[1:] if isinstance(n, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node.all_input_nodes:
+            stack.extend(node.all_input_nodes)
+        else:
+            leaves.append(node)
+    return leaves
+
+
+def _merge(gm: fx.GraphModule, ctx: PassContext, swiglu: fx.Node) -> None:
+    gate, up = swiglu.args
+    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
+    stem = _common_stem(gate, up)
+    weight = _stack(gm, ctx, swiglu, gate, (gate.args[1], up.args[1]), stem)
+    args: tuple[Any, ...] = (gate.args[0], weight)
+    sizes = [int(n.args[1].meta["val"].shape[0]) for n in (gate, up)]  # type: ignore[union-attr]
+    if _bias(gate) is not None or _bias(up) is not None:
+        parts = [_bias_values(gm, linear, gate, up) for linear in (gate, up)]
+        name = free_name(gm, f"{stem}.bias")
+        args = (*args, tensor_node(swiglu, name, ctx.store.put(torch.cat(parts))))
+    merged = call(swiglu, aten.linear.default, args, origin=gate, suffix=".gate_up")
+    merged.meta["module_path"] = stem
+    merged.meta["merged"] = (label(gate), label(up))
+    merged.meta.update({key: gate.meta[key] for key in _KEPT_META if key in gate.meta})
+    n = sizes[0]
+    halves = [(gate, 0, n), (up, n, n + sizes[1])]
+    swiglu.args = tuple(
+        call(swiglu, aten.slice.Tensor, (merged, -1, start, end), origin=linear)
+        for linear, start, end in halves
+    )
+    erase_unused([gate, up])
+
+
+def _common_stem(gate: fx.Node, up: fx.Node) -> str:
+    """The module that holds both, with the name under which servers know the merged weight."""
+    parts = zip(module_path(gate).split("."), module_path(up).split("."), strict=False)
+    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
+    return ".".join([*shared, "gate_up_proj"]).lstrip(".")
+
+
+def _stack(
+    gm: fx.GraphModule,
+    ctx: PassContext,
+    before: fx.Node,
+    origin: fx.Node,
+    pair: tuple[Any, Any],
+    stem: str,
+) -> fx.Node:
+    """The weight expression of both over stacked stored tensors."""
+    gate, up = pair
+    if gate.op == "get_attr":
+        parts = [get_tensor(gm, str(n.target)) for n in pair]
+        name = free_name(gm, f"{stem}.{str(gate.target).rpartition('.')[2]}")
+        return tensor_node(before, name, ctx.store.put(torch.cat(parts)))
+    args = [
+        _stack(gm, ctx, before, origin, (one, other), stem) if isinstance(one, fx.Node) else one
+        for one, other in zip(gate.args, up.args, strict=True)
+    ]
+    suffix = f".gate_up{label(gate).removeprefix(label(origin))}"
+    return call(before, gate.target, tuple(args), origin=origin, suffix=suffix)
+
+
+def _bias_values(gm: fx.GraphModule, linear: fx.Node, gate: fx.Node, up: fx.Node) -> Tensor:
+    """The linear's bias; zeros of the other's dtype if it has none."""
+    bias = _bias(linear)
+    if bias is not None:
+        return get_tensor(gm, str(bias.target))
+    other = _bias(up if linear is gate else gate)
+    assert other is not None
+    n = int(linear.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
+    return torch.zeros(n, dtype=other.meta["val"].dtype)
