@@ -7,22 +7,19 @@ offsets, biases) are stored in the form that the kernel takes.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from panguq.ir.edit import call, free_name, get_tensor, label, tensor_node, value_types
+from panguq.ir.edit import call, get_tensor, label, value_types
 from panguq.ir.quant_spec import Scheme
-from panguq.ir.weight_store import WeightStore
 from panguq.kernels.ascend import int4_weight, npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.contracts import check_call
+from panguq.lowering.ascend_inputs import AscendInputs, source_of
 from panguq.lowering.dispatch import (
-    QINT8,
-    QUINT4X2,
     SCALAR_TYPES,
     Operands,
     kernel_call,
@@ -40,11 +37,10 @@ LARGEST_INT32_BIAS = 2**30  # leaves the other half of int32 to the sum of produ
 
 @dataclass
 class AscendCalls:
-    """Writes calls into one graph; inputs that several matmuls quantize are quantized once."""
+    """Writes the calls of one graph; inputs that several matmuls quantize are quantized once."""
 
     gm: fx.GraphModule
-    store: WeightStore
-    made: dict[tuple[fx.Node, str], tuple[Any, ...]] = field(default_factory=dict)
+    inputs: AscendInputs
 
     def lower(self, node: fx.Node, table: Sequence[tuple[int, Candidate]], rows: slice) -> fx.Node:
         """The matmul's outputs `rows`, shaped `[..., rows]`; `table` holds (last m, kernel)."""
@@ -82,71 +78,6 @@ class AscendCalls:
             op, named = panguq.dispatch_matmul.default, {}
         return call(node, op, args, named, origin=node, suffix=f".kernel{_part(rows)}")
 
-    # --- activations ----------------------------------------------------------------------------
-
-    def _flat(self, node: fx.Node, x: fx.Node) -> fx.Node:
-        """x as `[m, k]`."""
-        if x.meta["val"].dim() == 2:
-            return x
-        key = (x, "flat")
-        if key not in self.made:
-            flat = call(
-                node,
-                aten.reshape.default,
-                (x, [-1, int(x.meta["val"].shape[-1])]),
-                origin=x,
-                suffix=".flat",
-            )
-            self.made[key] = (flat,)
-        return self.made[key][0]
-
-    def _quantize_static(self, node: fx.Node) -> fx.Node:
-        """int8 codes `[m, k]` of the matmul's statically quantized input."""
-        quantize: fx.Node = node.args[0].args[0]
-        key = (quantize, "static")
-        if key not in self.made:
-            source, scale, zero_point = quantize.args[:3]
-            dtype = source.meta["val"].dtype
-            factor = get_tensor(self.gm, str(scale.target)).reciprocal().to(dtype)
-            zero = get_tensor(self.gm, str(zero_point.target)).to(dtype)
-            stem = str(scale.target).removesuffix("input_scale")
-            args = (
-                source,
-                self._small(node, f"{stem}input_factor", factor),
-                self._small(node, f"{stem}input_offset", zero),
-                QINT8,
-                -1,
-                False,
-            )
-            codes = call(
-                node, npu.npu_quantize.default, args, origin=source, suffix=".npu_quantize"
-            )
-            self.made[key] = (self._flat(node, codes),)
-        return self.made[key][0]
-
-    def _quantize_dynamic(self, node: fx.Node, bits: int) -> tuple[fx.Node, fx.Node]:
-        """Codes `[m, k]` (int8, or int32 of eight 4-bit codes) and float32 scales `[m]`."""
-        quantize: fx.Node = node.args[0].args[0].args[0]
-        key = (quantize, "dynamic")
-        if key not in self.made:
-            source = quantize.args[0]
-            named = {} if bits == 8 else {"dst_type": QUINT4X2}
-            pair = call(
-                node,
-                npu.npu_dynamic_quant.default,
-                (source,),
-                named,
-                origin=source,
-                suffix=".npu_dynamic_quant",
-            )
-            codes = call(node, operator.getitem, (pair, 0), origin=source, suffix=".npu_codes")
-            scale = call(node, operator.getitem, (pair, 1), origin=source, suffix=".npu_scale")
-            if scale.meta["val"].dim() != 1:
-                scale = call(node, aten.view.default, (scale, [-1]), origin=scale, suffix=".flat")
-            self.made[key] = (self._flat(node, codes), scale)
-        codes, scale = self.made[key]
-        return codes, scale
-
     # --- operands -------------------------------------------------------------------------------
 
     def _weight_only(self, node: fx.Node, rows: slice, dtype: torch.dtype) -> Operands:
@@ -158,12 +89,12 @@ class AscendCalls:
         offset = None
         if zero_point is not None:
             minus = -_kernel_layout(self._rows(zero_point, rows), per_channel).to(dtype)
-            offset = self._small(node, f"{stem}antiquant_offset{_row_name(rows)}", minus)
+            offset = self.inputs.small(node, f"{stem}antiquant_offset{_row_name(rows)}", minus)
         bias = self._bias(node, rows, torch.float32 if dtype == torch.bfloat16 else dtype)
         return Operands(
-            self._flat(node, node.args[0]),
+            self.inputs.flat(node, node.args[0]),
             self._weight(node, codes, rows),
-            self._small(node, f"{stem}antiquant_scale{_row_name(rows)}", stored),
+            self.inputs.small(node, f"{stem}antiquant_scale{_row_name(rows)}", stored),
             offset,
             None,
             bias,
@@ -173,9 +104,9 @@ class AscendCalls:
 
     def _int8_dynamic(self, node: fx.Node, rows: slice, dtype: torch.dtype) -> Operands:
         codes, scale = node.args[1].args[:2]
-        x, pertoken_scale = self._quantize_dynamic(node, 8)
+        x, pertoken_scale = self.inputs.quantize_dynamic(node, 8)
         stored = self._rows(scale, rows).reshape(-1).float()
-        weight_scale = self._small(node, f"{_stem(scale)}npu_scale{_row_name(rows)}", stored)
+        weight_scale = self.inputs.small(node, f"{_stem(scale)}npu_scale{_row_name(rows)}", stored)
         bias = self._bias(node, rows, torch.float32)
         weight = self._weight(node, codes, rows)
         return Operands(x, weight, weight_scale, None, pertoken_scale, bias, 0, dtype)
@@ -190,7 +121,7 @@ class AscendCalls:
         """
         _, act_scale, zero_point, _ = node.args[0].args
         codes, scale = node.args[1].args[:2]
-        x = self._quantize_static(node)
+        x = self.inputs.quantize_static(node)
         step = get_tensor(self.gm, str(act_scale.target)).double()
         deq_scale = (step * self._rows(scale, rows).reshape(-1).double()).float()
         sums = self._rows(codes, rows).sum(dim=1, dtype=torch.int32)
@@ -208,10 +139,10 @@ class AscendCalls:
         given = Operands(
             x,
             self._weight(node, codes, rows),
-            self._small(node, f"{stem}deq_scale{_row_name(rows)}", deq_scale),
+            self.inputs.small(node, f"{stem}deq_scale{_row_name(rows)}", deq_scale),
             None,
             None,
-            self._small(node, f"{stem}quant_bias{_row_name(rows)}", folded.to(torch.int32)),
+            self.inputs.small(node, f"{stem}quant_bias{_row_name(rows)}", folded.to(torch.int32)),
             0,
             dtype,
         )
@@ -230,10 +161,12 @@ class AscendCalls:
         scales = self._rows(scale, rows).float()
         stem = _stem(scale)
         assert scheme.activation is not None
-        x, pertoken_scale = self._quantize_dynamic(node, scheme.activation.bits)
+        x, pertoken_scale = self.inputs.quantize_dynamic(node, scheme.activation.bits)
         named: dict[str, Any] = {"output_dtype": SCALAR_TYPES[dtype]}
         if scheme.activation.bits == 4:
-            stored = self._small(node, f"{stem}npu_scale{_row_name(rows)}", scales.reshape(-1))
+            stored = self.inputs.small(
+                node, f"{stem}npu_scale{_row_name(rows)}", scales.reshape(-1)
+            )
             named |= {"pertoken_scale": pertoken_scale}
         else:
             values = self._rows(codes, rows)
@@ -242,7 +175,7 @@ class AscendCalls:
             sums = values.reshape(values.shape[0], groups, W4A8_GROUP).sum(-1, dtype=torch.int32)
             offset = 8 * (sums.t().double() * scales.double()).sum(0).float()
             converted = npu.npu_trans_quant_param(scales.reshape(-1)).reshape(scales.shape)
-            stored = self._small(node, f"{stem}npu_scale{_row_name(rows)}", converted)
+            stored = self.inputs.small(node, f"{stem}npu_scale{_row_name(rows)}", converted)
             column = call(
                 node,
                 aten.view.default,
@@ -251,7 +184,7 @@ class AscendCalls:
                 suffix=f".pertoken_scale{_part(rows)}",
             )
             named |= {
-                "offset": self._small(node, f"{stem}npu_offset{_row_name(rows)}", offset),
+                "offset": self.inputs.small(node, f"{stem}npu_offset{_row_name(rows)}", offset),
                 "pertoken_scale": column,
             }
         args = (x, weight, stored)
@@ -301,11 +234,7 @@ class AscendCalls:
             return node.args[2]
         kind = str(dtype).removeprefix("torch.")
         name = f"{node.args[2].target}_{kind}{_row_name(rows)}"
-        return self._small(node, name, bias.to(dtype))
-
-    def _small(self, node: fx.Node, name: str, tensor: Tensor) -> fx.Node:
-        name = free_name(self.gm, name)
-        return tensor_node(node, name, self.store.put(tensor.contiguous()))
+        return self.inputs.small(node, name, bias.to(dtype))
 
     def _finish(
         self, node: fx.Node, source: fx.Node, result: fx.Node, bias: fx.Node | None, rows: slice
@@ -314,30 +243,8 @@ class AscendCalls:
         if bias is not None:
             suffix = f".biased{_part(rows)}"
             result = call(node, aten.add.Tensor, (result, bias), origin=node, suffix=suffix)
-        shape = [*self._leading_sizes(node, source), int(result.meta["val"].shape[-1])]
+        shape = [*self.inputs.leading_sizes(node, source), int(result.meta["val"].shape[-1])]
         return call(node, aten.view.default, (result, shape), origin=node, suffix=_part(rows))
-
-    def _leading_sizes(self, node: fx.Node, source: fx.Node) -> tuple[Any, ...]:
-        """The sizes of `source` without the last: numbers, or nodes where they are symbolic."""
-        key = (source, "sizes")
-        if key not in self.made:
-            self.made[key] = tuple(
-                call(node, aten.sym_size.int, (source, axis), origin=source, suffix=f".size_{axis}")
-                if isinstance(size, torch.SymInt)
-                else int(size)
-                for axis, size in enumerate(source.meta["val"].shape[:-1])
-            )
-        return self.made[key]
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    """The float value that a matmul reads, before it was quantized."""
-    x: fx.Node = node.args[0]
-    if x.target is not panguq.dequantize.default:
-        return x
-    codes: fx.Node = x.args[0]
-    quantize = codes.args[0] if codes.target is operator.getitem else codes
-    return quantize.args[0]
 
 
 def _has_bias(node: fx.Node) -> bool:

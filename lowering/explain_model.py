@@ -359,8 +359,8 @@ def _weight_bytes(gm: fx.GraphModule, chosen: Mapping[fx.Node, _Chosen], dtype: 
 
 PUBLISHED = (
     "Published for openPangu-Embedded 1B and 7B, W8A8 on Atlas A2: 1.5 times the float16 prefill "
-    "speed (Luo et al., Post-Training Quantization of OpenPangu Models, December 2025). Prompt "
-    "length and serving software are not given; nothing here is fitted to it."
+    "speed (Luo et al., Post-Training Quantization of OpenPangu Models, 2025). The abstract gives "
+    "neither prompt length nor serving software; nothing here is fitted to it."
 )
 
 

@@ -13,6 +13,7 @@ from panguq.errors import LoweringError
 from panguq.ir.edit import call, erase_unused, label, replace
 from panguq.ir.properties import Property
 from panguq.lowering.ascend_calls import AscendCalls
+from panguq.lowering.ascend_inputs import AscendInputs
 from panguq.lowering.cpu_calls import lower_on_cpu
 from panguq.lowering.dispatch import NO_LIMIT
 from panguq.lowering.graph_problems import matmul_problem, output_parts
@@ -61,7 +62,7 @@ class LowerMatmuls(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         target = find_target(self.target)
         result = PassResult()
-        calls = AscendCalls(gm, ctx.store) if target.kind == "ascend" else None
+        calls = AscendCalls(gm, AscendInputs(gm, ctx.store)) if target.kind == "ascend" else None
         choices = Choices(target, self.precision)
         rows: list[tuple[object, ...]] = []
         for node in [n for n in gm.graph.nodes if n.target is aten.linear.default]:

@@ -18,7 +18,8 @@ from panguq.ir.verify import verify
 from panguq.kernels.ascend.contracts import violations
 from panguq.kernels.cpu.int8_linear import _int32_matmul
 from panguq.lowering import ascend_calls, dispatch
-from panguq.lowering.ascend_calls import AscendCalls, source_of
+from panguq.lowering.ascend_calls import AscendCalls
+from panguq.lowering.ascend_inputs import AscendInputs, source_of
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.prepack import prepack
@@ -149,8 +150,9 @@ def test_a_call_that_breaks_a_contract_is_refused_where_it_is_made(monkeypatch) 
     vendor = Candidate("npu_quant_matmul")
     before, ctx = fake_quant(64, 256, "W8A8_DYNAMIC", True, torch.bfloat16)
     node = find_label(clone(before), "fc:linear")
-    calls = AscendCalls(node.graph.owning_module, ctx.store)
-    with pytest.raises(LoweringError, match="fc:linear: an Ascend NPU cannot run npu.npu_quant"):
+    gm = node.graph.owning_module
+    calls = AscendCalls(gm, AscendInputs(gm, ctx.store))
+    with pytest.raises(LoweringError, match=r"an Ascend NPU cannot run npu\.npu_quant"):
         calls.lower(node, [(1, vendor)], slice(None))
 
 
