@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint conformance bench bench-cost-model clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## install panguq and all that it needs into .venv
 
@@ -40,9 +40,16 @@ lint: setup  ## check style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+conformance: setup  ## check against real parts of the Ascend stack, in environments of their own
+	$(PYTHON) -m conformance --environment .venv-npu --torch '$(TORCH)'
+	$(PYTHON) -m conformance.triton --environment .venv-triton --torch '$(TORCH)'
+
 bench: setup  ## measure speed on this machine
 	$(RUN) -m bench.run $(ARGS)
 
+bench-cost-model: setup  ## compare the cost model with published timings
+	$(RUN) -m bench.cost_model $(ARGS)
+
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-npu .venv-triton .venv-ct build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from panguq.ir.edit import get_tensor, label
+from panguq.ir.edit import get_tensor, label, op_name
 from panguq.ir.trace import shape_of
 
 _DTYPES = {
@@ -58,7 +58,8 @@ def _line(gm: fx.GraphModule, node: fx.Node, hasher: Hasher | None) -> str:
         return f"%{label(node)} : {kind} = input"
     if node.op == "get_attr":
         return f"%{label(node)} : {kind} = weight{_content(gm, node, hasher)}"
-    op = str(node.target).removesuffix(".default") if hasattr(node.target, "_schema") else node.name
+    known = hasattr(node.target, "_schema")
+    op = str(node.target).removesuffix(".default") if known else op_name(node)
     arguments = [_argument(a) for a in node.args]
     arguments += [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
     scheme = f"  # {node.meta['scheme'].name}" if "scheme" in node.meta else ""

@@ -233,6 +233,8 @@ def _rotary(node: fx.Node) -> fx.Node | None:
     if node.kwargs or not (_is(direct, aten.mul.Tensor) and _is(rotated, aten.mul.Tensor)):
         return None
     (x, cos), (halves, sin) = direct.args, rotated.args
+    if len({n.meta["val"].dtype for n in (node, x, cos)}) > 1:
+        return None  # the op yields x's dtype, a sum with wider tables does not
     if not all(_is(t, aten.unsqueeze.default) and t.args[1] == 1 for t in (cos, sin)):
         return None
     if not _is(halves, aten.cat.default) or halves.args[1:] not in ((-1,), (3,)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +49,9 @@ class FuseAscend(Pass):
     the canonical op's. Both keep float32 inside one op and may round there at other points
     (`npu_rms_norm` rounds once, the canonical op also before the weight). The last rewrite is
     not: the documented formula does not round the norm to 16 bits before it is quantized, so that
-    codes change, and every matmul would read others than its fake-quant twin.
+    codes change, and a matmul would read others than its fake-quant twin. Measured on the ops'
+    reference bodies, normal sums of 1024 columns: in bfloat16 3.5 % of the static codes by 1, 8 %
+    of the dynamic ones by up to 2; in float16 none and 1 %.
 
     A graph input that is the mask must be passed in full afterwards: the convention that one
     without elements means plain causal attention is the canonical op's alone.
@@ -99,6 +100,8 @@ _QUANTIZERS = (npu.npu_quantize.default, npu.npu_dynamic_quant.default)
 
 
 def _op_behind(node: fx.Node) -> str:
-    source = node.args[0] if node.target is operator.getitem else node
+    """The vendor's op that gives this value, an item of its results or a transposition of one."""
+    direct = isinstance(node.target, OpOverload) and node.target.namespace == "npu"
+    source = node if direct else node.args[0]
     assert isinstance(source, fx.Node)
     return op_name(source)

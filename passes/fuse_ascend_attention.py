@@ -25,9 +25,6 @@ def fuse_rotary(node: fx.Node, state: FusionState) -> fx.Node | str:
     """
     x, *tables = node.args
     for table in tables:
-        if table.meta["val"].dtype != x.meta["val"].dtype:
-            dtypes = f"{table.meta['val'].dtype} and {x.meta['val'].dtype}"
-            return f"{label(table)} and {label(x)} differ in dtype: {dtypes}"
         if not _within_one(table):
             return f"{label(table)} may leave [-1, 1], the range that npu_rotary_mul documents"
     if _swaps_heads(x):

@@ -174,7 +174,7 @@ def _per_column(before: fx.Node, stored: fx.Node, dtype: torch.dtype) -> fx.Node
     """One stored number for each column of the norm, as the fused op's shapes demand."""
     gm = before.graph.owning_module
     assert gm is not None
-    columns = before.args[2].meta["val"].shape[0]  # type: ignore[union-attr]
+    columns = before.args[2].meta["val"].shape[0]
     name = free_name(gm, f"{stored.target}_per_column")
     values = get_tensor(gm, str(stored.target)).to(dtype).reshape(1).repeat(columns)
     return tensor_node(before, name, values)

@@ -65,7 +65,7 @@ def _part(node: fx.Node) -> _Part | None:
 def _whole(start: object, end: object) -> bool:
     """Whether the ends of a slice are known and not negative."""
     known = all(limit is None or isinstance(limit, int) for limit in (start, end))
-    return known and (start is None or start >= 0)  # type: ignore[operator]
+    return known and (start is None or start >= 0)
 
 
 def _columns(source: object, start: int, width: int | torch.SymInt) -> _Part | None:

@@ -107,7 +107,7 @@ def _obstacle(gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str]
 
 
 def _bias(linear: fx.Node) -> fx.Node | None:
-    return linear.args[2] if len(linear.args) > 2 else None  # type: ignore[return-value]
+    return linear.args[2] if len(linear.args) > 2 else None
 
 
 def _unlike(gate: Any, up: Any) -> str | None:
@@ -152,7 +152,7 @@ def _merge(gm: fx.GraphModule, ctx: PassContext, swiglu: fx.Node) -> None:
     stem = _common_stem(gate, up)
     weight = _stack(gm, ctx, swiglu, gate, (gate.args[1], up.args[1]), stem)
     args: tuple[Any, ...] = (gate.args[0], weight)
-    sizes = [int(n.args[1].meta["val"].shape[0]) for n in (gate, up)]  # type: ignore[union-attr]
+    sizes = [int(n.args[1].meta["val"].shape[0]) for n in (gate, up)]
     if _bias(gate) is not None or _bias(up) is not None:
         parts = [_bias_values(gm, linear, gate, up) for linear in (gate, up)]
         name = free_name(gm, f"{stem}.bias")
@@ -206,5 +206,5 @@ def _bias_values(gm: fx.GraphModule, linear: fx.Node, gate: fx.Node, up: fx.Node
         return get_tensor(gm, str(bias.target))
     other = _bias(up if linear is gate else gate)
     assert other is not None
-    n = int(linear.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
+    n = int(linear.args[1].meta["val"].shape[0])
     return torch.zeros(n, dtype=other.meta["val"].dtype)

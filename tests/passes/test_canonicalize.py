@@ -264,6 +264,12 @@ def test_rotary_is_raised() -> None:
     assert counts == {"rotary": 1}
 
 
+def test_tables_wider_than_the_input_are_no_rotary() -> None:
+    """The op yields its input's dtype; this sum is float32."""
+    narrow = lambda x, c, s: turned(x.bfloat16(), c, s, rotate_half(x.bfloat16()))  # noqa: E731
+    assert ops_of_heads(narrow, *rotary_inputs())["rotary"] == 0
+
+
 def turned(x: Tensor, c: Tensor, s: Tensor, rotated: Tensor) -> Tensor:
     return x * c.unsqueeze(1) + rotated * s.unsqueeze(1)
 
