@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from panguq.lowering.specialize import specialize
 from panguq.lowering.targets import find_target
 from panguq.recipe import Recipe
 from panguq.report.compile_report import CompileReport
+from panguq.suggest import did_you_mean
 
 LOWERED = "lowered"
 
@@ -135,11 +136,24 @@ class CompiledModule(nn.Module):
             results = self.executable(*(x.to(self._device) for x in inputs))
         return results[0] if self.interface.returns == "tensor" else results
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the model as a folder of safetensors and json; see `panguq.load`."""
-        from panguq.model_folder import save_model
+    def save(self, path: str | Path, overwrite: bool = False, format: str = "panguq") -> None:
+        """Write the model as a folder, whole or not at all.
 
-        save_model(self, Path(path), overwrite)
+        format: `panguq`, safetensors and json for `panguq.load`; `compressed-tensors`, for
+            transformers, vLLM and vllm-ascend; `ascend`, msModelSlim's format, for vllm-ascend
+            and MindIE. Raises PanguqError for what a format cannot express, naming the server
+            that would refuse it, and StorageError for a folder that cannot be written.
+        """
+        save = _writer(format)
+        save(self, Path(path), overwrite)
+
+    def export_onnx(
+        self, path: str | Path, stage: str | None = None, overwrite: bool = False
+    ) -> None:
+        """Write a stage's graph (by default the one that runs) as an ONNX file to look at."""
+        from panguq.export.onnx_export import export_onnx
+
+        export_onnx(self, Path(path), stage or self.stage, overwrite)
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
@@ -252,6 +266,27 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
             cache = make_cache(grown)
         output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         return output if return_dict else output.to_tuple()
+
+
+FORMATS = ("panguq", "compressed-tensors", "ascend")
+
+
+def _writer(format: str) -> Callable[[Any, Path, bool], None]:
+    if format == "panguq":
+        from panguq.model_folder import save_model
+
+        return save_model
+    if format == "compressed-tensors":
+        from panguq.export.compressed_tensors import save_compressed_tensors
+
+        return save_compressed_tensors
+    if format == "ascend":
+        from panguq.export.ascend_v1 import save_ascend_v1
+
+        return save_ascend_v1
+    raise InputError(
+        f"unknown format {format!r} of a saved model", did_you_mean(format, FORMATS, "formats")
+    )
 
 
 def _on_cpu(given: Any) -> Any:

@@ -197,10 +197,13 @@ class Recipe(BaseModel):
         fields = dict(self) | {"schemes": kept | dict(schemes)}
         return type(self).model_validate(fields, context=f"recipe {self.name}")
 
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as plain data, with every option of every pass."""
+        passes = [pass_to_entry(step) for step in self.passes]
+        return {**dict(self), "passes": passes, "ascend": to_jsonable_python(self.ascend)}
+
     def to_yaml(self) -> str:
         """The recipe as a file, with every option of every pass, so that it keeps its meaning
         when a default changes. A pass that is not in the registry is written by name, too, but
         reading the file back needs it there."""
-        passes = [pass_to_entry(p) for p in self.passes]
-        ascend = to_jsonable_python(self.ascend)
-        return dump_yaml({**dict(self), "passes": passes, "ascend": ascend})
+        return dump_yaml(self.to_data())

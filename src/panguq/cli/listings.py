@@ -75,28 +75,17 @@ def run_recipes(options: argparse.Namespace) -> int:
     if options.name is not None:
         recipe = Recipe.named(options.name)
         if options.json:
-            print_json(_recipe_data(recipe))
+            print_json(recipe.to_data())
         else:
             print(recipe.to_yaml(), end="")
         return 0
     recipes = [Recipe.named(name) for name in preset_names()]
     if options.json:
-        print_json([_recipe_data(recipe) for recipe in recipes])
+        print_json([recipe.to_data() for recipe in recipes])
         return 0
     for recipe in recipes:
         print(f"{recipe.name:14} {recipe.description.split('. ')[0].rstrip('.')}")
     return 0
-
-
-def _recipe_data(recipe: Any) -> dict[str, Any]:
-    from panguq.pass_options import pass_to_entry
-
-    return {
-        "name": recipe.name,
-        "description": recipe.description,
-        "schemes": recipe.schemes,
-        "passes": [pass_to_entry(step) for step in recipe.passes],
-    }
 
 
 def _registry() -> tuple[Any, ...]:

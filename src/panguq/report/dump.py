@@ -103,9 +103,8 @@ class Dump:
         if folder is None:
             return None
         prepare_folder(folder)
-        entries = [pass_to_entry(step) for step in recipe.passes]
         info = DumpInfo(
-            recipe=cast(dict[str, JsonValue], {**dict(recipe), "passes": entries}),
+            recipe=recipe.to_data(),
             seed=seed,
             target=target,
             interface=ctx.interface,

@@ -46,8 +46,9 @@ class Quality:
         """Measure the pass and add its line to the summary."""
         worst: tuple[float, str] | None = None
         if not record.step.exact and self.references:
-            self.latest = local_sqnr(gm, self.references)
-            worst = min(((db, name) for name, db in self.latest.items()), default=None)
+            measured = local_sqnr(gm, self.references)
+            self.latest |= measured  # what was merged into another matmul keeps its last figure
+            worst = min(((db, name) for name, db in measured.items()), default=None)
         self.summaries.append(
             PassSummary(
                 name=record.folder,
