@@ -32,8 +32,10 @@ $(READY): pyproject.toml
 demo: setup  ## compile a real model and show what it gives
 	$(RUN) -m demo.run $(ARGS)
 
+# A process for each core: the tests compute on one thread. The model is fetched before, by one.
 test: setup  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m demo.fetch
+	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: setup  ## check style and types
 	$(RUN) -m ruff check .

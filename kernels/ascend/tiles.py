@@ -1,4 +1,4 @@
-"""Which tiles fit an Atlas A2 core: panguq's own memory rule, and the tiles offered to a cost model.
+"""Which tiles fit an Atlas A2 core: panguq's own memory rule, and tiles for a cost model.
 
 A tile is (block_m, block_n, block_k): what one program keeps of the result and takes of k at a
 time. A core pair has these memories (bytes; CANN's platform_config of Ascend910B1 to B4):
@@ -22,15 +22,15 @@ the vector core does in 16-bit numbers:
     packed, two buffers 2 P + even and odd columns 4 P + both together 4 P + workspace 36 P = 46 P
 
 The workspace is what AscendNPU IR reserves to interleave: 18 numbers for each pair, transposes of
-16 rows and their tails. The later float32 weights (8 P) fit into it. Scales and offsets add 2
-vectors of block_n, 16-bit in two buffers and float32 in one: 16 block_n.
+16 rows and their tails. The later float32 weights fit into it.
+Scales and offsets add 2 vectors of block_n, 16-bit in two buffers and float32 in one: 16 block_n.
 
 UB at the end of a data-parallel kernel: the sums, 4 bytes each, are scaled and rounded where they
 lie, half of the rows in each vector core, beside 3 float32 vectors at most:
 2 block_m block_n + 8 block_n + 4 block_m.
 
-`reduce_partials` (block_m, block_n, 1): the sum and two buffers of partial sums, 12 block_m block_n.
-Vectors are loaded when the partial sums are gone.
+`reduce_partials` (block_m, block_n, 1): the sum and two buffers of partial sums, 4 bytes each:
+12 block_m block_n. Vectors are loaded when the partial sums are gone.
 
 `dynamic_quant` (1, 1, block_k): two buffers of float32 input (or of 16-bit input beside one of
 float32), codes in two buffers, and the 8 bytes for each number that the compiler takes to turn
@@ -39,11 +39,19 @@ float32 into int8: 8 + 2 + 8 = 18 block_k, and 1 KiB for single numbers.
 block_m and block_n are multiples of 16, the cube's fractal; int8 fractals hold 32 of k and, as the
 weight is [k, n], 32 of n; rows of packed int4 are whole 32-byte blocks of UB, so block_n is a
 multiple of 64.
+
+The workspaces of W4A16 and `dynamic_quant` are not known but from plans of AscendNPU IR's compiler:
+some 40 tiles chosen by hand were looked at before the rule was written. It was then compared with
+the compiler on random tiles within 25 % of each limit, and not changed by what came out
+(conformance/triton/tile_rule.py, conformance/results). What it accepts, the compiler accepts with
+double buffering. It refuses some that the compiler accepts: L0B never binds there, since the
+compiler divides n too, and `dynamic_quant` needs 16 bytes a number where its input has 16 bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 Tile = tuple[int, int, int]
 
@@ -110,7 +118,7 @@ class TileMemory:
 
 
 def legal_tiles(kernel: str) -> tuple[Tile, ...]:
-    """Tiles of this kernel, (block_m, block_n, block_k), that fit every target, small ones first."""
+    """Tiles (block_m, block_n, block_k) of this kernel that fit every target, small ones first."""
     return _LEGAL_TILES[kernel]
 
 
@@ -157,4 +165,4 @@ def split_bounds(k: int, block_k: int, splits: int) -> list[tuple[int, int]]:
     """
     blocks = -(-k // block_k)
     edges = [min(split * blocks // splits * block_k, k) for split in range(splits + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))

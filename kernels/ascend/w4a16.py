@@ -79,10 +79,8 @@ def _check(
         if tensor is None:
             continue
         require(tensor.dtype == x.dtype, f"{name} is {tensor.dtype}, x is {x.dtype}")
-        shapes = [(groups, n)] if group_size else [(n,), (1, n)]
-        require(
-            tuple(tensor.shape) in shapes, f"{name} is {list(tensor.shape)}, not {list(shapes[0])}"
-        )
+        shapes = [[groups, n]] if group_size else [[n], [1, n]]
+        require(list(tensor.shape) in shapes, f"{name} is {list(tensor.shape)}, not {shapes[0]}")
     if bias is not None:
         expected = BIAS_DTYPE[x.dtype]
         require(
@@ -97,16 +95,15 @@ def dequantize(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size:
     weight int32 [k, n / 8]; scale and offset float16 or bfloat16 [ceil(k / group_size), n], or
     [n] with `group_size` 0.
     """
-    k = weight.shape[0]
     values = unpack_int4(weight.view(torch.uint8)).to(torch.float32)
-
-    def per_input(parameter: Tensor) -> Tensor:
-        rows = parameter.to(torch.float32).reshape(-1, values.shape[1])
-        return rows.repeat_interleave(group_size, dim=0)[:k] if group_size else rows
-
-    if offset is not None:
-        values.add_(per_input(offset))
-    return values.mul_(per_input(scale)).to(scale.dtype)
+    groups = values.split(group_size) if group_size else (values,)
+    scales = scale.to(torch.float32).reshape(len(groups), -1)
+    offsets = None if offset is None else offset.to(torch.float32).reshape(len(groups), -1)
+    for number, rows in enumerate(groups):  # views of `values`, changed in place
+        if offsets is not None:
+            rows.add_(offsets[number])
+        rows.mul_(scales[number])
+    return values.to(scale.dtype)
 
 
 def _finish(total: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -179,7 +179,10 @@ def w8a8_split_k(
     splits: int,
     tile: list[int],
 ) -> Tensor:
-    """The bits of `w8a8_data_parallel`, with k divided into `splits` parts. Raises LoweringError."""
+    """As `w8a8_data_parallel`, bit for bit, with k divided into `splits` parts of whole blocks.
+
+    Raises LoweringError.
+    """
     _check("w8a8_split_k", x, weight, scale, pertoken_scale, bias, output_dtype, splits, tile)
     # int32 sums are the same in any order, so there is nothing to divide here.
     return _compute(x, weight, scale, pertoken_scale, bias, output_dtype)

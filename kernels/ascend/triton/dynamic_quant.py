@@ -4,6 +4,9 @@ Two walks, because a token need not fit a vector core's memory. One token at a t
 compiler turns a two-dimensional float32 into int8 only in blocks of 32 rows.
 """
 
+# mypy: ignore-errors
+# A kernel is Triton's language, which only looks like Python.
+
 import triton
 import triton.language as tl
 

@@ -7,6 +7,9 @@ Arguments are those of the ops in `panguq.kernels.ascend`, which check them firs
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,19 @@ LARGEST_GRID = 65535
 LARGEST_PLACE = 2**31 - 1
 
 
+def _kernels(module: str) -> ModuleType:
+    """A file of kernels, which imports triton. Raises LoweringError if that is not there."""
+    try:
+        return import_module(f"panguq.kernels.ascend.triton.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise LoweringError(
+            "panguq's own kernels run on an NPU through triton-ascend, which is not installed",
+            "pip install triton-ascend==3.2.0, or compile with the vendor's kernels alone",
+        ) from None
+
+
 def grid_of(m: int, n: int, tile: list[int], splits: int = 1) -> tuple[int, int, int]:
     """Programs along m, n and the splits; LoweringError if there are too many, or too many sums."""
     grid = (-(-m // tile[0]), -(-n // tile[1]), splits)
@@ -33,9 +49,7 @@ def grid_of(m: int, n: int, tile: list[int], splits: int = 1) -> tuple[int, int,
             hint,
         )
     if splits * m * n > LARGEST_PLACE:
-        raise LoweringError(
-            f"{splits} x {m} x {n} sums: the kernels count places in 32 bits", hint
-        )
+        raise LoweringError(f"{splits} x {m} x {n} sums: the kernels count places in 32 bits", hint)
     return grid
 
 
@@ -47,8 +61,7 @@ def _reduce(
     result: Tensor,
 ) -> None:
     """partials float32 or int32 [splits, m, n] -> result [m, n]."""
-    from panguq.kernels.ascend.triton.reduce_partials import reduce_partials
-
+    reduce_partials = _kernels("reduce_partials").reduce_partials
     splits, m, n = partials.shape
     tile = legal_tiles("reduce_partials")[0]
     reduce_partials[grid_of(m, n, list(tile))](
@@ -80,8 +93,7 @@ def launch_w4a16(
     tile: list[int],
 ) -> Tensor:
     """w4a16_data_parallel for one split, w4a16_split_k for more."""
-    from panguq.kernels.ascend.triton import w4a16
-
+    w4a16 = _kernels("w4a16")
     k = x.shape[-1]
     tokens = x.reshape(-1, k).contiguous()
     packed = weight.contiguous().view(torch.uint8)
@@ -124,8 +136,7 @@ def launch_w8a8(
     tile: list[int],
 ) -> Tensor:
     """w8a8_data_parallel for one split, w8a8_split_k for more."""
-    from panguq.kernels.ascend.triton import w8a8
-
+    w8a8 = _kernels("w8a8")
     k, n = weight.shape
     tokens = x.reshape(-1, k).contiguous()
     m = tokens.shape[0]
@@ -161,8 +172,7 @@ def launch_w8a8(
 
 def launch_dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     """dynamic_quant."""
-    from panguq.kernels.ascend.triton.dynamic_quant import dynamic_quant
-
+    dynamic_quant = _kernels("dynamic_quant").dynamic_quant
     k = x.shape[-1]
     tokens = x.reshape(-1, k).contiguous()
     m = tokens.shape[0]

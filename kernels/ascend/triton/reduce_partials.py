@@ -4,6 +4,9 @@ The order 0 .. splits - 1 makes float32 results the same bits in every run, whic
 result by atomics would not.
 """
 
+# mypy: ignore-errors
+# A kernel is Triton's language, which only looks like Python.
+
 import triton
 import triton.language as tl
 

@@ -1,9 +1,12 @@
-"""W4A16 matmul: a tile of the 4-bit weight becomes 16-bit on a vector core, then the cube multiplies.
+"""W4A16 matmul: a vector core makes a tile of the weight 16-bit, then the cube multiplies.
 
 Launched by `launch.py`. x float16 or bfloat16 [m, k], rows contiguous; weight uint8 [k, n / 2],
 the low nibble the even column; scale and offset [groups, n] in x's dtype, contiguous; bias [n].
 `group_size` is a multiple of BLOCK_K, or at least k for one scale per output.
 """
+
+# mypy: ignore-errors
+# A kernel is Triton's language, which only looks like Python.
 
 import triton
 import triton.language as tl

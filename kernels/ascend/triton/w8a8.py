@@ -4,6 +4,9 @@ Launched by `launch.py`. x int8 [m, k]; weight int8 [k, n]; scale float32 [n]; p
 float32 [m]; bias int32 or float32 [n]; all contiguous.
 """
 
+# mypy: ignore-errors
+# A kernel is Triton's language, which only looks like Python.
+
 import triton
 import triton.language as tl
 

@@ -1,0 +1,140 @@
+"""The kernels and their launch path in Triton's interpreter, against exact references.
+
+The interpreter of triton-ascend 3.2.0 keeps bfloat16 as integers and multiplies those, so float
+kernels run in float16 here; test_native.py has both.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Read where a kernel is defined, so this file has a process of its own.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from conformance.triton.bounds import assert_within_bound, w4a16_inputs
+from panguq.errors import LoweringError
+from panguq.kernels.ascend.own_dynamic_quant import dynamic_quant
+from panguq.kernels.ascend.triton import launch
+from panguq.kernels.ascend.triton.launch import launch_dynamic_quant, launch_w4a16, launch_w8a8
+from panguq.kernels.ascend.w8a8 import w8a8_data_parallel
+
+pytest.importorskip("triton", reason="triton is not installed: run python -m conformance.triton")
+
+CHECKED = settings(deadline=None, max_examples=40)
+M, N, K, SPLITS = (st.integers(1, most) for most in (40, 150, 200, 4))
+W8A8_TILE = [16, 64, 64]
+W4A16_TILE = [16, 64, 16]
+
+
+def random_int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+@given(m=M, n=N, k=K, splits=SPLITS, extreme=st.booleans())
+@example(m=1, n=1, k=1, splits=1, extreme=True)
+@example(m=17, n=65, k=65, splits=2, extreme=True)
+@CHECKED
+def test_w8a8_sums_are_exact_in_one_part_or_several(m, n, k, splits, extreme):
+    x, weight = random_int8(m, k), random_int8(k, n)
+    if extreme:
+        x.fill_(-128)
+        weight.fill_(-128)
+    # 200 * 128 * 128 < 2**24: float32 holds every sum.
+    result = launch_w8a8(x, weight, torch.ones(n), None, None, torch.float32, splits, W8A8_TILE)
+    assert torch.equal(result.long(), x.long() @ weight.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("bias", "per_token"), [("float", True), ("float", False), ("int32", False), (None, True)]
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_w8a8_scales_and_bias_are_bit_equal_to_the_reference(dtype, bias, per_token, splits):
+    x, weight, scale = random_int8(2, 9, 150), random_int8(150, 70), torch.rand(70) * 0.01
+    token_scale = torch.rand(2, 9) if per_token else None
+    added = {"float": torch.randn(70), "int32": torch.arange(70, dtype=torch.int32), None: None}
+    rest = (scale, token_scale, added[bias], dtype)
+    result = launch_w8a8(x, weight, *rest, splits, W8A8_TILE)
+    assert torch.equal(result, w8a8_data_parallel(x, weight, *rest, [16, 64, 512]))
+
+
+@given(
+    m=M,
+    words=st.integers(1, 20),
+    k=K,
+    group_size=st.sampled_from([16, 32, 208]),
+    splits=SPLITS,
+    offset=st.booleans(),
+    bias=st.booleans(),
+)
+@CHECKED
+def test_w4a16_is_within_the_summation_bound(m, words, k, group_size, splits, offset, bias):
+    inputs = w4a16_inputs(m, 8 * words, k, group_size, torch.float16, offset, bias)
+    result = launch_w4a16(*inputs, group_size, splits, W4A16_TILE)
+    assert_within_bound(result, *inputs, group_size, additions=k + splits + 1)
+    assert torch.equal(result, launch_w4a16(*inputs, group_size, splits, W4A16_TILE))
+
+
+def test_w4a16_with_one_scale_per_output():
+    x, weight, scale, _, bias = w4a16_inputs(5, 72, 100, 100, torch.float16, False, True)
+    result = launch_w4a16(x, weight, scale[0], None, bias, 0, 2, W4A16_TILE)
+    assert_within_bound(result, x, weight, scale, None, bias, 100, additions=103)
+
+
+def test_partial_sums_are_added_in_their_order():
+    # In float32, (1e8 + 1) - 1e8 is 0 and (1e8 - 1e8) + 1 is 1.
+    partials = torch.tensor([1e8, 1.0, -1e8]).reshape(3, 1, 1).expand(3, 2, 8).contiguous()
+    result = torch.empty(2, 8)
+    launch._reduce(partials, None, None, None, result)
+    assert torch.equal(result, torch.zeros(2, 8))
+    launch._reduce(partials[[0, 2, 1]].contiguous(), None, None, None, result)
+    assert torch.equal(result, torch.ones(2, 8))
+
+
+@given(
+    m=st.integers(1, 3),
+    k=st.integers(1, 5000),
+    magnitude=st.integers(-7, 4),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+@settings(deadline=None, max_examples=20)  # the interpreter takes 0.1 s for a maximum over k
+def test_dynamic_quant_codes_are_exact(m, k, magnitude, dtype):
+    x = (torch.randn(m, k) * 10.0**magnitude).to(dtype)
+    x[0] = 0
+    codes, scale = launch_dynamic_quant(x)
+    expected = dynamic_quant(x)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scale, expected[1])
+
+
+def test_dynamic_quant_rounds_ties_to_even():
+    # scale is exactly 1, so each value is its own quotient.
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 0.49999997]])
+    codes, scale = launch_dynamic_quant(x)
+    assert scale.tolist() == [1.0]
+    assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126, 0]]
+
+
+def test_no_tokens():
+    codes, scale = launch_dynamic_quant(torch.empty(0, 64))
+    assert (codes.shape, scale.shape) == ((0, 64), (0,))
+    result = launch_w8a8(
+        codes, random_int8(64, 8), torch.ones(8), scale, None, torch.float16, 2, W8A8_TILE
+    )
+    assert result.shape == (0, 8)
+
+
+def test_a_transposed_weight_and_a_part_of_a_wider_input_are_taken_by_position():
+    x, weight = random_int8(6, 200)[:, 100:], random_int8(70, 100).t()
+    result = launch_w8a8(x, weight, torch.ones(70), None, None, torch.float32, 1, W8A8_TILE)
+    assert torch.equal(result.long(), x.long() @ weight.long())
+
+
+def test_too_many_programs_are_refused():
+    with pytest.raises(LoweringError, match="programs, more than 65535"):
+        launch.grid_of(4096, 153376, [16, 64, 64])

@@ -1,0 +1,163 @@
+"""What triton-ascend lowers the kernels to computes the reference's numbers, as native code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conformance.triton.bounds import assert_within_bound, w4a16_inputs
+from conformance.triton.native import NativeKernel, mlir_folder, random_int8
+from conformance.triton.variants import Variant, variant
+from panguq.kernels.ascend.own_dynamic_quant import dynamic_quant
+from panguq.kernels.ascend.triton.launch import grid_of
+from panguq.kernels.ascend.w8a8 import int32_sums, w8a8_data_parallel
+
+if mlir_folder() is None:
+    pytest.skip("MLIR 19 is not there: run python -m conformance.triton", True)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Small ones, to have many tiles and tails in a small matmul, and legal ones.
+W4A16_TILES = [(16, 64, 16), (16, 64, 128), (32, 256, 32)]
+W8A8_TILES = [(16, 64, 64), (16, 256, 256)]
+SUM_TILE = (8, 32, 1)
+CHECKED = settings(deadline=None, max_examples=20)
+M, N, K, SPLITS = (st.integers(1, most) for most in (40, 300, 300, 5))
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    built: dict[str, NativeKernel] = {}
+
+    def kernel(at_tile: Variant) -> NativeKernel:
+        key = f"{at_tile.name} {at_tile.signature}"
+        if key not in built:
+            place = folder / str(len(built))
+            place.mkdir()
+            built[key] = NativeKernel(at_tile, place)
+        return built[key]
+
+    return kernel
+
+
+@pytest.mark.parametrize("tile", W4A16_TILES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("offset", "bias"), [(True, True), (False, False)])
+def test_w4a16_data_parallel(build, tile, dtype, offset, bias):
+    added = "float" if bias else None
+    kernel = build(variant("w4a16_data_parallel", tile, dtype, offset, added))
+
+    @given(m=M, words=st.integers(1, 40), k=K, groups=st.integers(1, 4))
+    @CHECKED
+    def check(m, words, k, groups):
+        n, groups_of = 8 * words, groups * tile[2]
+        inputs = w4a16_inputs(m, n, k, groups_of, DTYPES[dtype], offset, bias)
+        x, weight, scale, zero, added = inputs
+        result = torch.empty(m, n, dtype=x.dtype)
+        tensors = [x, weight.view(torch.uint8), scale, zero, added, result]
+        present = [tensor for tensor in tensors if tensor is not None]
+        kernel(grid_of(m, n, list(tile)), *present, m, n, k, groups_of)
+        assert_within_bound(result, *inputs, groups_of, additions=k + 1)
+
+    check()
+
+
+@pytest.mark.parametrize("tile", W4A16_TILES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_w4a16_split_k_gives_the_same_bits_in_any_order_of_programs(build, tile, dtype):
+    partial_sums = build(variant("w4a16_split_k", tile, dtype))
+    reduce = build(variant("reduce_partials", SUM_TILE, dtype, pertoken_scale=False))
+
+    @given(m=M, words=st.integers(1, 40), k=K, splits=SPLITS, order=st.integers(0, 99))
+    @CHECKED
+    def check(m, words, k, splits, order):
+        n, groups_of = 8 * words, 2 * tile[2]
+        inputs = w4a16_inputs(m, n, k, groups_of, DTYPES[dtype], True, True)
+        x, weight, scale, zero, _ = inputs
+        bias = torch.randn(n)
+        results = []
+        for seed in (None, order):
+            partials = torch.full((splits, m, n), torch.nan)
+            tensors = (x, weight.view(torch.uint8), scale, zero, partials)
+            grid = grid_of(m, n, list(tile), splits)
+            partial_sums(grid, *tensors, m, n, k, groups_of, splits, order=seed)
+            result = torch.empty(m, n, dtype=x.dtype)
+            grid = grid_of(m, n, list(SUM_TILE))
+            reduce(grid, partials, bias, result, m, n, splits, order=seed)
+            results.append(result)
+            total = torch.zeros(m, n)
+            for partial in partials:
+                total += partial
+            assert torch.equal(result, (total + bias).to(x.dtype))
+        assert torch.equal(*results)
+        rest = (x, weight, scale, zero, bias, groups_of)
+        assert_within_bound(results[0], *rest, additions=k + splits + 1)
+
+    check()
+
+
+def test_partial_sums_are_added_in_their_order(build):
+    # In float32, (1e8 + 1) - 1e8 is 0 and (1e8 - 1e8) + 1 is 1.
+    reduce = build(variant("reduce_partials", SUM_TILE, "fp32", bias=None, pertoken_scale=False))
+    partials = torch.tensor([1e8, 1.0, -1e8]).reshape(3, 1, 1).expand(3, 9, 40).contiguous()
+    for order, expected in (([0, 1, 2], 0.0), ([0, 2, 1], 1.0)):
+        result = torch.empty(9, 40)
+        reduce(grid_of(9, 40, list(SUM_TILE)), partials[order].contiguous(), result, 9, 40, 3)
+        assert torch.equal(result, torch.full((9, 40), expected))
+
+
+@pytest.mark.parametrize("tile", W8A8_TILES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("bias", "per_token"), [("float", True), ("int32", False), (None, True), (None, False)]
+)
+def test_w8a8_is_bit_equal_to_the_reference(build, tile, dtype, bias, per_token):
+    options = {"dtype": dtype, "bias": bias, "pertoken_scale": per_token, "partials": "i32"}
+    data_parallel = build(variant("w8a8_data_parallel", tile, **options))
+    partial_sums = build(variant("w8a8_split_k", tile))
+    reduce = build(variant("reduce_partials", SUM_TILE, **options))
+
+    @given(m=M, n=N, k=K, splits=SPLITS)
+    @CHECKED
+    def check(m, n, k, splits):
+        x, weight = random_int8(m, k), random_int8(k, n)
+        scale, token_scale = torch.rand(n) * 0.01, torch.rand(m) if per_token else None
+        added = None
+        if bias is not None:
+            added = torch.randn(n) if bias == "float" else torch.randint(-999, 999, (n,)).int()
+        expected = w8a8_data_parallel(
+            x, weight, scale, token_scale, added, DTYPES[dtype], [16, 64, 512]
+        )
+        finish = [tensor for tensor in (scale, token_scale, added) if tensor is not None]
+        result = torch.empty_like(expected)
+        data_parallel(grid_of(m, n, list(tile)), x, weight, *finish, result, m, n, k)
+        assert torch.equal(result, expected)
+
+        partials = torch.empty(splits, m, n, dtype=torch.int32)
+        partial_sums(grid_of(m, n, list(tile), splits), x, weight, partials, m, n, k, splits)
+        assert torch.equal(partials.sum(0, dtype=torch.int32), int32_sums(x, weight))
+        result = torch.empty_like(expected)
+        reduce(grid_of(m, n, list(SUM_TILE)), partials, *finish, result, m, n, splits)
+        assert torch.equal(result, expected)
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_dynamic_quant_is_bit_equal_to_the_reference(build, dtype):
+    kernel = build(variant("dynamic_quant", (1, 1, 128), dtype))
+
+    @given(m=M, k=st.integers(1, 400), programs=st.integers(1, 50), magnitude=st.integers(-7, 4))
+    @CHECKED
+    def check(m, k, programs, magnitude):
+        x = (torch.randn(m, k) * 10.0**magnitude).to(DTYPES[dtype])
+        x[0] = 0
+        codes, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
+        kernel((programs, 1, 1), x, codes, scale, m, k)
+        expected = dynamic_quant(x)
+        assert torch.equal(codes, expected[0])
+        assert torch.equal(scale, expected[1])
+
+    check()
