@@ -18,13 +18,14 @@ from panguq.ir.edit import call, get_tensor, label, value_types
 from panguq.ir.quant_spec import Scheme
 from panguq.kernels.ascend import int4_weight, npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.contracts import check_call
+from panguq.kernels.ascend.npu_format_cast import FRACTAL_NZ
 from panguq.lowering.ascend_inputs import AscendInputs, source_of
 from panguq.lowering.dispatch import (
     SCALAR_TYPES,
     Operands,
     kernel_call,
 )
-from panguq.lowering.problem import Candidate
+from panguq.lowering.problem import Candidate, WeightFormat
 
 aten = torch.ops.aten
 npu = torch.ops.npu
@@ -42,8 +43,17 @@ class AscendCalls:
     gm: fx.GraphModule
     inputs: AscendInputs
 
-    def lower(self, node: fx.Node, table: Sequence[tuple[int, Candidate]], rows: slice) -> fx.Node:
-        """The matmul's outputs `rows`, shaped `[..., rows]`; `table` holds (last m, kernel)."""
+    def lower(
+        self,
+        node: fx.Node,
+        table: Sequence[tuple[int, Candidate]],
+        rows: slice,
+        weight_format: WeightFormat = "ND",
+    ) -> fx.Node:
+        """The matmul's outputs `rows`, shaped `[..., rows]`; `table` holds (last m, kernel).
+
+        `weight_format` is that of int8 weights of integer matmuls.
+        """
         scheme: Scheme = node.meta["scheme"]
         source = source_of(node)
         dtype = node.meta["val"].dtype
@@ -54,9 +64,9 @@ class AscendCalls:
             result = self._int4_codes(node, scheme, rows, dtype)
             return self._finish(node, source, result, self._bias(node, rows), rows)
         elif scheme.activation.dynamic:
-            given = self._int8_dynamic(node, rows, dtype)
+            given = self._int8_dynamic(node, rows, dtype, weight_format)
         else:
-            given, late_bias = self._int8_static(node, rows, dtype)
+            given, late_bias = self._int8_static(node, rows, dtype, weight_format)
         result = self._matmul(node, given, table, rows)
         return self._finish(node, source, result, late_bias, rows)
 
@@ -102,17 +112,19 @@ class AscendCalls:
             dtype,
         )
 
-    def _int8_dynamic(self, node: fx.Node, rows: slice, dtype: torch.dtype) -> Operands:
+    def _int8_dynamic(
+        self, node: fx.Node, rows: slice, dtype: torch.dtype, weight_format: WeightFormat
+    ) -> Operands:
         codes, scale = node.args[1].args[:2]
         x, pertoken_scale = self.inputs.quantize_dynamic(node, 8)
         stored = self._rows(scale, rows).reshape(-1).float()
         weight_scale = self.inputs.small(node, f"{_stem(scale)}npu_scale{_row_name(rows)}", stored)
         bias = self._bias(node, rows, torch.float32)
-        weight = self._weight(node, codes, rows)
+        weight = self._weight(node, codes, rows, weight_format)
         return Operands(x, weight, weight_scale, None, pertoken_scale, bias, 0, dtype)
 
     def _int8_static(
-        self, node: fx.Node, rows: slice, dtype: torch.dtype
+        self, node: fx.Node, rows: slice, dtype: torch.dtype, weight_format: WeightFormat
     ) -> tuple[Operands, fx.Node | None]:
         """Operands, and the bias if it is too large to be folded into the int32 sum.
 
@@ -138,7 +150,7 @@ class AscendCalls:
             deq_scale = npu.npu_trans_quant_param(deq_scale)
         given = Operands(
             x,
-            self._weight(node, codes, rows),
+            self._weight(node, codes, rows, weight_format),
             self.inputs.small(node, f"{stem}deq_scale{_row_name(rows)}", deq_scale),
             None,
             None,
@@ -200,24 +212,28 @@ class AscendCalls:
 
     # --- weights --------------------------------------------------------------------------------
 
-    def _weight(self, node: fx.Node, codes: fx.Node, rows: slice) -> fx.Node:
+    def _weight(
+        self, node: fx.Node, codes: fx.Node, rows: slice, weight_format: WeightFormat = "ND"
+    ) -> fx.Node:
         """The stored codes `[n, k]` as the kernels read them."""
         packed = codes.target is panguq.unpack_int4.default
         stored: fx.Node = codes.args[0] if packed else codes
-        suffix = f".kernel_weight{_part(rows)}"
+        part = _part(rows)
+
+        def make(op: Any, args: tuple[Any, ...], suffix: str, **named: Any) -> fx.Node:
+            return call(node, op, args, named, origin=node, suffix=suffix + part)
+
         if rows.start is not None:
-            stored = call(
-                node,
-                aten.slice.Tensor,
-                (stored, 0, rows.start, rows.stop),
-                origin=node,
-                suffix=f".weight_rows{_part(rows)}",
-            )
+            stored = make(aten.slice.Tensor, (stored, 0, rows.start, rows.stop), ".weight_rows")
         if packed:
-            return call(node, own.int4_weight.default, (stored,), origin=node, suffix=suffix)
-        turned = call(node, aten.t.default, (stored,), origin=node, suffix=f".turned{_part(rows)}")
-        named = {"memory_format": torch.contiguous_format}
-        return call(node, aten.clone.default, (turned,), named, origin=node, suffix=suffix)
+            return make(own.int4_weight.default, (stored,), ".kernel_weight")
+        turned = make(aten.t.default, (stored,), ".turned")
+        weight = make(
+            aten.clone.default, (turned,), ".kernel_weight", memory_format=torch.contiguous_format
+        )
+        if weight_format == "ND":
+            return weight
+        return make(npu.npu_format_cast.default, (weight, FRACTAL_NZ), ".kernel_weight_nz")
 
     def _rows(self, stored: fx.Node, rows: slice) -> Tensor:
         if stored.target is panguq.unpack_int4.default:

@@ -12,8 +12,16 @@ import sympy
 from numpy.typing import NDArray
 
 from panguq.errors import LoweringError
-from panguq.lowering.cost_terms import ARGUMENTS, OVERLAPPED, SERIAL, TERMS, Form, S, compiled
-from panguq.lowering.cost_terms import total as total_expression
+from panguq.lowering.cost_terms import (
+    ARGUMENTS,
+    OVERLAPPED,
+    SERIAL,
+    TERMS,
+    Form,
+    S,
+    compiled,
+    terms,
+)
 from panguq.lowering.executions import Execution, executions
 from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.targets import KernelCost, Target
@@ -94,11 +102,9 @@ def total_us(
 
 def expression(execution: Execution, problem: MatmulProblem, target: Target) -> sympy.Expr:
     """The cost as an expression in m alone, with exact rational numbers."""
-    known = {
-        S[name]: sympy.nsimplify(execution.argument(name, problem, target), rational=True)
-        for name in ARGUMENTS[1:]
-    }
-    return total_expression(execution.form).subs(known)
+    parts = _terms_in_m(execution, problem, target)
+    overlapped = sympy.Max(*(parts[name] for name in OVERLAPPED), evaluate=False)
+    return sympy.Add(*(parts[name] for name in SERIAL), overlapped)
 
 
 def crossing(
@@ -106,36 +112,52 @@ def crossing(
 ) -> sympy.Rational | None:
     """Where in (last_m, last_m + 1] the first becomes dearer than the second, solved exactly.
 
-    Between whole numbers every ceiling is constant, so both costs are the largest of some straight
-    lines there. None if they do not meet inside: then a step at last_m, such as one more tile,
-    decides.
+    Between whole numbers every ceiling is constant, so every term is a straight line there and a
+    cost the largest of some lines. None if the costs do not meet inside: then a step at last_m,
+    such as one more tile, decides, if anything does.
     """
-    pieces = []
-    for execution in (first, second):
-        whole = expression(execution, problem, target)
-        steps = {c: c.subs(M, last_m + 1) for c in whole.atoms(sympy.ceiling)}
-        pieces.append(whole.xreplace(steps))
-    difference = pieces[0] - pieces[1]
-    lines = {a for piece in pieces for top in piece.atoms(sympy.Max, sympy.Min) for a in top.args}
-    start, end = sympy.Integer(last_m), sympy.Integer(last_m + 1)
-    corners = {start, end}
-    for line, other in itertools.combinations(lines, 2):
-        root = _root(line - other)
-        if root is not None and start < root < end:
-            corners.add(root)
-    ordered = sorted(corners)
-    for left, right in itertools.pairwise(ordered):
-        low, high = difference.subs(M, left), difference.subs(M, right)
+    costs = [_lines(execution, last_m, problem, target) for execution in (first, second)]
+    corners = {sympy.Integer(0), sympy.Integer(1)}
+    for lines in costs:
+        for (low, high), (other_low, other_high) in itertools.combinations(lines, 2):
+            slope = (high - low) - (other_high - other_low)
+            if slope != 0 and 0 < (other_low - low) / slope < 1:
+                corners.add((other_low - low) / slope)
+
+    def difference(part: sympy.Rational) -> sympy.Rational:
+        tops = [max(low + part * (high - low) for low, high in lines) for lines in costs]
+        return tops[0] - tops[1]
+
+    for left, right in itertools.pairwise(sorted(corners)):
+        low, high = difference(left), difference(right)
         if low <= 0 < high:
-            return left + (right - left) * (-low) / (high - low)
+            return last_m + left + (right - left) * (-low) / (high - low)
     return None
 
 
-def _root(line: sympy.Expr) -> sympy.Rational | None:
-    slope = sympy.diff(line, M)
-    if slope.free_symbols or slope == 0 or not slope.is_number:
-        return None
-    return -line.subs(M, 0) / slope
+def _terms_in_m(
+    execution: Execution, problem: MatmulProblem, target: Target
+) -> dict[str, sympy.Expr]:
+    known = {
+        S[name]: sympy.Rational(str(execution.argument(name, problem, target)))
+        for name in ARGUMENTS[1:]
+    }
+    return {name: term.xreplace(known) for name, term in terms(execution.form).items()}
+
+
+def _lines(
+    execution: Execution, last_m: int, problem: MatmulProblem, target: Target
+) -> list[tuple[sympy.Rational, sympy.Rational]]:
+    """The straight lines of which the cost is the largest, by their values just above last_m and
+    at last_m + 1."""
+    parts = _terms_in_m(execution, problem, target)
+    ends: dict[str, tuple[sympy.Rational, sympy.Rational]] = {}
+    for name, term in parts.items():
+        steps = {c: c.subs(M, last_m + 1) for c in term.atoms(sympy.ceiling)}
+        line = term.xreplace(steps)
+        ends[name] = (line.subs(M, last_m), line.subs(M, last_m + 1))
+    serial = [sum(ends[name][end] for name in SERIAL) for end in (0, 1)]
+    return [(ends[name][0] + serial[0], ends[name][1] + serial[1]) for name in OVERLAPPED]
 
 
 def _covers(execution: Execution, m: int) -> bool:

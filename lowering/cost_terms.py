@@ -161,7 +161,8 @@ def terms(form: Form) -> dict[str, Expr]:
 def total(form: Form) -> Expr:
     """The whole cost in microseconds."""
     parts = terms(form)
-    return sum((parts[name] for name in SERIAL), Max(*(parts[name] for name in OVERLAPPED)))
+    overlapped = Max(*(parts[name] for name in OVERLAPPED), evaluate=False)
+    return sympy.Add(*(parts[name] for name in SERIAL), overlapped)
 
 
 @functools.cache

@@ -61,7 +61,8 @@ def _int4(node: fx.Node, choice: Choice) -> fx.Node:
         origin=node,
         suffix=".kernel_scales",
     )
-    args = (node.args[0], weight, scales, group_size, _bias(node))
+    stored = (packed, scale, zero_point)
+    args = (node.args[0], weight, scales, *stored, group_size, _bias(node), choice.few_tokens)
     return call(node, cpu.int4_linear.default, args, origin=node)
 
 

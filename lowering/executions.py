@@ -117,7 +117,7 @@ def _vendor_form(
     template: str, problem: MatmulProblem, target: Target
 ) -> tuple[Form, dict[str, float]]:
     if template == "float":
-        return Form("rectangles", "nk", mixed=False), scheme_numbers(problem, target)
+        return Form("rectangles", "nk", mixed=False), _float(problem, target)
     layout: Layout = "blocked" if problem.weight_format == "NZ" else "kn"
     form = Form("rectangles", layout, mixed=True)
     if problem.scheme.activation is not None:

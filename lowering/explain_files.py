@@ -8,11 +8,13 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from panguq.errors import LoweringError
+from panguq.lowering.ascend_rules import LARGEST_SIZE
 from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.cost_model import Floats, total_us
 from panguq.lowering.cost_terms import TERMS
@@ -65,14 +67,18 @@ def split_k_gain(problem: MatmulProblem, target: Target, tokens: Sequence[int] =
 
 
 def neighbours(problem: MatmulProblem) -> list[tuple[int, int]]:
-    """(n, k) of the problem and of shapes with as many weights, from wide to deep."""
+    """(n, k) of the problem and of shapes with about as many weights, from wide to deep, as far
+    as CANN takes them."""
     pairs = []
     for power in range(4, -5, -1):
         factor = 2.0**power
         n, k = (
             max(256, round(size / 256) * 256) for size in (problem.n * factor, problem.k / factor)
         )
-        pairs.append((problem.n, problem.k) if power == 0 else (n, k))
+        if power == 0:
+            pairs.append((problem.n, problem.k))
+        elif max(n, k) <= LARGEST_SIZE:
+            pairs.append((n, k))
     return list(dict.fromkeys(pairs))
 
 
@@ -85,23 +91,24 @@ def save_heat_map(
 ) -> None:
     """A PNG of `split_k_gain` over m and (n, k). Raises LoweringError without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import TwoSlopeNorm
-        from matplotlib.figure import Figure
+        agg = import_module("matplotlib.backends.backend_agg")
+        colors = import_module("matplotlib.colors")
+        figures = import_module("matplotlib.figure")
     except ImportError:
         raise LoweringError("a heat map needs matplotlib", "pip install matplotlib") from None
     gains = np.array([split_k_gain(replace(problem, n=n, k=k), target, tokens) for n, k in shapes])
-    figure = Figure(figsize=(1.5 + 0.75 * len(tokens), 1.8 + 0.42 * len(shapes)))
-    FigureCanvasAgg(figure)
+    figure = figures.Figure(figsize=(1.5 + 0.75 * len(tokens), 1.8 + 0.42 * len(shapes)))
+    agg.FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    norm = TwoSlopeNorm(1.0, min(0.5, float(gains.min())), max(2.0, float(gains.max())))
+    norm = colors.TwoSlopeNorm(1.0, min(0.5, float(gains.min())), max(2.0, float(gains.max())))
     image = axes.imshow(gains, cmap="RdBu", norm=norm, aspect="auto")
     axes.set_xticks(range(len(tokens)), [str(m) for m in tokens])
     axes.set_yticks(range(len(shapes)), [f"{n} x {k}" for n, k in shapes])
     axes.set_xlabel("m (tokens)")
     axes.set_ylabel("n x k")
     for (row, column), gain in np.ndenumerate(gains):
-        axes.text(column, row, f"{gain:.2f}", ha="center", va="center", fontsize=8)
+        ink = "white" if abs(float(norm(gain)) - 0.5) > 0.35 else "black"
+        axes.text(column, row, f"{gain:.2f}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_title(f"Predicted gain of Split-K, {problem.scheme.name}, {target.name}")
     figure.colorbar(image, ax=axes, label="time without / time with Split-K")
     figure.tight_layout()

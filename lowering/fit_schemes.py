@@ -14,7 +14,8 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.lowering.candidates import fallbacks, scheme_refusal
 from panguq.lowering.graph_problems import matmul_problem
-from panguq.lowering.select_kernel import DEFAULT_MIX, TokenMix, select_kernel
+from panguq.lowering.select_format import FormatOption, select_format
+from panguq.lowering.select_kernel import DEFAULT_MIX, TokenMix
 from panguq.lowering.targets import Target, find_target
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 
@@ -35,6 +36,7 @@ class FitSchemes(Pass):
     exact: ClassVar[bool] = True
     target: str = "cpu"
     allow_float: bool = False
+    weight_format: FormatOption = "auto"
     tokens: TokenMix = DEFAULT_MIX
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -69,9 +71,10 @@ class FitSchemes(Pass):
         totals = [0.0, 0.0]
         for node in siblings:
             problem = matmul_problem(node, scheme, whole=False)
-            for storage, cost_us in select_kernel(
-                problem, target, self.tokens, allow_float=True
-            ).storage_us:
+            choice = select_format(
+                problem, target, self.weight_format, self.tokens, allow_float=True
+            )
+            for storage, cost_us in choice.storage_us:
                 totals[storage == "float"] += cost_us
         return totals[0], totals[1]
 

@@ -18,7 +18,8 @@ from panguq.lowering.cpu_calls import lower_on_cpu
 from panguq.lowering.dispatch import NO_LIMIT
 from panguq.lowering.graph_problems import matmul_problem, output_parts
 from panguq.lowering.problem import MatmulProblem, Precision
-from panguq.lowering.select_kernel import Choice, select_kernel
+from panguq.lowering.select_format import FormatOption, select_format
+from panguq.lowering.select_kernel import DEFAULT_MIX, Choice, TokenMix
 from panguq.lowering.targets import Target, find_target
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
@@ -43,6 +44,8 @@ class LowerMatmuls(Pass):
     - W8A8: `npu_quant_matmul(npu_quantize(x), w, deq_scale, bias=int32)`; W8A8_DYNAMIC, W4A8 and
       W4A4: the same on `npu_dynamic_quant(x)` with its scale per token.
     - W8A16, W4A16: `npu_weight_quant_batchmatmul(x, w, scale, offset)`.
+    int8 weights of integer matmuls lie in memory as `weight_format` says: ND, or NZ by an
+    `npu_format_cast` that is run once, at loading.
     Where the cost model prefers another kernel on the same stored bytes for some m, the call is
     `dispatch_matmul` with a table over m. More than 65535 outputs are split into several calls.
     """
@@ -53,6 +56,8 @@ class LowerMatmuls(Pass):
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
     target: str = "cpu"
     precision: Precision = "bfloat16"
+    weight_format: FormatOption = "auto"
+    tokens: TokenMix = DEFAULT_MIX
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """Fake-quant matmuls on integer codes; nothing where the recipe quantizes nothing."""
@@ -63,7 +68,7 @@ class LowerMatmuls(Pass):
         target = find_target(self.target)
         result = PassResult()
         calls = AscendCalls(gm, AscendInputs(gm, ctx.store)) if target.kind == "ascend" else None
-        choices = Choices(target, self.precision)
+        choices = Choices(target, self.precision, self.weight_format, self.tokens)
         rows: list[tuple[object, ...]] = []
         for node in [n for n in gm.graph.nodes if n.target is aten.linear.default]:
             scheme = node.meta.get("scheme")
@@ -82,14 +87,15 @@ class LowerMatmuls(Pass):
             erase_unused(sources)
             result.changed += 1
             rows.append(_row(lowered, choice))
-        columns = ("matmul", "kernel", "few_tokens", "decode_us", "prefill_us", "others")
+        columns = ("matmul", "kernel", "few_tokens", "weight_format", "decode_us", "prefill_us",
+                   "table", "others")  # fmt: skip
         result.tables["kernel_choices"] = Table(columns, tuple(rows))
         return result
 
 
 def _on_ascend(node: fx.Node, choice: Choice, calls: AscendCalls) -> fx.Node:
     table = [(entry.last_m or NO_LIMIT, entry.candidate) for entry in choice.table]
-    parts = [calls.lower(node, table, rows) for rows in output_parts(node)]
+    parts = [calls.lower(node, table, rows, choice.weight_format) for rows in output_parts(node)]
     if len(parts) == 1:
         return parts[0]
     return call(node, aten.cat.default, (parts, -1), origin=node)
@@ -98,9 +104,17 @@ def _on_ascend(node: fx.Node, choice: Choice, calls: AscendCalls) -> fx.Node:
 class Choices:
     """The kernels for a graph's linears under their schemes; equal problems are solved once."""
 
-    def __init__(self, target: Target, precision: Precision) -> None:
+    def __init__(
+        self,
+        target: Target,
+        precision: Precision,
+        weight_format: FormatOption = "auto",
+        tokens: TokenMix = DEFAULT_MIX,
+    ) -> None:
         self.target = target
         self.precision = precision
+        self.weight_format = weight_format
+        self.tokens = tokens
         self.known: dict[MatmulProblem, Choice] = {}
 
     def choose(self, node: fx.Node) -> Choice:
@@ -108,7 +122,9 @@ class Choices:
         whole = self.target.kind == "cpu"
         problem = matmul_problem(node, node.meta["scheme"], self.precision, whole)
         if problem not in self.known:
-            self.known[problem] = select_kernel(problem, self.target)
+            self.known[problem] = select_format(
+                problem, self.target, self.weight_format, self.tokens
+            )
         return self.known[problem]
 
 
@@ -127,4 +143,9 @@ def check_lowerable(gm: fx.GraphModule, target: Target, precision: Precision) ->
 def _row(node: fx.Node, choice: Choice) -> tuple[object, ...]:
     others = "; ".join(f"{kernel}: {why}" for kernel, why in choice.losers)
     costs = (f"{choice.decode_us:.0f}", f"{choice.prefill_us:.0f}")
-    return (label(node), choice.kernel, choice.few_tokens, *costs, others)
+    table = "; ".join(
+        f"m <= {entry.last_m}: {entry.candidate}" if entry.last_m else str(entry.candidate)
+        for entry in choice.table
+    )
+    where = (choice.few_tokens, choice.weight_format)
+    return (label(node), choice.kernel, *where, *costs, table, others)

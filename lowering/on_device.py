@@ -7,15 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.edit import replace
+from panguq.lowering.prepack import FORMAT_CAST
+
 
 def on_device(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """`gm` with its weights on `device`, and with every tensor that it makes made there."""
-    for node in gm.graph.nodes:
+    """`gm` with its weights on `device`, and with every tensor that it makes made there.
+
+    Weights are brought into the memory formats that the graph casts them to, once.
+    """
+    for node in list(gm.graph.nodes):
         if node.op == "get_attr":
             tensor: Tensor = getattr(gm, str(node.target))
             object.__setattr__(gm, str(node.target), tensor.to(device))
         node.args = _moved(node.args, device)
         node.kwargs = _moved(node.kwargs, device)
+        if node.target is FORMAT_CAST and node.args[0].op == "get_attr":
+            name = str(node.args[0].target)
+            object.__setattr__(gm, name, FORMAT_CAST(getattr(gm, name), *node.args[1:]))
+            replace(node, node.args[0])
     gm.recompile()
     return gm
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from panguq.lowering.select_format import FormatOption
 from panguq.lowering.select_kernel import DEFAULT_MIX, TokenMix
 
 
@@ -13,9 +14,13 @@ class AscendOptions:
 
     allow_float: leave matmuls in float that are predicted to be faster so, over `tokens`.
     allow_inexact: let the vendor's ops that quantize inside a norm round in other places.
-    tokens: how often a matmul sees how many tokens; decides `allow_float`.
+    weight_format: how int8 weights of integer matmuls lie in memory: ND, row by row, which
+        panguq's own kernels read, too; NZ, in the cube core's fractals, which the vendor's ops
+        alone read; `auto` takes for each matmul what is predicted to be faster.
+    tokens: how often a matmul sees how many tokens; decides `allow_float` and `auto`.
     """
 
     allow_float: bool = False
     allow_inexact: bool = False
+    weight_format: FormatOption = "auto"
     tokens: TokenMix = DEFAULT_MIX

@@ -7,6 +7,7 @@ from torch import fx
 
 from panguq.ir.edit import finish, get_tensor, label, replace, tensor_node
 from panguq.ir.interpret import compute
+from panguq.kernels.ascend import npu_format_cast  # noqa: F401  (registers the op)
 
 aten = torch.ops.aten
 PREPACKING = {
@@ -14,13 +15,15 @@ PREPACKING = {
     "panguq_npu": ("int4_weight",),
 }
 # Of integer codes alone: a float weight that is turned or sliced may be as large as the model.
+FORMAT_CAST = torch.ops.npu.npu_format_cast.default
 LAYOUTS = (aten.t.default, aten.clone.default, aten.slice.Tensor)
 
 
-def prepack(gm: fx.GraphModule) -> fx.GraphModule:
+def prepack(gm: fx.GraphModule, keep_formats: bool = False) -> fx.GraphModule:
     """Replace every prepacking call of a stored weight by its result; returns `gm`.
 
-    What it makes depends on the machine, so a prepacked graph is run and never saved.
+    What it makes depends on the machine, so a prepacked graph is run and never saved. With
+    `keep_formats`, casts to an NPU's memory formats stay, to be run there.
     """
     ops = {
         getattr(getattr(torch.ops, namespace), name).default
@@ -32,7 +35,9 @@ def prepack(gm: fx.GraphModule) -> fx.GraphModule:
         sources = node.all_input_nodes
         if not sources or any(source.op != "get_attr" for source in sources):
             continue
-        if node.target in ops or (node.target in LAYOUTS and _is_codes(gm, sources[0])):
+        if node.target is FORMAT_CAST and not keep_formats:
+            replace(node, sources[0])  # a CPU knows one memory format
+        elif node.target in ops or (node.target in LAYOUTS and _is_codes(gm, sources[0])):
             values = {s: compute(gm, s, {}) for s in sources}
             name = label(node).replace(":", ".")
             replace(node, tensor_node(node, f"prepacked.{name}", compute(gm, node, values)))

@@ -14,13 +14,21 @@ from panguq.errors import LoweringError
 from panguq.lowering.candidates import ascend_candidates, cpu_candidates
 from panguq.lowering.cost_model import Floats, M, cost_us, crossover_m, total_us
 from panguq.lowering.envelope import ranges, survivors
-from panguq.lowering.problem import Candidate, MatmulProblem, Precision, Storage
+from panguq.lowering.problem import (
+    Candidate,
+    MatmulProblem,
+    Precision,
+    Storage,
+    WeightFormat,
+)
 from panguq.lowering.targets import Target
 
 DECODE_M, PREFILL_M = 1, 512
 # What a served request is made of: one prompt, then this many tokens one by one.
 DECODE_STEPS = 256
 BYTES, CONVERTED = "int8_weight_linear", "int8_weight_linear (converted)"
+MANY_TOKENS = {BYTES: CONVERTED, "int4_linear": "dequantized_linear"}
+"""What ops of the CPU target that take `few_tokens` cost beyond them, in `Target.kernels`."""
 LARGEST_M = 8192
 HYSTERESIS = 0.05
 
@@ -81,11 +89,13 @@ class TableEntry:
 class Choice:
     """The winner, every other kernel with its cost at decode and prefill, and the crossovers.
 
-    On a CPU, `few_tokens`: up to this m the winner reads its weight as it is stored, beyond it
-    converts the weight first (only `int8_weight_linear` can do both). On an Ascend target,
+    On a CPU, `few_tokens`: up to this m the winner reads its weight as it is (int8 bytes, or 4-bit
+    codes in the kernel's layout), beyond it brings the stored weight to bfloat16 first
+    (`MANY_TOKENS`); 0 if the winner does the same at every m. On an Ascend target,
     `storage` is the stored weight, decided once; `table` says which kernel runs for which m, all
     of that storage; no entry is dearer than `1 + hysteresis` times the cheapest legal kernel for
-    any m up to LARGEST_M; `storage_us` is the cost of the token mix for each storage allowed.
+    any m up to LARGEST_M; `weight_format` is the problem's; `storage_us` is the cost of the token
+    mix for each storage allowed.
     """
 
     kernel: str
@@ -98,6 +108,7 @@ class Choice:
     table: tuple[TableEntry, ...] = ()
     hysteresis: float = 0.0
     storage_us: tuple[tuple[Storage, float], ...] = ()
+    weight_format: WeightFormat = "ND"
 
 
 def select_kernel(
@@ -161,6 +172,7 @@ def _select_ascend(
         table=tuple(table),
         hysteresis=hysteresis,
         storage_us=tuple(storage_us.items()),
+        weight_format=problem.weight_format,
     )
 
 
@@ -241,28 +253,42 @@ def _select_cpu(problem: MatmulProblem, target: Target) -> Choice:
     if not legal:
         raise _nothing_legal(problem, target, candidates)
     costs = {c.kernel: _costs(c, problem, target) for c in legal}
-    kernel = min(costs, key=lambda name: DECODE_STEPS * costs[name][0] + costs[name][1])
-    few_tokens = 0
-    if kernel == BYTES:
-        few_tokens = crossover_m(BYTES, CONVERTED, problem, target)
+    few = {name: _few_tokens(name, problem, target) for name in costs}
+
+    def preference(name: str) -> tuple[float, bool]:
+        # An op that would never read its own layout gives way to the one that has none.
+        idle = few[name] == 0 and MANY_TOKENS.get(name) in costs
+        return DECODE_STEPS * costs[name][0] + costs[name][1], idle
+
+    kernel = min(costs, key=preference)
     losers = [(c.kernel, c.refusal or _describe(costs[c.kernel])) for c in candidates]
     return Choice(
         kernel=kernel,
         precision=problem.precision,
-        few_tokens=few_tokens,
+        few_tokens=few[kernel],
         losers=tuple(entry for entry in losers if entry[0] != kernel),
         decode_us=costs[kernel][0],
         prefill_us=costs[kernel][1],
     )
 
 
+def cpu_cost_name(kernel: str, few_tokens: int, m: int) -> str:
+    """The name in `Target.kernels` of what this op of the CPU target does for m tokens."""
+    return MANY_TOKENS.get(kernel, kernel) if m > few_tokens else kernel
+
+
+def _few_tokens(kernel: str, problem: MatmulProblem, target: Target) -> int:
+    many = MANY_TOKENS.get(kernel)
+    return 0 if many is None else crossover_m(kernel, many, problem, target)
+
+
 def _costs(candidate: Candidate, problem: MatmulProblem, target: Target) -> tuple[float, float]:
-    variants = [candidate.kernel]
-    if candidate.kernel == BYTES:
-        variants.append(CONVERTED)
+    names = [candidate.kernel]
+    if candidate.kernel in MANY_TOKENS:
+        names.append(MANY_TOKENS[candidate.kernel])
 
     def cheapest_us(m: int) -> float:
-        expressions = [cost_us(variant, problem, target) for variant in variants]
+        expressions = [cost_us(name, problem, target) for name in names]
         return min(float(sympify(expression).subs(M, m)) for expression in expressions)
 
     return cheapest_us(DECODE_M), cheapest_us(PREFILL_M)

@@ -54,7 +54,7 @@ def load_target(path: Path) -> Target:
         key: _kernel(entry, f"{path}: kernels.{key}")
         for key, entry in _mapping(data.get("kernels", {}), f"{path}: kernels").items()
     }
-    target = Target(name, kernels, kind, constants)  # type: ignore[arg-type]
+    target = Target(name, kernels, kind, constants)
     return check_target(target, str(path))
 
 
@@ -116,7 +116,7 @@ def _constant(entry: object, where: str, name: str) -> Constant:
     if "value" not in given:
         raise LoweringError(f"{where}.value: is missing", _HINT)
     source = given.get("source", "")
-    return Constant(given["value"], known or str(unit), str(source))  # type: ignore[arg-type]
+    return Constant(given["value"], known or str(unit), str(source))
 
 
 def _kernel(entry: object, where: str) -> KernelCost:
@@ -126,7 +126,7 @@ def _kernel(entry: object, where: str) -> KernelCost:
     missing = [name for name in names if name not in given]
     if missing:
         raise LoweringError(f"{where}.{missing[0]}: is missing", _HINT)
-    return KernelCost(**given)  # type: ignore[arg-type]
+    return KernelCost(**given)
 
 
 def _only(

@@ -19,13 +19,15 @@ TargetKind = Literal["cpu", "ascend"]
 class KernelCost:
     """An affine cost: `launch_us + weight bytes / gb_per_s + m·n·k / gmac_per_s`.
 
-    `weight_bytes_per_weight` is what the kernel reads for each weight, once a call.
+    `weight_bytes_per_weight` is what the kernel reads for each weight, once a call; `source` says
+    where the numbers are from, as for `Constant`.
     """
 
     launch_us: float
     gb_per_s: float
     gmac_per_s: float
     weight_bytes_per_weight: float
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,21 @@ class Target:
         return self.constants[constant].value
 
 
-# Fitted to the medians of `python -m bench.cpu_kernels` on one thread of an AMD EPYC (Zen 4, AVX512
-# with VNNI and BF16), PyTorch 2.13. They rank kernels; nothing else depends on them.
+# Written by hand from what `panguq tune` fits; docs/cpu-target.md has its figures. They rank
+# kernels; nothing else depends on them.
+_CPU_SOURCE = (
+    "fitted to medians of panguq tune on AMD EPYC (Zen 4, AVX512 with VNNI and BF16), 1 thread, "
+    "PyTorch 2.13.0, cpu clock"
+)
 CPU = Target(
     name="cpu",
     kernels={
-        "linear": KernelCost(7.4, 10.4, 42.0, 4.0),
-        "int8_linear": KernelCost(29.0, 6.9, 157.0, 1.0),
-        "int8_weight_linear": KernelCost(36.0, 11.1, 33.0, 1.0),
-        "int8_weight_linear (converted)": KernelCost(59.0, 3.5, 80.0, 1.0),
-        "int4_linear": KernelCost(17.0, 15.6, 39.0, 0.5),
-        "dequantized_linear": KernelCost(41.0, 0.5, 78.0, 0.5),
+        "linear": KernelCost(10.7, 11.1, 46.0, 4.0, _CPU_SOURCE),
+        "int8_linear": KernelCost(20.6, 6.21, 173.0, 1.0, _CPU_SOURCE),
+        "int8_weight_linear": KernelCost(27.1, 9.65, 34.6, 1.0, _CPU_SOURCE),
+        "int8_weight_linear (converted)": KernelCost(65.8, 3.82, 87.4, 1.0, _CPU_SOURCE),
+        "int4_linear": KernelCost(18.2, 18.3, 41.2, 0.5, _CPU_SOURCE),
+        "dequantized_linear": KernelCost(152.0, 0.522, 86.9, 0.5, _CPU_SOURCE),
     },
 )
 
@@ -205,8 +211,15 @@ def check_target(target: Target, source: str) -> Target:
             raise LoweringError(f"{source}: constants.{name}: {target[name]} is not whole")
     _check_names(target.kernels, CPU.kernels if target.kind == "cpu" else {}, f"{source}: kernels")
     for name, cost in target.kernels.items():
+        where = f"{source}: kernels.{name}"
         for number in fields(cost):
-            _check_number(getattr(cost, number.name), f"{source}: kernels.{name}.{number.name}")
+            if number.name != "source":
+                _check_number(getattr(cost, number.name), f"{where}.{number.name}")
+        if not isinstance(cost.source, str) or not cost.source:
+            raise LoweringError(
+                f"{where}: has no source",
+                "say what the numbers were fitted to; panguq tune writes such a file",
+            )
     return target
 
 

@@ -73,8 +73,9 @@ class CompiledModule(nn.Module):
     def executable(self) -> fx.GraphModule:
         """The graph that runs: weights in the layouts that the kernels read. Made once."""
         if self._executable is None:
-            self._executable = prepack(clone(self.graph))
-            if self._device.type != "cpu":
+            on_npu = self._device.type != "cpu"
+            self._executable = prepack(clone(self.graph), keep_formats=on_npu)
+            if on_npu:
                 on_device(self._executable, self._device)
         return self._executable
 

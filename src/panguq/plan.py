@@ -77,7 +77,10 @@ def plan(
         except LoweringError as error:
             refusals.append(_with_hint(error))
     matmuls = []
-    choices = Choices(find_target(target), recipe.precision)
+    options = recipe.ascend
+    choices = Choices(
+        find_target(target), recipe.precision, options.weight_format, options.tokens
+    )
     for node in linears(gm):
         try:
             choice = choices.choose(node)

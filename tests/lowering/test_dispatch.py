@@ -150,13 +150,13 @@ def lowered_with_table(scheme: str, monkeypatch):
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant(), QuantizeWeights())
     kernels = legal(scheme)[:3]
 
-    def choose(problem, target):
+    def choose(problem, target, *options):
         found = select_kernel(problem, target)
         ends = [8, 32, None]
         table = [TableEntry(1, e, c) for e, c in zip(ends, kernels, strict=True)]
         return dataclasses.replace(found, table=tuple(table))
 
-    monkeypatch.setattr(lower_matmuls, "select_kernel", choose)
+    monkeypatch.setattr(lower_matmuls, "select_format", choose)
     run_pipeline(gm, [LowerMatmuls("ascend910b1")], ctx, held=HELD)
     return gm, kernels
 

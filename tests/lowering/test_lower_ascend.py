@@ -79,11 +79,18 @@ def fake_quant(
     return gm, ctx
 
 
-def lowered(n: int, k: int, scheme: str, bias: bool = True, dtype: torch.dtype = torch.bfloat16):
+def lowered(
+    n: int,
+    k: int,
+    scheme: str,
+    bias: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    **options,
+):
     """The fake-quant graph and the lowered one."""
     before, ctx = fake_quant(n, k, scheme, bias, dtype)
     gm = clone(before)
-    run_pipeline(gm, [LowerMatmuls("ascend910b1")], ctx, held=HELD)
+    run_pipeline(gm, [LowerMatmuls("ascend910b1", **options)], ctx, held=HELD)
     return before, gm
 
 
@@ -163,7 +170,28 @@ def test_prepacking_changes_no_bit_and_leaves_no_layout_op(scheme) -> None:
     x = {"x": inputs(256, torch.bfloat16, 2, 5)}
     assert torch.equal(run(gm, x)[0], run(packed, x)[0])
     left = {op_name(n) for n in packed.graph.nodes if n.op == "call_function"}
-    assert not left & {"int4_weight", "t", "clone", "slice"}
+    assert not left & {"int4_weight", "t", "clone", "slice", "npu_format_cast"}
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC"])
+def test_the_weight_format_changes_no_bit(scheme) -> None:
+    x = {"x": inputs(256, torch.bfloat16, 2, 5)}
+    graphs = {f: lowered(64, 256, scheme, weight_format=f)[1] for f in ("ND", "NZ", "auto")}
+    results = [run(gm, x)[0] for gm in graphs.values()]
+    assert all(torch.equal(r, results[0]) for r in results)
+    casts = {
+        f: [n for n in gm.graph.nodes if op_name(n) == "npu_format_cast"]
+        for f, gm in graphs.items()
+    }
+    assert casts["ND"] == [] and len(casts["NZ"]) == 1
+    kernel = find_label(graphs["NZ"], "fc:linear.kernel")
+    assert op_name(kernel) == "npu_quant_matmul"  # panguq's own kernels read ND
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "W4A8"])
+def test_other_weights_stay_nd(scheme) -> None:
+    _, gm = lowered(64, 256, scheme, weight_format="NZ")
+    assert not [n for n in gm.graph.nodes if op_name(n) == "npu_format_cast"]
 
 
 # --- which call ---------------------------------------------------------------------------------

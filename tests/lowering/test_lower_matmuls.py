@@ -113,6 +113,18 @@ def test_weight_only_matmuls_to_45_db(n, k, m, scheme, bias) -> None:
     assert sqnr_db(in_calls_of(before, x, m), in_calls_of(gm, x, m)) >= 45
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "W4A16_ASYM", "W4A16-g32"])
+def test_weight_only_matmuls_to_45_db_on_both_sides_of_few_tokens(scheme, bias) -> None:
+    before, gm, record = lowered(48, 576, scheme, bias)
+    table = record.result.tables["kernel_choices"]
+    few = dict(zip(table.columns, table.rows[0], strict=True))["few_tokens"]
+    assert few > 0
+    for m in (few, few + 1):
+        x = {"x": inputs(576, m)}
+        assert sqnr_db(run(before, x)[0], run(gm, x)[0]) >= 45
+
+
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "W4A16_ASYM"])
 @pytest.mark.parametrize(("n", "k"), [s for s in SHAPES if s[1] % 32 == 0])
 def test_weight_only_matmuls_in_float32_to_100_db(n, k, scheme) -> None:
@@ -146,10 +158,25 @@ def test_codes_and_sums_are_bit_equal(n, k, scheme) -> None:
 def test_prepacking_changes_no_bit(scheme) -> None:
     _, gm, _ = lowered(48, 576, scheme)
     packed = prepack(clone(gm))
-    x = {"x": inputs(576, 9)}
-    assert torch.equal(run(gm, x)[0], run(packed, x)[0])
+    for m in (9, 1000):  # below and beyond few_tokens
+        x = {"x": inputs(576, m)}
+        assert torch.equal(run(gm, x)[0], run(packed, x)[0])
     left = {op_name(n) for n in packed.graph.nodes if n.op == "call_function"}
     assert not left & {"int4_kernel_weight", "int4_kernel_scales", "weight_row_sums"}
+
+
+def test_prepacking_leaves_the_stored_codes_where_they_are() -> None:
+    """They are mapped from a file: a copy would be a second weight in memory."""
+    _, gm, _ = lowered(48, 576, "W4A16")
+    stored = {t.data_ptr() for _, t in gm.named_buffers() if t.dtype == torch.uint8}
+    packed = prepack(clone(gm))
+    kernel_call = find_label(packed, "fc:linear")
+    given = {
+        name: getattr(packed, str(argument.target))
+        for name, argument in zip(("layout", "codes"), kernel_call.args[1:4:2], strict=True)
+    }
+    assert stored == {given["codes"].data_ptr()}
+    assert given["layout"].data_ptr() not in stored
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "FLOAT"])

@@ -16,7 +16,9 @@ from panguq.lowering.select_kernel import (
     CONVERTED,
     DECODE_M,
     DECODE_STEPS,
+    MANY_TOKENS,
     PREFILL_M,
+    cpu_cost_name,
     select_kernel,
 )
 from panguq.lowering.targets import CPU, KernelCost, Target
@@ -49,7 +51,7 @@ def microseconds(constants: KernelCost, problem: MatmulProblem, m: int) -> float
 
 
 def cheapest(kernel: str, problem: MatmulProblem, m: int, target: Target) -> float:
-    variants = [kernel, CONVERTED] if kernel == BYTES else [kernel]
+    variants = [kernel, *(many for few, many in MANY_TOKENS.items() if few == kernel)]
     return min(microseconds(target.kernels[v], problem, m) for v in variants)
 
 
@@ -129,10 +131,25 @@ def test_costs_are_expressions_in_m() -> None:
     assert float(fixed) == pytest.approx(float(expression.subs(M, 7)))
 
 
-def test_only_the_weight_reading_kernel_switches_by_m() -> None:
+def test_weight_only_kernels_switch_by_m_and_integer_ones_do_not() -> None:
     choose = lambda scheme: select_kernel(MatmulProblem(None, 512, 576, SCHEMES[scheme]), CPU)  # noqa: E731
-    assert choose("W8A16").few_tokens > 0
-    assert [choose(s).few_tokens for s in ("W8A8", "W8A8_DYNAMIC", "W4A16")] == [0, 0, 0]
+    assert all(choose(s).few_tokens > 0 for s in ("W8A16", "W4A16", "W4A16_ASYM"))
+    assert [choose(s).few_tokens for s in ("W8A8", "W8A8_DYNAMIC")] == [0, 0]
+
+
+@given(problem=PROBLEMS, m=st.integers(1, 2000))
+def test_what_runs_for_m_tokens_is_the_cheapest_of_what_the_op_can_do(problem, m) -> None:
+    choice = select_kernel(problem, CPU)
+    runs = cpu_cost_name(choice.kernel, choice.few_tokens, m)
+    found = microseconds(CPU.kernels[runs], problem, m)
+    assert found == pytest.approx(cheapest(choice.kernel, problem, m, CPU))
+
+
+def test_a_layout_that_would_never_be_read_is_not_made() -> None:
+    slow = {**CPU.kernels, "int4_linear": KernelCost(1e6, 1, 1, 0.5)}
+    problem = MatmulProblem(None, 512, 576, SCHEMES["W4A16"])
+    choice = select_kernel(problem, Target("made up", slow))
+    assert (choice.kernel, choice.few_tokens) == ("dequantized_linear", 0)
 
 
 @pytest.mark.parametrize(

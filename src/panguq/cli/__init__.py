@@ -7,7 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from panguq.cli import compile_model, dumps, evaluate_model, explain, generate, listings
+from panguq.cli import (
+    check,
+    compile_model,
+    dumps,
+    evaluate_model,
+    explain,
+    export_onnx,
+    generate,
+    listings,
+    tune,
+)
 from panguq.errors import PanguqError
 
 _EXAMPLE = """\
@@ -31,7 +41,18 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"panguq {_version()}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for module in (compile_model, evaluate_model, generate, explain, listings, dumps):
+    modules = (
+        compile_model,
+        evaluate_model,
+        generate,
+        check,
+        explain,
+        tune,
+        listings,
+        dumps,
+        export_onnx,
+    )
+    for module in modules:
         module.add(commands)
     return top
 

@@ -153,7 +153,8 @@ def graph_of(folder: str | Path, scheme: Any, dtype: str) -> Any:
 def _run_model(options: argparse.Namespace, scheme: Any, target: Any, dtype: str) -> int:
     quiet_transformers()
     from panguq.lowering.explain_files import candidates_csv, save_heat_map, write_whole
-    from panguq.lowering.explain_model import PUBLISHED, explain_model, render
+    from panguq.lowering.explain_model import explain_model
+    from panguq.lowering.explain_model_text import PUBLISHED, render
 
     gm, interface = graph_of(options.subject, scheme, dtype)
     found = explain_model(
