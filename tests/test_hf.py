@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import panguq
 from panguq.errors import InputError, PanguqError, StorageError
@@ -67,46 +66,6 @@ def test_a_skeleton_needs_no_weight_files(folder: Path, tmp_path: Path) -> None:
     bare = with_config(folder, tmp_path / "bare", dtype="bfloat16")
     (bare / "model.safetensors").unlink()
     assert skeleton(bare).dtype == torch.bfloat16
-
-
-# --- openPangu ----------------------------------------------------------------------------------
-
-
-def pangu_folder(path: Path) -> tuple[Path, Any]:
-    model = make_model(attention_bias=True)
-    make_folder(path, model)
-    data = {
-        **{key: value for key, value in SIZES.items() if value is not None},
-        "model_type": "PanguEmbedded",
-        "architectures": ["PanguEmbeddedForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"},
-        "bias": True,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "torch_dtype": "float32",
-        "tie_word_embeddings": False,
-    }
-    (path / "config.json").write_text(json.dumps(data))
-    return path, model
-
-
-def test_openpangu_loads_as_llama_with_attention_biases(tmp_path: Path) -> None:
-    path, model = pangu_folder(tmp_path / "pangu")
-    loaded = load_pretrained(path)
-    assert type(loaded) is transformers.LlamaForCausalLM
-    assert loaded.model.layers[0].self_attn.o_proj.bias is not None
-    assert loaded.model.layers[0].mlp.up_proj.bias is None
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-
-
-def test_openpangu_keeps_rope_theta_and_its_code_is_not_looked_for(tmp_path: Path) -> None:
-    path, _ = pangu_folder(tmp_path / "pangu")
-    data = json.loads((path / "config.json").read_text()) | {"rope_theta": 16e6}
-    (path / "config.json").write_text(json.dumps(data))
-    (path / "configuration_openpangu_dense.py").write_text("raise SystemExit('this ran')")
-    assert load_pretrained(path).config.rope_parameters["rope_theta"] == 16e6
 
 
 # --- refusals -----------------------------------------------------------------------------------

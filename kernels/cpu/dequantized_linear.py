@@ -15,8 +15,11 @@ from panguq.kernels.packing import unpack_int4
 from panguq.kernels.quantize import dequantize_weight
 
 NAMESPACE = "panguq_cpu"
-# A piece and its dequantized copy stay in the second-level cache between the two steps.
-WEIGHTS_PER_PIECE = 1 << 17
+# What is dequantized at a time: 1 MiB in float32. Smaller pieces spend more on starting ops.
+WEIGHTS_PER_STEP = 1 << 18
+# What is multiplied at a time: 2 MiB in bfloat16, memory that the allocator gives out again and
+# again. A whole large weight would be mapped anew at every call, which costs more than filling it.
+WEIGHTS_PER_PIECE = 1 << 20
 
 
 def _fake_dequantized_linear(
@@ -52,16 +55,41 @@ def dequantized_linear(
     [n, k / group_size]; zero_point integer of the same shape or None; bias float [n] or None.
     Returns [..., n] in x's dtype.
     """
-    tokens, rows = x.to(compute_dtype), max(1, WEIGHTS_PER_PIECE // x.shape[-1])
-    pieces = []
-    for start in range(0, codes.shape[0], rows):
-        piece = slice(start, start + rows)
-        values = unpack_int4(codes[piece]) if codes.dtype == torch.uint8 else codes[piece]
+    return dequantize_and_multiply(x, codes, scale, zero_point, group_size, bias, compute_dtype)
+
+
+def dequantize_and_multiply(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """`dequantized_linear` as a plain function, for ops that do the same beyond a few tokens."""
+    n, k = codes.shape[0], x.shape[-1]
+    tokens, rows = x.to(compute_dtype), min(n, max(1, WEIGHTS_PER_PIECE // k))
+    weight = torch.empty((rows, k), dtype=compute_dtype)
+    result = x.new_empty((*x.shape[:-1], n))
+    for start in range(0, n, rows):
+        piece = slice(start, min(n, start + rows))
         offset = None if zero_point is None else zero_point[piece]
-        weight = dequantize_weight(values, scale[piece], offset, group_size, compute_dtype)
-        pieces.append(F.linear(tokens, weight))
-    result = torch.cat(pieces, dim=-1).to(x.dtype)
+        part = weight[: piece.stop - start]
+        _dequantize_into(part, codes[piece], scale[piece], offset, group_size)
+        result[..., piece] = F.linear(tokens, part)
     return result if bias is None else result.add_(bias)
+
+
+def _dequantize_into(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int
+) -> None:
+    rows = max(1, WEIGHTS_PER_STEP // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        step = slice(start, start + rows)
+        values = unpack_int4(codes[step]) if codes.dtype == torch.uint8 else codes[step]
+        offset = None if zero_point is None else zero_point[step]
+        weight[step] = dequantize_weight(values, scale[step], offset, group_size, torch.float32)
 
 
 def reference(

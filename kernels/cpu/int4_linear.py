@@ -1,7 +1,8 @@
 """W4A16 on a CPU: float activations times 4-bit weights, one scale per group of inputs.
 
-PyTorch's kernel has a weight layout of its own, which depends on the machine's vector width: run
-the packing ops when a model is loaded, never save what they return.
+PyTorch's kernel for few tokens has a weight layout of its own, which depends on the machine's
+vector width: run the packing ops when a model is loaded, never save what they return. For many
+tokens, dequantizing the stored weight and multiplying in bfloat16 is faster.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from panguq.ir.opset import define_op
+from panguq.kernels.cpu.dequantized_linear import dequantize_and_multiply
 from panguq.kernels.packing import unpack_int4
 
 NAMESPACE = "panguq_cpu"
@@ -71,15 +73,19 @@ def _fake_int4_linear(
     x: Tensor,
     kernel_weight: Tensor,
     kernel_scales: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
     group_size: int,
     bias: Tensor | None,
+    few_tokens: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], kernel_weight.shape[0]))
 
 
 @define_op(
-    "int4_linear(Tensor x, Tensor kernel_weight, Tensor kernel_scales, int group_size,"
-    " Tensor? bias) -> Tensor",
+    "int4_linear(Tensor x, Tensor kernel_weight, Tensor kernel_scales, Tensor packed,"
+    " Tensor scale, Tensor? zero_point, int group_size, Tensor? bias, int few_tokens) -> Tensor",
     fake=_fake_int4_linear,
     namespace=NAMESPACE,
 )
@@ -87,16 +93,26 @@ def int4_linear(
     x: Tensor,
     kernel_weight: Tensor,
     kernel_scales: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
     group_size: int,
     bias: Tensor | None,
+    few_tokens: int,
 ) -> Tensor:
-    """x @ ((codes - zero_point) * scale).T + bias in PyTorch's int4 kernel: for few tokens.
+    """x @ ((codes - zero_point) * scale).T + bias, in PyTorch's int4 kernel or dequantized first.
 
-    x float32 or bfloat16 [..., k]; the two kernel tensors from the ops above; group_size 32, 64,
-    128 or 256; bias float32 [n] or None. Returns [..., n] in x's dtype; x, the scales and the
-    result are rounded to bfloat16, the sums are float32.
+    x float32 or bfloat16 [..., k]; packed, scale, zero_point: the stored weight, and the two kernel
+    tensors that the ops above make of it; group_size 32, 64, 128 or 256; bias float32 [n] or None.
+    Returns [..., n] in x's dtype. Up to `few_tokens` tokens the kernel runs, and the stored weight
+    is not read, so that it may stay in its file; x, the scales and the result are rounded to
+    bfloat16. Beyond, `dequantized_linear` reads the stored weight; x, the dequantized weight and
+    the result are rounded. All sums are float32.
     """
     tokens = x.reshape(-1, x.shape[-1])
+    if tokens.shape[0] > few_tokens:
+        stored = (packed, scale, zero_point, group_size)
+        return dequantize_and_multiply(x, *stored, bias, torch.bfloat16)
     result = torch.ops.aten._weight_int4pack_mm_for_cpu(
         tokens.to(torch.bfloat16), kernel_weight, group_size, kernel_scales
     ).to(torch.float32)

@@ -9,10 +9,23 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from panguq.checkpoint_files import CONFIG, stored_dtype, weight_files
+from panguq import openpangu_config
+from panguq.checkpoint_files import CONFIG, stored_dtype, stored_tensors
 from panguq.errors import InputError, StorageError
+from panguq.gguf_files import find_gguf, gguf_config, load_gguf
+from panguq.gguf_tokenizer import read_gguf_tokenizer
+from panguq.openpangu_chat import chat_inputs, chat_prompt, split_thinking
 from panguq.strict_json import parse_json
 from panguq.tokenizer_files import read_tokenizer
+
+__all__ = [
+    "chat_inputs",
+    "chat_prompt",
+    "load_pretrained",
+    "load_tokenizer",
+    "skeleton",
+    "split_thinking",
+]
 
 _SERVED = "panguq compiles decoder-only causal language models that transformers itself defines"
 
@@ -21,10 +34,8 @@ def load_pretrained(folder: str | Path) -> Any:
     """The transformers model in a local folder, in the dtype in which its weights are stored.
 
     Weights are memory-mapped where transformers does that. openPangu's dense models (model type
-    `PanguEmbedded`), which come with code of their own, load as the Llama architecture: the
-    layers are the same, and what their `bias: true` adds are biases of the four attention
-    projections, so it becomes Llama's `attention_bias: true` with `mlp_bias: false`; weights
-    keep their names.
+    `PanguEmbedded`), which come with code of their own, load as the Llama architecture; see
+    `openpangu_config`. A GGUF file, or a folder with one and no config.json, loads as float32.
 
     Raises InputError for a folder that is missing, has no config or no weights, or holds
     another kind of model; StorageError, naming the file, for a damaged checkpoint.
@@ -32,9 +43,12 @@ def load_pretrained(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     path = _existing(folder)
-    config = read_config(path)
-    files = weight_files(path)
-    dtype = stored_dtype(files) or torch.float32
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return load_gguf(gguf, _gguf_config(gguf))
+    data = _config_data(path)
+    config = _config(data, path)
+    dtype = stored_dtype(stored_tensors(path)) or torch.float32
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -56,12 +70,23 @@ def load_pretrained(folder: str | Path) -> Any:
             f"{path}: {len(missing)} weights are missing: {', '.join(missing[:4])}",
             "the checkpoint is incomplete; download it again",
         )
+    if data.get("model_type") == openpangu_config.MODEL_TYPE:
+        openpangu_config.check_no_other_weights(path, info["unexpected_keys"])
     return model.eval()
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in a local folder. Raises InputError if there is none that loads."""
-    return read_tokenizer(_existing(folder))
+    """The tokenizer in a local folder, or in the folder of a GGUF file, or in that file.
+
+    Raises InputError if there is none that loads.
+    """
+    path = _existing(folder)
+    gguf = find_gguf(path)
+    if gguf is None:
+        return read_tokenizer(path)
+    if (gguf.parent / "tokenizer_config.json").is_file():
+        return read_tokenizer(gguf.parent)
+    return read_gguf_tokenizer(gguf)
 
 
 def skeleton(folder: str | Path) -> nn.Module:
@@ -73,11 +98,9 @@ def skeleton(folder: str | Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     path = _existing(folder)
-    config = read_config(path)
-    try:
-        dtype = stored_dtype(weight_files(path))
-    except InputError:
-        dtype = None
+    gguf = find_gguf(path)
+    config = read_config(path) if gguf is None else _gguf_config(gguf)
+    dtype = torch.float32 if gguf is not None else _dtype_if_stored(path)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -89,8 +112,22 @@ def read_config(folder: Path) -> Any:
 
     Raises InputError for anything but a decoder-only causal language model in floating point.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    return _config(_config_data(folder), folder)
 
+
+def _dtype_if_stored(path: Path) -> torch.dtype | None:
+    if not any(path.glob("*.safetensors")):
+        return None
+    return stored_dtype(stored_tensors(path))
+
+
+def _gguf_config(file: Path) -> Any:
+    config = gguf_config(file)
+    _check_causal_lm(config, file)
+    return config
+
+
+def _config_data(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(
@@ -100,47 +137,33 @@ def read_config(folder: Path) -> Any:
     data = parse_json(path.read_bytes(), str(path))
     if not isinstance(data, dict):
         raise StorageError(f"{path}: not an object", "download the file again")
+    return data
+
+
+def _config(data: dict[str, Any], folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = folder / CONFIG
     model_type = str(data.get("model_type", ""))
     if "quantization_config" in data:
         raise InputError(
             f"{folder}: the model is quantized already",
             "give the float checkpoint that it was made from",
         )
-    if model_type == "PanguEmbedded":
-        data = _pangu_as_llama(data)
+    if model_type == openpangu_config.MODEL_TYPE:
+        data = openpangu_config.as_llama(data)
     elif model_type not in CONFIG_MAPPING:
         own_code = "; it needs code of its own, which is not run" if "auto_map" in data else ""
         raise InputError(f"{folder}: unknown model type {model_type!r}{own_code}", _SERVED)
-    data.pop("auto_map", None)
+    settings = {key: value for key, value in data.items() if key not in ("auto_map", "model_type")}
     try:
-        config = AutoConfig.for_model(data.pop("model_type"), **data)
+        config = AutoConfig.for_model(data["model_type"], **settings)
     except Exception as error:  # each configuration class checks its values in its own way
         raise StorageError(
             f"{path}: {_first_line(error)}", "the file is damaged; download it again"
         ) from error
     _check_causal_lm(config, folder)
     return config
-
-
-_SAME_IN_LLAMA = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-    "rope_theta", "rope_scaling", "tie_word_embeddings", "bos_token_id", "eos_token_id",
-    "pad_token_id", "initializer_range", "use_cache", "attention_dropout", "dtype", "torch_dtype",
-)  # fmt: skip
-
-
-def _pangu_as_llama(data: dict[str, Any]) -> dict[str, Any]:
-    """openPangu's dense config in Llama's words; see `load_pretrained`."""
-    same = {key: data[key] for key in _SAME_IN_LLAMA if data.get(key) is not None}
-    bias = bool(data.get("bias", data.get("attention_bias", False)))
-    return {
-        **same,
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": bias,
-        "mlp_bias": False,
-    }
 
 
 def _check_causal_lm(config: Any, folder: Path) -> None:
@@ -163,7 +186,7 @@ def _existing(folder: str | Path) -> Path:
             f"{folder}: no such folder",
             "panguq loads models from local folders only; download the model first",
         )
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != ".gguf":
         raise InputError(f"{folder}: not a folder", "give the folder that holds config.json")
     return path.resolve()
 

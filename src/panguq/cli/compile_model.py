@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from panguq.cli.command import (
     text_windows,
 )
 from panguq.errors import InputError, RecipeError, StorageError
+from panguq.export.server_rules import SERVERS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,12 +57,23 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="only say what would happen, without the weights"
     )
+    command.add_argument(
+        "--for",
+        dest="server",
+        choices=SERVERS,
+        help="with --dry-run: say which matmuls this server has no kernel for, and what to choose",
+    )
     add_json(command)
 
 
 def run(options: argparse.Namespace) -> int:
     """Plan, or compile and save."""
     recipe = _recipe(options)
+    if options.server is not None and not options.dry_run:
+        raise InputError(
+            "--for only works with --dry-run",
+            "add --dry-run; saving refuses what no server of the format takes",
+        )
     if options.out is not None:
         check_writable(options.out, options.force)
     import torch
@@ -144,11 +157,27 @@ def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
         windows=options.windows,
         window=options.window,
     )
+    verdict = _server_verdict(options, recipe, found)
     if options.json:
-        print_json(found.model_dump())
+        server = {} if verdict is None else {"server": {**asdict(verdict), "takes": verdict.takes}}
+        print_json({**found.model_dump(), **server})
     else:
         print(found.render())
-    return 1 if found.refusals else 0
+        if verdict is not None:
+            print(f"\n{verdict.render()}")
+    refused = verdict is not None and not verdict.takes
+    return 1 if found.refusals or refused else 0
+
+
+def _server_verdict(options: argparse.Namespace, recipe: Any, found: Any) -> Any:
+    """What the server of --for would say; None if none was asked for."""
+    from panguq.export.server_rules import verdicts
+    from panguq.passes.outliers import Outliers
+
+    if options.server is None:
+        return None
+    splits = any(isinstance(p, Outliers) and p.treatment == "split" for p in recipe.passes)
+    return verdicts(found, options.server, splits_outliers=splits)
 
 
 def _tokenizer_if_any(folder: Path) -> Any:

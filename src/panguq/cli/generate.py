@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,20 @@ def add(commands: Commands) -> None:
     command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     command.add_argument("--max-new-tokens", type=positive, default=32, help="default: 32")
     command.add_argument("--chat", action="store_true", help="put it as a question in a chat")
+    command.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
+    command.add_argument(
+        "--thinking",
+        choices=("slow", "auto", "none"),
+        default="slow",
+        help="with --chat, for openPangu: think before the answer, let the model decide, or do not "
+        "think (default: slow; whether the 1B obeys is not known)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Generate and print the new text."""
+    if not options.chat and (options.system is not None or options.thinking != "slow"):
+        raise InputError("--system and --thinking belong to a chat", "add --chat")
     quiet_transformers()
     from panguq.model_folder import load
 
@@ -47,16 +58,34 @@ def run(options: argparse.Namespace) -> int:
         attention_mask=inputs["attention_mask"],
         max_new_tokens=options.max_new_tokens,
     )
-    print(tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True))
+    _print_text(tokenizer, output[0, prompt_tokens:], options)
     return 0
 
 
 def _inputs(options: argparse.Namespace, tokenizer: Any) -> Any:
+    from panguq.openpangu_chat import chat_inputs
+
     if not options.chat:
         return tokenizer(options.prompt, return_tensors="pt")
-    if not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template", "leave out --chat")
     messages = [{"role": "user", "content": options.prompt}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    if options.system is not None:
+        messages.insert(0, {"role": "system", "content": options.system})
+    return chat_inputs(tokenizer, messages, options.thinking)
+
+
+def _print_text(tokenizer: Any, tokens: Any, options: argparse.Namespace) -> None:
+    from panguq.openpangu_chat import is_openpangu, split_thinking
+
+    if not options.chat or not is_openpangu(tokenizer):
+        print(tokenizer.decode(tokens, skip_special_tokens=True))
+        return
+    thinking, answer = split_thinking(tokenizer.decode(tokens))
+    if thinking:
+        print(f"(thinking)\n{thinking}\n(answer)")
+    print(answer)
+    if thinking and not answer:
+        print(
+            f"the thinking did not end within {options.max_new_tokens} tokens: "
+            "raise --max-new-tokens, or pass --thinking none",
+            file=sys.stderr,
+        )

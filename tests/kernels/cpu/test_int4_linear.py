@@ -50,9 +50,9 @@ def run_dequantized(x, packed, scale, zero_point, group_size, bias, dtype=torch.
     return dequantized_linear(x, packed, scale, zero_point, group_size, bias, dtype)
 
 
-def run_kernel(x, packed, scale, zero_point, group_size, bias):
-    kernel_scales = int4_kernel_scales(scale, zero_point)
-    return int4_linear(x, int4_kernel_weight(packed), kernel_scales, group_size, bias)
+def run_kernel(x, packed, scale, zero_point, group_size, bias, few_tokens=2**31 - 1):
+    layout = int4_kernel_weight(packed), int4_kernel_scales(scale, zero_point)
+    return int4_linear(x, *layout, packed, scale, zero_point, group_size, bias, few_tokens)
 
 
 @given(
@@ -102,8 +102,9 @@ def test_output_and_fake(assert_close, tokens, dtype, with_bias):
     assert_close(expected, run_kernel(x, *weight, 32, bias), 45)
     assert_close(expected, run_dequantized(x, *weight, 32, bias), 45)
     packed, scale, zero_point = weight
-    kernel_weight, kernel_scales = int4_kernel_weight(packed), int4_kernel_scales(scale, zero_point)
-    opcheck(int4_linear, (x, kernel_weight, kernel_scales, 32, bias))
+    layout = int4_kernel_weight(packed), int4_kernel_scales(scale, zero_point)
+    for few_tokens in (0, 100):
+        opcheck(int4_linear, (x, *layout, *weight, 32, bias, few_tokens))
     opcheck(dequantized_linear, (x, *weight, 32, bias, torch.bfloat16))
 
 
@@ -131,11 +132,59 @@ def test_the_dequantizing_op_takes_what_the_kernel_refuses(assert_close):
     assert_close(expected, run_dequantized(x, *weight, 10, None), 45)
 
 
-def test_a_weight_dequantized_in_pieces_gives_every_output(assert_close, monkeypatch):
-    x, weight = tokens_with_outliers(16, 64), canonical(50, 64, 32, symmetric=False)
-    whole = run_dequantized(x, *weight, 32, None)
-    monkeypatch.setattr(module, "WEIGHTS_PER_PIECE", 64 * 7)
-    assert_close(whole, run_dequantized(x, *weight, 32, None), 45)
+@given(
+    rows_per_piece=st.integers(0, 60),
+    rows_per_step=st.integers(0, 60),
+    bits=st.sampled_from([4, 8]),
+    symmetric=st.booleans(),
+)
+@settings(deadline=None, max_examples=50)
+def test_a_weight_dequantized_in_pieces_gives_every_output(
+    assert_close, rows_per_piece, rows_per_step, bits, symmetric
+):
+    packed, scale, zero_point = canonical(50, 64, 32, symmetric)
+    weight = (packed if bits == 4 else unpack_int4(packed)), scale, zero_point
+    x = tokens_with_outliers(2, 3, 64)
+    whole = run_dequantized(x, *weight, 32, None, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WEIGHTS_PER_PIECE", 64 * rows_per_piece)
+        patch.setattr(module, "WEIGHTS_PER_STEP", 64 * rows_per_step)
+        assert_close(whole, run_dequantized(x, *weight, 32, None, torch.float32), 100)
+
+
+@given(
+    few_tokens=st.integers(0, 6),
+    symmetric=st.booleans(),
+    group_size=st.sampled_from([32, 64]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    with_bias=st.booleans(),
+)
+@settings(deadline=None, max_examples=50)
+def test_both_sides_of_few_tokens(
+    assert_close, few_tokens, symmetric, group_size, dtype, with_bias
+):
+    """Beyond few_tokens the result is `dequantized_linear`'s to the bit; up to it, the kernel's."""
+    weight = canonical(48, 128, group_size, symmetric)
+    bias = torch.randn(48) if with_bias else None
+    for m in {1, max(1, few_tokens), few_tokens + 1, 2 * few_tokens + 2}:
+        x = tokens_with_outliers(m, 128).to(dtype)
+        found = run_kernel(x, *weight, group_size, bias, few_tokens)
+        one = run_dequantized if m > few_tokens else run_kernel
+        assert torch.equal(found, one(x, *weight, group_size, bias))
+        assert_close(reference(x, *weight, group_size, bias), found, 45)
+
+
+def test_few_tokens_read_the_layout_and_many_the_stored_codes():
+    packed, scale, _ = canonical(48, 64, 32, symmetric=True)
+    layout = int4_kernel_weight(packed), int4_kernel_scales(scale, None)
+    wrong_layout = torch.zeros_like(layout[0]), torch.zeros_like(layout[1])
+    few, many = torch.randn(4, 64), torch.randn(5, 64)
+    stored = (packed, scale, None, 32, None, 4)
+    damaged = (torch.zeros_like(packed), torch.zeros_like(scale), None, 32, None, 4)
+    assert torch.equal(int4_linear(few, *layout, *stored), int4_linear(few, *layout, *damaged))
+    expected = int4_linear(many, *layout, *stored)
+    assert torch.equal(expected, int4_linear(many, *wrong_layout, *stored))
+    assert not torch.equal(expected, int4_linear(many, *layout, *damaged))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,0 +1,1 @@
+"""Checkpoints that msModelSlim itself writes, checked and read back: python -m …msmodelslim."""

@@ -1,0 +1,46 @@
+"""A lowered graph with CANN's kernels alone, for torchair, which has no converter for panguq's.
+
+Own kernels read the same stored bytes as CANN's, so each can be replaced by the vendor's call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from panguq.ir.edit import call, clone, finish, replace
+from panguq.lowering.dispatch import Operands, kernel_call, parse_kernel
+
+panguq = torch.ops.panguq
+own = torch.ops.panguq_npu
+
+
+def vendor_only(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which every matmul by an own kernel, or by a table of kernels, is CANN's."""
+    result = clone(gm)
+    for node in list(result.graph.nodes):
+        given = _operands(node)
+        if given is not None:
+            weight_only = given.x.meta["val"].dtype != torch.int8
+            name = "npu_weight_quant_batchmatmul" if weight_only else "npu_quant_matmul"
+            op, args, named = kernel_call(parse_kernel(name), given)
+            replace(node, call(node, op, args, named, origin=node, suffix=".vendor"))
+    finish(result)
+    return result
+
+
+def _operands(node: fx.Node) -> Operands | None:
+    """What a matmul of panguq's own reads; None for any other node."""
+    args: tuple[Any, ...] = node.args
+    if node.target is panguq.dispatch_matmul.default:
+        return Operands(*args[:8])
+    if node.target in (own.w8a8_data_parallel.default, own.w8a8_split_k.default):
+        x, weight, scale, pertoken_scale, bias, dtype = args[:6]
+        return Operands(x, weight, scale, None, pertoken_scale, bias, 0, dtype)
+    if node.target in (own.w4a16_data_parallel.default, own.w4a16_split_k.default):
+        x, weight, scale, offset, bias, group_size = args[:6]
+        dtype = x.meta["val"].dtype
+        return Operands(x, weight, scale, offset, None, bias, group_size, dtype)
+    return None

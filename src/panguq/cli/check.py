@@ -1,0 +1,39 @@
+"""`panguq check`: will a server take this folder?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from panguq.cli.command import Commands, add_command, add_json, print_json, quiet_transformers
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the command line."""
+    from panguq.export.server_rules import SERVERS
+
+    command = add_command(
+        commands,
+        "check",
+        run,
+        "Check a quantized checkpoint against what servers' loaders want. AscendV1 folders "
+        "(msModelSlim's format) and compressed-tensors folders, whoever wrote them. Exit status 1 "
+        "if a server that reads the format, or the one asked for, would refuse it.",
+        "panguq check smollm2-w8a8-ascend --server vllm-ascend",
+    )
+    command.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint's folder")
+    command.add_argument("--server", choices=SERVERS, help="ask for this server alone")
+    add_json(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check and print."""
+    from panguq.check import check_folder
+
+    quiet_transformers()
+    report = check_folder(options.folder)
+    if options.json:
+        print_json(report.model_dump())
+    else:
+        print(report.render(options.server))
+    return 1 if report.refused_by(options.server) else 0

@@ -1,0 +1,1 @@
+"""Ways out: ONNX to look at, and checkpoints in the formats that servers load."""

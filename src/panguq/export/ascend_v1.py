@@ -1,0 +1,201 @@
+"""A compiled model as a checkpoint in msModelSlim's AscendV1 format, for vllm-ascend and MindIE.
+
+    quant_model_description.json         the type of every tensor: FLOAT, W8A8, …
+    quant_model_weights.safetensors      or -0000x-of-0000y with an index
+    config.json, generation_config.json  of the source model
+    tokenizer.json …                     if the model has a tokenizer
+
+What neither server has a kernel for is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from panguq.compiled_model import CompiledCausalLM
+from panguq.export.ascend_v1_tensors import FLOAT, TYPES, Entry, float_entry, linear_entries
+from panguq.export.checkpoint_folder import SHARD_BYTES, marked, write_checkpoint
+from panguq.export.checkpoint_graph import (
+    CheckpointGraph,
+    ExportError,
+    QuantizedLinear,
+    read_checkpoint_graph,
+)
+from panguq.export.server_rules import W4A8_GROUP, Server, support, too_large
+from panguq.tokenizer_files import tokenizer_files
+
+logger = logging.getLogger("panguq")
+
+DESCRIPTION = "quant_model_description.json"
+STEM = "quant_model_weights"
+FORMAT_VERSION = "1.0.0"
+READERS: tuple[Server, ...] = ("vllm-ascend", "mindie")
+_BY_PRECISION = ("W8A16", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
+"""The last one present names the model as a whole, as msModelSlim has it."""
+
+
+def save_ascend_v1(
+    model: CompiledCausalLM,
+    path: str | Path,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` as the folder `path`, whole or not at all, one tensor at a time.
+
+    Raises ExportError, naming the matmul, the server and the reason, for what no server takes:
+    schemes without a kernel, weights with zero points, matmuls that were split, float32 models
+    (NPU kernels take float16 and bfloat16 alone, and scales are rounded to the model's dtype when
+    it is compiled). Raises StorageError if there is something at `path` already (unless `overwrite`
+    and panguq wrote it), or if it cannot be written.
+    """
+    graph = read_checkpoint_graph(model)
+    _refuse(graph, model)
+    entries = list(checkpoint_entries(graph))
+    config = marked(served_config(model.config, model.dtype), model.recipe.name)
+    config["tie_word_embeddings"] = graph.is_tied  # a quantized lm_head is no embedding any more
+    files: dict[str, bytes | str] = {
+        DESCRIPTION: _json_text(description(entries)),
+        "config.json": _json_text(config),
+        "generation_config.json": model.generation_config.to_json_string(use_diff=True),
+    }
+    if model.tokenizer is not None:
+        files |= tokenizer_files(model.tokenizer)
+    tensors = {entry.name: entry.output for entry in entries}
+    write_checkpoint(path, files, tensors, overwrite, STEM, shard_bytes)
+
+
+def checkpoint_entries(graph: CheckpointGraph) -> Iterator[Entry]:
+    """Every tensor of the checkpoint. A tied lm_head is written too: loaders look it up."""
+    for name, tensor in graph.weights.items():
+        yield float_entry(name, tensor)
+    embeddings = [name for name in graph.weights if name.endswith("embed_tokens.weight")]
+    if graph.is_tied and embeddings:
+        yield float_entry("lm_head.weight", graph.weights[embeddings[0]])
+    for linear in graph.quantized.values():
+        yield from linear_entries(linear)
+
+
+def description(entries: list[Entry]) -> dict[str, Any]:
+    """`quant_model_description.json`: what the model is, and the type of every tensor."""
+    types = {entry.type for entry in entries}
+    present = [kind for kind in _BY_PRECISION if kind in types]
+    return {
+        "model_quant_type": present[-1] if present else FLOAT,
+        "version": FORMAT_VERSION,
+        "group_size": W4A8_GROUP if "W4A8_DYNAMIC" in types else 0,
+        "metadata": {},
+        "optional": {},
+        **{entry.name: entry.type for entry in sorted(entries, key=lambda entry: entry.name)},
+    }
+
+
+def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json in the words of transformers 5 and, beside them, of 4, which servers may have.
+
+    A reader of the one ignores the other's: `dtype` and `torch_dtype`, `rope_parameters` and
+    `rope_theta` with `rope_scaling`. Without the older ones, transformers 4 would silently take
+    the default rotary base. Servers choose a model by `architectures`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    for key in ("quantization_config", "_name_or_path", "auto_map"):
+        data.pop(key, None)
+    name = str(dtype).removeprefix("torch.")
+    data |= {"dtype": name, "torch_dtype": name}
+    if not data.get("architectures"):
+        data["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    rope = data.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        is_plain = scaling.get("rope_type") == "default"
+        data |= {
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": None if is_plain else scaling,
+        }
+    return data
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def _refuse(graph: CheckpointGraph, model: CompiledCausalLM) -> None:
+    """Refuse what no server takes as a whole; a server that will not take it is logged."""
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        raise ExportError(
+            f"the model computes in {model.interface.float_dtype}, and the NPU kernels that "
+            f"{' and '.join(READERS)} call take float16 and bfloat16 alone",
+            "compile it with dtype=torch.bfloat16 (--dtype bfloat16)",
+        )
+    _refuse_mixed(graph)
+    refused: dict[Server, dict[str, str]] = {}
+    for server in READERS:
+        reasons = {path: _refusal(linear, server) for path, linear in graph.quantized.items()}
+        refused[server] = {path: why for path, why in reasons.items() if why}
+    if all(refused.values()):
+        first = next(iter(refused[READERS[0]]))
+        told = "; ".join(
+            f"{server}: {next(iter(reasons.values()))} ({next(iter(reasons))}, "
+            f"{len(reasons)} in all)"
+            for server, reasons in refused.items()
+        )
+        raise ExportError(
+            f"no server of this format takes the model. {told}", _instead(graph.quantized[first])
+        )
+    for server, reasons in refused.items():
+        for path, why in list(reasons.items())[:1]:
+            logger.warning(
+                "%s will not take this checkpoint: %s (%s, %d in all)",
+                server, why, path, len(reasons),
+            )  # fmt: skip
+
+
+def _refusal(linear: QuantizedLinear, server: Server) -> str:
+    """Why the server would not take it; empty if it would."""
+    n, k = linear.shape
+    name = linear.scheme.name.partition("-")[0]
+    per_channel = linear.group_size == k
+    entry = support(server, "ascend", name, None if per_channel else linear.group_size)
+    if not entry.takes:
+        return entry.reason
+    if linear.weight_zero_point is not None:
+        return "it takes weights without zero points"
+    if name == "W4A8" and (k % W4A8_GROUP or n % 2):
+        return f"its int8 x int4 kernel wants k % {W4A8_GROUP} == 0 and n % 2 == 0, not {n} x {k}"
+    if name == "W4A8" and linear.bias is not None:
+        return "its int8 x int4 kernel takes no bias"
+    if name not in TYPES:
+        return "the format has no such type"
+    return too_large(server, name, n, k)
+
+
+def _instead(linear: QuantizedLinear) -> str:
+    """What to choose, of the servers' advice the first; for a shape, what takes any."""
+    name = linear.scheme.name.partition("-")[0]
+    advice = [support(server, "ascend", name, linear.group_size).instead for server in READERS]
+    return f"choose {next((text for text in advice if text), 'W8A8_DYNAMIC or FLOAT')} for it"
+
+
+def _refuse_mixed(graph: CheckpointGraph) -> None:
+    """Linears that servers fuse have one type, or the loader stops (vllm-ascend issue #2588)."""
+    for paths in graph.fused:
+        types = {
+            path: graph.quantized[path].scheme.name if path in graph.quantized else FLOAT
+            for path in paths
+        }
+        if len(set(types.values())) > 1:
+            listed = ", ".join(f"{path} {kind}" for path, kind in types.items())
+            raise ExportError(
+                f"linears that read one tensor have several types: {listed}",
+                "servers fuse them into one matmul; let one glob of the recipe name them all",
+            )
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

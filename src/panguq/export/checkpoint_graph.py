@@ -1,0 +1,358 @@
+"""What a served model's checkpoint is made of, read from a compiled model's fake-quant graph.
+
+Checkpoint formats store a model by the names of its source: `model.layers.0.mlp.up_proj.weight`.
+Passes rewrite weights in place or store codes beside their scales, and every node keeps the path of
+the module that it came from; so the graph can be read back into modules. What has no place in a
+checkpoint of the source's architecture is refused here, for every format alike.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from panguq.compiled_model import CompiledCausalLM
+from panguq.errors import PanguqError
+from panguq.ir.edit import get_tensor, module_path
+from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
+
+aten = torch.ops.aten
+panguq = torch.ops.panguq
+
+FAKE_QUANT = "fake-quant"
+LINEAR = aten.linear.default
+
+
+class ExportError(PanguqError):
+    """A compiled model that a format, or what loads it, cannot express."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """A linear of the source model with quantized weights: `x @ W.T + bias`, W `[n, k]`.
+
+    `W = (codes - weight_zero_point) * weight_scale`, one scale for `group_size` inputs (k: one
+    for each output), computed in float32 and rounded to `dtype`, the model's own. A symmetric scale
+    may be negative. `input_scale` float32 `[1]` and `input_zero_point` int32 `[1]` belong to static
+    activations alone; linears that read one tensor have them in common.
+    """
+
+    path: str
+    scheme: Scheme
+    stored: Tensor
+    """As the graph has them: int8 `[n, k]`, or two 4-bit codes a byte, uint8 `[n, k / 2]`."""
+    weight_scale: Tensor
+    """Float32, or bfloat16 for 4-bit codes, `[n, k / group_size]`."""
+    weight_zero_point: Tensor | None
+    """int8 `[n, k / group_size]`; None where the scheme is symmetric."""
+    group_size: int
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[n, k] of the weight."""
+        n, width = self.stored.shape
+        return n, width * 2 if self.stored.dtype == torch.uint8 else width
+
+    def codes(self) -> Tensor:
+        """The weight's codes, int8 `[n, k]`; a new tensor where they are stored in pairs."""
+        return panguq.unpack_int4(self.stored) if self.stored.dtype == torch.uint8 else self.stored
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that panguq computes with, `[n, k]` in the model's dtype (or another)."""
+        return panguq.dequantize_weight(
+            self.codes(),
+            self.weight_scale,
+            self.weight_zero_point,
+            self.group_size,
+            dtype or self.dtype,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointGraph:
+    """A compiled model as its source's modules.
+
+    `quantized` by module path in graph order; `weights` all other tensors by their names in the
+    source model, biases of quantized linears excluded, each tied tensor once, under its first
+    name; `float_linears` the paths of linears that stay float, the logits' among them; `fused` the
+    paths of linears that read one tensor (q, k, v; gate, up), quantized and float ones, which
+    servers fuse; `is_tied` says that the logits' linear reads the embedding's own tensor.
+    """
+
+    quantized: Mapping[str, QuantizedLinear]
+    weights: Mapping[str, Tensor]
+    float_linears: tuple[str, ...]
+    fused: tuple[tuple[str, ...], ...]
+    is_tied: bool
+
+
+def read_checkpoint_graph(model: Any) -> CheckpointGraph:
+    """The modules and weights of a compiled model.
+
+    Weights are those of the model, not copies. Raises ExportError, naming the modules, for what a
+    checkpoint of the source's architecture cannot hold: matmuls that were split or added, weights
+    that the architecture does not have or that no longer exist, quantized modules that are no
+    `torch.nn.Linear` (GPT-2's `Conv1D`), a model that is no transformers language model. An op
+    without weights that a pass of your own inserted is not noticed.
+    """
+    if not isinstance(model, CompiledCausalLM) or FAKE_QUANT not in model.stages:
+        raise ExportError(
+            "only a compiled transformers language model can be saved as a checkpoint",
+            "save other modules in panguq's own format",
+        )
+    gm = model.stages[FAKE_QUANT]
+    skeleton = _skeleton(model.config)
+    by_path: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        if node.target is LINEAR:
+            by_path[module_path(node)].append(node)
+    _refuse_split(by_path)
+    nodes = {path: same[0] for path, same in by_path.items()}
+    quantized = {p: _read_linear(gm, p, n) for p, n in nodes.items() if not _reads_float(n)}
+    _check_modules(skeleton, quantized.values())
+    weights, is_tied = _float_weights(gm, skeleton, quantized)
+    return CheckpointGraph(
+        quantized=quantized,
+        weights=weights,
+        float_linears=tuple(path for path in nodes if path not in quantized),
+        fused=_fused(nodes),
+        is_tied=is_tied,
+    )
+
+
+def _skeleton(config: Any) -> nn.Module:
+    """The source's modules without memory for their weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its configurations happen to
+        raise ExportError(
+            f"transformers has no language model for a config of type {config.model_type!r}",
+            "checkpoints are loaded by architecture; save in panguq's own format",
+        ) from error
+    return model
+
+
+def _refuse_split(by_path: Mapping[str, list[fx.Node]]) -> None:
+    split = [path or "the top module" for path, nodes in by_path.items() if len(nodes) > 1]
+    if split:
+        raise ExportError(
+            f"{_listed(split)}: several matmuls each, where the architecture has one (outlier "
+            "channels were split off into a float matmul, or the module runs more than once)",
+            "compile with a recipe that does not split, such as w8a8-serving or "
+            "w8a8-dynamic-serving",
+        )
+
+
+# --- one linear --------------------------------------------------------------------------------
+
+
+def _reads_float(node: fx.Node) -> bool:
+    return node.args[1].op == "get_attr"  # type: ignore[union-attr]
+
+
+def _read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear:
+    source, weight, *rest = node.args
+    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
+    if weight.target is not panguq.dequantize_weight.default:
+        raise _unknown(path, weight)
+    codes, scale, zero_point, group_size, dtype = weight.args
+    assert isinstance(codes, fx.Node) and isinstance(group_size, int)
+    assert isinstance(dtype, torch.dtype)
+    if codes.target is panguq.unpack_int4.default:
+        codes = codes.args[0]
+    if codes.op != "get_attr":  # type: ignore[union-attr]
+        raise ExportError(
+            f"{path}: its weight is not stored as codes yet",
+            "put quantize-weights at the end of the recipe's passes",
+        )
+    input_scale, input_zero_point = _static_input(gm, path, source)
+    bias = rest[0] if rest else None
+    linear = QuantizedLinear(
+        path=path,
+        scheme=node.meta.get("scheme", SCHEMES["FLOAT"]),
+        stored=_stored(gm, codes),
+        weight_scale=_stored(gm, scale),
+        weight_zero_point=None if zero_point is None else _stored(gm, zero_point),
+        group_size=group_size,
+        input_scale=input_scale,
+        input_zero_point=input_zero_point,
+        bias=None if bias is None else _stored(gm, bias),
+        dtype=dtype,
+    )
+    _check_scheme(linear, source)
+    return linear
+
+
+def _stored(gm: fx.GraphModule, node: Any) -> Tensor:
+    return get_tensor(gm, str(node.target))
+
+
+def _static_input(
+    gm: fx.GraphModule, path: str, source: fx.Node
+) -> tuple[Tensor | None, Tensor | None]:
+    codes = _codes_of(source)
+    if codes is None or codes.target is operator.getitem:
+        return None, None
+    if codes.target is not panguq.quantize_per_tensor.default:
+        raise _unknown(path, codes)
+    return _stored(gm, codes.args[1]), _stored(gm, codes.args[2])
+
+
+def _codes_of(source: fx.Node) -> fx.Node | None:
+    """The codes that a linear's input was dequantized from, if it was."""
+    is_quantized = source.target is panguq.dequantize.default
+    return source.args[0] if is_quantized else None  # type: ignore[return-value]
+
+
+def _check_scheme(linear: QuantizedLinear, source: fx.Node) -> None:
+    """The scheme that passes noted must be what the graph computes, since formats name it."""
+    weight, activation = linear.scheme.weight, linear.scheme.activation
+    codes = _codes_of(source)
+    agrees = (
+        weight is not None
+        and (weight.bits == 4) == (linear.stored.dtype == torch.uint8)
+        and weight.symmetric == (linear.weight_zero_point is None)
+        and (activation is None) == (codes is None)
+        and (activation is None or activation.dynamic == (linear.input_scale is None))
+    )
+    if not agrees:
+        raise ExportError(
+            f"{linear.path}: the graph does not compute its scheme, {linear.scheme.name}",
+            "a pass changed the one and not the other",
+        )
+
+
+def _unknown(path: str, node: fx.Node) -> ExportError:
+    return ExportError(
+        f"{path}: no checkpoint can express {node.name} ({node.target})",
+        "compile without the pass that put it there",
+    )
+
+
+# --- against the architecture -------------------------------------------------------------------
+
+
+def _check_modules(skeleton: nn.Module, linears: Iterable[QuantizedLinear]) -> None:
+    modules = dict(skeleton.named_modules())
+    for linear in linears:
+        module = modules.get(linear.path)
+        if not isinstance(module, nn.Linear):
+            raise ExportError(
+                f"{linear.path} is a {type(module).__name__}, and loaders take quantized weights "
+                "for torch.nn.Linear alone",
+                "save in panguq's own format, or take an architecture with linears",
+            )
+        shape = (module.out_features, module.in_features)
+        if shape != linear.shape or (module.bias is None) != (linear.bias is None):
+            raise ExportError(
+                f"{linear.path} is {list(linear.shape)} with{'out' * (linear.bias is None)} a "
+                f"bias, the architecture's is {list(shape)} with{'out' * (module.bias is None)}",
+                "a pass changed the module's form, which a checkpoint cannot express",
+            )
+
+
+def _float_weights(
+    gm: fx.GraphModule, skeleton: nn.Module, quantized: Mapping[str, QuantizedLinear]
+) -> tuple[dict[str, Tensor], bool]:
+    """Every tensor that is not a quantized linear's, by the source's names."""
+    expected = skeleton.state_dict(keep_vars=True)
+    taken = {f"{path}.{leaf}" for path in quantized for leaf in ("weight", "bias")}
+    wanted = {name: tensor for name, tensor in expected.items() if name not in taken}
+    found = _by_source_name(gm, skeleton, wanted, quantized.values())
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ExportError(
+            f"the graph does not read {_listed(missing)}, which the architecture has",
+            "a checkpoint without them cannot be loaded; save in panguq's own format",
+        )
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise ExportError(
+                f"{name} is {list(tensor.shape)}, the architecture's is {list(wanted[name].shape)}",
+                "a pass changed the module's form, which a checkpoint cannot express",
+            )
+    return _without_tied(found, wanted)
+
+
+def _by_source_name(
+    gm: fx.GraphModule,
+    skeleton: nn.Module,
+    names: Iterable[str],
+    linears: Iterable[QuantizedLinear],
+) -> dict[str, Tensor]:
+    """A weight is called as the module that reads it: a tied one has one name in the graph."""
+    wanted, computed = set(names), {name for name, _ in skeleton.named_buffers()}
+    known = {id(t) for q in linears for t in vars(q).values() if isinstance(t, Tensor)}
+    found: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name, tensor = str(node.target), get_tensor(gm, str(node.target))
+        leaf = name.rpartition(".")[2]
+        readers = {f"{module_path(user)}.{leaf}".lstrip(".") for user in node.users}
+        matching = {*readers, name} & wanted if readers & wanted else {name} & wanted
+        found |= dict.fromkeys(matching, tensor)
+        is_constant = not tensor.is_floating_point() or tensor.numel() <= 1 or name in computed
+        if not matching and id(tensor) not in known and not is_constant:
+            unknown.append(name)
+    if unknown:
+        raise ExportError(
+            f"the architecture has no place for {_listed(unknown)}",
+            "compile without the pass that added them",
+        )
+    return found
+
+
+def _without_tied(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], bool]:
+    """One name for each tensor where the architecture ties several, if they still are one."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in expected.items():
+        names[id(parameter)].append(name)
+    weights: dict[str, Tensor] = {}
+    is_tied = False
+    for tied in names.values():
+        one = len({_place(found[name]) for name in tied}) == 1
+        is_tied |= one and len(tied) > 1
+        weights |= {name: found[name] for name in (tied[:1] if one else tied)}
+    return weights, is_tied
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _fused(nodes: Mapping[str, fx.Node]) -> tuple[tuple[str, ...], ...]:
+    """The paths of linears that read one value, before it is quantized."""
+    readers: dict[Any, list[str]] = defaultdict(list)
+    for path, node in nodes.items():
+        source: Any = node.args[0]
+        codes = _codes_of(source)
+        if codes is not None:
+            source = codes.args[0]
+            if codes.target is operator.getitem:  # (codes, scale) of quantize_per_token
+                source = source.args[0]
+        readers[source].append(path)
+    return tuple(tuple(paths) for paths in readers.values() if len(paths) > 1)
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return ", ".join(listed[:4]) + more

@@ -1,0 +1,67 @@
+"""SmolLM2-135M: every stage of a W8A8 and a W4A16 compile exports, is valid, and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+import panguq
+from demo.fetch import default_cache, fetch_calibration_text, fetch_model
+from panguq.calibration import token_windows
+from panguq.evaluate import Perplexity, evaluate, logits_of
+from panguq.export.onnx_export import export_dump
+from panguq.export.onnx_run import OnnxModel
+from panguq.inputs import prepare
+from panguq.ir.edit import label
+from panguq.report.dump_reader import DumpReader
+from panguq.report.local_sqnr import sqnr_db
+from tests.export.onnx_values import is_matmul, local_differences
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The model, a little calibration data, and held-out text."""
+    folder = fetch_model(default_cache())
+    text = fetch_calibration_text(default_cache()).read_text(encoding="utf-8")
+    tokenizer = panguq.load_tokenizer(folder)
+    calibration = token_windows(text[:100_000], tokenizer, 64, 1)
+    return (
+        panguq.load_pretrained(folder),
+        calibration,
+        token_windows(text[300_000:], tokenizer, 128, 2),
+    )
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
+def test_every_stage_exports_and_runs(recipe: str, smollm2: Any, tmp_path: Path) -> None:
+    model, calibration, held_out = smollm2
+    dump = tmp_path / "dump"
+    compiled = panguq.compile(model, recipe, calibration=calibration, dump_dir=dump)
+    ids, float_logits = held_out[:1, :24], None
+    reader = DumpReader(dump)
+    path = tmp_path / "model.onnx"
+    for stage in reader.stages:
+        export_dump(reader, path, stage, overwrite=True)
+        onnx.checker.check_model(str(path))
+        logits, cache = OnnxModel(path, compiled.interface).logits(ids)
+        assert len(cache) == 60 and cache[0].shape == (1, 3, 24, 64)
+        float_logits = logits if float_logits is None else float_logits
+        quantizes = any(word in stage for word in ("quant", "outliers", "lower"))
+        assert sqnr_db(float_logits, logits) >= (5 if quantizes else 60), stage
+    # The file is now the lowered graph.
+    found = OnnxModel(path, compiled.interface)
+    models = {"onnx": lambda x: found.logits(x)[0], "pytorch": logits_of(compiled)}
+    results = evaluate(models, held_out, metrics=[Perplexity])
+    perplexity = {name: result["perplexity"] for name, result in results.items()}
+    assert perplexity["onnx"] == pytest.approx(perplexity["pytorch"], rel=0.01)
+
+    differences = local_differences(
+        compiled.graph, compiled.interface, path, prepare(compiled.interface, ids)
+    )
+    matmuls = [label(node) for node in compiled.graph.graph.nodes if is_matmul(node)]
+    assert len(matmuls) >= 211
+    assert min(differences[name] for name in matmuls) >= 60
