@@ -22,6 +22,14 @@ def _store(scale: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale).to(scale_dtype(spec))
 
 
+def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 scales as a 16-bit model stores them, in its own dtype: servers and NPU ops that keep
+    weight scales in the model's dtype then compute with the numbers that made the codes."""
+    if scale.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        return scale
+    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).to(torch.float32)
+
+
 def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale, and zero point if asymmetric, `[n, k / group_size]`, from each group's range.
 
@@ -30,7 +38,8 @@ def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Ten
     """
     groups = weight.float().reshape(weight.shape[0], -1, group_size)
     if spec.symmetric:
-        return _store(groups.abs().amax(-1) / spec.quant_max, spec), None
+        scale = _store(groups.abs().amax(-1) / spec.quant_max, spec)
+        return storable(scale, weight.dtype), None
     return affine_scale(groups.amin(-1), groups.amax(-1), spec)
 
 
@@ -74,7 +83,11 @@ def search_scale(
     best: tuple[Tensor, Tensor | None] | None = None
     best_error = torch.full(low.shape, torch.inf)
     plain = min_max_scale(weight, group_size, spec)  # so that the search is never worse
-    searched = (c for ratio in ratios for c in _candidates(low * ratio, high * ratio, spec))
+    searched = (
+        (storable(scale, weight.dtype), zero)
+        for ratio in ratios
+        for scale, zero in _candidates(low * ratio, high * ratio, spec)
+    )
     for candidate in itertools.chain((plain,), searched):
         error = (quantize_groups(groups, *candidate, spec) - groups).square_()
         total = (error if weighting is None else error.mul_(weighting)).sum(-1)

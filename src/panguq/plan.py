@@ -157,6 +157,7 @@ def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
         prefill_us=round(choice.prefill_us, 1) if choice else None,
         others=dict(choice.losers) if choice else {},
         gives_logits=gives_logits(node),
+        bias=len(node.args) > 2 and node.args[2] is not None,
         note=note,
     )
 

@@ -23,6 +23,7 @@ class MatmulPlan(BaseModel):
     prefill_us: float | None = None
     others: dict[str, str] = {}
     gives_logits: bool = False
+    bias: bool = False
     note: str = ""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import panguq
 from panguq.errors import PanguqError
+from panguq.export import onnx_export, onnx_run
 from panguq.export.onnx_export import export_graph, export_onnx
 from panguq.export.onnx_run import OnnxModel
 from panguq.inputs import prepare
@@ -117,6 +118,21 @@ def test_every_op_fed_the_same_input_agrees(
     assert matmuls <= set(found)
 
 
+def test_the_comparison_finds_one_wrong_scale(tmp_path: Path) -> None:
+    model = compiled("openpangu", "w8a8")
+    exported(model, "lowered", tmp_path)
+    path = tmp_path / "model.onnx"
+    file = onnx.load(str(path))
+    name = "model.layers.0.mlp.up_proj:linear"
+    scale = next(x for x in file.graph.initializer if x.name == f"{name}.deq_scale")
+    wrong = onnx.numpy_helper.to_array(scale) * 1.01
+    scale.CopyFrom(onnx.numpy_helper.from_array(wrong, scale.name))
+    onnx.save(file, str(path))
+    inputs = prepare(model.interface, token_ids(2, 17))
+    found = local_differences(model.graph, model.interface, path, inputs)
+    assert [label for label, db in found.items() if 0 < db < SMALLEST_DB] == [name]
+
+
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "preset w4a16", "preset w8a16"])
 def test_greedy_tokens_are_equal_until_two_are_nearly_as_likely(
     recipe: str, tmp_path: Path
@@ -213,6 +229,21 @@ def test_an_unknown_op_is_named(tmp_path: Path) -> None:
     with pytest.raises(PanguqError, match=r"node roll: .* the op aten\.roll\.default"):
         export_graph(gm, interface, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compiled("llama", "float")
+    exported(model, "lowered", tmp_path)
+    module = onnx_export if package == "onnx" else onnx_run
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(PanguqError, match=f"needs the package {package}\\n") as caught:
+        if package == "onnx":
+            export_onnx(model, tmp_path / "other.onnx")
+        OnnxModel(tmp_path / "model.onnx", model.interface)
+    assert "panguq[onnx]" in caught.value.hint
 
 
 def test_an_unknown_stage_is_named(tmp_path: Path) -> None:

@@ -181,3 +181,14 @@ def test_groups_that_do_not_divide(k, size) -> None:
     assert min_max_scale(torch.randn(2, k), size, spec)[0].shape == (2, k // size)
     with pytest.raises(ValueError, match=f"divides k = {k - 8}"):
         replace(spec, group_size=128).group_size_for(k - 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_keeps_8_bit_scales_in_its_own_dtype(dtype) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spec = QuantSpec(8, "per_channel")
+    searched, _ = search_scale(weight, 64, spec, None, (1.0, 0.9))
+    for scale in (min_max_scale(weight, 64, spec)[0], searched):
+        assert scale.dtype == torch.float32
+        assert torch.equal(scale, scale.to(dtype).float())
+    assert (min_max_scale(torch.zeros(8, 64, dtype=dtype), 64, spec)[0] > 0).all()

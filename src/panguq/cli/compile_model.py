@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import tempfile
 from dataclasses import asdict
@@ -34,7 +35,7 @@ def add(commands: Commands) -> None:
         "it from the model.",
         "panguq compile smollm2 --recipe w8a8 --calibration text.txt --out smollm2-w8a8",
     )
-    command.add_argument("model", metavar="MODEL_DIR", type=Path, help="a local model folder")
+    command.add_argument("model", metavar="MODEL_DIR", type=Path, help="a local model folder or .gguf file")
     command.add_argument(
         "--recipe", required=True, help="a built-in recipe's name (panguq recipes) or a YAML file"
     )
@@ -42,6 +43,12 @@ def add(commands: Commands) -> None:
     command.add_argument("--windows", type=positive, default=16, help="pieces of text to take")
     command.add_argument("--window", type=positive, default=512, help="tokens in each of them")
     command.add_argument("--out", metavar="DIR", type=Path, help="where to save the result")
+    command.add_argument(
+        "--format",
+        choices=("panguq", "compressed-tensors", "ascend"),
+        default="panguq",
+        help="of --out: panguq's own, or a checkpoint for servers (default: panguq)",
+    )
     command.add_argument("--force", action="store_true", help="replace the model in --out")
     command.add_argument("--dump", metavar="DIR", type=Path, help="write what each pass did")
     command.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
@@ -106,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     if options.out is not None:
-        compiled.save(options.out, overwrite=options.force)
+        compiled.save(options.out, overwrite=options.force, format=options.format)
     if options.json:
         print_json({**compiled.report.model_dump(), "out": _text(options.out)})
     else:
@@ -185,7 +192,8 @@ def _tokenizer_if_any(folder: Path) -> Any:
 
     try:
         return load_tokenizer(folder)
-    except InputError:  # it would only have been saved along
+    except InputError as error:  # it would only have been saved along
+        logging.getLogger("panguq").warning("no tokenizer is saved: %s", error.message)
         return None
 
 

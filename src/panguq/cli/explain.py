@@ -29,7 +29,7 @@ Or give a model folder (only config.json is read): predicted time of a prompt an
 step, weight bytes and the critical path, against the float model."""
 
 _EXAMPLES = """\
-examples:
+example:
   panguq explain 128x256x2048 --scheme w8a8 --target ascend910b3
   panguq explain 1x4096x12800 --scheme w4a16-g32 --json
   panguq explain 16x1536x6144 --scheme w8a8 --heat-map gain.png --csv candidates.csv

@@ -153,18 +153,13 @@ def _int8_by_int4(step: Step, given: dict[str, Any]) -> str:
     steps = step.builder.add_tensor(f"{step.label}.group_scale", scale)
     result = step.add("Mul", result, steps, suffix="group_scaled")
     axis = step.integers([0], "groups_axis")
-    last = ["ReduceSum", result, axis]
-    flags = {"keepdims": 0}
-    for name, op_type in (("offset", "Add"), ("pertoken_scale", "Mul")):
-        if given[name] is not None:
-            result = step.add(*last, suffix=f"before_{name}", **flags)  # type: ignore[arg-type]
-            other = (
-                step.read(given[name], torch.float32)
-                if name == "offset"
-                else _column(step, given[name])
-            )
-            last, flags = [op_type, result, other], {}
-    return step.finish(*last, **flags)  # type: ignore[arg-type]
+    total = step.add("ReduceSum", result, axis, suffix="sum", keepdims=0)
+    if given["offset"] is not None:
+        offset = step.read(given["offset"], torch.float32)
+        total = step.add("Add", total, offset, suffix="unshifted")
+    if given["pertoken_scale"] is None:
+        return step.finish("Identity", total)
+    return step.finish("Mul", total, _column(step, given["pertoken_scale"]))
 
 
 # --- 16-bit activations times integer weights ---------------------------------------------------
@@ -195,14 +190,16 @@ def _weight_only(
     else:
         n, elem_type = columns, TensorProto.INT8
         codes = step.read(weight)
-    shape = (k // group_size, n) if group_size else (n,)
+    shape = (-(-k // group_size), n) if group_size else (n,)
     scales = step.known(scale).float().reshape(-1)
     if scales.numel() == 1:
         scales = scales.repeat(n)
     inputs = [codes, step.builder.add_tensor(f"{step.label}.weight_scale", scales.reshape(shape))]
     if offset is not None:
         inputs.append(_zero_point(step, step.lazy(offset), shape, elem_type))
-    attributes = {"axis": 0, "block_size": group_size} if group_size else {"axis": 1}
+    attributes: dict[str, Any] = {"axis": 1}
+    if group_size:
+        attributes = {"axis": 0, "block_size": group_size}
     wide = step.add("DequantizeLinear", *inputs, suffix="weight", **attributes)
     rounded = step.round_to(wide, dtype, "weight_rounded")
     tokens = step.read(x)

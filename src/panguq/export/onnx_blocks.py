@@ -85,8 +85,7 @@ def _npu_swiglu(step: Step) -> str:
 
 
 def _attention(step: Step) -> str:
-    query, key, value, mask, scale = step.node.args
-    assert isinstance(mask, fx.Node)
+    query, key, value, mask, scale = step.arguments().values()
     if any(known_size(size) == 0 for size in mask.meta["val"].shape):
         attended = _causal(step, query, key)
     else:

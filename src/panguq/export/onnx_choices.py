@@ -104,8 +104,8 @@ def _table(node: fx.Node, op: str | None) -> list[tuple[int, Candidate]]:
         return [(m, _with_schedule(parse_kernel(k))) for m, k in zip(last_m, kernels, strict=True)]
     if op in _OWN:
         splits = node.args[-2] if op_name(node).endswith("split_k") else 1
-        tile = tuple(cast(list[int], node.args[-1]))
-        candidate = Candidate(op_name(node), splits=cast(int, splits), tile=tile)  # type: ignore[arg-type]
+        block_m, block_n, block_k = cast(list[int], node.args[-1])
+        candidate = Candidate(op_name(node), splits=cast(int, splits), tile=(block_m, block_n, block_k))
         return [(NO_LIMIT, _with_schedule(candidate))]
     return [(NO_LIMIT, Candidate(op_name(node)))] if op in _VENDOR else []
 
@@ -115,7 +115,7 @@ def _with_schedule(kernel: Candidate) -> Candidate:
         if kernel.kernel.endswith(schedule):
             return Candidate(
                 kernel.kernel,
-                schedule=schedule,  # type: ignore[arg-type]
+                schedule=schedule,
                 splits=kernel.splits,
                 tile=kernel.tile,
             )

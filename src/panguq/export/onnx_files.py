@@ -92,7 +92,7 @@ def _bytes_of(weight: Weight) -> memoryview:
             f"weight {weight.name} has {flat.numel()} bytes, its type says {weight.nbytes}",
             "this is a defect of an emitter in panguq/export",
         )
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def _write_weights(path: Path, weights: Sequence[Weight]) -> None:

@@ -160,7 +160,7 @@ def _results(gm: fx.GraphModule) -> Sequence[fx.Node]:
     returned = next(reversed(gm.graph.nodes)).args[0]
     found = returned if isinstance(returned, list | tuple) else [returned]
     assert all(isinstance(node, fx.Node) for node in found)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _output(builder: Builder, node: fx.Node, wanted: str) -> Any:

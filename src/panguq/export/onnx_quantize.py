@@ -19,7 +19,7 @@ from panguq.export.onnx_step import Emitter, Step
 from panguq.kernels.packing import pack_int4
 from panguq.kernels.quantize import SMALLEST_AMAX
 
-_RANGES = {(-128, 127): TensorProto.INT8, (-8, 7): TensorProto.INT4}
+_RANGES: dict[tuple[int, int], int] = {(-128, 127): TensorProto.INT8, (-8, 7): TensorProto.INT4}
 
 
 # --- activations --------------------------------------------------------------------------------
@@ -96,9 +96,8 @@ def _dequantize(step: Step) -> str:
 
 
 def _quantize_weight(step: Step) -> str:
-    weight, scale, zero_point, group_size, *limits = step.node.args
-    assert isinstance(weight, fx.Node)
-    elem_type = _RANGES.get((limits[0], limits[1]), TensorProto.INT8)  # type: ignore[arg-type]
+    weight, scale, zero_point, group_size, *limits = step.arguments().values()
+    elem_type: int = _RANGES.get((limits[0], limits[1]), TensorProto.INT8)
     values = step.read(weight, torch.float32)
     inputs, attributes = weight_steps(
         step, weight.meta["val"].shape, scale, zero_point, group_size, elem_type

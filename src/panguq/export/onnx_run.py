@@ -57,7 +57,8 @@ class OnnxModel:
 
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy continuation `[batch, seq + max_new_tokens]`, token by token through the cache."""
-        ids, new, past = input_ids, input_ids, []
+        past: list[Tensor] = []
+        ids = new = input_ids
         for _ in range(max_new_tokens):
             logits, past = self.logits(new, past)
             new = logits[:, -1:].argmax(-1)

@@ -17,8 +17,8 @@ _TO_THE_END = 2**63 - 1
 
 
 def _size(step: Step) -> str:
-    source, axis = step.node.args
-    axis %= step.rank(source)  # type: ignore[operator]
+    source, axis = step.arguments().values()
+    axis %= step.rank(source)
     shape = step.add("Shape", step.read(source), suffix="shape", start=axis, end=axis + 1)
     return step.result("Squeeze", shape)
 
@@ -132,8 +132,7 @@ def _select(step: Step) -> str:
 
 
 def _split(step: Step) -> Value:
-    x, sizes = step.node.args[:2]
-    axis = step.arguments()["dim"]
+    x, axis = step.node.args[0], step.arguments()["dim"]
     widths = [known_size(part.shape[axis]) for part in step.node.meta["val"]]
     if any(width is None for width in widths):
         raise step.error("splits along a size that is not fixed")
@@ -176,8 +175,7 @@ def _embedding(step: Step) -> str:
 
 
 def _index(step: Step) -> str:
-    x, indices = step.node.args
-    assert isinstance(indices, list | tuple)
+    x, indices = step.arguments().values()
     places = [axis for axis, index in enumerate(indices) if index is not None]
     if len(places) != 1 or indices[places[0]].meta["val"].dtype == torch.bool:
         raise step.error("takes several index tensors or a mask, which ONNX export does not write")

@@ -15,7 +15,6 @@ from onnx import TensorProto
 from torch import Tensor
 
 from panguq.errors import PanguqError
-from panguq.ir.size_expression import evaluate, names_in
 from panguq.ir.value_types import Names, spell_size
 
 Shape = tuple[int | str, ...]
@@ -83,8 +82,3 @@ def known_size(size: Any) -> int | None:
         expression = size.node.expr
         return int(expression) if isinstance(expression, sympy.Integer) else None
     return int(size)
-
-
-def sizes_in(text: str, sizes: dict[str, int]) -> int | None:
-    """The value of a spelled size; None if it holds a name that is not among `sizes`."""
-    return evaluate(text, sizes) if set(names_in(text)) <= set(sizes) else None

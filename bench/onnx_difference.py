@@ -1,6 +1,6 @@
 """Exported SmolLM2 in onnxruntime: how far it is from PyTorch, with and without optimizations.
 
-    python bench/onnx.py [RECIPE ...]
+    python -m bench.onnx_difference [RECIPE ...]
 
 Prints the SQNR of the logits against the same graph in PyTorch, the perplexity, and the largest
 difference of a logit. onnxruntime's default optimizations fuse some dequantized 4-bit weights and
