@@ -198,6 +198,7 @@ class AscendCalls:
             named |= {
                 "offset": self.inputs.small(node, f"{stem}npu_offset{_row_name(rows)}", offset),
                 "pertoken_scale": column,
+                "group_sizes": [0, 0, W4A8_GROUP],  # else aclnn is told 0, which A2 does not list
             }
         args = (x, weight, stored)
         check_call(npu.npu_quant_matmul.default, value_types(args), value_types(named), label(node))

@@ -19,7 +19,10 @@ from panguq.plain_yaml import MAX_BYTES
 from panguq.recipe import Recipe, preset_names
 from panguq.suggest import did_you_mean, nearest
 
-PRESETS = ("float", "w4a16", "w4a16-asym", "w4a8", "w8a16", "w8a8", "w8a8-dynamic")
+PRESETS = (
+    "float", "w4a16", "w4a16-asym", "w4a8", "w8a16", "w8a8", "w8a8-dynamic",
+    "w8a8-dynamic-serving", "w8a8-serving",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,7 @@ def test_a_kill_between_the_two_renames_is_explained_and_cleared(saved: Path) ->
 def test_too_little_space_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_write", lambda *_: pytest.fail("it began to write"))
+    monkeypatch.setattr(storage, "write_file", lambda *_: pytest.fail("it began to write"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"1\.4 MiB needed in .*, 0\.0 MiB free"):

@@ -78,9 +78,7 @@ def plan(
             refusals.append(_with_hint(error))
     matmuls = []
     options = recipe.ascend
-    choices = Choices(
-        find_target(target), recipe.precision, options.weight_format, options.tokens
-    )
+    choices = Choices(find_target(target), recipe.precision, options.weight_format, options.tokens)
     for node in linears(gm):
         try:
             choice = choices.choose(node)

@@ -39,7 +39,7 @@ from panguq.partial_folder import PARTIAL, partial_folder, replaced_copies
 from panguq.strict_json import parse_json
 from panguq.weight_files import Shard, is_weight_file, plan_shards, read_mapped
 
-_SLACK_BYTES = 1 << 20  # for the folder itself and rounding up to blocks
+SLACK_BYTES = 1 << 20  # for the folder itself and rounding up to blocks
 
 
 def write_folder(
@@ -66,18 +66,22 @@ def write_folder(
                 f"use letters, digits, _ . and -; {MANIFEST} and weights belong to panguq",
             )
     shards, aliases = plan_shards(tensors, shard_bytes)
-    needed = sum(map(len, contents.values())) + sum(s.size for s in shards) + _SLACK_BYTES
+    needed = sum(map(len, contents.values())) + sum(s.size for s in shards) + SLACK_BYTES
     try:
         check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(target, overwrite) as folder:
-            _check_space(target, needed)
-            listed = {name: _write(folder / name, [contents[name]]) for name in sorted(contents)}
-            listed |= {shard.name: _write(folder / shard.name, shard.chunks()) for shard in shards}
+            check_space(target, needed)
+            listed = {
+                name: write_file(folder / name, [contents[name]]) for name in sorted(contents)
+            }
+            listed |= {
+                shard.name: write_file(folder / shard.name, shard.chunks()) for shard in shards
+            }
             manifest = _manifest(listed, shards, aliases)
-            _write(folder / MANIFEST, [manifest_text(manifest)])
+            write_file(folder / MANIFEST, [manifest_text(manifest)])
     except OSError as error:
-        raise _write_error(target, needed, error) from error
+        raise write_error(target, needed, error) from error
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             ) from error
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise StorageError(
@@ -176,7 +180,7 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _write_error(target: Path, needed: int, error: OSError) -> StorageError:
+def write_error(target: Path, needed: int, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(
             f"{target}: the disk is full or a limit was reached ({error.strerror}): "
@@ -190,7 +194,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
     digest, size = hashlib.sha256(), 0
     with open(path, "xb", buffering=0) as file:
         for chunk in chunks:

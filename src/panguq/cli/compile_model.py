@@ -35,7 +35,9 @@ def add(commands: Commands) -> None:
         "it from the model.",
         "panguq compile smollm2 --recipe w8a8 --calibration text.txt --out smollm2-w8a8",
     )
-    command.add_argument("model", metavar="MODEL_DIR", type=Path, help="a local model folder or .gguf file")
+    command.add_argument(
+        "model", metavar="MODEL_DIR", type=Path, help="a local model folder or .gguf file"
+    )
     command.add_argument(
         "--recipe", required=True, help="a built-in recipe's name (panguq recipes) or a YAML file"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from panguq.errors import StorageError
 from panguq.partial_folder import partial_folder
-from panguq.storage import _SLACK_BYTES, _check_space, _write, _write_error
+from panguq.storage import SLACK_BYTES, check_space, write_error, write_file
 from panguq.strict_json import parse_json
 from panguq.weight_files import DTYPES
 
@@ -74,18 +74,18 @@ def write_checkpoint(
     texts = {name: t.encode() if isinstance(t, str) else t for name, t in files.items()}
     if len(groups) > 1:
         texts[f"{stem}.safetensors.index.json"] = _index(groups, names, tensors)
-    needed = sum(map(len, texts.values())) + sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES
+    needed = sum(map(len, texts.values())) + sum(t.nbytes for t in tensors.values()) + SLACK_BYTES
     try:
         _check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(target, needed)
+        check_space(target, needed)
         with partial_folder(target, overwrite) as folder:
             for name, group in zip(names, groups, strict=True):
                 _write_safetensors(folder / name, {key: tensors[key] for key in group})
             for name in sorted(texts):
-                _write(folder / name, [texts[name]])
+                write_file(folder / name, [texts[name]])
     except OSError as error:
-        raise _write_error(target, needed, error) from error
+        raise write_error(target, needed, error) from error
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -159,7 +159,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Output]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     outputs = (output for _, output in ordered)
-    _write(path, _chunks(len(text).to_bytes(8, "little") + text, outputs))
+    write_file(path, _chunks(len(text).to_bytes(8, "little") + text, outputs))
 
 
 def _chunks(header: bytes, outputs: Iterable[Output]) -> Iterator[bytes | memoryview]:

@@ -105,7 +105,9 @@ def _table(node: fx.Node, op: str | None) -> list[tuple[int, Candidate]]:
     if op in _OWN:
         splits = node.args[-2] if op_name(node).endswith("split_k") else 1
         block_m, block_n, block_k = cast(list[int], node.args[-1])
-        candidate = Candidate(op_name(node), splits=cast(int, splits), tile=(block_m, block_n, block_k))
+        candidate = Candidate(
+            op_name(node), splits=cast(int, splits), tile=(block_m, block_n, block_k)
+        )
         return [(NO_LIMIT, _with_schedule(candidate))]
     return [(NO_LIMIT, Candidate(op_name(node)))] if op in _VENDOR else []
 

@@ -103,7 +103,11 @@ SUPPORT: dict[tuple[Server, Format], dict[str, Support]] = {
         "W8A16": _YES,
         "W4A16": _YES,
         "W4A16_ASYM": _no(_ASYMMETRIC, "W4A16", _VLLM_CT),
-        "W4A8": _no("no scheme of it has 4-bit weights and int8 inputs", "W8A8_DYNAMIC", _VLLM_CT),
+        "W4A8": _no(
+            "its only kernel for 4-bit weights with int8 inputs runs on CPUs",
+            "W8A8_DYNAMIC",
+            _VLLM_CT,
+        ),
         "W4A4": _no("no scheme of it has 4-bit inputs", "W8A8_DYNAMIC", _VLLM_CT),
     },
     ("transformers", "compressed-tensors"): {
