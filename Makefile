@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint conformance bench bench-cost-model clean
+.PHONY: help setup demo test lint conformance bench bench-cost-model bench-cpu-target clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench: setup  ## measure speed on this machine
 
 bench-cost-model: setup  ## compare the cost model with published timings
 	$(RUN) -m bench.cost_model $(ARGS)
+
+bench-cpu-target: setup  ## check the CPU target's choices on this machine
+	$(RUN) -m bench.cpu_target $(ARGS)
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) .venv-npu .venv-triton .venv-ct build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,11 +14,10 @@ from panguq.lowering.cost_model import Cost, at, cost, cost_us
 from panguq.lowering.cost_terms import OVERLAPPED, SERIAL, TERMS
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem, WeightFormat
 from panguq.lowering.select_kernel import (
-    BYTES,
-    CONVERTED,
     DEFAULT_MIX,
     HYSTERESIS,
     LARGEST_M,
+    MANY_TOKENS,
     Choice,
     TokenMix,
     select_kernel,
@@ -166,7 +165,10 @@ def _cost(candidate: Candidate, problem: MatmulProblem, target: Target) -> Cost:
     if target.kind == "ascend":
         return cost(candidate, problem, target)
     assert problem.m is not None
-    variants = [candidate.kernel, *([CONVERTED] if candidate.kernel == BYTES else [])]
+    variants = [
+        candidate.kernel,
+        *(many for few, many in MANY_TOKENS.items() if few == candidate.kernel),
+    ]
     return min((_cpu_cost(v, problem, target) for v in variants), key=lambda c: c.total_us)
 
 

@@ -34,8 +34,8 @@ class LowerMatmuls(Pass):
     On a CPU
     - W8A8, static and dynamic: `int8_linear(q, act_scale, zero_point, codes, weight_scale)`.
     - W8A16: `int8_weight_linear(x, codes, weight_scale)`.
-    - W4A16: `int4_linear(x, kernel layout of the packed codes)`; the ops that bring the stored
-      codes into the kernel's layout depend on weights alone and are run once, at loading.
+    - W4A16: `int4_linear(x, kernel layout of the packed codes)` and, beyond `few_tokens`, the stored
+      codes; the ops that make the kernel's layout depend on weights alone and run once, at loading.
     A weight-only matmul that neither takes, or one that must not round to bfloat16
     (`precision`), becomes `dequantized_linear`, which takes everything, and says so; so do W4A8 and
     W4A4, on dequantized activations.

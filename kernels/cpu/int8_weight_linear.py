@@ -15,6 +15,10 @@ from panguq.ir.opset import define_op
 NAMESPACE = "panguq_cpu"
 K_MULTIPLE = 16
 ALIGNMENT_BYTES = 32
+# What is converted and multiplied at a time: 2 MiB in bfloat16, memory that the allocator gives out
+# again and again. A whole large weight would be mapped anew at every call, which costs more than
+# converting it.
+WEIGHTS_PER_PIECE = 1 << 20
 
 
 def refusal(m: int | None, n: int, k: int) -> str | None:
@@ -25,10 +29,22 @@ def refusal(m: int | None, n: int, k: int) -> str | None:
 
 
 def _scaled(result: Tensor, weight_scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    result = result.to(torch.float32) * weight_scale.reshape(-1)
+    result = result.to(torch.float32).mul_(weight_scale.reshape(-1))  # a copy: it is bfloat16
     if bias is not None:
         result.add_(bias)
     return result.to(x.dtype).view(*x.shape[:-1], result.shape[-1])
+
+
+def _converted(tokens: Tensor, weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    rows = max(1, WEIGHTS_PER_PIECE // k)
+    if n <= rows:
+        return F.linear(tokens, weight.to(torch.bfloat16))
+    result = tokens.new_empty((tokens.shape[0], n))
+    for start in range(0, n, rows):
+        piece = slice(start, start + rows)
+        result[:, piece] = F.linear(tokens, weight[piece].to(torch.bfloat16))
+    return result
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -56,11 +72,11 @@ def int8_weight_linear(
 
     x float32 or bfloat16 [..., k]; weight int8 [n, k]; weight_scale float32 [n] or [n, 1]; bias
     float32 [n] or None. Returns [..., n] in x's dtype. Up to `few_tokens` tokens the kernel that
-    reads bytes runs (k a multiple of 16); beyond, a bfloat16 copy of the weight is held meanwhile.
+    reads bytes runs (k a multiple of 16); beyond, pieces of the weight are converted to bfloat16.
     """
     tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     if tokens.shape[0] > few_tokens:
-        return _scaled(F.linear(tokens, weight.to(torch.bfloat16)), weight_scale, bias, x)
+        return _scaled(_converted(tokens, weight), weight_scale, bias, x)
     # The kernel would round the scales to bfloat16; ones keep them out of it.
     ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
     result = torch._weight_int8pack_mm(_aligned(tokens), _aligned(weight), ones)

@@ -16,7 +16,7 @@ from panguq.kernels.ascend.npu_int4pack import CODES_PER_WORD
 from panguq.lowering.cost_model import M, cost, cost_us
 from panguq.lowering.dispatch import NO_LIMIT, parse_kernel, row_for
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
-from panguq.lowering.select_kernel import BYTES, CONVERTED
+from panguq.lowering.select_kernel import MANY_TOKENS, cpu_cost_name
 from panguq.lowering.targets import Target, find_target
 
 TOKENS = (1, 16, 512)  # decoding one and several sequences, and a prompt
@@ -66,9 +66,8 @@ class KernelNotes:
         problem = MatmulProblem(None, n, k, scheme)
         parts = []
         for m in TOKENS:
-            variant = kernel
-            if kernel == BYTES and m > cast(int, node.args[4]):
-                variant = CONVERTED
+            few_tokens = cast(int, node.args[-1]) if kernel in MANY_TOKENS else 0
+            variant = cpu_cost_name(kernel, few_tokens, m)
             microseconds = float(cost_us(variant, problem, self.target).subs(M, m))
             parts.append(f"m={m}: {microseconds:.1f}")
         return {"panguq.predicted_us": "; ".join(parts)}
