@@ -3,8 +3,8 @@
     python -m bench.onnx_difference [RECIPE ...]
 
 Prints the SQNR of the logits against the same graph in PyTorch, the perplexity, and the largest
-difference of a logit. onnxruntime's default optimizations fuse some dequantized 4-bit weights and
-the matmul that reads them into a kernel that quantizes the activations.
+difference of a logit. onnxruntime's default optimizations fuse some dequantized weights and the
+matmul that reads them into a kernel that quantizes the activations.
 """
 
 from __future__ import annotations

@@ -63,3 +63,22 @@ def test_float_generates_the_same_tokens(smollm2) -> None:
     compiled = panguq.compile(model, "float")
     options = {"max_new_tokens": 16, "do_sample": False}
     assert torch.equal(compiled.generate(**prompt, **options), model.generate(**prompt, **options))
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
+def test_the_ascend_graph_is_the_fake_quant_model(smollm2, recipe) -> None:
+    """In bfloat16, through bodies that compute on a CPU what the NPU's ops document."""
+    model, tokenizer, text = smollm2
+    calibration = token_windows(text[:100_000], tokenizer, 256, 2)
+    held_out = token_windows(text[300_000:], tokenizer, 256, 2)
+    compiled = panguq.compile(model, recipe, calibration=calibration, target="ascend910b1")
+    namespaces = {node.target.namespace for node in compiled.graph.graph.nodes if _is_op(node)}
+    assert namespaces <= {"aten", "npu", "panguq", "panguq_npu"}
+    models = {"lowered": logits_of(compiled), "fake": logits_of(compiled.at_stage("fake-quant"))}
+    results = evaluate(models, held_out, logits_of(model))
+    lowered, fake = (results[name]["perplexity"] for name in ("lowered", "fake"))
+    assert lowered == pytest.approx(fake, rel=0.01)
+
+
+def _is_op(node: Any) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)

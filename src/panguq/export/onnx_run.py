@@ -18,8 +18,8 @@ from panguq.ir.interface import Interface
 class OnnxModel:
     """An exported file in an onnxruntime session on the CPU.
 
-    onnxruntime's optimizations are off unless `optimized`: its default ones replace some matmuls
-    of dequantized 4-bit weights by a kernel that quantizes the activations too.
+    onnxruntime's optimizations are off unless `optimized`: its default ones replace matmuls of
+    dequantized weights by kernels that quantize the activations too.
     """
 
     def __init__(self, path: str | Path, interface: Interface, optimized: bool = False) -> None:
