@@ -25,6 +25,9 @@ KERNELS = {
     "w8a16": {"int8_weight_linear"},
     "w4a16": {"int4_linear"},
     "w4a16-asym": {"int4_linear"},
+    "w4a8": {"dequantized_linear"},  # a CPU has no kernel of its own for it
+    "w8a8-serving": {"int8_linear"},
+    "w8a8-dynamic-serving": {"int8_linear"},
 }
 
 

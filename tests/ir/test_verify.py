@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from panguq.errors import VerifyError
-from panguq.ir.edit import call, clone, fake_of, find_label, set_tensor
+from panguq.ir.edit import call, clone, fake_of, find_label, replace, set_tensor
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.verify import CHECKS, check_form, verify
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.base import Pass, PassContext, PassResult
 from panguq.passes.calibrate import Calibrate
+from panguq.passes.fuse_ascend import FuseAscend
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline import run_pipeline
 from panguq.passes.quantize_weights import QuantizeWeights
@@ -43,13 +44,17 @@ STAGES: dict[str, tuple[Pass, ...]] = {
     "fake-quant": (Calibrate(), InsertFakeQuant()),
     "codes": (Calibrate(), InsertFakeQuant(), QuantizeWeights()),
     "lowered": (Calibrate(), InsertFakeQuant(), QuantizeWeights(), LowerMatmuls()),
-}
+    "npu": (
+        Calibrate(), InsertFakeQuant(), QuantizeWeights(), LowerMatmuls("ascend910b1"), FuseAscend()
+    ),
+}  # fmt: skip
 
 
 @functools.cache
 def _stage(name: str, scheme: str) -> fx.GraphModule:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 8))
-    run_passes(gm, tiny_context(interface, torch.randn(16, 8)), scheme, *STAGES[name])
+    dtype = torch.bfloat16 if name == "npu" else torch.float32
+    gm, interface = trace_tiny(Two().to(dtype), torch.randn(3, 8).to(dtype))
+    run_passes(gm, tiny_context(interface, torch.randn(16, 8).to(dtype)), scheme, *STAGES[name])
     return gm
 
 
@@ -106,6 +111,12 @@ def dequantize_again(gm: fx.GraphModule) -> None:
          suffix=".linear")  # fmt: skip
 
 
+def call_canonical(gm: fx.GraphModule) -> None:
+    node = find_label(gm, "relu")
+    gate = node.args[0]
+    replace(node, call(node, torch.ops.panguq.swiglu.default, (gate, gate), origin=node))
+
+
 CASES: list[tuple[Property, str, Break, str]] = [
     (Property.CANONICAL, "schemes", forget("label"), "missing or not unique"),
     (Property.CANONICAL, "schemes", relabel, "the label of a:linear is missing or not unique"),
@@ -118,6 +129,7 @@ CASES: list[tuple[Property, str, Break, str]] = [
     (Property.QDQ, "fake-quant", float_input, "a:linear is W8A8 and its input"),
     (Property.QDQ, "fake-quant", quantized_input, "a:linear is W8A16 and its input"),
     (Property.LOWERED, "lowered", dequantize_again, "a:linear.linear still reads"),
+    (Property.ASCEND_OPS, "npu", call_canonical, "calls panguq::swiglu, which an Ascend NPU"),
 ]
 
 
@@ -149,7 +161,8 @@ def test_every_property_has_one_check_and_a_case_here() -> None:
 @pytest.mark.parametrize("scheme", ["FLOAT", "W8A16", "W8A8_DYNAMIC", "W4A16", "W4A16_ASYM"])
 def test_every_scheme_goes_through_whole(scheme) -> None:
     """What a scheme does not need, no check asks for."""
-    verify(stage("codes", scheme), set(Property) - {Property.LOWERED}, after="it")
+    lowered = {Property.LOWERED, Property.ASCEND_OPS}
+    verify(stage("codes", scheme), set(Property) - lowered, after="it")
     verify(stage("lowered", scheme), {Property.LOWERED, Property.CANONICAL}, after="it")
 
 
