@@ -127,6 +127,8 @@ def _kernel_refusal(problem: MatmulProblem, family: str, splits: int, tile: Tile
 def _own_refusal(problem: MatmulProblem) -> str | None:
     weight, activation = problem.scheme.weight, problem.scheme.activation
     assert weight is not None
+    if not problem.own_kernels:
+        return "the recipe wants the vendor's kernels alone"
     if problem.dtype == "float32":
         return "its result is float16 or bfloat16, the model is float32"
     if problem.weight_format != "ND":

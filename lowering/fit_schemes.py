@@ -14,8 +14,8 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.lowering.candidates import fallbacks, scheme_refusal
 from panguq.lowering.graph_problems import matmul_problem
-from panguq.lowering.select_format import FormatOption, select_format
-from panguq.lowering.select_kernel import DEFAULT_MIX, TokenMix
+from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
+from panguq.lowering.select_format import select_format
 from panguq.lowering.targets import Target, find_target
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 
@@ -26,18 +26,16 @@ class FitSchemes(Pass):
 
     A scheme whose kernels all refuse a matmul's shape is replaced by the first of its documented
     fallbacks that fits (W4A8 -> W8A8_DYNAMIC -> FLOAT, see `candidates.fallbacks`). Matmuls that
-    read one tensor keep one scheme: if one of them falls back, all do. With `allow_float`, matmuls
-    that are predicted to take longer quantized than in float, over the mix `tokens`, stay float.
-    Raises LoweringError if the target has no kernel for a scheme at all.
+    read one tensor keep one scheme: if one of them falls back, all do. With `ascend.allow_float`,
+    matmuls that are predicted to take longer quantized than in float, over the mix
+    `ascend.tokens`, stay float. Raises LoweringError if the target has no kernel for a scheme.
     """
 
     name: ClassVar[str] = "fit-schemes"
     requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
     exact: ClassVar[bool] = True
     target: str = "cpu"
-    allow_float: bool = False
-    weight_format: FormatOption = "auto"
-    tokens: TokenMix = DEFAULT_MIX
+    ascend: AscendOptions = DEFAULT_OPTIONS
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         target = find_target(self.target)
@@ -46,7 +44,7 @@ class FitSchemes(Pass):
         for siblings in _siblings(gm):
             scheme: Scheme = siblings[0].meta["scheme"]
             chosen, reasons = fit(siblings, target)
-            if self.allow_float and not chosen.is_float:
+            if self.ascend.allow_float and not chosen.is_float:
                 quantized_us, float_us = self._predicted_us(siblings, chosen, target)
                 if float_us < quantized_us:
                     reasons.append(
@@ -71,8 +69,9 @@ class FitSchemes(Pass):
         totals = [0.0, 0.0]
         for node in siblings:
             problem = matmul_problem(node, scheme, whole=False)
+            options = self.ascend
             choice = select_format(
-                problem, target, self.weight_format, self.tokens, allow_float=True
+                problem, target, options.weight_format, options.tokens, allow_float=True
             )
             for storage, cost_us in choice.storage_us:
                 totals[storage == "float"] += cost_us

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
 from typing import ClassVar
 
 import torch
@@ -17,9 +18,10 @@ from panguq.lowering.ascend_inputs import AscendInputs
 from panguq.lowering.cpu_calls import lower_on_cpu
 from panguq.lowering.dispatch import NO_LIMIT
 from panguq.lowering.graph_problems import matmul_problem, output_parts
+from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.problem import MatmulProblem, Precision
-from panguq.lowering.select_format import FormatOption, select_format
-from panguq.lowering.select_kernel import DEFAULT_MIX, Choice, TokenMix
+from panguq.lowering.select_format import select_format
+from panguq.lowering.select_kernel import Choice
 from panguq.lowering.targets import Target, find_target
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
@@ -34,8 +36,8 @@ class LowerMatmuls(Pass):
     On a CPU
     - W8A8, static and dynamic: `int8_linear(q, act_scale, zero_point, codes, weight_scale)`.
     - W8A16: `int8_weight_linear(x, codes, weight_scale)`.
-    - W4A16: `int4_linear(x, kernel layout of the packed codes)` and, beyond `few_tokens`, the stored
-      codes; the ops that make the kernel's layout depend on weights alone and run once, at loading.
+    - W4A16: `int4_linear(x, kernel layout of the packed codes)`; beyond `few_tokens` it reads the
+      stored codes. What makes the kernel's layout depends on weights alone and runs at loading.
     A weight-only matmul that neither takes, or one that must not round to bfloat16
     (`precision`), becomes `dequantized_linear`, which takes everything, and says so; so do W4A8 and
     W4A4, on dequantized activations.
@@ -44,7 +46,7 @@ class LowerMatmuls(Pass):
     - W8A8: `npu_quant_matmul(npu_quantize(x), w, deq_scale, bias=int32)`; W8A8_DYNAMIC, W4A8 and
       W4A4: the same on `npu_dynamic_quant(x)` with its scale per token.
     - W8A16, W4A16: `npu_weight_quant_batchmatmul(x, w, scale, offset)`.
-    int8 weights of integer matmuls lie in memory as `weight_format` says: ND, or NZ by an
+    int8 weights of integer matmuls lie in memory as `ascend.weight_format` says: ND, or NZ by an
     `npu_format_cast` that is run once, at loading.
     Where the cost model prefers another kernel on the same stored bytes for some m, the call is
     `dispatch_matmul` with a table over m. More than 65535 outputs are split into several calls.
@@ -56,8 +58,7 @@ class LowerMatmuls(Pass):
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
     target: str = "cpu"
     precision: Precision = "bfloat16"
-    weight_format: FormatOption = "auto"
-    tokens: TokenMix = DEFAULT_MIX
+    ascend: AscendOptions = DEFAULT_OPTIONS
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """Fake-quant matmuls on integer codes; nothing where the recipe quantizes nothing."""
@@ -68,7 +69,7 @@ class LowerMatmuls(Pass):
         target = find_target(self.target)
         result = PassResult()
         calls = AscendCalls(gm, AscendInputs(gm, ctx.store)) if target.kind == "ascend" else None
-        choices = Choices(target, self.precision, self.weight_format, self.tokens)
+        choices = Choices(target, self.precision, self.ascend)
         rows: list[tuple[object, ...]] = []
         for node in [n for n in gm.graph.nodes if n.target is aten.linear.default]:
             scheme = node.meta.get("scheme")
@@ -105,16 +106,11 @@ class Choices:
     """The kernels for a graph's linears under their schemes; equal problems are solved once."""
 
     def __init__(
-        self,
-        target: Target,
-        precision: Precision,
-        weight_format: FormatOption = "auto",
-        tokens: TokenMix = DEFAULT_MIX,
+        self, target: Target, precision: Precision, ascend: AscendOptions = DEFAULT_OPTIONS
     ) -> None:
         self.target = target
         self.precision = precision
-        self.weight_format = weight_format
-        self.tokens = tokens
+        self.ascend = ascend
         self.known: dict[MatmulProblem, Choice] = {}
 
     def choose(self, node: fx.Node) -> Choice:
@@ -122,8 +118,10 @@ class Choices:
         whole = self.target.kind == "cpu"
         problem = matmul_problem(node, node.meta["scheme"], self.precision, whole)
         if problem not in self.known:
+            options = self.ascend
+            allowed = replace_field(problem, own_kernels=options.own_kernels)
             self.known[problem] = select_format(
-                problem, self.target, self.weight_format, self.tokens
+                allowed, self.target, options.weight_format, options.tokens
             )
         return self.known[problem]
 

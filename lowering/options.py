@@ -14,6 +14,8 @@ class AscendOptions:
 
     allow_float: leave matmuls in float that are predicted to be faster so, over `tokens`.
     allow_inexact: let the vendor's ops that quantize inside a norm round in other places.
+    own_kernels: let panguq's own kernels run where they are predicted to be faster. They need
+        triton-ascend on the NPU's machine, and torchair cannot convert them.
     weight_format: how int8 weights of integer matmuls lie in memory: ND, row by row, which
         panguq's own kernels read, too; NZ, in the cube core's fractals, which the vendor's ops
         alone read; `auto` takes for each matmul what is predicted to be faster.
@@ -22,5 +24,9 @@ class AscendOptions:
 
     allow_float: bool = False
     allow_inexact: bool = False
+    own_kernels: bool = True
     weight_format: FormatOption = "auto"
     tokens: TokenMix = DEFAULT_MIX
+
+
+DEFAULT_OPTIONS = AscendOptions()

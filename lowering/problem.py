@@ -21,7 +21,8 @@ class MatmulProblem:
 
     `precision` is the least that weight-only matmuls of a float32 model may multiply in on a CPU.
     `dtype` is the model's and `weight_format` that of stored integer weights, for Ascend targets:
-    ND is `[k, n]` row by row, NZ the cube's own order of blocks (npu_format_cast).
+    ND is `[k, n]` row by row, NZ the cube's own order of blocks (npu_format_cast). `own_kernels`
+    says whether panguq's own kernels may do it.
     """
 
     m: int | None
@@ -31,6 +32,7 @@ class MatmulProblem:
     precision: Precision = "bfloat16"
     dtype: Dtype = "bfloat16"
     weight_format: WeightFormat = "ND"
+    own_kernels: bool = True
 
     @property
     def group_size(self) -> int:

@@ -23,12 +23,12 @@ def fitting(target: str, options: AscendOptions) -> list[Pass]:
     """After assign-schemes: what the target needs decided before calibration."""
     if find_target(target).kind != "ascend":
         return []
-    return [FitSchemes(target, options.allow_float, options.weight_format, options.tokens)]
+    return [FitSchemes(target, options)]
 
 
 def lowering_passes(target: str, precision: Precision, options: AscendOptions) -> list[Pass]:
     """From the fake-quant graph to the graph that runs on the target."""
-    lower = LowerMatmuls(target, precision, options.weight_format, options.tokens)
+    lower = LowerMatmuls(target, precision, options)
     if find_target(target).kind != "ascend":
         return [lower]
     return [MergeGateUp(), lower, FuseAscend(options.allow_inexact)]

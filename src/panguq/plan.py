@@ -77,8 +77,7 @@ def plan(
         except LoweringError as error:
             refusals.append(_with_hint(error))
     matmuls = []
-    options = recipe.ascend
-    choices = Choices(find_target(target), recipe.precision, options.weight_format, options.tokens)
+    choices = Choices(find_target(target), recipe.precision, recipe.ascend)
     for node in linears(gm):
         try:
             choice = choices.choose(node)

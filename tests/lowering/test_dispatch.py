@@ -21,6 +21,7 @@ from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.dispatch import Operands, kernel_call, parse_kernel, row_for
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
+from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.select_kernel import TableEntry, select_kernel
 from panguq.lowering.specialize import specialize
@@ -211,7 +212,7 @@ def test_allow_float_is_what_permits_float() -> None:
         gm, interface = trace_tiny(One().bfloat16(), torch.randn(2, 3, K).bfloat16())
         ctx = tiny_context(interface, torch.randn(2, 3, K).bfloat16())
         run_passes(gm, ctx, "W8A8_DYNAMIC")
-        FitSchemes("ascend910b1", **options).run(gm, ctx)
+        FitSchemes("ascend910b1", AscendOptions(**options)).run(gm, ctx)
         return {n.meta["scheme"].name for n in linears(clone(gm))}
 
     assert schemes() == {"W8A8_DYNAMIC"}

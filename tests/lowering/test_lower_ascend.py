@@ -22,6 +22,7 @@ from panguq.lowering.ascend_calls import AscendCalls
 from panguq.lowering.ascend_inputs import AscendInputs, source_of
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
+from panguq.lowering.options import AscendOptions
 from panguq.lowering.prepack import prepack
 from panguq.lowering.problem import Candidate
 from panguq.lowering.specialize import specialize
@@ -90,7 +91,7 @@ def lowered(
     """The fake-quant graph and the lowered one."""
     before, ctx = fake_quant(n, k, scheme, bias, dtype)
     gm = clone(before)
-    run_pipeline(gm, [LowerMatmuls("ascend910b1", **options)], ctx, held=HELD)
+    run_pipeline(gm, [LowerMatmuls("ascend910b1", ascend=AscendOptions(**options))], ctx, held=HELD)
     return before, gm
 
 
@@ -186,6 +187,16 @@ def test_the_weight_format_changes_no_bit(scheme) -> None:
     assert casts["ND"] == [] and len(casts["NZ"]) == 1
     kernel = find_label(graphs["NZ"], "fc:linear.kernel")
     assert op_name(kernel) == "npu_quant_matmul"  # panguq's own kernels read ND
+
+
+@pytest.mark.parametrize(("scheme", "vendor"), [
+    ("W8A8", "npu_quant_matmul"), ("W4A16", "npu_weight_quant_batchmatmul"),
+])  # fmt: skip
+def test_a_recipe_may_want_the_vendors_kernels_alone(scheme, vendor) -> None:
+    gm = lowered(64, 256, scheme, weight_format="ND", own_kernels=False)[1]
+    assert op_name(find_label(gm, "fc:linear.kernel")) == vendor
+    own = lowered(64, 256, scheme, weight_format="ND")[1]
+    assert "panguq" in str(find_label(own, "fc:linear.kernel").target)
 
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "W4A8"])
