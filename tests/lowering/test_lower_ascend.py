@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,18 +15,21 @@ from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, label, op_name
 from panguq.ir.interpret import run, values
 from panguq.ir.properties import Property
+from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.verify import verify
 from panguq.kernels.ascend.contracts import violations
 from panguq.kernels.cpu.int8_linear import _int32_matmul
 from panguq.lowering import ascend_calls, dispatch
 from panguq.lowering.ascend_calls import AscendCalls
 from panguq.lowering.ascend_inputs import AscendInputs, source_of
+from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.prepack import prepack
-from panguq.lowering.problem import Candidate
+from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.specialize import specialize
+from panguq.lowering.targets import find_target
 from panguq.passes.base import PassContext, linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
@@ -189,10 +193,15 @@ def test_the_weight_format_changes_no_bit(scheme) -> None:
     assert op_name(kernel) == "npu_quant_matmul"  # panguq's own kernels read ND
 
 
-def test_a_recipe_may_want_the_vendors_kernels_alone() -> None:
-    own, vendor = (lowered(64, 256, "W4A16", own_kernels=wanted)[1] for wanted in (True, False))
-    assert op_name(find_label(own, "fc:linear.kernel")).startswith("w4a16_")
-    assert op_name(find_label(vendor, "fc:linear.kernel")) == "npu_weight_quant_batchmatmul"
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
+def test_a_recipe_may_want_the_vendors_kernels_alone(scheme) -> None:
+    free = MatmulProblem(None, 4096, 4096, SCHEMES[scheme])
+    for problem, allowed in ((free, True), (replace(free, own_kernels=False), False)):
+        found = ascend_candidates(problem, find_target("ascend910b1"))
+        own = {c.refusal for c in found if c.schedule != "vendor"}
+        assert (None in own) == allowed
+    gm = lowered(64, 256, scheme, own_kernels=False)[1]
+    assert op_name(find_label(gm, "fc:linear.kernel")).startswith("npu_")
 
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "W4A8"])
