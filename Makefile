@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint conformance bench bench-cost-model bench-cpu-target clean
+.PHONY: help setup demo test lint conformance conformance-checkpoints bench bench-cost-model bench-cpu-target clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## install panguq and all that it needs into .venv
 
@@ -46,6 +46,10 @@ conformance: setup  ## check against real parts of the Ascend stack, in environm
 	$(PYTHON) -m conformance --environment .venv-npu --torch '$(TORCH)'
 	$(PYTHON) -m conformance.triton --environment .venv-triton --torch '$(TORCH)'
 
+conformance-checkpoints: setup  ## check saved checkpoints with other releases and tools (3 GB)
+	$(RUN) -m conformance.compressed_tensors --environment .venv-ct13
+	$(RUN) -m conformance.msmodelslim --environment .venv-msmodelslim
+
 bench: setup  ## measure speed on this machine
 	$(RUN) -m bench.run $(ARGS)
 
@@ -56,5 +60,5 @@ bench-cpu-target: setup  ## check the CPU target's choices on this machine
 	$(RUN) -m bench.cpu_target $(ARGS)
 
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) .venv-npu .venv-triton .venv-ct build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
