@@ -18,10 +18,10 @@ from panguq.ir.edit import call, get_tensor, label, value_types
 from panguq.ir.quant_spec import Scheme
 from panguq.kernels.ascend import int4_weight, npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.contracts import check_call
+from panguq.kernels.ascend.npu_dtypes import dtype_number
 from panguq.kernels.ascend.npu_format_cast import FRACTAL_NZ
 from panguq.lowering.ascend_inputs import AscendInputs, source_of
 from panguq.lowering.dispatch import (
-    SCALAR_TYPES,
     Operands,
     kernel_call,
 )
@@ -174,7 +174,7 @@ class AscendCalls:
         stem = _stem(scale)
         assert scheme.activation is not None
         x, pertoken_scale = self.inputs.quantize_dynamic(node, scheme.activation.bits)
-        named: dict[str, Any] = {"output_dtype": SCALAR_TYPES[dtype]}
+        named: dict[str, Any] = {"output_dtype": dtype_number(dtype)}
         if scheme.activation.bits == 4:
             stored = self.inputs.small(
                 node, f"{stem}npu_scale{_row_name(rows)}", scales.reshape(-1)

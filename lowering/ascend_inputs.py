@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from panguq.ir.edit import call, free_name, get_tensor, tensor_node
 from panguq.ir.weight_store import WeightStore
 from panguq.kernels.ascend import npu_ops  # noqa: F401  (registers the ops)
-from panguq.lowering.dispatch import QINT8, QUINT4X2
+from panguq.kernels.ascend.npu_dtypes import dtype_number
 
 aten = torch.ops.aten
 npu = torch.ops.npu
@@ -57,7 +57,7 @@ class AscendInputs:
                 source,
                 self.small(node, f"{stem}input_factor", factor),
                 self.small(node, f"{stem}input_offset", zero),
-                QINT8,
+                dtype_number(torch.qint8),
                 -1,
                 False,
             )
@@ -73,7 +73,7 @@ class AscendInputs:
         key = (quantize, "dynamic")
         if key not in self.made:
             source = quantize.args[0]
-            named = {} if bits == 8 else {"dst_type": QUINT4X2}
+            named = {} if bits == 8 else {"dst_type": dtype_number(torch.quint4x2)}
             pair = call(
                 node,
                 npu.npu_dynamic_quant.default,

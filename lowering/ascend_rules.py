@@ -7,9 +7,9 @@ ops-nn on aclnnQuantMatmulV5 and aclnnWeightQuantBatchMatmulV2.
 from __future__ import annotations
 
 from panguq.ir.quant_spec import Scheme
+from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
 from panguq.lowering.problem import MatmulProblem
 
-LARGEST_SIZE = 65535
 W4A8_GROUP = 256
 W4A8_LARGEST_K = 29576
 WORD_CODES = 8  # 4-bit codes in one int32
@@ -88,8 +88,8 @@ def weight_quant_refusal(problem: MatmulProblem) -> str | None:
 
 def _too_large(n: int, k: int) -> str | None:
     for name, size in (("n", n), ("k", k)):
-        if size > LARGEST_SIZE:
-            return f"{name}={size} is more than {LARGEST_SIZE}"
+        if size > LARGEST_DIMENSION:
+            return f"{name}={size} is more than {LARGEST_DIMENSION}"
     return None
 
 

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from panguq.errors import LoweringError
 from panguq.ir.opset import define_op
 from panguq.kernels.ascend import npu_ops, w4a16, w8a8  # noqa: F401  (ops that tables name)
+from panguq.kernels.ascend.npu_dtypes import dtype_number
 from panguq.lowering.problem import Candidate
 
 npu = torch.ops.npu
@@ -75,7 +76,7 @@ def kernel_call(kernel: Candidate, given: Operands) -> Call:
 
 
 def _quant_matmul(kernel: Candidate, given: Operands) -> Call:
-    named: dict[str, Any] = {"output_dtype": SCALAR_TYPES[given.output_dtype]}
+    named: dict[str, Any] = {"output_dtype": dtype_number(given.output_dtype)}
     if given.pertoken_scale is not None:
         named["pertoken_scale"] = given.pertoken_scale
     if given.bias is not None:
@@ -112,10 +113,6 @@ _CALLS = {
     "w4a16_data_parallel": _own_w4a16,
     "w4a16_split_k": _own_w4a16,
 }
-
-# torch_npu's schemas spell a dtype as its number in PyTorch's ScalarType.
-SCALAR_TYPES = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
-QINT8, QUINT4X2 = 12, 16
 
 
 def row_for(last_m: list[int], m: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from panguq.errors import LoweringError
-from panguq.lowering.ascend_rules import LARGEST_SIZE
+from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
 from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.cost_model import Floats, total_us
 from panguq.lowering.cost_terms import TERMS
@@ -77,7 +77,7 @@ def neighbours(problem: MatmulProblem) -> list[tuple[int, int]]:
         )
         if power == 0:
             pairs.append((problem.n, problem.k))
-        elif max(n, k) <= LARGEST_SIZE:
+        elif max(n, k) <= LARGEST_DIMENSION:
             pairs.append((n, k))
     return list(dict.fromkeys(pairs))
 

@@ -7,18 +7,18 @@ from typing import cast
 from torch import fx
 
 from panguq.ir.quant_spec import Scheme
+from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
 
-LARGEST_N = 65535  # of one call of an NPU matmul
 PART_MULTIPLE = 64
 
 
 def output_parts(node: fx.Node) -> list[slice]:
     """The rows of the weight that one call computes: all of them where they are few enough."""
     n = int(node.args[1].meta["val"].shape[0])
-    if n <= LARGEST_N:
+    if n <= LARGEST_DIMENSION:
         return [slice(None)]
-    parts = -(-n // LARGEST_N)
+    parts = -(-n // LARGEST_DIMENSION)
     size = -(-n // (parts * PART_MULTIPLE)) * PART_MULTIPLE
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 

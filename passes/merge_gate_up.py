@@ -22,13 +22,13 @@ from panguq.ir.edit import (
 )
 from panguq.ir.properties import Property
 from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
+from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, PassResult, Site
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 
-LARGEST_N = 65535  # npu_quant_matmul, npu_weight_quant_batchmatmul: last sizes (op-plugin docs)
 _KEPT_META = ("scheme", "input_statistics", "input_range")
 
 
@@ -89,8 +89,8 @@ def _obstacle(gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str]
         names = " and ".join("none" if s is None else s.name for s in schemes)
         return f"their schemes differ: {names}"
     sizes = [int(linear.args[1].meta["val"].shape[0]) for linear in (gate, up)]
-    if schemes[0] is not None and not schemes[0].is_float and sum(sizes) > LARGEST_N:
-        return f"{sum(sizes)} outputs are more than the {LARGEST_N} of a quantized matmul"
+    if schemes[0] is not None and not schemes[0].is_float and sum(sizes) > LARGEST_DIMENSION:
+        return f"{sum(sizes)} outputs are more than the {LARGEST_DIMENSION} of a quantized matmul"
     reason = _unlike(gate.args[1], up.args[1])
     if reason is not None:
         return reason

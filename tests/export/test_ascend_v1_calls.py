@@ -20,8 +20,8 @@ from panguq.ir.interpret import run
 from panguq.ir.properties import Property
 from panguq.kernels.ascend import npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.contracts import violations
+from panguq.kernels.ascend.npu_dtypes import dtype_number
 from panguq.kernels.ascend.npu_weight_quant_matmul import BIAS_DTYPE
-from panguq.lowering.dispatch import QINT8, SCALAR_TYPES
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
@@ -77,11 +77,13 @@ def static_call(stored: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Ten
     k = x.shape[-1]
     scale = stored["input_scale"].to(dtype).repeat(k)
     offset = stored["input_offset"].to(torch.int8).repeat(k).to(dtype)
-    codes = called(npu.npu_quantize.default, x, 1 / scale, offset, QINT8, -1, False)
+    codes = called(
+        npu.npu_quantize.default, x, 1 / scale, offset, dtype_number(torch.qint8), -1, False
+    )
     weight = stored["weight"].t().contiguous()
     return called(
         npu.npu_quant_matmul.default, codes, weight, stored["deq_scale"],
-        bias=stored["quant_bias"], output_dtype=SCALAR_TYPES[dtype],
+        bias=stored["quant_bias"], output_dtype=dtype_number(dtype),
     )  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def dynamic_call(
     return called(
         npu.npu_quant_matmul.default, codes, stored["weight"].t().contiguous(),
         stored["weight_scale"].to(scale_dtype).flatten(),
-        pertoken_scale=token_scale, bias=bias, output_dtype=SCALAR_TYPES[dtype],
+        pertoken_scale=token_scale, bias=bias, output_dtype=dtype_number(dtype),
     )  # fmt: skip
 
 
@@ -117,7 +119,7 @@ def int8_by_int4_call(stored: dict[str, Tensor], x: Tensor, dtype: torch.dtype) 
     return called(
         npu.npu_quant_matmul.default, codes, weight, scale,
         offset=stored["scale_bias"].sum(1), pertoken_scale=token_scale.reshape(-1, 1),
-        output_dtype=SCALAR_TYPES[dtype],
+        output_dtype=dtype_number(dtype),
     )  # fmt: skip
 
 

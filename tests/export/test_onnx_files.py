@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper
 
 import panguq
+from panguq import storage
 from panguq.cli import main
 from panguq.errors import StorageError
 from panguq.export import onnx_files
@@ -118,7 +119,7 @@ def test_too_little_space_is_said_before_writing(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(onnx_files.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="not enough space"):
         export_onnx(model, tmp_path / "m.onnx")
     assert files(tmp_path) == {}

@@ -19,7 +19,7 @@ from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.verify import verify
 from panguq.kernels.ascend.contracts import violations
 from panguq.kernels.cpu.int8_linear import _int32_matmul
-from panguq.lowering import ascend_calls, dispatch
+from panguq.lowering import dispatch
 from panguq.lowering.ascend_calls import AscendCalls
 from panguq.lowering.ascend_inputs import AscendInputs, source_of
 from panguq.lowering.candidates import ascend_candidates
@@ -157,8 +157,7 @@ def test_every_call_keeps_the_contract_of_its_op(scheme, n, k, dtype) -> None:
 
 
 def test_a_call_that_breaks_a_contract_is_refused_where_it_is_made(monkeypatch) -> None:
-    monkeypatch.setattr(ascend_calls, "SCALAR_TYPES", {torch.bfloat16: 3})  # int32
-    monkeypatch.setattr(dispatch, "SCALAR_TYPES", {torch.bfloat16: 3})
+    monkeypatch.setattr(dispatch, "dtype_number", lambda dtype: 3)  # int32
     vendor = Candidate("npu_quant_matmul")
     before, ctx = fake_quant(64, 256, "W8A8_DYNAMIC", True, torch.bfloat16)
     node = find_label(clone(before), "fc:linear")

@@ -15,11 +15,12 @@ from panguq.ir.interpret import run, values
 from panguq.ir.printer import print_graph
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import parse_scheme
+from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.merge_gate_up import LARGEST_N, MergeGateUp
+from panguq.passes.merge_gate_up import MergeGateUp
 from panguq.passes.pipeline import check_order, run_pipeline
 from panguq.passes.quantize_weights import QuantizeWeights
 from tests.models import canonical, family_context, run_passes, tiny_context, trace_tiny
@@ -284,9 +285,9 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     ("f", "scheme", "merged"),
     [
-        (LARGEST_N // 2, "W8A16", 1),
-        (LARGEST_N // 2 + 1, "W8A16", 0),
-        (LARGEST_N // 2 + 1, "FLOAT", 1),
+        (LARGEST_DIMENSION // 2, "W8A16", 1),
+        (LARGEST_DIMENSION // 2 + 1, "W8A16", 0),
+        (LARGEST_DIMENSION // 2 + 1, "FLOAT", 1),
     ],
 )
 def test_not_more_outputs_than_a_quantized_matmul_may_have(f, scheme, merged) -> None:
@@ -298,7 +299,7 @@ def test_not_more_outputs_than_a_quantized_matmul_may_have(f, scheme, merged) ->
     result = MergeGateUp().run(gm, ctx)
     assert result.changed == merged
     if not merged:
-        reason = f"{2 * f} outputs are more than the {LARGEST_N} of a quantized matmul"
+        reason = f"{2 * f} outputs are more than the {LARGEST_DIMENSION} of a quantized matmul"
         assert [s.reason for s in result.skipped] == [reason]
 
 

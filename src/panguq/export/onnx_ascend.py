@@ -18,14 +18,14 @@ from panguq.export.onnx_blocks import normalize
 from panguq.export.onnx_builder import Value
 from panguq.export.onnx_quantize import packed, token_codes
 from panguq.export.onnx_step import Emitter, Step
-from panguq.kernels.ascend.npu_dtypes import dtype_of
+from panguq.kernels.ascend.npu_dtypes import dtype_number, dtype_of
 from panguq.kernels.ascend.npu_int4pack import CODES_PER_WORD
 from panguq.kernels.ascend.npu_quant_matmul import SHIFT
 from panguq.kernels.ascend.npu_quant_matmul_rules import GROUP_SIZE
 from panguq.kernels.ascend.npu_trans_quant_param import scale_bits, scale_of
-from panguq.lowering.dispatch import QINT8, SCALAR_TYPES, Operands
+from panguq.lowering.dispatch import Operands
 
-_INT8 = (None, QINT8, SCALAR_TYPES[torch.int8])
+_INT8 = (None, dtype_number(torch.qint8), dtype_number(torch.int8))
 
 
 # --- quantizers ---------------------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from panguq.errors import StorageError
 from panguq.export.onnx_builder import Weight
 from panguq.export.onnx_model import OnnxGraph
+from panguq.storage import check_space, write_error
 
 INLINE_BYTES = 64 << 20  # a model of more bytes of weights keeps them in a file beside it
 SMALL_BYTES = 1 << 10  # a tensor of fewer stays in the model in any case
@@ -51,13 +50,13 @@ def write_onnx(
     partial = [target.with_name(f".{target.name}.partial-{token}") for target in (path, data)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(path, needed)
+        check_space(path, needed)
         if outside:
             _write_weights(partial[1], outside)
         _write(partial[0], [graph.model.SerializeToString()])
         _into_place(partial, [path, data], bool(outside))
     except OSError as error:
-        raise _write_error(path, needed, error) from error
+        raise write_error(path, needed, error) from error
     finally:
         for file in partial:
             file.unlink(missing_ok=True)
@@ -120,23 +119,3 @@ def _into_place(partial: list[Path], targets: list[Path], has_data: bool) -> Non
     else:
         data.unlink(missing_ok=True)
     os.replace(partial[0], path)
-
-
-def _check_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise StorageError(
-            f"{path}: not enough space: {needed / 2**20:.1f} MiB needed, "
-            f"{free / 2**20:.1f} MiB free",
-            "free some space there or choose another disk",
-        )
-
-
-def _write_error(path: Path, needed: int, error: OSError) -> StorageError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(
-            f"{path}: the disk is full or a limit was reached ({error.strerror}): "
-            f"{needed / 2**20:.1f} MiB needed; nothing was kept",
-            "free some space there, raise the limit, or choose another disk",
-        )
-    return StorageError(f"{path}: cannot be written: {error}", "choose another path")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from panguq.errors import InputError
+from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
 
 Server: TypeAlias = Literal["vllm-ascend", "mindie", "vllm", "transformers"]
 Format: TypeAlias = Literal["ascend", "compressed-tensors"]
@@ -26,7 +27,6 @@ READS: dict[Server, tuple[Format, ...]] = {
     "vllm": ("compressed-tensors",),
     "transformers": ("compressed-tensors",),
 }
-LARGEST_DIMENSION = 65535  # of npu_quant_matmul and npu_weight_quant_batchmatmul (op-plugin)
 W4A8_GROUP = 256  # inputs per scale of the int8 x int4 kernel (aclnnQuantMatmulV5)
 # Modules that servers join into one matmul, by the last part of their names.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
