@@ -7,7 +7,7 @@ ops-nn on aclnnQuantMatmulV5 and aclnnWeightQuantBatchMatmulV2.
 from __future__ import annotations
 
 from panguq.ir.quant_spec import Scheme
-from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.problem import MatmulProblem
 
 W4A8_GROUP = 256

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from panguq.errors import LoweringError
-from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.cost_model import Floats, total_us
 from panguq.lowering.cost_terms import TERMS

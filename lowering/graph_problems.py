@@ -7,7 +7,7 @@ from typing import cast
 from torch import fx
 
 from panguq.ir.quant_spec import Scheme
-from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
 
 PART_MULTIPLE = 64

@@ -22,7 +22,7 @@ from panguq.ir.edit import (
 )
 from panguq.ir.properties import Property
 from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
-from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, PassResult, Site
 

@@ -20,7 +20,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from panguq.errors import LoweringError
 
 Size = int | torch.SymInt
-LARGEST_DIMENSION = 65535
 
 # Where the rules stand. The aclnn pages are part of CANN's operator documentation.
 OP_PLUGIN = "op-plugin's page on {}"

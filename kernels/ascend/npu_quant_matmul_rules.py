@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from panguq.kernels.ascend.contracts import (
-    LARGEST_DIMENSION,
     OP_PLUGIN,
     PANGUQ,
     Finding,
@@ -21,6 +20,7 @@ from panguq.kernels.ascend.contracts import (
     wrong_dtype,
     wrong_shape,
 )
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.kernels.ascend.npu_dtypes import dtype_of
 from panguq.kernels.ascend.npu_int4pack import CODES_PER_WORD
 

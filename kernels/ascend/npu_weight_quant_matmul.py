@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from panguq.kernels.ascend.contracts import (
-    LARGEST_DIMENSION,
     OP_PLUGIN,
     PANGUQ,
     Finding,
@@ -21,6 +20,7 @@ from panguq.kernels.ascend.contracts import (
     wrong_shape,
 )
 from panguq.kernels.ascend.library import define_npu_op
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.kernels.ascend.npu_int4pack import CODES_PER_WORD, unpack_words
 
 GROUP_MULTIPLE = 32

@@ -15,7 +15,7 @@ from panguq.ir.interpret import run, values
 from panguq.ir.printer import print_graph
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import parse_scheme
-from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext
 from panguq.passes.calibrate import Calibrate

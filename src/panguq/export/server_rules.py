@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from panguq.errors import InputError
-from panguq.kernels.ascend.contracts import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 
 Server: TypeAlias = Literal["vllm-ascend", "mindie", "vllm", "transformers"]
 Format: TypeAlias = Literal["ascend", "compressed-tensors"]
