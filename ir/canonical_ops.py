@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * (x / sqrt(mean(x^2) + eps))` over the last axis; x `[..., k]`, weight `[k]`."""
     wide = _wide(x)
     # vector_norm sums the squares in one pass and without a copy of them.
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div_(x.shape[-1])
     normalized = (wide * mean_square.add_(eps).rsqrt_()).to(x.dtype)
     return normalized.mul_(weight) if weight.dtype == x.dtype else weight * normalized
 

@@ -22,6 +22,7 @@ Body = Callable[..., Any]
 
 _libraries: dict[str, torch.library.Library] = {}
 _own_ops: dict[str, OpOverload] = {}
+_bodies: dict[OpOverload, Body] = {}
 
 
 def define_op(schema: str, fake: Body, namespace: str = "panguq") -> Callable[[Body], OpOverload]:
@@ -38,9 +39,16 @@ def define_op(schema: str, fake: Body, namespace: str = "panguq") -> Callable[[B
         library.impl(name, body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake)
         op: OpOverload = getattr(getattr(torch.ops, namespace), name).default
+        _bodies[op] = body
         return admit(op)
 
     return register
+
+
+def body_of(target: Callable[..., Any]) -> Callable[..., Any]:
+    """What to call for a gradient through this call target: autograd sees into the body of an op
+    that `define_op` made, and not into the op."""
+    return _bodies.get(target, target)  # type: ignore[call-overload]
 
 
 def admit(op: OpOverload) -> OpOverload:

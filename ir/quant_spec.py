@@ -71,48 +71,94 @@ class Scheme:
 
 _PER_CHANNEL_8 = QuantSpec(8, "per_channel")
 _PER_GROUP_4 = QuantSpec(4, "per_group", group_size=128)
+_PER_TENSOR_8 = QuantSpec(8, "per_tensor", symmetric=False)
 _PER_TOKEN_8 = QuantSpec(8, "per_token", dynamic=True)
-_PER_TOKEN_4 = QuantSpec(4, "per_token", dynamic=True)
+_PER_TOKEN_6 = replace(_PER_TOKEN_8, bits=6)
+_PER_TOKEN_4 = replace(_PER_TOKEN_8, bits=4)
+_PER_GROUP_ASYM = replace(_PER_GROUP_4, symmetric=False)
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("FLOAT"),
-        Scheme("W8A8", _PER_CHANNEL_8, QuantSpec(8, "per_tensor", symmetric=False)),
+        Scheme("W8A8", _PER_CHANNEL_8, _PER_TENSOR_8),
         Scheme("W8A8_DYNAMIC", _PER_CHANNEL_8, _PER_TOKEN_8),
         Scheme("W8A16", _PER_CHANNEL_8),
+        Scheme("W6A16", replace(_PER_GROUP_4, bits=6)),
+        Scheme("W6A6", QuantSpec(6, "per_channel"), _PER_TOKEN_6),
         Scheme("W4A16", _PER_GROUP_4),
-        Scheme("W4A16_ASYM", replace(_PER_GROUP_4, symmetric=False)),
+        Scheme("W4A16_ASYM", _PER_GROUP_ASYM),
         Scheme("W4A8", replace(_PER_GROUP_4, group_size=256), _PER_TOKEN_8),
+        Scheme("W4A8_STATIC", replace(_PER_GROUP_4, group_size=256), _PER_TENSOR_8),
         Scheme("W4A4", QuantSpec(4, "per_channel"), _PER_TOKEN_4),
+        # With few codes a zero point is worth its bits: a symmetric 2-bit grid wastes one of four.
+        Scheme("W3A16", replace(_PER_GROUP_ASYM, bits=3)),
+        Scheme("W2A16", replace(_PER_GROUP_ASYM, bits=2)),
+        Scheme("W1A16", replace(_PER_GROUP_ASYM, bits=1)),
     )
 }
 
 
 def parse_scheme(text: str) -> Scheme:
-    """A scheme by name, with an optional group size: `W4A16`, `w4a16-g64`, `W4A16-PER_CHANNEL`.
+    """A scheme by name, with options for its weights: `W4A16`, `w4a16-g64`, `W3A16-sym-g64`.
 
-    Raises RecipeError, with the nearest name, for anything else.
+    Options: a group size -g32, -g64, -g128, -g256 or -per_channel; for weight-only schemes below 8
+    bits also -sym or -asym. Raises RecipeError, with the nearest name, for anything else.
     """
-    base, _, option = text.upper().partition("-")
+    base, *options = text.upper().split("-")
     base = base.strip()
     if base not in SCHEMES:
         near = difflib.get_close_matches(base, SCHEMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise RecipeError(f"unknown scheme {text!r}", f"{hint}The schemes are {', '.join(SCHEMES)}")
-    scheme = SCHEMES[base]
-    if not option:
-        return scheme
+    for option in [o for o in options if o in _SYMMETRY]:
+        base = _with_symmetry(text, base, option)
+        options.remove(option)
+    scheme = SCHEMES.get(base) or _sibling(base)
     weight = scheme.weight
-    if weight is None or weight.granularity != "per_group":
-        raise RecipeError(f"scheme {text!r} has no groups", f"write {base}")
-    if option == "PER_CHANNEL":
-        weight = replace(weight, granularity="per_channel", group_size=None)
-    elif re.fullmatch(r"G(32|64|128|256)", option):
-        weight = replace(weight, group_size=int(option[1:]))
-    else:
+    for option in options:
+        weight = _with_groups(text, scheme, weight, option)
+    if weight == scheme.weight:
+        return scheme
+    return replace(scheme, name="-".join([scheme.name, *(o.lower() for o in options)]),
+                   weight=weight)  # fmt: skip
+
+
+_SYMMETRY = ("SYM", "ASYM")
+
+
+def _sibling(base: str) -> Scheme:
+    """`W3A16_SYM` and the like: a scheme whose weights have the other kind of codes."""
+    stem, _, kind = base.rpartition("_")
+    scheme = SCHEMES[stem]
+    assert scheme.weight is not None
+    weight = replace(scheme.weight, symmetric=kind == "SYM")
+    return Scheme(f"{stem}-{kind.lower()}", weight, scheme.activation)
+
+
+def _with_symmetry(text: str, base: str, option: str) -> str:
+    scheme = SCHEMES[base]
+    if scheme.weight is None or scheme.activation is not None or scheme.weight.bits == 8:
+        raise RecipeError(
+            f"option {option.lower()!r} of scheme {text!r}: only weight-only schemes below 8 bits "
+            "have it",
+            f"write {base}",
+        )
+    stem = base.removesuffix("_ASYM")
+    if SCHEMES[stem].weight == replace(scheme.weight, symmetric=option == "SYM"):
+        return stem
+    return f"{stem}_{option}"
+
+
+def _with_groups(text: str, scheme: Scheme, weight: QuantSpec | None, option: str) -> QuantSpec:
+    grouped = re.fullmatch(r"G(32|64|128|256)", option)
+    if grouped is None and option != "PER_CHANNEL":
         raise RecipeError(
             f"unknown option {option!r} of scheme {text!r}",
-            "write -g32, -g64, -g128, -g256 or -per_channel",
+            "write -g32, -g64, -g128, -g256 or -per_channel, and -sym or -asym",
         )
-    return replace(scheme, name=f"{base}-{option.lower()}", weight=weight)
+    if weight is None or weight.granularity != "per_group":
+        raise RecipeError(f"scheme {text!r} has no groups", f"write {scheme.name}")
+    if grouped is None:
+        return replace(weight, granularity="per_channel", group_size=None)
+    return replace(weight, group_size=int(grouped[1]))

@@ -81,7 +81,9 @@ def ascend_candidates(
     except ValueError as error:
         found = [Candidate("none", str(error))]
     else:
-        if activation is not None:
+        if weight.bits not in (4, 8):
+            found = [Candidate("none", f"no NPU kernel reads {weight.bits}-bit weights")]
+        elif activation is not None:
             storage: Storage = "int8" if weight.bits == 8 else "int4"
             found = [Candidate("npu_quant_matmul", quant_matmul_refusal(problem), storage=storage)]
             if weight.bits == activation.bits == 8:
@@ -154,10 +156,8 @@ def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
     if weight.bits == 8 and activation is not None:
         grouped = None if weight.granularity == "per_channel" else "weights must be per channel"
         return [Candidate("int8_linear", grouped or int8_linear.refusal(m, n, k))]
-    if activation is not None and weight.bits == 4:
-        return [Candidate("dequantized_linear")]  # of the dequantized activations
     if activation is not None:
-        return [Candidate("none", f"no kernel of target cpu runs {problem.scheme.name}")]
+        return [Candidate("dequantized_linear")]  # of the dequantized activations
     rounds = "it multiplies in bfloat16, the recipe asks for float32"
     rounded = rounds if problem.precision == "float32" else None
     fallback = Candidate("dequantized_linear")
@@ -168,4 +168,4 @@ def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
     if weight.bits == 4:
         refusal = rounded or int4_linear.refusal(m, n, k, problem.group_size)
         return [Candidate("int4_linear", refusal), fallback]
-    return [Candidate("none", f"no kernel of target cpu runs {problem.scheme.name}")]
+    return [fallback]

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from panguq.errors import RecipeError
-from panguq.ir.edit import call, erase_unused, get_tensor, label, replace, set_tensor, tensor_node
+from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.ir.properties import Property
-from panguq.kernels import packing  # noqa: F401  (registers pack_int4)
 from panguq.passes.base import Pass, PassContext, PassResult, Table
+from panguq.passes.stored_codes import store_codes
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq
@@ -26,7 +26,8 @@ class QuantizeWeights(Pass):
     Round to nearest. `clip_search` first replaces the scales by those of least squared error
     over `steps` clip ratios from `smallest_ratio` to 1, each input weighted by the mean square of
     its activations (`importance: activations`, needs calibrate) or not (`none`). Codes of 8 bits
-    are stored as int8 `[n, k]`, codes of 4 bits two to a byte, uint8 `[n, k / 2]`.
+    are stored as int8 `[n, k]`, codes of 4 bits two to a byte, uint8 `[n, k / 2]`, others as
+    `pack_codes` packs them.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -97,14 +98,5 @@ class QuantizeWeights(Pass):
         groups = weight.float().reshape(weight.shape[0], -1, group_size)
         noise = (quantize_groups(groups, scale, zero, spec) - groups).square().sum()
         sqnr_db = 10 * torch.log10(groups.square().sum() / noise.clamp_min(1e-30))
-        name = str(scale_node.target).removesuffix("_scale") + "_codes"
-        if spec.bits == 4:
-            packed = tensor_node(node, name, ctx.store.put(panguq.pack_int4(codes)))
-            replacement = call(
-                node, panguq.unpack_int4.default, (packed,), origin=node, suffix=".unpacked"
-            )
-        else:
-            replacement = tensor_node(node, name, ctx.store.put(codes))
-        replace(node, replacement)
-        erase_unused([stored])
+        store_codes(node, ctx.store, codes, spec.bits)
         return label(matmul), spec.bits, group_size, clipped, float(sqnr_db)

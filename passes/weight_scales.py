@@ -13,8 +13,8 @@ SMALLEST_SCALE = 1e-10
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
-    """Codes of 4 bits and less keep their scales in bfloat16, as int4 kernels read them."""
-    return torch.bfloat16 if spec.bits <= 4 else torch.float32
+    """Codes below 8 bits keep their scales in bfloat16, as int4 kernels read them."""
+    return torch.bfloat16 if spec.bits < 8 else torch.float32
 
 
 def _store(scale: Tensor, spec: QuantSpec) -> Tensor:

@@ -1,0 +1,182 @@
+"""The gradient of a scalar through a graph, block by block, at the inputs and outputs of matmuls.
+
+A forward sweep keeps only what enters each block (`ir/blocks.py`). Then, from the last block to
+the first, each batch runs a block once more under autograd and hands its gradient on to the block
+before, so that one block's weights and intermediate values are alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir.blocks import blocks
+from panguq.ir.edit import get_tensor, label
+from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite
+from panguq.ir.opset import body_of
+
+Gradient = Callable[[Tensor], Tensor]
+"""From the graph's first output for one batch to the gradient of the scalar there, same shape."""
+
+Observe = Callable[[dict[fx.Node, tuple[Tensor, Tensor]]], None]
+"""Called for one block and batch with (input x, gradient at the output y) of its watched nodes."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes in graph order, what they read from outside (weights apart), and what others read."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def reverse_sweep(
+    gm: fx.GraphModule,
+    batches: Sequence[dict[str, Tensor]],
+    watch: Iterable[fx.Node],
+    gradient: Gradient,
+    observe: Observe,
+    block_done: Callable[[], None],
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Call `observe` for every batch and each block that holds a watched node, last block first.
+
+    A watched node is a `linear`; its weight may have any floating dtype. `block_done` is called
+    when all batches have passed such a block. Watched nodes that the first output does not depend
+    on are never observed. Raises NumericsError for a weight, an input of a watched node or an
+    output that is not finite.
+    """
+    end = _first_output(gm)
+    steps = _blocks(gm, end)
+    watched = {n for step in steps for n in step.nodes} & set(watch)
+    active = _descendants(gm, watched)
+    total = 2 * len(steps)
+    kept = _forward(gm, batches, steps, watched, lambda done: progress("sensitivity", done, total))
+    gradients: list[dict[fx.Node, Tensor]] = [{} for _ in batches]
+    for done, step in enumerate(reversed(steps)):
+        progress("sensitivity", len(steps) + done, total)
+        if not active.intersection(step.nodes):
+            break  # nothing watched lies further up
+        weights = {n: get_tensor(gm, str(n.target)) for n in step.nodes if n.op == "get_attr"}
+        for start, pending in zip(kept.pop(), gradients, strict=True):
+            values = _recompute(step, start | weights, watched, active)
+            if end in step.nodes:
+                ensure_finite(label(end), values[end].detach(), "activation")
+                pending[end] = gradient(values[end].detach())
+            seen = _backward(step, values, watched, pending)
+            if seen:
+                observe(seen)
+        if watched.intersection(step.nodes):
+            block_done()
+    progress("sensitivity", total, total)
+
+
+def _first_output(gm: fx.GraphModule) -> fx.Node:
+    results = next(reversed(gm.graph.nodes)).args[0]
+    return results[0] if isinstance(results, (tuple, list)) else results
+
+
+def _blocks(gm: fx.GraphModule, end: fx.Node) -> list[Block]:
+    needed = ancestors([end])
+    parts = [[n for n in block if n in needed] for block in blocks(gm)]
+    found = []
+    for part in (part for part in parts if part):
+        inside = set(part)
+        read = dict.fromkeys(s for n in part for s in n.all_input_nodes)
+        outputs = [n for n in part if n is end or any(u in needed - inside for u in n.users)]
+        inputs = [s for s in read if s not in inside]
+        found.append(Block(tuple(part), tuple(inputs), tuple(outputs)))
+    return found
+
+
+def _descendants(gm: fx.GraphModule, sources: set[fx.Node]) -> set[fx.Node]:
+    found = set(sources)
+    for node in gm.graph.nodes:
+        if any(s in found for s in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _forward(
+    gm: fx.GraphModule,
+    batches: Sequence[dict[str, Tensor]],
+    steps: Sequence[Block],
+    watched: set[fx.Node],
+    progress: Callable[[int], None],
+) -> list[list[Environment]]:
+    """What enters each block, for every batch. The last block is not run."""
+    environments: list[Environment] = [
+        {n: batch[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"}
+        for batch in batches
+    ]
+    kept: list[list[Environment]] = []
+    with torch.no_grad():
+        for done, step in enumerate(steps):
+            progress(done)
+            weights: Environment = {}
+            for node in step.nodes:
+                if node.op == "get_attr":
+                    weights[node] = get_tensor(gm, str(node.target))
+                    ensure_finite(label(node), weights[node])
+            kept.append([{n: environment[n] for n in step.inputs} for environment in environments])
+            later = {n for after in steps[done + 1 :] for n in after.inputs}
+            for row, environment in enumerate(environments if later else ()):
+                for node in step.nodes:
+                    if node in weights:
+                        environment[node] = weights[node]
+                        continue
+                    if node in watched:
+                        ensure_finite(label(node.args[0]), environment[node.args[0]], "activation")
+                    environment[node] = compute(gm, node, environment)
+                environments[row] = {n: v for n, v in environment.items() if n in later}
+    return kept
+
+
+def _recompute(
+    step: Block, start: Environment, watched: set[fx.Node], active: set[fx.Node]
+) -> dict[fx.Node, Any]:
+    """Every value of the block, recorded by autograd from its active inputs on."""
+    values: dict[fx.Node, Any] = dict(start)
+    for node in step.inputs:
+        if node in active and isinstance(values[node], Tensor):
+            wanted = values[node].is_floating_point()
+            values[node] = values[node].detach().requires_grad_(wanted)
+    with torch.enable_grad():
+        for node in step.nodes:
+            if node.op == "get_attr":
+                continue
+            args = fx.map_arg(node.args, lambda n: values[n])
+            kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+            values[node] = body_of(node.target)(*args, **kwargs)
+            if node in watched and not values[node].requires_grad:
+                values[node].requires_grad_()  # nothing before it does: a leaf
+    return values
+
+
+def _backward(
+    step: Block, values: dict[fx.Node, Any], watched: set[fx.Node], pending: dict[fx.Node, Tensor]
+) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """Take this block's gradients from `pending`, leave those of its inputs there instead."""
+    outputs = [n for n in step.outputs if n in pending and values[n].requires_grad]
+    at = [pending.pop(n) for n in outputs]
+    needs = [n for n in step.inputs if isinstance(values[n], Tensor) and values[n].requires_grad]
+    matmuls = [n for n in step.nodes if n in watched]
+    if not outputs or not (needs or matmuls):
+        return {}
+    wanted = [values[n] for n in (*needs, *matmuls)]
+    found = torch.autograd.grad([values[n] for n in outputs], wanted, at, allow_unused=True)
+    for node, found_here in zip(needs, found, strict=False):
+        if found_here is not None:
+            earlier = pending.get(node)
+            pending[node] = found_here if earlier is None else earlier + found_here
+    seen = zip(matmuls, found[len(needs) :], strict=True)
+    return {
+        node: (values[node.args[0]].detach(), found_here)
+        for node, found_here in seen
+        if found_here is not None
+    }

@@ -1,0 +1,82 @@
+"""Second moments of a matmul's inputs and the factor of their inverse that GPTQ's family reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from panguq.errors import NumericsError
+
+DAMPING_TRIES = 8  # each ten times the one before
+
+
+def gram(inputs: Iterable[Tensor]) -> Tensor:
+    """X^T X over all tokens of all batches `[..., k]`, float64 `[k, k]`.
+
+    Products are float32 within a batch, in which their error (2^-24 of the diagonal) is far below
+    any damping; sums over batches are float64, so that their number does not matter.
+    """
+    total: Tensor | None = None
+    for batch in inputs:
+        tokens = batch.reshape(-1, batch.shape[-1]).float()
+        product = (tokens.T @ tokens).double()
+        total = product if total is None else total.add_(product)
+    if total is None:
+        raise NumericsError("there is no input to take second moments of", "give calibration data")
+    return total
+
+
+class InverseFactor(NamedTuple):
+    """Upper triangular `factor` `[k, k]`, float64, with factor^T factor = (H + damping I)^-1.
+
+    `damping` is the share of the mean diagonal that was added in the end.
+    """
+
+    factor: Tensor
+    damping: float
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
+    """The upper Cholesky factor of the inverse of `hessian` `[k, k]`, symmetric, not changed.
+
+    Inputs that are always zero get a one on the diagonal: they meet nobody. `damping` times the
+    mean of the diagonal is added to it, and ten times as much as often as the factorization still
+    fails. Computed from one Cholesky factorization from the last row up, H = R R^T with R upper
+    triangular, so that H^-1 = R^-T R^-1 and the factor is R^-1; nothing is inverted twice.
+
+    Raises NumericsError if no damping helps, or the matrix is not finite.
+    """
+    if not hessian.isfinite().all():
+        raise NumericsError(
+            "the second moments of a matmul's input are not finite",
+            "the model overflows on the calibration data",
+        )
+    damped = hessian.double().flip(0, 1)
+    diagonal = damped.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal.mean()) or 1.0
+    added = 0.0
+    for attempt in range(DAMPING_TRIES):
+        wanted = damping * 10.0**attempt if damping > 0 or attempt == 0 else 1e-8 * 10.0**attempt
+        diagonal += (wanted - added) * mean
+        added = wanted
+        diagonal[dead] = mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            identity = torch.eye(len(lower), dtype=lower.dtype)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return InverseFactor(inverse.flip(0, 1), added)
+    raise NumericsError(
+        f"the second moments of a matmul's input have no Cholesky factor even with {added:g} times "
+        "their mean diagonal added",
+        "give more calibration data",
+    )
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """sum over tokens of (dW x)^2 for each output `[n]`, from dW `[n, k]` and X^T X `[k, k]`."""
+    difference = difference.to(hessian.dtype)
+    return (difference @ hessian).mul_(difference).sum(1)

@@ -1,0 +1,225 @@
+"""What all passes share that choose a weight's codes from the inputs that meet it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import InputError
+from panguq.ir.edit import get_tensor, label, set_tensor
+from panguq.ir.interpret import ensure_finite
+from panguq.ir.properties import Property
+from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.sweep import solving_sweep
+from panguq.ir.weight_store import WeightStore
+from panguq.passes.base import Pass, PassContext, PassResult, Table
+from panguq.passes.stored_codes import store_codes
+
+panguq = torch.ops.panguq
+
+
+@dataclass(frozen=True)
+class WeightProblem:
+    """The weights that read one value, row by row under each other, and that value.
+
+    `weight` float32 `[n, k]`; `inputs` one tensor `[..., k]` a batch, as the matmuls meet it: every
+    weight before them is quantized, and so is the value itself where the scheme says so.
+    `float_inputs` is the same value in the float model, empty unless the pass asks for it.
+    `dtype` is that of the stored weights; scales of 8-bit codes must be values of it.
+    """
+
+    names: tuple[str, ...]
+    weight: Tensor
+    spec: QuantSpec
+    group_size: int
+    dtype: torch.dtype
+    inputs: Sequence[Tensor]
+    float_inputs: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes int8 `[n, k]`, scale `[n, groups]` and zero point int8 `[n, groups]` for a problem.
+
+    `extra` holds what else a method stores, by name, each with n rows; `shared` what all rows share.
+    `notes` are the method's own columns of the pass's table.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[object, ...] = ()
+
+    def rows(self, start: int, stop: int) -> Solution:
+        """The solution for these rows alone."""
+        zero = None if self.zero_point is None else self.zero_point[start:stop]
+        extra = {name: tensor[start:stop] for name, tensor in self.extra.items()}
+        return Solution(
+            self.codes[start:stop], self.scale[start:stop], zero, extra, self.shared, self.notes
+        )
+
+
+@dataclass(frozen=True)
+class SolveWeights(Pass):
+    """Before: `quantize_weight(w, scale, zero_point)`.  After: codes that `solve` chose.
+
+    One sweep: where the value that matmuls read is ready for all batches, their weights are solved
+    together, and everything behind them is computed with the quantized weights (true-sequential by
+    data flow; q, k, v share one problem, gate and up another).
+    """
+
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.WEIGHT_CODES})
+    needs_calibration: ClassVar[bool] = True
+    beside_float: ClassVar[bool] = False
+    note_columns: ClassVar[tuple[str, ...]] = ()
+
+    def solve(self, problem: WeightProblem) -> Solution:
+        """The codes for a problem; raises NumericsError where the inputs allow none."""
+        raise NotImplementedError
+
+    def dequantize(self, problem: WeightProblem, solution: Solution) -> Tensor:
+        """The weights `[n, k]` that a solution stands for, in the stored dtype."""
+        weight: Tensor = panguq.dequantize_weight(
+            solution.codes, solution.scale, solution.zero_point, problem.group_size, problem.dtype
+        )
+        return weight
+
+    def store(
+        self, gm: fx.GraphModule, store: WeightStore, node: fx.Node, solution: Solution
+    ) -> None:
+        """Replace `node`, a `quantize_weight`, by the stored solution of its rows."""
+        scale_node, zero_node = node.args[1:3]
+        assert isinstance(scale_node, fx.Node)
+        set_tensor(gm, str(scale_node.target), store.put(solution.scale))
+        if isinstance(zero_node, fx.Node) and solution.zero_point is not None:
+            set_tensor(gm, str(zero_node.target), store.put(solution.zero_point))
+        matmul = next(iter(next(iter(node.users)).users))
+        store_codes(node, store, solution.codes, matmul.meta["scheme"].weight.bits)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        result = PassResult()
+        groups = _weights_by_input(gm, result)
+        if groups and not ctx.batches:
+            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        solved: list[tuple[fx.Node, Solution]] = []
+        rows: list[tuple[object, ...]] = []
+        pauses = {
+            value: partial(self._pause, gm, ctx, matmuls, solved, rows)
+            for value, matmuls in groups.items()
+        }
+        solving_sweep(gm, ctx.batches, pauses, ctx.progress, self.beside_float)
+        for node, solution in solved:
+            self.store(gm, ctx.store, node, solution)
+        result.changed = len(solved)
+        columns = ("weight", "bits", "group_size", "weight_sqnr_db", *self.note_columns)
+        result.tables["weights"] = Table(columns, tuple(rows))
+        return result
+
+    def _pause(
+        self,
+        gm: fx.GraphModule,
+        ctx: PassContext,
+        matmuls: list[fx.Node],
+        solved: list[tuple[fx.Node, Solution]],
+        rows: list[tuple[object, ...]],
+        values: Sequence[Tensor],
+        float_values: Sequence[Tensor],
+    ) -> dict[fx.Node, Tensor]:
+        for value in values:
+            ensure_finite(label(matmuls[0].args[0]), value, "activation")  # type: ignore[arg-type]
+        chosen = {}
+        for same in _alike(matmuls):
+            quantizers = [quantizer_of(matmul) for matmul in same]
+            stored = [get_tensor(gm, str(q.args[0].target)) for q in quantizers]  # type: ignore[union-attr]
+            for quantizer, tensor in zip(quantizers, stored, strict=True):
+                ensure_finite(str(quantizer.args[0].target), tensor)  # type: ignore[union-attr]
+            spec = same[0].meta["scheme"].weight
+            problem = WeightProblem(
+                names=tuple(label(matmul) for matmul in same),
+                weight=torch.cat([tensor.float() for tensor in stored]),
+                spec=spec,
+                group_size=spec.group_size_for(int(stored[0].shape[1])),
+                dtype=stored[0].dtype,
+                inputs=values,
+                float_inputs=float_values,
+            )
+            solution = self.solve(problem)
+            weight = self.dequantize(problem, solution)
+            start = 0
+            for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
+                stop = start + len(tensor)
+                part = _kept(solution.rows(start, stop), ctx.store)
+                solved.append((quantizer, part))
+                chosen[matmul.args[1]] = weight[start:stop].contiguous()
+                sqnr_db = _sqnr_db(tensor, weight[start:stop])
+                rows.append(
+                    (label(matmul), spec.bits, problem.group_size, sqnr_db, *solution.notes)
+                )
+                start = stop
+        return chosen  # type: ignore[return-value]
+
+
+def quantizer_of(matmul: fx.Node) -> fx.Node:
+    """The `quantize_weight` behind a fake-quant matmul's weight."""
+    dequantized = matmul.args[1]
+    assert isinstance(dequantized, fx.Node)
+    quantizer = dequantized.args[0]
+    assert isinstance(quantizer, fx.Node)
+    return quantizer
+
+
+def _kept(solution: Solution, store: WeightStore) -> Solution:
+    """The same with its large tensors in files: a model's codes need no memory until the end."""
+    return Solution(
+        store.put(solution.codes),
+        solution.scale.clone(),
+        None if solution.zero_point is None else solution.zero_point.clone(),
+        {name: store.put(tensor) for name, tensor in solution.extra.items()},
+        dict(solution.shared),
+        solution.notes,
+    )
+
+
+def _weights_by_input(
+    gm: fx.GraphModule, result: PassResult
+) -> dict[fx.Node, list[fx.Node]]:
+    """Fake-quant matmuls whose codes are still computed, by the value that they read."""
+    groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    seen: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.target is not torch.ops.aten.linear.default or "scheme" not in node.meta:
+            continue
+        weight = node.args[1]
+        if weight.target is not panguq.dequantize_weight.default:
+            continue
+        if weight.args[0].target is not panguq.quantize_weight.default:
+            continue
+        if weight.args[0] in seen:
+            result.skip(node, f"its weight is that of {label(seen[weight.args[0]])}")
+            continue
+        seen[weight.args[0]] = node
+        groups[node.args[0]].append(node)
+    return dict(groups)
+
+
+def _alike(matmuls: list[fx.Node]) -> list[list[fx.Node]]:
+    """The matmuls by the quantization of their weights: side matmuls may have another."""
+    groups: dict[QuantSpec, list[fx.Node]] = defaultdict(list)
+    for matmul in matmuls:
+        groups[matmul.meta["scheme"].weight].append(matmul)
+    return list(groups.values())
+
+
+def _sqnr_db(weight: Tensor, quantized: Tensor) -> float:
+    noise = (quantized.float() - weight.float()).square().sum()
+    ratio = weight.float().square().sum() / noise.clamp_min(1e-30)
+    return float(10 * torch.log10(ratio.clamp_min(1e-30)))
