@@ -129,6 +129,12 @@ _FALLBACKS: dict[str, tuple[str, ...]] = {
     "W4A4": ("W8A8_DYNAMIC", "FLOAT"),
     "W4A16": ("W8A16", "FLOAT"),
     "W4A16_ASYM": ("W8A16", "FLOAT"),
+    "W4A8_STATIC": ("W4A8", "W8A8_DYNAMIC", "FLOAT"),
+    "W6A6": ("W8A8_DYNAMIC", "FLOAT"),
+    "W6A16": ("W8A16", "FLOAT"),
+    "W3A16": ("W4A16", "W8A16", "FLOAT"),
+    "W2A16": ("W4A16", "W8A16", "FLOAT"),
+    "W1A16": (),  # its method knows one width alone
     "W8A8": ("FLOAT",),
     "W8A8_DYNAMIC": ("FLOAT",),
     "W8A16": ("FLOAT",),
@@ -140,8 +146,8 @@ def fallback_names(scheme: Scheme) -> tuple[str, ...]:
     """Names of the schemes that take this one's place, in order, where no kernel takes a shape.
 
     A fallback keeps inputs that are quantized quantized (per token, which needs no calibration)
-    and float inputs float, and goes from 4-bit weights to 8-bit weights, then to none. It is
-    decided before weights are quantized, so that codes of the fallback exist. W8A8 has no
+    and float inputs float, and goes to the next wider weights that a kernel reads, then to none.
+    It is decided before weights are quantized, so that codes of the fallback exist. W8A8 has no
     quantized fallback: every shape that refuses it refuses W8A8_DYNAMIC, too.
     """
     base = scheme.name.partition("-")[0]

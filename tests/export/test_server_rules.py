@@ -21,7 +21,7 @@ from panguq.export.server_rules import (
     too_large,
     verdicts,
 )
-from panguq.ir.quant_spec import SCHEMES
+from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from tests.model_folders import make_folder, make_model
 
 
@@ -41,11 +41,19 @@ def rows(scheme: str, group_size: int | None = None) -> list[Row]:
 def test_the_table_is_complete_and_says_what_to_do() -> None:
     assert SUPPORT.keys() == {(server, form) for server in SERVERS for form in READS[server]}
     for entries in SUPPORT.values():
-        assert entries.keys() == SCHEMES.keys() - {"FLOAT"}
+        assert entries.keys() <= SCHEMES.keys() - {"FLOAT"}
         for entry in entries.values():
             assert entry.takes or (entry.reason and entry.instead)
     for kinds in ASCEND_TYPES.values():
         assert set(kinds) == set(NPU_SERVERS)
+
+
+@pytest.mark.parametrize("scheme", [*(SCHEMES.keys() - {"FLOAT"}), "W6A16-asym", "W3A16-sym-g64"])
+@pytest.mark.parametrize(("server", "form"), SUPPORT)
+def test_every_scheme_has_a_verdict(server: str, form: str, scheme: str) -> None:
+    found = support(server, form, scheme)
+    assert found.takes or (found.reason and found.instead)
+    assert not found.takes or parse_scheme(scheme).weight.bits in (4, 8)
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -144,14 +144,17 @@ ASCEND_TYPES: dict[str, dict[Server, Support]] = {
 
 
 def support(server: Server, form: Format, scheme: str, group_size: int | None = None) -> Support:
-    """The table's entry for a scheme's name, with or without options (`W4A16-g64`)."""
-    base = scheme.partition("-")[0].upper()
+    """The table's entry for a scheme's name, with or without options (`W4A16-g64`).
+
+    What has no entry (weights of 6, 3, 2 or 1 bits, other symmetry) no server takes from panguq.
+    """
+    base, *options = scheme.upper().split("-")
     if base == "FLOAT":
         return _YES
     if form not in READS[server]:
         return _no(f"it does not read the format {form!r}", f"format={READS[server][0]!r}")
     entry = SUPPORT[server, form].get(base)
-    if entry is None:
+    if entry is None or "SYM" in options or "ASYM" in options:
         return _no(f"panguq knows no kernel of it for {scheme}", "W8A8_DYNAMIC")
     if entry.takes and form == "ascend" and base == "W4A8" and group_size not in (None, W4A8_GROUP):
         return _no(
