@@ -8,12 +8,17 @@ from pydantic import BaseModel, ConfigDict
 
 
 class CacheLayer(BaseModel):
-    """One layer's KV cache: key `[batch, heads, past, key_dim]`, value `[.., value_dim]`."""
+    """One layer's KV cache: key `[batch, heads, past, key_dim]`, value `[.., value_dim]`.
+
+    `float` is the model's own dtype; `int8` means codes whose scales the graph holds.
+    """
 
     model_config = ConfigDict(frozen=True)
     heads: int
     key_dim: int
     value_dim: int
+    key_dtype: Literal["float", "int8"] = "float"
+    value_dtype: Literal["float", "int8"] = "float"
 
 
 class Interface(BaseModel):

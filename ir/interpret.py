@@ -11,14 +11,16 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError
 from panguq.ir.edit import get_tensor, label
+from panguq.ir.folded_weight import materialized
 
 Environment = dict[fx.Node, Any]
+ELEMENTS_AT_ONCE = 1 << 24
 
 
 def compute(gm: fx.GraphModule, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
     """The value of one node, given its inputs' values."""
     if node.op == "get_attr":
-        return get_tensor(gm, str(node.target))
+        return materialized(get_tensor(gm, str(node.target)))
     args = fx.map_arg(node.args, lambda n: environment[n])
     kwargs = fx.map_arg(node.kwargs, lambda n: environment[n])
     assert callable(node.target)
@@ -81,9 +83,9 @@ def run(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
     """Raises NumericsError that names the tensor if it holds NaN or Inf."""
-    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+    if not tensor.is_floating_point():
         return
-    bad = int((~torch.isfinite(tensor)).sum())
+    bad = sum(_not_finite(part) for part in _parts(materialized(tensor)))
     if bad:
         raise NumericsError(
             f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or Inf",
@@ -91,6 +93,19 @@ def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
             if kind == "weight"
             else "the model itself overflows on this calibration input",
         )
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Slices along the first axis: sums and masks of a large tensor are as large as itself."""
+    if tensor.numel() <= ELEMENTS_AT_ONCE:
+        return (tensor,)
+    return tensor.split(max(ELEMENTS_AT_ONCE * len(tensor) // tensor.numel(), 1))
+
+
+def _not_finite(tensor: Tensor) -> int:
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())  # a sum of finite numbers may overflow
 
 
 def _is_broken(node: fx.Node, value: Any, environment: Environment) -> bool:

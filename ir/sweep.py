@@ -18,6 +18,10 @@ from torch import Tensor, fx
 from panguq.ir.blocks import blocks
 from panguq.ir.edit import label
 from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite
+from panguq.ir.weight_store import WeightStore
+
+SPILL_BYTES = 1 << 30
+"""Activations that wait between blocks go to files where they would take more memory than this."""
 
 Observe = Callable[[fx.Node, Tensor], None]
 Progress = Callable[[str, int, int], None]
@@ -77,6 +81,7 @@ class _Sweep:
     constants: dict[fx.Node, Any] = field(default_factory=dict)
     float_constants: dict[fx.Node, Any] = field(default_factory=dict)
     done: set[fx.Node] = field(default_factory=set)
+    held_bytes: dict[int, int] = field(default_factory=dict)
 
     def run(self, wanted: set[fx.Node]) -> None:
         needed = ancestors(wanted)
@@ -126,11 +131,13 @@ class _Sweep:
                     self.observe(node, environment[node])
                 if node is not last:
                     self._drop(node, environment)
+            self._spill(environment)
         for environment in floats:
             for node in segment:
                 environment[node] = self._float_value(node, environment)
                 if node is not last:
                     self._drop(node, environment)
+            self._spill(environment)
         if last in self.pauses:
             self._show(last, environments, floats)
         for environment in (*environments, *floats):
@@ -150,6 +157,21 @@ class _Sweep:
     def _drop(self, node: fx.Node, environment: Environment) -> None:
         for source in self.freed.get(node, ()):
             environment.pop(source, None)
+
+    def _spill(self, environment: Environment) -> None:
+        """Move this batch's values to files while those of all batches take too much memory."""
+        waiting = {
+            node: value
+            for node, value in environment.items()
+            if isinstance(value, Tensor) and value.untyped_storage().filename is None
+        }
+        self.held_bytes[id(environment)] = sum(value.nbytes for value in waiting.values())
+        if sum(self.held_bytes.values()) <= SPILL_BYTES:
+            return
+        for node, value in waiting.items():
+            if value.is_contiguous():  # another layout may make a kernel round in another order
+                environment[node] = WeightStore().put(value)
+        self.held_bytes[id(environment)] = 0
 
     def _constant(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         """The value of a node that no input reaches; computed once a block."""
@@ -227,7 +249,11 @@ def _float_weight(node: fx.Node) -> fx.Node | None:
 def _is_quantization(node: fx.Node) -> bool:
     """Whether this quantizes or dequantizes an activation, or takes such a quantizer's codes."""
     panguq = torch.ops.panguq
-    quantizers = (panguq.quantize_per_tensor.default, panguq.quantize_per_token.default)
+    quantizers = (
+        panguq.quantize_per_tensor.default,
+        panguq.quantize_per_token.default,
+        panguq.quantize_per_channel.default,
+    )
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and source.target in quantizers

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +12,8 @@ from torch import Tensor, fx
 from panguq.ir.edit import label
 from panguq.ir.interface import Interface
 from panguq.ir.properties import Property as Property
+from panguq.ir.quant_spec import Scheme
+from panguq.ir.unit_folder import Finished
 from panguq.ir.weight_store import WeightStore
 
 
@@ -25,10 +27,14 @@ class Skip:
 
 @dataclass(frozen=True)
 class Site:
-    """A region that an exact pass rewrote: outputs as a function of inputs, all by label."""
+    """A region that an exact pass rewrote: outputs as a function of inputs, all by label.
+
+    `turned` maps the old value to the new one where the pass meant to change an input or output.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    turned: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,23 @@ def no_progress(what: str, done: int, total: int) -> None:
     """The silent Progress."""
 
 
+class MatmulRules(Protocol):
+    """What the target says about a linear under a scheme."""
+
+    def refusal(self, node: fx.Node, scheme: Scheme) -> str | None:
+        """Why the target cannot run it; None if it can."""
+
+    def predicted_us(self, node: fx.Node, scheme: Scheme) -> float:
+        """Its predicted time, in microseconds over a mix of decoding steps and prompts."""
+
+
 @dataclass
 class PassContext:
     """What passes may read besides the graph.
 
     `batches` are calibration inputs by input name, as the front door prepares them; `probe` is
-    one small such batch; `store` takes the tensors that passes make.
+    one small such batch; `store` takes the tensors that passes make; `matmul_rules` speak for the
+    target, if there is one. `stage` names the pass that is running, by its place in the pipeline.
     """
 
     interface: Interface
@@ -75,6 +92,16 @@ class PassContext:
     probe: dict[str, Tensor] | None = None
     seed: int = 0
     progress: Progress = no_progress
+    matmul_rules: MatmulRules | None = None
+    stage: str = ""
+
+    def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
+        """What `compute` yields for this unit of the running pass, its tensors in the store.
+
+        A compile that goes on after it was killed gets what the first run had finished. So the
+        result must follow from the compile's inputs alone, and `unit` from the graph.
+        """
+        return self.store.once(f"{self.stage}/{unit}", compute)
 
     def generator(self) -> torch.Generator:
         """A fresh random generator with the compile's seed."""
@@ -91,6 +118,11 @@ class Pass:
     breaks: ClassVar[frozenset[Property]] = frozenset()
     exact: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+
+    @property
+    def has_static_activation(self) -> bool:
+        """Whether the pass may give a matmul statically quantized activations."""
+        return False
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """What must hold before this pass, given its options and the passes before it."""

@@ -14,8 +14,9 @@ from panguq.ir.edit import get_tensor, label
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.sweep import sweep
+from panguq.ir.unit_folder import Finished
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
-from panguq.passes.observers import OBSERVERS, InputStatistics, sqnr_db
+from panguq.passes.observers import OBSERVERS, InputStatistics, fill_state, sqnr_db, state_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,14 @@ class Calibrate(Pass):
         def observe(node: fx.Node, value: Tensor) -> None:
             statistics[node].add(value)
 
-        sweep(gm, ctx.batches, set(readers), observe, ctx.progress)
+        def compute() -> Finished:
+            sweep(gm, ctx.batches, set(readers), observe, ctx.progress)
+            states = (state_of(seen, label(value)) for value, seen in statistics.items())
+            return Finished({name: tensor for state in states for name, tensor in state.items()})
+
+        observed = ctx.once("statistics", compute).tensors
+        for value, seen in statistics.items():
+            fill_state(seen, observed, label(value))
         return self._conclude(readers, statistics)
 
     def _conclude(

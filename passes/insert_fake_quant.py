@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import call, free_name, get_tensor, label, module_path, tensor_node
+from panguq.ir.folded_weight import materialized
 from panguq.ir.interpret import ensure_finite
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
-from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 from panguq.passes.weight_scales import min_max_scale
 
@@ -42,7 +42,7 @@ class InsertFakeQuant(Pass):
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """Observed ranges, if any scheme of the recipe quantizes activations statically."""
-        static = any(isinstance(p, AssignSchemes) and p.has_static_activation for p in earlier)
+        static = any(p.has_static_activation for p in earlier)
         return self.requires | ({Property.CALIBRATED} if static else set())
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -150,7 +150,7 @@ def _quantize_stored_weight(
 ) -> fx.Node:
     """The dequantized weight of `node`; `stem` names the scales that are stored for it."""
     stored: fx.Node = node.args[1]
-    weight = get_tensor(gm, str(stored.target))
+    weight = materialized(get_tensor(gm, str(stored.target)))
     ensure_finite(str(stored.target), weight)
     group_size = spec.group_size_for(weight.shape[1])
     scale, zero_point = min_max_scale(weight, group_size, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class Histogram:
         return torch.arange(BINS, dtype=torch.float64) * width + width / 2 - self.limit
 
 
+def plain_tokens(token_amax: Tensor) -> Tensor:
+    """Which tokens `[t]` of a batch are not massive, from each one's largest magnitude."""
+    # Padding may be all zero: the median is that of tokens which hold something.
+    alive = token_amax[token_amax > 0]
+    usual = alive.median() if len(alive) else token_amax.new_zeros(())
+    return token_amax <= OUTLIER_TOKEN * usual
+
+
 class InputStatistics:
     """Statistics of one value `[..., k]` over the calibration tokens.
 
@@ -70,11 +78,7 @@ class InputStatistics:
         """Observe one batch."""
         tokens = x.reshape(-1, x.shape[-1]).float()
         magnitude = tokens.abs()
-        token_amax = magnitude.amax(1)
-        # Padding may be all zero: the median is that of tokens which hold something.
-        alive = token_amax[token_amax > 0]
-        usual = alive.median() if len(alive) else token_amax.new_zeros(())
-        plain = token_amax <= OUTLIER_TOKEN * usual
+        plain = plain_tokens(magnitude.amax(1))
         outliers, kept = tokens[~plain], tokens if bool(plain.all()) else tokens[plain]
         kept_amax = magnitude.amax(0) if not len(outliers) else kept.abs().amax(0)
         self.plain_amax = torch.maximum(self.plain_amax, kept_amax)
@@ -104,6 +108,33 @@ class InputStatistics:
     def channel_ratio(self) -> float:
         """The largest channel's amax over the median channel's."""
         return float(self.channel_amax.max() / self.channel_amax.median().clamp_min(1e-30))
+
+
+def state_of(of: InputStatistics | Histogram, prefix: str) -> dict[str, Tensor]:
+    """All that was observed, as tensors by name; numbers become tensors of no dimension."""
+    found: dict[str, Tensor] = {}
+    for name, value in vars(of).items():
+        if isinstance(value, Histogram):
+            found |= state_of(value, f"{prefix}/{name}")
+        elif isinstance(value, Tensor):
+            found[f"{prefix}/{name}"] = value
+        elif isinstance(value, float):
+            found[f"{prefix}/{name}"] = torch.tensor(value, dtype=torch.float64)
+        elif isinstance(value, int):
+            found[f"{prefix}/{name}"] = torch.tensor(value, dtype=torch.int64)
+    return found
+
+
+def fill_state(
+    into: InputStatistics | Histogram, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Put back what `state_of` gave, into attributes that are there anyway."""
+    for name, value in list(vars(into).items()):
+        stored = tensors.get(f"{prefix}/{name}")
+        if isinstance(value, Histogram):
+            fill_state(value, tensors, f"{prefix}/{name}")
+        elif stored is not None:
+            setattr(into, name, stored if isinstance(value, Tensor | None) else stored.item())
 
 
 Range = tuple[float, float]

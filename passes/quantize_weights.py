@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import get_tensor, label, set_tensor
+from panguq.ir.folded_weight import materialized
 from panguq.ir.properties import Property
+from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.unit_folder import Finished
 from panguq.passes.base import Pass, PassContext, PassResult, Table
-from panguq.passes.stored_codes import store_codes
+from panguq.passes.stored_codes import codes_name, packed_codes, read_packed
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq
+ELEMENTS_AT_ONCE = 1 << 22
+
+
+class Rounded(NamedTuple):
+    """Codes int8 `[n, k]`, scales and zero points `[n, groups]`, and how good they are."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    clipped: float
+    sqnr_db: float
 
 
 @dataclass(frozen=True)
@@ -75,28 +90,60 @@ class QuantizeWeights(Pass):
 
     def _quantize(self, gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> tuple[object, ...]:
         stored, scale_node, zero_node, group_size, *_ = node.args
-        dequantized = next(iter(node.users))
-        matmul = next(iter(dequantized.users))
+        matmul = next(iter(next(iter(node.users)).users))
         spec = matmul.meta["scheme"].weight
-        weight = get_tensor(gm, str(stored.target))
-        scale = get_tensor(gm, str(scale_node.target))
-        zero = None if zero_node is None else get_tensor(gm, str(zero_node.target))
-        clipped = 0.0
-        if self.clip_search:
-            importance = None
-            if self.needs_statistics:
-                importance = matmul.meta["input_statistics"].mean_square
-            plain = scale
-            scale, zero = search_scale(weight, group_size, spec, importance, self.ratios())
-            clipped = float((scale.abs() < plain).float().mean())
-            set_tensor(gm, str(scale_node.target), ctx.store.put(scale))
-            if zero is not None:
-                set_tensor(gm, str(zero_node.target), ctx.store.put(zero))
-        codes = panguq.quantize_weight(
-            weight, scale, zero, group_size, spec.quant_min, spec.quant_max
-        )
-        groups = weight.float().reshape(weight.shape[0], -1, group_size)
-        noise = (quantize_groups(groups, scale, zero, spec) - groups).square().sum()
-        sqnr_db = 10 * torch.log10(groups.square().sum() / noise.clamp_min(1e-30))
-        store_codes(node, ctx.store, codes, spec.bits)
-        return label(matmul), spec.bits, group_size, clipped, float(sqnr_db)
+        importance = None
+        if self.needs_statistics:
+            importance = matmul.meta["input_statistics"].mean_square
+
+        def compute() -> Finished:
+            weight = materialized(get_tensor(gm, str(stored.target)))
+            scale = get_tensor(gm, str(scale_node.target))
+            zero = None if zero_node is None else get_tensor(gm, str(zero_node.target))
+            found = self._codes(weight, scale, zero, group_size, spec, importance)
+            tensors = {codes_name(node): packed_codes(found.codes, spec.bits)}
+            if self.clip_search:
+                tensors[str(scale_node.target)] = found.scale
+                if found.zero_point is not None:
+                    tensors[str(zero_node.target)] = found.zero_point
+            return Finished(tensors, {"clipped": found.clipped, "sqnr_db": found.sqnr_db})
+
+        done = ctx.once(codes_name(node), compute)
+        for read in (scale_node, zero_node):
+            if read is not None and str(read.target) in done.tensors:
+                set_tensor(gm, str(read.target), done.tensors[str(read.target)])
+        read_packed(node, done.tensors[codes_name(node)], spec.bits)
+        return label(matmul), spec.bits, group_size, done.facts["clipped"], done.facts["sqnr_db"]
+
+    def _codes(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        group_size: int,
+        spec: QuantSpec,
+        importance: Tensor | None,
+    ) -> Rounded:
+        """A weight `[n, k]` rounded, a few rows at a time: its float copies would be large."""
+        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        clipped, signal, noise = 0, 0.0, 0.0
+        rows = max(ELEMENTS_AT_ONCE // weight.shape[1], 1)
+        for start in range(0, len(weight), rows):
+            some = weight[start : start + rows]
+            plain = step = scale[start : start + rows]
+            offset = None if zero is None else zero[start : start + rows]
+            if self.clip_search:
+                step, offset = search_scale(some, group_size, spec, importance, self.ratios())
+            limits = (group_size, spec.quant_min, spec.quant_max)
+            codes = panguq.quantize_weight(some, step, offset, *limits)
+            groups = some.float().reshape(len(some), -1, group_size)
+            error = quantize_groups(groups, step, offset, spec).sub_(groups)
+            noise += float(error.square_().sum())
+            signal += float(groups.square().sum())  # may be the weight itself
+            clipped += int((step.abs() < plain).sum())
+            parts.append((codes, step, offset))
+        codes, steps, offsets = zip(*parts, strict=True)
+        sqnr_db = 10 * math.log10(max(signal / max(noise, 1e-30), 1e-30))
+        zeros = torch.cat(offsets) if zero is not None else None
+        share = clipped / max(scale.numel(), 1)
+        return Rounded(torch.cat(codes), torch.cat(steps), zeros, share, sqnr_db)

@@ -13,10 +13,12 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.edit import get_tensor, label, set_tensor
+from panguq.ir.folded_weight import materialized
 from panguq.ir.interpret import ensure_finite
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.sweep import solving_sweep
+from panguq.ir.unit_folder import Finished
 from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import Pass, PassContext, PassResult, Table
 from panguq.passes.stored_codes import store_codes
@@ -47,7 +49,7 @@ class WeightProblem:
 class Solution:
     """Codes int8 `[n, k]`, scale `[n, groups]` and zero point int8 `[n, groups]` for a problem.
 
-    `extra` holds what else a method stores, by name, each with n rows; `shared` what all rows share.
+    `extra` holds what else a method stores, by name, each with n rows; `shared` what they share.
     `notes` are the method's own columns of the pass's table.
     """
 
@@ -139,7 +141,7 @@ class SolveWeights(Pass):
         chosen = {}
         for same in _alike(matmuls):
             quantizers = [quantizer_of(matmul) for matmul in same]
-            stored = [get_tensor(gm, str(q.args[0].target)) for q in quantizers]  # type: ignore[union-attr]
+            stored = [materialized(get_tensor(gm, str(q.args[0].target))) for q in quantizers]  # type: ignore[union-attr]
             for quantizer, tensor in zip(quantizers, stored, strict=True):
                 ensure_finite(str(quantizer.args[0].target), tensor)  # type: ignore[union-attr]
             spec = same[0].meta["scheme"].weight
@@ -152,13 +154,12 @@ class SolveWeights(Pass):
                 inputs=values,
                 float_inputs=float_values,
             )
-            solution = self.solve(problem)
+            solution = self._solved(ctx, problem)
             weight = self.dequantize(problem, solution)
             start = 0
             for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
                 stop = start + len(tensor)
-                part = _kept(solution.rows(start, stop), ctx.store)
-                solved.append((quantizer, part))
+                solved.append((quantizer, solution.rows(start, stop)))
                 chosen[matmul.args[1]] = weight[start:stop].contiguous()
                 sqnr_db = _sqnr_db(tensor, weight[start:stop])
                 rows.append(
@@ -166,6 +167,33 @@ class SolveWeights(Pass):
                 )
                 start = stop
         return chosen  # type: ignore[return-value]
+
+    def _solved(self, ctx: PassContext, problem: WeightProblem) -> Solution:
+        """`solve`, its tensors in files: a model's codes need no memory until the end."""
+
+        def compute() -> Finished:
+            found = self.solve(problem)
+            tensors = {"codes": found.codes, "scale": found.scale}
+            if found.zero_point is not None:
+                tensors["zero_point"] = found.zero_point
+            tensors |= {f"extra.{name}": tensor for name, tensor in found.extra.items()}
+            tensors |= {f"shared.{name}": tensor for name, tensor in found.shared.items()}
+            return Finished(tensors, {str(i): note for i, note in enumerate(found.notes)})
+
+        done = ctx.once(problem.names[0], compute)
+
+        def named(kind: str) -> dict[str, Tensor]:
+            items = done.tensors.items()
+            return {k.removeprefix(kind): tensor for k, tensor in items if k.startswith(kind)}
+
+        return Solution(
+            done.tensors["codes"],
+            done.tensors["scale"],
+            done.tensors.get("zero_point"),
+            named("extra."),
+            named("shared."),
+            tuple(done.facts.values()),
+        )
 
 
 def quantizer_of(matmul: fx.Node) -> fx.Node:
@@ -177,21 +205,7 @@ def quantizer_of(matmul: fx.Node) -> fx.Node:
     return quantizer
 
 
-def _kept(solution: Solution, store: WeightStore) -> Solution:
-    """The same with its large tensors in files: a model's codes need no memory until the end."""
-    return Solution(
-        store.put(solution.codes),
-        solution.scale.clone(),
-        None if solution.zero_point is None else solution.zero_point.clone(),
-        {name: store.put(tensor) for name, tensor in solution.extra.items()},
-        dict(solution.shared),
-        solution.notes,
-    )
-
-
-def _weights_by_input(
-    gm: fx.GraphModule, result: PassResult
-) -> dict[fx.Node, list[fx.Node]]:
+def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, list[fx.Node]]:
     """Fake-quant matmuls whose codes are still computed, by the value that they read."""
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     seen: dict[fx.Node, fx.Node] = {}

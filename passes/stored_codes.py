@@ -12,24 +12,38 @@ from panguq.kernels import packing  # noqa: F401  (registers the packing ops)
 panguq = torch.ops.panguq
 
 
+def packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes int8 `[n, k]` as they are stored; see `store_codes`."""
+    if bits == 8:
+        return codes
+    packed: Tensor = panguq.pack_int4(codes) if bits == 4 else panguq.pack_codes(codes, bits)
+    return packed
+
+
+def codes_name(node: fx.Node) -> str:
+    """What the stored codes of `node`, a `quantize_weight`, are called."""
+    return str(node.args[1].target).removesuffix("_scale") + "_codes"  # type: ignore[union-attr]
+
+
 def store_codes(node: fx.Node, store: WeightStore, codes: Tensor, bits: int) -> None:
     """Replace `quantize_weight(w, ...)` by stored `codes` int8 `[n, k]`; drops w if none reads it.
 
     8 bits: int8 as it is. 4 bits: `unpack_int4` of two codes a byte. Else: `unpack_codes`.
     """
-    weight, scale = node.args[:2]
-    name = str(scale.target).removesuffix("_scale") + "_codes"
-    k = codes.shape[1]
-    if bits == 8:
-        replacement = tensor_node(node, name, store.put(codes))
-    elif bits == 4:
-        packed = tensor_node(node, name, store.put(panguq.pack_int4(codes)))
-        replacement = _unpacked(node, panguq.unpack_int4.default, (packed,))
-    else:
-        packed = tensor_node(node, name, store.put(panguq.pack_codes(codes, bits)))
-        replacement = _unpacked(node, panguq.unpack_codes.default, (packed, bits, k))
+    read_packed(node, store.put(packed_codes(codes, bits)), bits)
+
+
+def read_packed(node: fx.Node, packed: Tensor, bits: int) -> None:
+    """As `store_codes`, with codes that are packed and stored already."""
+    weight = node.args[0]
+    k = int(weight.meta["val"].shape[1])  # type: ignore[union-attr]
+    replacement = tensor_node(node, codes_name(node), packed)
+    if bits == 4:
+        replacement = _unpacked(node, panguq.unpack_int4.default, (replacement,))
+    elif bits != 8:
+        replacement = _unpacked(node, panguq.unpack_codes.default, (replacement, bits, k))
     replace(node, replacement)
-    erase_unused([weight])
+    erase_unused([weight])  # type: ignore[list-item]
 
 
 def _unpacked(node: fx.Node, op: torch._ops.OpOverload, args: tuple[object, ...]) -> fx.Node:

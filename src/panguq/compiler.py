@@ -20,6 +20,7 @@ from panguq.calibration import (
     probe_of,
     sample_sequences,
 )
+from panguq.compile_key import compile_key
 from panguq.compiled_model import CompiledCausalLM, CompiledModule
 from panguq.errors import InputError
 from panguq.inputs import takes_empty_mask
@@ -27,8 +28,10 @@ from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
 from panguq.ir.memory import return_large_blocks
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
-from panguq.ir.weight_store import WeightStore
+from panguq.ir.unit_folder import Finished, UnitFolder
+from panguq.ir.weight_store import WeightStore, store_folded
 from panguq.lowering.lower_matmuls import check_lowerable
+from panguq.lowering.scheme_costs import TargetRules
 from panguq.lowering.stages import default_dtype, fitting, lowering_passes
 from panguq.lowering.targets import TargetKind, find_target
 from panguq.passes.base import PassContext, Progress
@@ -51,6 +54,7 @@ def compile(
     target: str = "cpu",
     dtype: torch.dtype | None = None,
     dump_dir: str | Path | None = None,
+    work_dir: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompiledModule:
@@ -66,12 +70,16 @@ def compile(
     dtype: what the model is cast to before anything else. By default a model keeps its own on a
         CPU and becomes bfloat16 for an Ascend target, whose kernels take 16-bit floats.
     dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
+    work_dir: a folder for finished parts. Where a compile was killed, the same one goes on from
+        them, with the bits of one that was not; another one starts anew. A model saved on the same
+        disk shares the large parts. The folder is not needed once the model is saved.
 
     The C library is told to return freed blocks of 4 MiB and more to the system at once, for the
     whole process and from now on; without that a compile needs a gigabyte more.
 
     Raises PanguqError's subclasses: RecipeError and LoweringError before any calibration,
-    TraceError, InputError for unusable data, NumericsError for tensors that are not finite.
+    TraceError, InputError for unusable data, NumericsError for tensors that are not finite,
+    StorageError for a full disk or a `work_dir` that cannot be used.
     """
     return_large_blocks()
     recipe = Recipe.of(recipe)
@@ -82,9 +90,13 @@ def compile(
     lowering = lowering_passes(target, recipe.precision, recipe.ascend)
     check_order([*passes, *lowering])
     progress = progress or terminal_progress()
+    units = UnitFolder(Path(work_dir)) if work_dir is not None else None
 
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
-    ctx = PassContext(interface=interface, store=WeightStore(), seed=seed, progress=progress)
+    rules = TargetRules(find_target(target), recipe.precision, recipe.ascend)
+    ctx = PassContext(
+        interface, WeightStore(units=units), seed=seed, progress=progress, matmul_rules=rules
+    )
     quality = Quality(ctx)
     dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries)
     instruments: list[Instrument] = [quality, *([dump] if dump else [])]
@@ -96,18 +108,28 @@ def compile(
     _, held = run_pipeline(gm, described, ctx, instruments)
     check_lowerable(gm, find_target(target), recipe.precision)
     calibrated = any(step.needs_calibration for step in passes)
-    ctx.batches, source = _calibration_batches(
-        gm, ctx, calibration, tokenizer, model, example_inputs, calibrated, find_target(target).kind
+    kind = find_target(target).kind
+    given, source = _given_batches(
+        gm, ctx, calibration, tokenizer, example_inputs, calibrated, kind
     )
+    if units:
+        _open_units(units, compile_key(gm, given, recipe, target, seed))
+    if given is None:
+        given, source = _sampled_batches(gm, ctx, model, calibrated, kind)
+    ctx.batches = given
     ctx.probe = probe_of(ctx.batches, interface)
     first = len(described) + 1
     _, held = run_pipeline(gm, rest, ctx, instruments, first, held)
+    interface = ctx.interface  # a pass may have given the cache another dtype
+    store_folded(gm, ctx.store)
     fake_quant = clone(gm)
     run_pipeline(gm, lowering, ctx, instruments, first + len(rest), held)
 
     report = quality.report(target, gm, fake_quant, source)
     if dump:
         dump.close(report)
+    if units:
+        units.close()
     for warning in report.warnings:
         logger.warning(warning)
     stages = {"fake-quant": fake_quant, "lowered": gm}
@@ -155,17 +177,19 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _calibration_batches(
+def _given_batches(
     gm: fx.GraphModule,
     ctx: PassContext,
     data: Any,
     tokenizer: Any,
-    model: nn.Module,
     example_inputs: Sequence[Tensor] | None,
     calibrated: bool,
     kind: TargetKind,
-) -> tuple[Batches, str]:
-    """Batches for calibration and the probe, and a sentence that says where they came from."""
+) -> tuple[Batches | None, str]:
+    """Batches for calibration and the probe, and a sentence that says where they came from.
+
+    None where they are to be sampled from the model.
+    """
     interface = ctx.interface
     if interface.kind != "causal_lm":
         if data is not None:
@@ -173,16 +197,42 @@ def _calibration_batches(
         if calibrated:
             logger.warning("calibration data: none given, so the example inputs serve for it")
         return module_batches([example_inputs or ()], interface), "the example inputs"
-    # The fused attention of an Ascend graph reads a mask in full.
-    empty_mask = takes_empty_mask(gm) and kind == "cpu"
-    if data is not None:
-        batches = causal_lm_batches(data, interface, tokenizer, empty_mask)
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        return batches, f"given by the caller: {len(batches)} sequences, {tokens} tokens"
+    if data is None:
+        return None, ""
+    batches = causal_lm_batches(data, interface, tokenizer, _empty_mask(gm, kind))
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return batches, f"given by the caller: {len(batches)} sequences, {tokens} tokens"
+
+
+def _sampled_batches(
+    gm: fx.GraphModule, ctx: PassContext, model: nn.Module, calibrated: bool, kind: TargetKind
+) -> tuple[Batches, str]:
+    """As `_given_batches`, from a causal language model itself."""
     count, length = (SAMPLED_SEQUENCES, SAMPLED_TOKENS) if calibrated else (1, 32)
     start = getattr(model.config, "bos_token_id", None) or 0
-    ids = sample_sequences(gm, interface, start, ctx.generator(), count, length, ctx.progress)
+
+    def compute() -> Finished:
+        shape = (count, length)
+        ids = sample_sequences(gm, ctx.interface, start, ctx.generator(), *shape, ctx.progress)
+        return Finished({"ids": ids})
+
+    ids = ctx.store.once("calibration/sampled", compute).tensors["ids"]
     said = f"sampled from the model itself: {count} sequences of {ids.shape[1]} tokens"
     if calibrated:
         logger.warning("calibration data: none given, so %s (seed %d)", said, ctx.seed)
-    return causal_lm_batches(ids, interface, None, empty_mask), said
+    return causal_lm_batches(ids, ctx.interface, None, _empty_mask(gm, kind)), said
+
+
+def _empty_mask(gm: fx.GraphModule, kind: TargetKind) -> bool:
+    """Whether the graph takes no mask; the fused attention of an Ascend graph reads it in full."""
+    return takes_empty_mask(gm) and kind == "cpu"
+
+
+def _open_units(units: UnitFolder, key: dict[str, str]) -> None:
+    changed = units.open_for(key)
+    if changed:
+        logger.warning(
+            "%s holds the parts of another compile, so this one starts anew; different: %s",
+            units.path,
+            ", ".join(changed),
+        )

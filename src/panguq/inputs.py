@@ -24,12 +24,17 @@ def takes_empty_mask(gm: fx.GraphModule) -> bool:
 
 def empty_past(interface: Interface, batch: int) -> list[Tensor]:
     """A cache that holds no token yet, in the order in which the graph takes it."""
-    dtype = getattr(torch, interface.float_dtype)
     return [
         torch.zeros(batch, layer.heads, 0, size, dtype=dtype)
-        for layer in interface.cache
-        for size in (layer.key_dim, layer.value_dim)
+        for layer, dtypes in zip(interface.cache, _cache_dtypes(interface), strict=True)
+        for size, dtype in zip((layer.key_dim, layer.value_dim), dtypes, strict=True)
     ]
+
+
+def _cache_dtypes(interface: Interface) -> list[tuple[torch.dtype, torch.dtype]]:
+    """The dtypes of every layer's keys and values."""
+    known = {"float": getattr(torch, interface.float_dtype), "int8": torch.int8}
+    return [(known[layer.key_dtype], known[layer.value_dtype]) for layer in interface.cache]
 
 
 def check_ids(interface: Interface, input_ids: Tensor) -> Tensor:
@@ -100,7 +105,8 @@ def _check_past(interface: Interface, past: Sequence[Tensor], batch: int) -> Non
             f"the cache holds {len(past)} tensors, the model needs {expected}",
             "pass back the past_key_values that this model returned",
         )
-    for index, tensor in enumerate(past):
+    dtypes = [dtype for pair in _cache_dtypes(interface) for dtype in pair]
+    for index, (tensor, dtype) in enumerate(zip(past, dtypes, strict=True)):
         layer = interface.cache[index // 2]
         size = layer.value_dim if index % 2 else layer.key_dim
         wanted = (batch, layer.heads, past[0].shape[2], size)
@@ -108,6 +114,11 @@ def _check_past(interface: Interface, past: Sequence[Tensor], batch: int) -> Non
             raise InputError(
                 f"cache tensor {index} has shape {list(tensor.shape)}, expected {list(wanted)}",
                 "the cache belongs to another batch or another model",
+            )
+        if (tensor.dtype == torch.int8) != (dtype == torch.int8):
+            raise InputError(
+                f"cache tensor {index} is {tensor.dtype}, expected {dtype}",
+                "the cache belongs to a model that was compiled with another recipe",
             )
 
 

@@ -37,7 +37,7 @@ from panguq.manifest import (
 )
 from panguq.partial_folder import PARTIAL, partial_folder, replaced_copies
 from panguq.strict_json import parse_json
-from panguq.weight_files import Shard, is_weight_file, plan_shards, read_mapped
+from panguq.weight_files import Shard, file_of, is_weight_file, plan_shards, read_mapped
 
 SLACK_BYTES = 1 << 20  # for the folder itself and rounding up to blocks
 
@@ -47,7 +47,7 @@ def write_folder(
     files: Mapping[str, bytes | str],
     tensors: Mapping[str, Tensor],
     overwrite: bool = False,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = 1 << 30,
 ) -> None:
     """Write `files` and `tensors` as the folder `path`, atomically.
 
@@ -66,7 +66,8 @@ def write_folder(
                 f"use letters, digits, _ . and -; {MANIFEST} and weights belong to panguq",
             )
     shards, aliases = plan_shards(tensors, shard_bytes)
-    needed = sum(map(len, contents.values())) + sum(s.size for s in shards) + SLACK_BYTES
+    written = [shard for shard in shards if file_of(shard.tensors) is None]
+    needed = sum(map(len, contents.values())) + sum(s.size for s in written) + SLACK_BYTES
     try:
         check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,9 +76,7 @@ def write_folder(
             listed = {
                 name: write_file(folder / name, [contents[name]]) for name in sorted(contents)
             }
-            listed |= {
-                shard.name: write_file(folder / shard.name, shard.chunks()) for shard in shards
-            }
+            listed |= {shard.name: _write_shard(folder / shard.name, shard) for shard in shards}
             manifest = _manifest(listed, shards, aliases)
             write_file(folder / MANIFEST, [manifest_text(manifest)])
     except OSError as error:
@@ -205,6 +204,36 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, in
                 rest, size = rest[written:], size + written
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _write_shard(path: Path, shard: Shard) -> dict[str, int | str]:
+    """Write a file of weights; where the same bytes are in a file already, give that a second name.
+
+    Raises OSError.
+    """
+    source = file_of(shard.tensors)
+    if source is None:
+        return write_file(path, shard.chunks())
+    with open(source, "rb") as file:
+        same = file.read(len(shard.header)) == shard.header
+        same = same and os.fstat(file.fileno()).st_size == shard.size
+        if not same or not _link(source, path):
+            return write_file(path, shard.chunks())
+        file.seek(0)
+        digest = hashlib.sha256()
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+        os.fsync(file.fileno())
+    return {"bytes": shard.size, "sha256": digest.hexdigest()}
+
+
+def _link(source: Path, path: Path) -> bool:
+    """Whether the file could be given this second name; other disks, and some kinds, cannot."""
+    try:
+        os.link(source, path)
+    except OSError:
+        return False
+    return True
 
 
 def _manifest(

@@ -7,7 +7,7 @@ aliases. The files' bytes depend on names and values alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,10 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPE_NAMES = {name: dtype for dtype, name in DTYPES.items()}
 _CHUNK_BYTES = 64 << 20
+ALONE_BYTES = 4 << 20
+"""In a model of more than one file, a tensor of this size has one of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,24 @@ def plan_shards(
 ) -> tuple[list[Shard], dict[str, str]]:
     """The files that hold these tensors, each below `shard_bytes` where a tensor allows it.
 
+    One file if all fit. Else tensors of `ALONE_BYTES` and more have a file each: what a compile has
+    written already then need not be copied.
     Second, the aliases: names whose tensor is stored under another name. Raises StorageError
     for a tensor that has no bytes to write, or a dtype that safetensors does not know.
     """
     stored, aliases = _without_duplicates(tensors)
+    total = sum(tensor.nbytes for tensor in stored.values())
+    limit = ALONE_BYTES if total > shard_bytes else shard_bytes + 1
+    alone = [name for name, tensor in stored.items() if tensor.nbytes >= limit]
     groups: list[list[str]] = []
     size = 0
-    for name in stored:
+    for name in [name for name in stored if name not in set(alone)]:
         if not groups or size + stored[name].nbytes > shard_bytes:
             groups.append([])
             size = 0
         groups[-1].append(name)
         size += stored[name].nbytes
+    groups += [[name] for name in alone]
     shards = [
         _shard(_file_name(index, len(groups)), {name: stored[name] for name in group})
         for index, group in enumerate(groups)
@@ -98,6 +107,40 @@ def read_mapped(path: Path) -> dict[str, Tensor]:
         raise StorageError(
             f"{path}: cannot be read as safetensors: {error}", "save the model again"
         ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, not forced to disk. Raises OSError."""
+    with open(path, "xb", buffering=0) as file:
+        for chunk in _shard(path.name, tensors).chunks():
+            rest = memoryview(chunk)
+            while rest:  # a disk that fills up takes a part first
+                rest = rest[file.write(rest) :]
+
+
+def read_alone(path: Path, name: str) -> Tensor:
+    """The only tensor of a file of `write_tensors`, as a map shared with the file.
+
+    The file must be writable; `file_of` tells it later. Raises ValueError, KeyError or OSError.
+    """
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    entry = json.loads(header)[name]
+    start, dtype = 8 + len(header), _DTYPE_NAMES[entry["dtype"]]
+    size = path.stat().st_size
+    if size != start + entry["data_offsets"][1]:
+        raise ValueError(f"{path} has {size} bytes")
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+    data = torch.empty(0, dtype=torch.uint8).set_(storage)[start:]
+    tensor = data.view(dtype).view(entry["shape"])
+    tensor.file = path  # type: ignore[attr-defined]
+    return tensor
+
+
+def file_of(tensors: Sequence[Tensor]) -> Path | None:
+    """The file that holds exactly this one tensor, if `read_alone` read it from there."""
+    path = getattr(tensors[0], "file", None) if len(tensors) == 1 else None
+    return path if isinstance(path, Path) and path.is_file() else None
 
 
 def _without_duplicates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from panguq.cli.command import (
     quiet_transformers,
     text_windows,
 )
-from panguq.errors import InputError, RecipeError, StorageError
+from panguq.errors import InputError, PanguqError, RecipeError, StorageError
 from panguq.export.server_rules import SERVERS
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -52,6 +55,13 @@ def add(commands: Commands) -> None:
         help="of --out: panguq's own, or a checkpoint for servers (default: panguq)",
     )
     command.add_argument("--force", action="store_true", help="replace the model in --out")
+    command.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        type=Path,
+        help="where finished parts are kept until the model is saved; the same command, run again "
+        "after it was killed, goes on from them (default: .NAME.work beside --out NAME)",
+    )
     command.add_argument("--dump", metavar="DIR", type=Path, help="write what each pass did")
     command.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
     command.add_argument("--dtype", choices=_DTYPES, help="cast the model first")
@@ -104,18 +114,20 @@ def run(options: argparse.Namespace) -> int:
         windows = text_windows(options.calibration, "calibration text", tokenizer, *sizes)
     else:
         tokenizer = _tokenizer_if_any(options.model)
-    compiled = compile(
-        load_pretrained(options.model),
-        recipe,
-        calibration=windows,
-        tokenizer=tokenizer,
-        target=options.target,
-        dtype=dtype,
-        dump_dir=options.dump,
-        seed=options.seed,
-    )
-    if options.out is not None:
-        compiled.save(options.out, overwrite=options.force, format=options.format)
+    with _work_dir(options) as work_dir:
+        compiled = compile(
+            load_pretrained(options.model),
+            recipe,
+            calibration=windows,
+            tokenizer=tokenizer,
+            target=options.target,
+            dtype=dtype,
+            dump_dir=options.dump,
+            work_dir=work_dir,
+            seed=options.seed,
+        )
+        if options.out is not None:
+            compiled.save(options.out, overwrite=options.force, format=options.format)
     if options.json:
         print_json({**compiled.report.model_dump(), "out": _text(options.out)})
     else:
@@ -140,6 +152,27 @@ def check_writable(path: Path, force: bool) -> None:
         raise StorageError(
             f"{path}: cannot be written: {error.strerror or error}", "choose another place"
         ) from error
+
+
+@contextmanager
+def _work_dir(options: argparse.Namespace) -> Iterator[Path | None]:
+    """The folder for finished parts, by default on the disk of the result, which shares the large.
+
+    It goes when the result is saved, the default one after an error too: only what was killed or
+    interrupted is to go on.
+    """
+    chosen: Path | None = options.work_dir
+    if chosen is None and options.out is not None:
+        out = options.out.resolve()
+        chosen = out.with_name(f".{out.name}.work")
+    try:
+        yield chosen
+    except PanguqError:
+        if options.work_dir is None and chosen is not None:
+            shutil.rmtree(chosen, ignore_errors=True)
+        raise
+    if chosen is not None:
+        shutil.rmtree(chosen, ignore_errors=True)
 
 
 def _recipe(options: argparse.Namespace) -> Any:

@@ -36,15 +36,20 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
 
 def matmul_references(
     gm: fx.GraphModule, probe: Mapping[str, Tensor]
-) -> dict[str, MatmulReference]:
-    """Input and output of every matmul of a float graph on the probe, by the matmul's label."""
+) -> tuple[dict[str, MatmulReference], Tensor]:
+    """Input and output of every matmul of a float graph on the probe, by the matmul's label.
+
+    Second, the graph's first output.
+    """
     matmuls = linears(gm)
     wanted = {v for node in matmuls for v in (node, node.args[0])}
-    values = interpret.values(gm, probe, wanted)  # type: ignore[arg-type]
-    return {
+    first = next(reversed(gm.graph.nodes)).args[0][0]  # type: ignore[index]
+    values = interpret.values(gm, probe, wanted | {first})  # type: ignore[arg-type]
+    found = {
         label(node): MatmulReference(label(node.args[0]), values[node.args[0]], values[node])  # type: ignore[arg-type,index]
         for node in matmuls
     }
+    return found, values[first]  # type: ignore[index]
 
 
 def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) -> dict[str, float]:

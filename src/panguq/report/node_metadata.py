@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import label
-from panguq.passes.observers import Histogram, InputStatistics
+from panguq.passes.observers import InputStatistics, fill_state, state_of
 from panguq.report.dump_files import NodeMetadata
 
 Collected = tuple[NodeMetadata, dict[str, Tensor]]
@@ -32,7 +31,7 @@ def collect(gm: fx.GraphModule) -> Collected:
         if seen is not None:
             if id(seen) not in numbers:
                 numbers[id(seen)] = len(numbers)
-                tensors |= _state(seen, f"statistics/{numbers[id(seen)]}")
+                tensors |= state_of(seen, f"statistics/{numbers[id(seen)]}")
             of_node[label(node)] = numbers[id(seen)]
     return NodeMetadata(statistics=of_node, split_from=split_from), tensors
 
@@ -50,29 +49,5 @@ def restore(gm: fx.GraphModule, metadata: NodeMetadata, tensors: Mapping[str, Te
             number = metadata.statistics[name]
             if number not in known:
                 known[number] = InputStatistics(0)
-                _fill(known[number], tensors, f"statistics/{number}")
+                fill_state(known[number], tensors, f"statistics/{number}")
             node.meta["input_statistics"] = known[number]
-
-
-def _state(of: Any, prefix: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, value in vars(of).items():
-        if isinstance(value, Histogram):
-            found |= _state(value, f"{prefix}/{name}")
-        elif isinstance(value, Tensor):
-            found[f"{prefix}/{name}"] = value
-        elif isinstance(value, float):
-            found[f"{prefix}/{name}"] = torch.tensor(value, dtype=torch.float64)
-        elif isinstance(value, int):
-            found[f"{prefix}/{name}"] = torch.tensor(value, dtype=torch.int64)
-    return found
-
-
-def _fill(into: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Set the attributes that `into` has anyway; a file cannot add others."""
-    for name, value in list(vars(into).items()):
-        stored = tensors.get(f"{prefix}/{name}")
-        if isinstance(value, Histogram):
-            _fill(value, tensors, f"{prefix}/{name}")
-        elif stored is not None:
-            setattr(into, name, stored if isinstance(value, Tensor | None) else stored.item())

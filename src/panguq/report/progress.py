@@ -23,10 +23,20 @@ def terminal_progress() -> Progress:
             return
         drawn = now
         left = (now - begin) / done * (total - done) if done else 0.0
-        note = f"{left:.0f} s left" if 0 < done < total else f"{now - begin:.1f} s"
+        note = f"{duration(left)} left" if 0 < done < total else duration(now - begin)
         line = f"\r\033[K{what}: {done}/{total}, {note}"
         print(line, end="\n" if done >= total else "", file=sys.stderr, flush=True)
         if done >= total:
             started.pop(what, None)
 
     return show
+
+
+def duration(seconds: float) -> str:
+    """A time to read: `4.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    )

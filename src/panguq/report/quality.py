@@ -39,8 +39,7 @@ class Quality:
     def before_pass(self, index: int, step: Pass, gm: fx.GraphModule) -> None:
         """In front of the first lossy pass, note what the float graph computes."""
         if not step.exact and not self.references and self.ctx.probe is not None:
-            self.references = matmul_references(gm, self.ctx.probe)
-            self.logits = interpret.run(gm, self.ctx.probe)[0]
+            self.references, self.logits = matmul_references(gm, self.ctx.probe)
 
     def after_pass(self, record: PassRecord, gm: fx.GraphModule) -> None:
         """Measure the pass and add its line to the summary."""

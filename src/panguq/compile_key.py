@@ -1,0 +1,57 @@
+"""What makes two compiles the same: parts that one has finished serve the other only then."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir.edit import weights_of
+from panguq.ir.printer import content_hash, print_graph
+from panguq.recipe import Recipe
+
+SAMPLED_PER_AXIS = 64
+
+
+def compile_key(
+    gm: fx.GraphModule,
+    batches: Sequence[Mapping[str, Tensor]] | None,
+    recipe: Recipe,
+    target: str,
+    seed: int,
+) -> dict[str, str]:
+    """Names and values of all that decides the bits of a compile's result.
+
+    `gm` is the graph before anything was quantized; `batches` None if they follow from the rest.
+    """
+    return {
+        "panguq": version("panguq"),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "recipe": recipe.to_yaml(),
+        "target": target,
+        "seed": str(seed),
+        "model": _model_hash(gm),
+        "calibration data": "sampled" if batches is None else _data_hash(batches),
+    }
+
+
+def _data_hash(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in batch.items():
+            digest.update(f"{name}{content_hash(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def _model_hash(gm: fx.GraphModule) -> str:
+    """Of the graph and some rows and columns of each weight: a large model is not read for it."""
+    lines = (line.split("  # ")[0] for line in print_graph(gm).splitlines())  # without schemes
+    digest = hashlib.sha256("\n".join(lines).encode())
+    for name, tensor in weights_of(gm).items():
+        steps = tuple(slice(None, None, max(size // SAMPLED_PER_AXIS, 1)) for size in tensor.shape)
+        digest.update(f"{name}{content_hash(tensor[steps])}".encode())
+    return digest.hexdigest()
