@@ -2,29 +2,153 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
+from panguq.errors import RecipeError
+from panguq.passes.column_solver import FitScale, GroupGrid, solve_columns
+from panguq.passes.gram import gram, inverse_factor, output_error
 from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem
-from panguq.passes.weight_scales import min_max_scale
-
-panguq = torch.ops.panguq
+from panguq.passes.weight_scales import min_max_scale, quantize_groups, search_scale, storable
 
 
 @dataclass(frozen=True)
 class Gptq(SolveWeights):
-    """Placeholder until the column loop is written: round to nearest through the solving sweep."""
+    """Before: `quantize_weight(w, scale, zero_point)`.  After: integer codes read from storage.
+
+    The codes Q make tr((Q - W) H (Q - W)^T) small, the squared error of the matmul's output on the
+    calibration data: H = X^T X with the inputs X as they are when all weights before are
+    quantized, and activations too where the scheme says so. Column after column is rounded to
+    nearest and its error spread over those that follow (`solve_columns`; arXiv 2210.17323).
+
+    - `damping` times the mean of H's diagonal is added to it; ten times more as often as the
+      Cholesky factorization fails, which the table shows. The authors' 0.01 suits calibration on
+      2^18 tokens; on some thousand it fits their noise: the error on text of another kind is
+      then no smaller than after rounding to nearest. 0.3 costs nothing on text of the same kind
+      (SmolLM2-135M, 3 bits, 4096 to 12288 tokens: output error 0.9 to 1.4 dB smaller on other
+      text than with 0.01, the same within 0.1 dB on the same text).
+    - An input that is always zero neither gives nor takes errors, and its weights are rounded to
+      nearest: the authors' code sets them to zero, which other data may punish.
+    - `static_groups` fits the scales of all groups to the weight as it was, else each when its
+      first column comes, to the weight as updated by then.
+    - `act_order` rounds columns by falling mean square of their input, while later ones can still
+      make up for them. Storage keeps its order; without static groups the groups come by falling
+      mean square, each with its columns in that order.
+    - `clip_search`, `importance`, `smallest_ratio` and `steps` fit scales as in quantize-weights;
+      without it they come from smallest and largest weights.
+
+    The table shows the output's relative squared error, after rounding to nearest on the
+    weight's own scales and after this pass.
+    """
 
     name: ClassVar[str] = "gptq"
+    note_columns: ClassVar[tuple[str, ...]] = ("rtn_error_db", "error_db", "damping")
+    act_order: bool = True
+    static_groups: bool = True
+    damping: float = 0.3
+    block_size: int = 128
+    clip_search: bool = True
+    importance: Literal["activations", "none"] = "activations"
+    smallest_ratio: float = 0.6
+    steps: int = 9
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.damping < math.inf:
+            raise RecipeError(f"{self.name}: damping {self.damping} must be 0 or more", "try 0.01")
+        if self.block_size < 1:
+            raise RecipeError(f"{self.name}: block_size {self.block_size} must be at least 1")
+        if not 0.0 < self.smallest_ratio <= 1.0 or self.steps < 1:
+            raise RecipeError(
+                f"{self.name}: smallest_ratio {self.smallest_ratio} must lie in (0, 1] and "
+                f"steps {self.steps} be at least 1"
+            )
 
     def solve(self, problem: WeightProblem) -> Solution:
-        """Round to nearest."""
-        spec = problem.spec
-        weight = problem.weight.to(problem.dtype)
-        scale, zero = min_max_scale(weight, problem.group_size, spec)
-        codes = panguq.quantize_weight(
-            weight, scale, zero, problem.group_size, spec.quant_min, spec.quant_max
-        )
-        return Solution(codes, scale, zero)
+        """The codes of GPTQ; raises NumericsError if the inputs' second moments overflow."""
+        hessian = gram(problem.inputs)
+        order = self.column_order(hessian.diagonal(), problem.group_size)
+        inverse = inverse_factor(hessian[order][:, order], self.damping)
+        grid = self.grid(problem, hessian, order)
+        solve_columns(problem.weight[:, order], inverse.factor, grid, self.block_size)
+        solution = Solution(*grid.solution())
+        errors = self.errors_db(problem, hessian, solution)
+        return replace(solution, notes=(*errors, inverse.damping))
+
+    def errors_db(
+        self, problem: WeightProblem, hessian: Tensor, solution: Solution
+    ) -> tuple[float, ...]:
+        """The output's relative squared error: rounded to nearest, and of the solution."""
+        scale, zero = self.fitted(problem, hessian)
+        groups = problem.weight.unflatten(1, (-1, problem.group_size))
+        nearest = quantize_groups(groups, scale, zero, problem.spec).flatten(1)
+        chosen = self.dequantize(problem, solution).float()
+        return relative_errors_db(problem.weight, (nearest, chosen), hessian)
+
+    def column_order(self, mean_square: Tensor, group_size: int) -> Tensor:
+        """The weight's columns `[k]` in the order in which they are rounded."""
+        if not self.act_order:
+            return torch.arange(len(mean_square))
+        if self.static_groups:
+            return mean_square.argsort(descending=True, stable=True)
+        groups = mean_square.unflatten(0, (-1, group_size))
+        within = groups.argsort(dim=1, descending=True, stable=True)
+        first = groups.sum(1).argsort(descending=True, stable=True)
+        return (within + torch.arange(len(groups))[:, None] * group_size)[first].flatten()
+
+    def grid(self, problem: WeightProblem, hessian: Tensor, order: Tensor) -> GroupGrid:
+        """The codes' grid: fixed with static groups, else fitted as the groups come."""
+        shape = (problem.weight.shape[0], problem.weight.shape[1])
+        if self.static_groups:
+            scale, zero = self.fitted(problem, hessian)
+            return GroupGrid(
+                shape, problem.group_size, problem.spec, scale=scale, zero_point=zero, order=order
+            )
+        fit = self._fit_group(problem, hessian)
+        return GroupGrid(shape, problem.group_size, problem.spec, fit=fit, order=order)
+
+    def fitted(self, problem: WeightProblem, hessian: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point `[n, k / group_size]` for the weight as it is."""
+        return self._scale(problem, problem.weight, hessian.diagonal())
+
+    def _fit_group(self, problem: WeightProblem, hessian: Tensor) -> FitScale:
+        size = problem.group_size
+
+        def fit(group: int, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+            mean_square = hessian.diagonal()[group * size : (group + 1) * size]
+            scale, zero = self._scale(problem, weight, mean_square)
+            return scale[:, 0], None if zero is None else zero[:, 0]
+
+        return fit
+
+    def _scale(
+        self, problem: WeightProblem, weight: Tensor, mean_square: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        weight = weight.float()
+        if self.clip_search:
+            importance = mean_square if self.importance == "activations" else None
+            ratios = tuple(torch.linspace(1.0, self.smallest_ratio, self.steps).tolist())
+            scale, zero = search_scale(weight, problem.group_size, problem.spec, importance, ratios)
+        else:
+            scale, zero = min_max_scale(weight, problem.group_size, problem.spec)
+        return storable(scale, problem.dtype), zero
+
+
+def relative_errors_db(
+    weight: Tensor, candidates: Sequence[Tensor], hessian: Tensor
+) -> tuple[float, ...]:
+    """10 log10 of a matmul's squared output error over its squared output, -300 for nothing, with
+    each of the candidates in place of `weight`, all `[n, k]`.
+
+    In float32: the digits of a table need no more, and it is half the work.
+    """
+    moments = hessian.float()
+    signal = float(output_error(weight, moments).double().sum())
+    if not signal > 0:
+        return (-300.0,) * len(candidates)
+    errors = (output_error(c - weight, moments).double().sum() for c in candidates)
+    return tuple(10 * math.log10(max(float(error) / signal, 1e-30)) for error in errors)

@@ -14,15 +14,21 @@ DAMPING_TRIES = 8  # each ten times the one before
 
 
 def gram(inputs: Iterable[Tensor]) -> Tensor:
-    """X^T X over all tokens of all batches `[..., k]`, float64 `[k, k]`.
+    """X^T X over all tokens of all batches `[..., k]`, float64 `[k, k]`, see `cross_gram`."""
+    return cross_gram((batch, batch) for batch in inputs)
+
+
+def cross_gram(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """X^T Y over all tokens of pairs of batches X and Y `[..., k]`, float64 `[k, k]`.
 
     Products are float32 within a batch, in which their error (2^-24 of the diagonal) is far below
-    any damping; sums over batches are float64, so that their number does not matter.
+    any damping, and float64 ones would take twice as long; sums over batches are float64, so
+    that their number does not matter.
     """
     total: Tensor | None = None
-    for batch in inputs:
-        tokens = batch.reshape(-1, batch.shape[-1]).float()
-        product = (tokens.T @ tokens).double()
+    for left, right in pairs:
+        rows, columns = (t.reshape(-1, t.shape[-1]).float() for t in (left, right))
+        product = (rows.T @ columns).double()
         total = product if total is None else total.add_(product)
     if total is None:
         raise NumericsError("there is no input to take second moments of", "give calibration data")
