@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -343,6 +344,8 @@ def test_wrong_options() -> None:
             SmoothQuant(alpha=alpha)
         with pytest.raises(RecipeError, match="alpha"):
             SmoothQuant(alphas=(("up_down", alpha),))
+    with pytest.raises(RecipeError, match="alpha is serach"):
+        SmoothQuant(alpha="serach")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="did you mean norm_linear"):
         SmoothQuant(sites=("norm_linaer",))
     with pytest.raises(RecipeError, match="unknown kind"):
@@ -378,3 +381,127 @@ def test_a_weight_that_would_overflow() -> None:
         get_tensor(gm, "first.weight").fill_(5e3)  # s = 1 / 5e3 at alpha 0
     with pytest.raises(NumericsError, match=r"weight norm\.weight overflows torch\.float16"):
         SmoothQuant(alpha=0.0, sites=("norm_linear",)).run(gm, ctx)
+
+
+# --- alpha: search ------------------------------------------------------------------------------
+
+
+class OutlierNorm(nn.Module):
+    """norm ─► linear, with two channels 40 times larger than the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = nn.RMSNorm(32, eps=1e-6), nn.Linear(32, 24, bias=False)
+        with torch.no_grad():
+            self.norm.weight[::16] = 40.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
+def outlier_norm(scheme: str) -> tuple[fx.GraphModule, PassContext]:
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(4, 30, 32, generator=generator) for _ in range(2)]
+    gm, ctx = prepared(*trace_module(OutlierNorm().eval(), (batches[0],)), scheme)
+    return gm, replace(ctx, batches=[{ctx.interface.inputs[0]: batch} for batch in batches])
+
+
+def naive_error(gm: fx.GraphModule, y: Tensor, scale: Tensor) -> float:
+    """Noise over signal of the quantized linear behind the norm, token by token, W8A8_DYNAMIC."""
+    weight = get_tensor(gm, "linear.weight")
+    scaled = weight * scale.float()
+    step = scaled.abs().amax(1, keepdim=True) / 127
+    stored = (scaled / step).round() * step
+    noise = signal = 0.0
+    for token in y:
+        x = token / scale.float()
+        unit = x.abs().max() / 127
+        x = (x / unit).round() * unit
+        noise += float((stored @ x - weight @ token).double().square().sum())
+        signal += float((weight @ token).double().square().sum())
+    return noise / signal
+
+
+def test_the_search_finds_what_brute_force_finds() -> None:
+    gm, ctx = outlier_norm("W8A8_DYNAMIC")
+    before = clone(gm)
+    row = table(SmoothQuant(alpha="search").run(gm, ctx))[0]
+    x = torch.cat([next(iter(batch.values())) for batch in ctx.batches]).flatten(0, 1)
+    y = functional.rms_norm(x, (32,), get_tensor(before, "norm.weight"), eps=1e-6)
+    weight = get_tensor(before, "linear.weight")
+    sizes = {
+        "amax": (y.abs().amax(0), weight.abs().amax(0)),
+        "rms": (y.square().mean(0).sqrt(), weight.square().mean(0).sqrt()),
+    }
+    errors = {
+        (statistic, step / 10): naive_error(before, y, smoothing_scale(*size, step / 10))
+        for statistic, size in sizes.items()
+        for step in range(11)
+    }
+    coarse = min(errors, key=errors.__getitem__)
+    for near in (coarse[1] - 0.05, coarse[1] + 0.05):
+        if 0 <= near <= 1:
+            scale = smoothing_scale(*sizes[coarse[0]], near)
+            errors[coarse[0], near] = naive_error(before, y, scale)
+    best = min(errors, key=errors.__getitem__)
+    assert (row["statistic"], row["alpha"]) == (best[0], pytest.approx(best[1]))
+    plain = naive_error(before, y, torch.ones(32))
+    decibels = [-10 * math.log10(error) for error in (plain, errors[best])]
+    assert [row["db_before"], row["db_after"]] == pytest.approx(decibels, abs=0.02)
+    assert decibels[1] > decibels[0] + 6
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC", "W4A8-g32"])
+def test_no_site_gets_worse(scheme: str) -> None:
+    gm, ctx = outlier_norm(scheme)
+    old = weights_of(gm)
+    result = SmoothQuant(alpha="search").run(gm, ctx)
+    assert result.changed == 1
+    assert table(result)[0]["db_after"] > table(result)[0]["db_before"]
+    for name, weight in weights_of(gm).items():
+        assert not torch.equal(weight, old[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_logits_stay_the_same_under_the_search(name: str) -> None:
+    _, gm, ctx = language_model(name)
+    probe = lm_batch(ctx.interface, 6, seed=3)
+    before = run(gm, probe)
+    result = SmoothQuant(alpha="search").run(gm, ctx)
+    left_alone = [skip for skip in result.skipped if "no alpha lowers" in skip.reason]
+    assert result.changed + len(left_alone) >= 6 and result.changed > 0
+    assert_equal(before[0], run(gm, probe)[0])
+    again = language_model(name)[1]
+    SmoothQuant(alpha="search").run(again, ctx)
+    for key, weight in weights_of(gm).items():  # the sample is seeded
+        assert torch.equal(weight, get_tensor(again, key))
+
+
+def test_a_site_that_no_alpha_helps_is_left_alone() -> None:
+    gm, ctx = outlier_norm("W8A8")
+    get_tensor(gm, "linear.weight").zero_()
+    result = SmoothQuant(alpha="search").run(gm, ctx)
+    assert result.changed == 0 and not result.sites
+    reasons = {skip.node: skip.reason for skip in result.skipped}
+    assert reasons["norm:rms_norm"] == "no alpha lowers the error of the matmuls behind it"
+
+
+def test_a_kind_with_an_alpha_of_its_own_is_not_searched() -> None:
+    gm, ctx = outlier_norm("W8A8")
+    fixed, _ = outlier_norm("W8A8")
+    row = table(SmoothQuant(alpha="search", alphas=(("norm_linear", 0.3),)).run(gm, ctx))[0]
+    assert (row["statistic"], row["alpha"], row["db_after"]) == ("amax", 0.3, "")
+    SmoothQuant(alpha=0.3).run(fixed, ctx)
+    assert torch.equal(get_tensor(gm, "norm.weight"), get_tensor(fixed, "norm.weight"))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC"])
+def test_one_token_and_a_dead_channel(scheme: str) -> None:
+    gm, ctx = outlier_norm(scheme)
+    get_tensor(gm, "norm.weight")[5] = 0.0
+    name = ctx.interface.inputs[0]
+    few = replace(ctx, batches=[{name: next(iter(ctx.batches[0].values()))[:1, :1]}])
+    expected = run(gm, few.batches[0])[0]
+    SmoothQuant(alpha="search").run(gm, few)
+    assert torch.allclose(run(gm, few.batches[0])[0], expected, rtol=1e-4, atol=1e-4)
