@@ -9,12 +9,15 @@ import torch
 from torch import fx
 
 from panguq.errors import VerifyError
-from panguq.ir.edit import get_tensor, label
+from panguq.ir.edit import get_tensor, label, op_name
 from panguq.ir.opset import is_allowed
 from panguq.ir.properties import Property
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
+
+# By name: who defines them stands above this module.
+WEIGHT_DEQUANTIZERS = ("dequantize_weight", "dequantize_binary")
 
 
 def check_form(gm: fx.GraphModule) -> str | None:
@@ -82,7 +85,7 @@ def _qdq(gm: fx.GraphModule) -> str | None:
         scheme = node.meta["scheme"]
         if scheme.is_float:
             continue
-        if node.args[1].target is not panguq.dequantize_weight.default:
+        if op_name(node.args[1]) not in WEIGHT_DEQUANTIZERS:
             return f"the weight of {label(node)} is not dequantized from codes"
         wants = scheme.activation is not None
         if wants != (node.args[0].target is panguq.dequantize.default):
@@ -98,11 +101,11 @@ def _weight_codes(gm: fx.GraphModule) -> str | None:
 
 
 def _lowered(gm: fx.GraphModule) -> str | None:
-    dequantizers = (panguq.dequantize.default, panguq.dequantize_weight.default)
+    dequantizers = ("dequantize", *WEIGHT_DEQUANTIZERS)
     for node in gm.graph.nodes:
         if node.target is aten.linear.default:
             for source in node.all_input_nodes:
-                if source.target in dequantizers:
+                if op_name(source) in dequantizers:
                     return f"{label(node)} still reads {label(source)}"
     return None
 

@@ -8,7 +8,9 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import call
+from panguq.kernels import binary
 from panguq.kernels.cpu import (  # noqa: F401  (registers torch.ops.panguq_cpu.*)
+    binary_linear,
     dequantized_linear,
     int4_linear,
     int8_linear,
@@ -67,9 +69,13 @@ def _int4(node: fx.Node, choice: Choice) -> fx.Node:
 
 
 def _dequantized(node: fx.Node, choice: Choice) -> fx.Node:
+    dtype = torch.float32 if choice.precision == "float32" else torch.bfloat16
+    if node.args[1].target is binary.dequantize_binary:
+        weight = node.args[1].args[:-1]
+        args = (node.args[0], *weight, _bias(node), dtype)
+        return call(node, cpu.binary_linear.default, args, origin=node)
     codes, scale, zero_point, group_size, _ = node.args[1].args
     stored = codes.args[0] if codes.target is panguq.unpack_int4.default else codes
-    dtype = torch.float32 if choice.precision == "float32" else torch.bfloat16
     args = (node.args[0], stored, scale, zero_point, group_size, _bias(node), dtype)
     return call(node, cpu.dequantized_linear.default, args, origin=node)
 

@@ -11,7 +11,7 @@ from panguq.kernels.ascend import npu_format_cast  # noqa: F401  (registers the 
 
 aten = torch.ops.aten
 PREPACKING = {
-    "panguq": ("unpack_codes",),
+    "panguq": ("unpack_codes", "unpack_mixed_codes"),
     "panguq_cpu": ("int4_kernel_weight", "int4_kernel_scales", "weight_row_sums"),
     "panguq_npu": ("int4_weight",),
 }

@@ -175,6 +175,8 @@ def _read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinea
     if codes.target is panguq.unpack_int4.default:
         codes = codes.args[0]
     if codes.op != "get_attr":  # type: ignore[union-attr]
+        if codes.target is not panguq.quantize_weight.default:  # type: ignore[union-attr]
+            raise _unknown(path, codes)  # type: ignore[arg-type]
         raise ExportError(
             f"{path}: its weight is not stored as codes yet",
             "put quantize-weights at the end of the recipe's passes",
