@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.blocks import blocks
-from panguq.ir.edit import get_tensor, label
+from panguq.ir.edit import label
 from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite
 from panguq.ir.opset import body_of
 
@@ -62,7 +62,7 @@ def reverse_sweep(
         progress("sensitivity", len(steps) + done, total)
         if not active.intersection(step.nodes):
             break  # nothing watched lies further up
-        weights = {n: get_tensor(gm, str(n.target)) for n in step.nodes if n.op == "get_attr"}
+        weights = {n: compute(gm, n, {}) for n in step.nodes if n.op == "get_attr"}
         for start, pending in zip(kept.pop(), gradients, strict=True):
             values = _recompute(step, start | weights, watched, active)
             if end in step.nodes:
@@ -121,7 +121,7 @@ def _forward(
             weights: Environment = {}
             for node in step.nodes:
                 if node.op == "get_attr":
-                    weights[node] = get_tensor(gm, str(node.target))
+                    weights[node] = compute(gm, node, {})
                     ensure_finite(label(node), weights[node])
             kept.append([{n: environment[n] for n in step.inputs} for environment in environments])
             later = {n for after in steps[done + 1 :] for n in after.inputs}

@@ -13,19 +13,23 @@ OBJECTIVE = 1e6  # HiGHS stops at an absolute gap of 1e-6: losses are scaled far
 
 @dataclass(frozen=True)
 class Budget:
-    """`costs[group][option]` in whole units, not negative, and how many units may be spent."""
+    """`costs[group][option]` in whole units, and how many units may be spent.
+
+    `fixed` units are spent in any case.
+    """
 
     costs: tuple[tuple[int, ...], ...]
     limit: int
+    fixed: int = 0
 
     @property
     def smallest(self) -> int:
         """What the cheapest option of every group costs together."""
-        return sum(min(row) for row in self.costs)
+        return self.fixed + sum(min(row) for row in self.costs)
 
     def spent(self, chosen: Sequence[int]) -> int:
         """What these options cost, one index a group."""
-        return sum(row[index] for row, index in zip(self.costs, chosen, strict=True))
+        return self.fixed + sum(row[index] for row, index in zip(self.costs, chosen, strict=True))
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,7 @@ class Allocation:
     gap: float
 
 
-def allocate(
-    losses: Sequence[Sequence[float]], budgets: Sequence[Budget]
-) -> Allocation | None:
+def allocate(losses: Sequence[Sequence[float]], budgets: Sequence[Budget]) -> Allocation | None:
     """Minimize sum of losses[group][chosen] with every budget kept; None if no choice keeps them.
 
     The multiple-choice knapsack problem as an integer program, solved by HiGHS's branch and cut
@@ -53,7 +55,7 @@ def allocate(
     if any(not math.isfinite(loss) or loss < 0 for row in losses for loss in row):
         raise NumericsError("a loss to allocate by is negative or not finite")
     if not losses:
-        kept = all(budget.limit >= 0 for budget in budgets)
+        kept = all(budget.smallest <= budget.limit for budget in budgets)
         return Allocation((), 0.0, "nothing to choose", 0.0) if kept else None
     worst = sum(max(row) for row in losses)
     first = _solve(losses, budgets, math.inf, worst)

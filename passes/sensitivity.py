@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.edit import get_tensor
+from panguq.ir.folded_weight import materialized
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
@@ -39,6 +40,7 @@ from panguq.passes.observers import InputStatistics
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq
+ELEMENTS_AT_ONCE = 1 << 20  # rows of a weight are independent: slices keep copies in the cache
 LOGITS_AT_ONCE = 1 << 26  # elements: beyond that, only some of a sequence's positions are scored
 
 
@@ -59,6 +61,19 @@ class _Sums:
     activation: dict[tuple[fx.Node, QuantSpec], float] = field(
         default_factory=lambda: defaultdict(float)
     )
+    weights: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def weight(self, gm: fx.GraphModule, node: fx.Node) -> Tensor:
+        """The linear's weight `[n, k]`, computed once a block if it is a product not yet stored."""
+        if node not in self.weights:
+            self.weights[node] = materialized(get_tensor(gm, str(node.args[1].target)))
+        return self.weights[node]
+
+    def clear(self) -> None:
+        """Forget the block."""
+        self.matmuls.clear()
+        self.activation.clear()
+        self.weights.clear()
 
 
 def measure(
@@ -97,11 +112,10 @@ def measure(
                 total = sums.activation.get((group[0], scheme.activation), 0.0)
                 for node in group:
                     if node in sums.matmuls and scheme.weight is not None:
-                        weight = get_tensor(gm, str(node.args[1].target))
+                        weight = sums.weight(gm, node)
                         total += _weight_error(weight, sums.matmuls[node], scheme.weight, ratios)
-                result[group][index] = total / 2
-        sums.matmuls.clear()
-        sums.activation.clear()
+                result[group][index] += total / 2
+        sums.clear()
 
     batches = [_scored(batch, gm) for batch in ctx.batches]
     reverse_sweep(gm, batches, group_of, score.gradient, observe, block_done, ctx.progress)
@@ -173,7 +187,7 @@ def _add_activation(
     at_input = torch.zeros_like(x, dtype=torch.float32)
     for node in group:
         if node in seen:
-            weight = get_tensor(gm, str(node.args[1].target))
+            weight = sums.weight(gm, node)
             at_input += (seen[node][1].to(weight.dtype) @ weight).float()
     for spec in specs:
         error = quantize_activation(x, spec).float() - x.float()
@@ -200,7 +214,12 @@ def _weight_error(
     """sum_ij F_ij (Q(W) - W)_ij^2, with the scales that the clip search finds."""
     size = spec.group_size_for(weight.shape[1])
     importance = seen.square_sum / max(seen.tokens, 1)
-    scale, zero = search_scale(weight, size, spec, importance, ratios)
-    groups = weight.float().reshape(weight.shape[0], -1, size)
-    error = quantize_groups(groups, scale, zero, spec).sub_(groups).square_()
-    return float(error.view(weight.shape).mul_(seen.fisher).sum(dtype=torch.float64))
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    total = 0.0
+    for start in range(0, weight.shape[0], rows_at_once):
+        rows = weight[start : start + rows_at_once]
+        scale, zero = search_scale(rows, size, spec, importance, ratios)
+        groups = rows.float().reshape(rows.shape[0], -1, size)
+        error = quantize_groups(groups, scale, zero, spec).sub_(groups).square_().view(rows.shape)
+        total += float(error.mul_(seen.fisher[start : start + rows_at_once]).sum())
+    return total

@@ -1,0 +1,275 @@
+"""Give each group of matmuls its own scheme: the least expected KL within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from panguq.errors import RecipeError
+from panguq.ir.edit import label, module_path
+from panguq.ir.properties import Property
+from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
+from panguq.ir.unit_folder import Finished
+from panguq.kernels.packing import packed_columns
+from panguq.passes.allocate import Allocation, Budget, allocate
+from panguq.passes.assign_schemes import gives_logits
+from panguq.passes.base import MatmulRules, Pass, PassContext, PassResult, Table, linears
+from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.passes.sensitivity import measure
+from panguq.passes.weight_scales import scale_dtype
+
+TIME_UNITS = 100_000  # predicted times count in this part of their budget, rounded up
+
+Group = tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class MixedPrecision(Pass):
+    """Before: linears with the recipe's schemes.  After: with those of `choices` that fit best.
+
+        minimize    sum over groups g of KL[g, scheme of g]        (`sensitivity.measure`)
+        subject to  stored bits of all matmuls / their weights              <= bits
+                    predicted time of all matmuls / the same, all in float  <= relative_time
+
+    solved to optimality (`allocate`). A group is what reads one tensor (q, k, v; gate, up):
+    servers fuse it, so it has one scheme. Stored bits count codes, scales and zero points, and
+    matmuls that the pass leaves alone as they are, all but the one that gives the logits. The
+    time is the cost model's for the target, over its mix of decoding and prompts.
+
+    Left alone: matmuls that are FLOAT already, those whose module path matches a glob of `keep`,
+    and the one that gives the logits. Not chosen: what the target cannot run on the shape.
+    The estimate quantizes weights by round to nearest with a clip search of `clip_steps` ratios.
+    """
+
+    name: ClassVar[str] = "mixed-precision"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
+    breaks: ClassVar[frozenset[Property]] = frozenset({Property.STATISTICS, Property.CALIBRATED})
+    exact: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
+    choices: tuple[str, ...] = ("W4A16", "W6A16", "W8A16")
+    bits: float | None = None
+    relative_time: float | None = None
+    keep: tuple[str, ...] = ()
+    clip_steps: int = 5
+
+    def __post_init__(self) -> None:
+        names = [scheme.name for scheme in self.schemes]
+        if len(set(names)) < max(len(names), 1):
+            raise RecipeError(
+                f"mixed-precision: choices {list(self.choices)} must be schemes that differ"
+            )
+        for option, limit in (("bits", self.bits), ("relative_time", self.relative_time)):
+            if limit is not None and not (math.isfinite(limit) and limit > 0):
+                raise RecipeError(f"mixed-precision: {option} is {limit}", "give a number above 0")
+        if self.clip_steps < 1:
+            raise RecipeError(f"mixed-precision: clip_steps is {self.clip_steps}, not at least 1")
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The choices."""
+        return tuple(parse_scheme(name) for name in self.choices)
+
+    @property
+    def has_static_activation(self) -> bool:
+        """Whether a choice quantizes activations statically."""
+        activations = [scheme.activation for scheme in self.schemes]
+        return any(spec is not None and not spec.dynamic for spec in activations)
+
+    def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
+        """As declared. Raises RecipeError without a budget, before anything has run."""
+        if self.bits is None and self.relative_time is None:
+            raise RecipeError(
+                "mixed-precision: there is no budget", "give bits: 4.75, or relative_time: 0.5"
+            )
+        return self.requires
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        result = PassResult()
+        groups, others = self._groups(gm)
+        options = {g: self._fitting(g, ctx.matmul_rules, result) for g in groups}
+        options = {g: schemes for g, schemes in options.items() if schemes}
+        others += [n for g in groups if g not in options for n in g]
+        if not options:
+            return result
+        budgets = self._budgets(options, others, ctx.matmul_rules)
+        for option, (budget, _) in budgets.items():
+            if budget.smallest > budget.limit:
+                raise self._infeasible(f"{option}: {getattr(self, option)}", budgets)
+        losses = self._losses(gm, ctx, options)
+        solved = allocate(list(losses.values()), [budget for budget, _ in budgets.values()])
+        if solved is None:
+            raise self._infeasible("these budgets together", budgets)
+        for (group, schemes), index in zip(options.items(), solved.chosen, strict=True):
+            for node in group:
+                result.changed += node.meta["scheme"] != schemes[index]
+                node.meta["scheme"] = schemes[index]
+        self._tabulate(result, options, losses, solved, budgets, ctx.matmul_rules)
+        return result
+
+    def _groups(self, gm: fx.GraphModule) -> tuple[list[Group], list[fx.Node]]:
+        """What shares a choice, and the matmuls that keep their schemes but count as well."""
+        readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in linears(gm):
+            readers[node.args[0]].append(node)
+        paths = [module_path(node) for node in linears(gm)]
+        for glob in self.keep:
+            if not any(fnmatchcase(path, glob) for path in paths):
+                raise RecipeError(
+                    f"mixed-precision: the glob {glob!r} of keep matches no matmul of this model",
+                    f"the matmuls are {', '.join(paths[:8])} … ({len(paths)} in all)",
+                )
+        groups, others = [], []
+        for siblings in readers.values():
+            if any(self._is_kept(node) for node in siblings):
+                others += [node for node in siblings if not gives_logits(node)]
+            else:
+                groups.append(tuple(siblings))
+        return groups, others
+
+    def _is_kept(self, node: fx.Node) -> bool:
+        kept = any(fnmatchcase(module_path(node), glob) for glob in self.keep)
+        return kept or node.meta["scheme"].is_float or gives_logits(node)
+
+    def _fitting(
+        self, group: Group, rules: MatmulRules | None, result: PassResult
+    ) -> tuple[Scheme, ...]:
+        """The choices that every matmul of the group can have; the reasons against the rest."""
+        found = []
+        for scheme in self.schemes:
+            refusals = [(n, why) for n in group if (why := _refusal(n, scheme, rules)) is not None]
+            for node, why in refusals:
+                result.skip(node, f"{scheme.name} is no choice: {why}")
+            if not refusals:
+                found.append(scheme)
+        return tuple(found)
+
+    def _budgets(
+        self,
+        options: dict[Group, tuple[Scheme, ...]],
+        others: list[fx.Node],
+        rules: MatmulRules | None,
+    ) -> dict[str, tuple[Budget, float]]:
+        """Each budget by option, and how many of its units make 1 of the option."""
+        nodes = [*others, *(node for group in options for node in group)]
+        found: dict[str, tuple[Budget, float]] = {}
+        if self.bits is not None:
+            weights = sum(math.prod(_shape(node)) for node in nodes)
+            fixed = sum(stored_bits(node, node.meta["scheme"]) for node in others)
+            found["bits"] = (_budget(options, stored_bits, fixed, self.bits * weights), weights)
+        if self.relative_time is not None:
+            if rules is None:
+                raise RecipeError("mixed-precision: relative_time needs a target to predict for")
+            in_float = sum(rules.predicted_us(node, SCHEMES["FLOAT"]) for node in nodes)
+            unit = self.relative_time * in_float / TIME_UNITS
+
+            def time(node: fx.Node, scheme: Scheme) -> int:
+                return math.ceil(rules.predicted_us(node, scheme) / unit)
+
+            fixed = sum(time(node, node.meta["scheme"]) for node in others)
+            found["relative_time"] = (_budget(options, time, fixed, TIME_UNITS), in_float / unit)
+        return found
+
+    def _losses(
+        self, gm: fx.GraphModule, ctx: PassContext, options: dict[Group, tuple[Scheme, ...]]
+    ) -> dict[Group, list[float]]:
+        """The expected KL of each group's schemes; a compile that was killed measures once."""
+
+        def compute() -> Finished:
+            ratios = QuantizeWeights(steps=self.clip_steps).ratios()
+            found = measure(gm, ctx, options, ratios)
+            every = [kl for group in options for kl in found[group]]
+            return Finished({"kl": torch.tensor(every, dtype=torch.float64)})
+
+        kls = iter(ctx.once("sensitivity", compute).tensors["kl"].tolist())
+        return {group: [next(kls) for _ in schemes] for group, schemes in options.items()}
+
+    def _infeasible(self, what: str, budgets: dict[str, tuple[Budget, float]]) -> RecipeError:
+        smallest = " and ".join(
+            f"{option}: {math.ceil(1000 * budget.smallest / unit) / 1000:g}"
+            for option, (budget, unit) in budgets.items()
+        )
+        apart = ", each by itself" if len(budgets) > 1 else ""
+        return RecipeError(
+            f"mixed-precision: no assignment of {', '.join(self.choices)} keeps {what}",
+            f"the smallest possible is {smallest}{apart}; or add a smaller choice",
+        )
+
+    def _tabulate(
+        self,
+        result: PassResult,
+        options: dict[Group, tuple[Scheme, ...]],
+        losses: dict[Group, list[float]],
+        solved: Allocation,
+        budgets: dict[str, tuple[Budget, float]],
+        rules: MatmulRules | None,
+    ) -> None:
+        rows = []
+        for (group, schemes), index in zip(options.items(), solved.chosen, strict=True):
+            chosen = schemes[index]
+            shapes = [_shape(node) for node in group]
+            bits = sum(stored_bits(n, chosen) for n in group) / sum(map(math.prod, shapes))
+            time = (
+                "" if rules is None else f"{sum(rules.predicted_us(n, chosen) for n in group):.0f}"
+            )
+            kl = {s.name: f"{loss:.4g}" for s, loss in zip(schemes, losses[group], strict=True)}
+            rows.append((
+                " ".join(label(node) for node in group), sum(n for n, _ in shapes), shapes[0][1],
+                chosen.name, f"{bits:.4f}", time, *(kl.get(s.name, "") for s in self.schemes),
+            ))  # fmt: skip
+        estimates = (f"kl_{scheme.name}" for scheme in self.schemes)
+        columns = ("group", "n", "k", "scheme", "bits", "predicted_us", *estimates)
+        result.tables["allocation"] = Table(columns, tuple(rows))
+        result.tables["budgets"] = Table(
+            ("budget", "limit", "used", "smallest_possible", "kl", "status", "gap"),
+            tuple(
+                (option, getattr(self, option), f"{budget.spent(solved.chosen) / unit:.6f}",
+                 f"{budget.smallest / unit:.6f}", f"{solved.loss:.6g}", solved.status, solved.gap)
+                for option, (budget, unit) in budgets.items()
+            ),
+        )  # fmt: skip
+
+
+def stored_bits(node: fx.Node, scheme: Scheme) -> int:
+    """Bits that this linear's weight takes under a scheme: codes, scales and zero points."""
+    n, k = _shape(node)
+    spec: QuantSpec | None = scheme.weight
+    if spec is None:
+        return 8 * n * k * int(node.args[1].meta["val"].dtype.itemsize)
+    row = k if spec.bits == 8 else k // 2 if spec.bits == 4 else packed_columns(k, spec.bits)
+    zero_point = torch.int8.itemsize if not spec.symmetric else 0
+    groups = k // spec.group_size_for(k)
+    return 8 * n * (row + groups * (scale_dtype(spec).itemsize + zero_point))
+
+
+def _shape(node: fx.Node) -> tuple[int, int]:
+    n, k = node.args[1].meta["val"].shape
+    return int(n), int(k)
+
+
+def _refusal(node: fx.Node, scheme: Scheme, rules: MatmulRules | None) -> str | None:
+    if scheme.weight is not None:
+        try:
+            scheme.weight.group_size_for(_shape(node)[1])
+        except ValueError as error:
+            return str(error)
+    return None if rules is None else rules.refusal(node, scheme)
+
+
+def _budget(
+    options: dict[Group, tuple[Scheme, ...]],
+    cost: Callable[[fx.Node, Scheme], int],
+    fixed: int,
+    limit: float,
+) -> Budget:
+    costs = tuple(
+        tuple(sum(cost(node, scheme) for node in group) for scheme in schemes)
+        for group, schemes in options.items()
+    )
+    return Budget(costs, math.floor(limit), fixed)
