@@ -9,7 +9,7 @@ largest output.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError
 from panguq.ir.edit import find_label, get_tensor, label, weights_of
-from panguq.ir.interpret import Environment, ancestors, ensure_finite, last_uses
+from panguq.ir.interpret import ELEMENTS_AT_ONCE, Environment, ancestors, ensure_finite, last_uses
 
+aten = torch.ops.aten
 TOLERANCE_IN_EPSILONS = 16
 PROBE_SIZES = {"batch": 2, "seq": 6, "past": 4, "kept": 3}
 # A site may change what a cache holds (v / s), so regions are proved without a past: what the
@@ -56,6 +57,8 @@ def evaluate(
         for node in order:
             if node in inputs:
                 environment[node] = _lift(inputs[node])
+            elif node.op != "get_attr" and (large := _on_large_weight(gm, node, value)) is not None:
+                environment[node] = large
             elif node.op != "get_attr":
                 args = fx.map_arg(node.args, value)
                 lifted = tuple(_lift(a) for a in args)
@@ -66,6 +69,31 @@ def evaluate(
                 if source not in outputs:
                     environment.pop(source, None)
     return {node: value(node) for node in outputs}
+
+
+def _on_large_weight(
+    gm: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any]
+) -> Tensor | None:
+    """An embedding or a linear in float64, its stored weight lifted row by row where it is large.
+
+    None for everything else: a vocabulary's weight in float64 may take more than all memory.
+    """
+    if node.target not in (aten.embedding.default, aten.linear.default):
+        return None
+    table, index = (0, 1) if node.target is aten.embedding.default else (1, 0)
+    stored = node.args[table]
+    if not isinstance(stored, fx.Node) or stored.op != "get_attr":
+        return None
+    weight = get_tensor(gm, str(stored.target))
+    if weight.numel() <= ELEMENTS_AT_ONCE or not weight.is_floating_point():
+        return None
+    given = _lift(value(node.args[index]))  # type: ignore[arg-type]
+    if node.target is aten.embedding.default:
+        return _lift(torch.nn.functional.embedding(given, weight))
+    rows = weight.split(max(ELEMENTS_AT_ONCE // weight.shape[1], 1))
+    product = torch.cat([torch.nn.functional.linear(given, _lift(some)) for some in rows], dim=-1)
+    bias = node.args[2] if len(node.args) > 2 else None
+    return product if bias is None else product + _lift(value(bias))  # type: ignore[arg-type]
 
 
 def probe_size(gm: fx.GraphModule, size: int | torch.SymInt, sizes: Sizes) -> int:
@@ -120,11 +148,17 @@ def prove_site(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     generator: torch.Generator,
+    turned: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> float:
     """Run one rewritten region, named by labels, in both graphs; the largest difference.
 
+    `turned` maps the old value of an input or output to the new one, where they are to differ.
     Raises NumericsError, naming the first output that differs, beyond the stated tolerance.
     """
+
+    def turn(name: str, value: Tensor) -> Tensor:
+        return turned[name](value) if turned and name in turned else value
+
     starts = [find_label(before, name) for name in inputs]
     probe = {label(n): probe_value(before, n, generator, SITE_PROBE_SIZES) for n in starts}
     sizes_before, sizes_after = _sizes(before), _sizes(after)
@@ -135,11 +169,12 @@ def prove_site(
     )
     new = evaluate(
         after,
-        {**sizes_after, **{find_label(after, name): probe[name] for name in inputs}},
+        {**sizes_after, **{find_label(after, name): turn(name, probe[name]) for name in inputs}},
         [find_label(after, name) for name in outputs],
     )
     bound = TOLERANCE_IN_EPSILONS * _weight_epsilon(after)
-    pairs = [(name, x, y) for name, x, y in zip(outputs, old.values(), new.values(), strict=True)]
+    values = zip(outputs, old.values(), new.values(), strict=True)
+    pairs = [(name, turn(name, x), y) for name, x, y in values]
     return _judge(pairs, bound, before)
 
 

@@ -41,7 +41,6 @@ def balanced_factors(order: int) -> tuple[int, int] | None:
 
 
 @functools.cache
-@functools.cache
 def _factors(order: int) -> tuple[int, ...] | None:
     """Orders with a construction of their own, whose product this is; small ones first."""
     if order in (1, 2):

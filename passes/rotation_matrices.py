@@ -99,7 +99,7 @@ def _orthogonal_factor(size: int, generator: torch.Generator) -> Tensor:
 
 
 def cosines(size: int) -> Tensor:
-    """The orthonormal discrete cosine transform (DCT-II) `[size, size]`; entries up to sqrt(2/n)."""
+    """The orthonormal cosine transform (DCT-II) `[size, size]`; no |entry| above sqrt(2 / size)."""
     i = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * torch.outer(i, i + 0.5)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
