@@ -1,4 +1,4 @@
-"""Quantize and dequantize: activations per tensor or token, weights per channel or group.
+"""Quantize and dequantize: activations per tensor or token, weights per channel or group, caches.
 
 All arithmetic is float32, whatever the input's dtype, and rounds half to even. A NaN gives an
 unspecified code. Activations are multiplied by the reciprocal of their scale, as integer NPU
@@ -61,6 +61,25 @@ def quantize_per_token(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
     x = x.contiguous().to(torch.float32)
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST_AMAX).div_(quant_max)
     return (x * scale.reciprocal()).round_().to(torch.int8), scale
+
+
+def _fake_quantize_per_channel(x: Tensor, scale: Tensor, quant_max: int) -> Tensor:
+    shape = torch.broadcast_shapes(x.shape, scale.shape)
+    return x.new_empty(shape, dtype=torch.int8)
+
+
+@define_op(
+    "quantize_per_channel(Tensor x, Tensor scale, int quant_max) -> Tensor",
+    fake=_fake_quantize_per_channel,
+)
+def quantize_per_channel(x: Tensor, scale: Tensor, quant_max: int) -> Tensor:
+    """clamp(round(x * (1 / scale)), -quant_max, quant_max), in float32, half to even.
+
+    x float `[batch, heads, seq, d]`; scale float32 `[heads, 1, d]`, not zero; 1 <= quant_max <=
+    127. Returns int8 of x's shape. A NaN gives an unspecified code.
+    """
+    codes = (x.contiguous().to(torch.float32) * scale.reciprocal()).round_()
+    return codes.clamp_(-quant_max, quant_max).to(torch.int8)
 
 
 def _fake_dequantize(

@@ -14,9 +14,15 @@ from torch._ops import OpOverload
 from panguq.ir import canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.edit import op_name, replace
 from panguq.ir.properties import Property
+from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import Pass, PassContext, PassResult, Table
 from panguq.passes.fuse_ascend_aten import SPELLINGS
 from panguq.passes.fuse_ascend_attention import fuse_attention, fuse_rotary
+from panguq.passes.fuse_ascend_cache import (
+    fuse_dequantize,
+    fuse_quantize_per_channel,
+    fuse_quantize_per_token,
+)
 from panguq.passes.fuse_ascend_norm import fuse_quantizer, fuse_rms_norm
 from panguq.passes.fuse_ascend_shared import FusionState
 from panguq.passes.fuse_ascend_swiglu import fuse_swiglu
@@ -40,7 +46,8 @@ class FuseAscend(Pass):
     - `attention(q, k, v, mask, scale)` becomes `npu_fused_infer_attention_score` in layout BNSD
       with grouped heads; its mask is the negated one (True hides a key). A mask that is empty in
       the graph, plain causal attention, is built from the sizes. The KV cache stays the
-      concatenation that it was, a graph input and output.
+      concatenation that it was, a graph input and output. Codes of a quantized one are made and
+      read by `npu_dynamic_quant` or aten ops.
     - with `allow_inexact`, `npu_add_rms_norm` and the one `npu_quantize` or `npu_dynamic_quant`
       that reads its norm become `npu_add_rms_norm_quant` or `npu_add_rms_norm_dynamic_quant`.
     What an op's documented limits exclude is spelled in aten ops instead, with the reason.
@@ -95,6 +102,9 @@ _FUSIONS: tuple[tuple[OpOverload, Fusion], ...] = (
     (panguq.rotary.default, fuse_rotary),
     (panguq.attention.default, fuse_attention),
     (panguq.rms_norm.default, fuse_rms_norm),
+    (panguq.quantize_per_channel.default, fuse_quantize_per_channel),
+    (panguq.quantize_per_token.default, fuse_quantize_per_token),
+    (panguq.dequantize.default, fuse_dequantize),
 )
 _QUANTIZERS = (npu.npu_quantize.default, npu.npu_dynamic_quant.default)
 

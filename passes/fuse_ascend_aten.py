@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import call
+from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
+from panguq.passes.fuse_ascend_cache import spell_dequantize, spell_quantize_per_channel
 from panguq.passes.fuse_ascend_masks import attended_mask
 from panguq.passes.fuse_ascend_shared import FusionState, size_key
 
@@ -82,4 +84,6 @@ SPELLINGS: dict[Any, Callable[[fx.Node, FusionState], fx.Node]] = {
     panguq.rotary.default: spell_rotary,
     panguq.swiglu.default: spell_swiglu,
     panguq.attention.default: spell_attention,
+    panguq.quantize_per_channel.default: spell_quantize_per_channel,
+    panguq.dequantize.default: spell_dequantize,
 }

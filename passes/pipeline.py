@@ -17,12 +17,21 @@ from panguq.ir.printer import print_graph
 from panguq.ir.properties import Property
 from panguq.ir.verify import verify
 from panguq.passes.assign_schemes import AssignSchemes
+from panguq.passes.awq import Awq
 from panguq.passes.base import Pass, PassContext, PassResult
+from panguq.passes.billm import BiLlm
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.gptaq import Gptaq
+from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.learned_rounding import LearnedRounding
+from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.outliers import Outliers
+from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.passes.rotate import Rotate
+from panguq.passes.slim_llm import SlimLlm
 from panguq.passes.smoothquant import SmoothQuant
 
 WORTH_RELEASING_BYTES = 64 << 20  # looking for garbage costs half a second in a large process
@@ -30,11 +39,20 @@ WORTH_RELEASING_BYTES = 64 << 20  # looking for garbage costs half a second in a
 PASSES: tuple[type[Pass], ...] = (
     Canonicalize,
     AssignSchemes,
+    Rotate,
     SmoothQuant,
+    Awq,
+    MixedPrecision,
     Calibrate,
     Outliers,
     InsertFakeQuant,
     QuantizeWeights,
+    Gptq,
+    Gptaq,
+    SlimLlm,
+    BiLlm,
+    LearnedRounding,
+    QuantizeKvCache,
 )
 
 
@@ -121,6 +139,7 @@ def run_pipeline(
 def _run_one(
     index: int, step: Pass, gm: fx.GraphModule, ctx: PassContext, held: set[Property]
 ) -> PassRecord:
+    ctx.stage = f"{index:02d}_{step.name}"
     before = clone(gm) if step.exact else None
     started = time.perf_counter()
     result = step.run(gm, ctx)
@@ -138,7 +157,7 @@ def _prove(
     """The largest difference that an exact pass made, in float64, over its sites."""
     if result.sites:
         return max(
-            prove_site(before, after, site.inputs, site.outputs, ctx.generator())
+            prove_site(before, after, site.inputs, site.outputs, ctx.generator(), site.turned)
             for site in result.sites
         )
     if _same_graph(before, after):

@@ -73,6 +73,21 @@ def token_codes(step: Step, values: str, quant_max: Any) -> tuple[str, str]:
     return step.add("Cast", rounded, suffix="token_codes", to=TensorProto.INT8), scale
 
 
+def _quantize_per_channel(step: Step) -> str:
+    """QuantizeLinear has one axis of scales, and these differ by head and channel."""
+    x, scale, quant_max = step.node.args
+    factor = step.builder.add_tensor(f"{step.label}.factor", step.known(scale).reciprocal())
+    scaled = step.add("Mul", step.read(x, torch.float32), factor, suffix="scaled")
+    rounded = step.add("Round", scaled, suffix="rounded")
+    assert isinstance(quant_max, int)
+    limits = (
+        step.number(-quant_max, torch.float32, "quant_min"),
+        step.number(quant_max, torch.float32, "quant_max"),
+    )
+    clipped = step.add("Clip", rounded, *limits, suffix="clipped")
+    return step.result("Cast", clipped, to=TensorProto.INT8)
+
+
 def _dequantize(step: Step) -> str:
     codes, scale, zero_point, _ = step.node.args
     assert isinstance(scale, fx.Node)
@@ -186,6 +201,7 @@ def _dequantize_weight(step: Step) -> str:
 EMITTERS: dict[str, Emitter] = {
     "panguq.dequantize.default": _dequantize,
     "panguq.dequantize_weight.default": _dequantize_weight,
+    "panguq.quantize_per_channel.default": _quantize_per_channel,
     "panguq.quantize_per_tensor.default": _quantize_per_tensor,
     "panguq.quantize_per_token.default": _quantize_per_token,
     "panguq.quantize_weight.default": _quantize_weight,
