@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint conformance conformance-checkpoints bench bench-cost-model bench-cpu-target clean
+.PHONY: help setup demo test lint conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,17 @@ conformance-checkpoints: setup  ## check saved checkpoints with other releases a
 bench: setup  ## measure speed on this machine
 	$(RUN) -m bench.run $(ARGS)
 
+bench-accuracy: setup  ## measure the quality of every method and scheme; continues where it stopped
+	$(RUN) -m bench.accuracy --json .cache/accuracy.json $(ARGS)
+
+bench-peers: setup  ## compare with other quantizers, each in an environment of its own (5 GB)
+	$(RUN) -m bench.peers $(ARGS)
+
 bench-cost-model: setup  ## compare the cost model with published timings
 	$(RUN) -m bench.cost_model $(ARGS)
+
+bench-large-model: setup  ## compile a model larger than the memory it may use (20 GB of disk)
+	$(RUN) -m bench.large_model $(ARGS)
 
 bench-cpu-target: setup  ## check the CPU target's choices on this machine
 	$(RUN) -m bench.cpu_target $(ARGS)

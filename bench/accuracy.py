@@ -1,71 +1,88 @@
-"""Quality of every built-in recipe on SmolLM2-135M: the README's table.
+"""Quality of recipes on SmolLM2-135M, each compiled and evaluated in a process of its own.
 
-    python -m bench.accuracy [--windows 16] [--recipes w8a8 w4a16 ...] [--sampled] [--json FILE]
+    python -m bench.accuracy [--recipes w8a8 w4a16-gptq my.yaml ...] [--windows 16]
+        [--calibration-windows 16] [--sampled] [--dithered] [--lowered]
+        [--json FILE] [--write docs/accuracy.md]
 
-Calibrates on Python's language reference (16 windows of 512 tokens; with --sampled on sequences
-sampled from the model itself) and evaluates on Wikipedia.
+Calibrates on Python's language reference (with --sampled on sequences sampled from the model
+itself) and evaluates on Wikipedia. With --json every row is kept as soon as it is finished, and a
+run that was interrupted continues; `--dithered` compiles a copy of the model whose weights lie on
+no 4-bit grid (bench/dithered.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import panguq
-from demo.fetch import default_cache, fetch_calibration_text, fetch_evaluation_text, fetch_model
-from demo.run import windows_of
-from panguq.evaluate import evaluate, logits_of, weight_figures
-from panguq.report.progress import terminal_progress
+from bench.accuracy_recipes import DEFAULT, known
+from bench.accuracy_row import Task
+from bench.accuracy_table import table
+from bench.results import Results, Row, write_between_markers
 
-RECIPES = ("w8a8", "w8a8-dynamic", "w8a16", "w4a16", "w4a16-asym")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    """Compile each recipe, evaluate all of them in one pass over the text, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--sampled", action="store_true")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    cache = default_cache()
-    folder = fetch_model(cache)
-    model, tokenizer = panguq.load_pretrained(folder), panguq.load_tokenizer(folder)
-    calibration = None
-    if not arguments.sampled:
-        calibration = windows_of(fetch_calibration_text(cache), tokenizer, 16)
-    compiled: dict[str, Any] = {}
-    for recipe in arguments.recipes:
-        print(f"compiling {recipe}", file=sys.stderr)
-        compiled[recipe] = panguq.compile(model, recipe, calibration=calibration)
-    stages = {
-        (recipe, stage): one.at_stage(stage)
-        for recipe, one in compiled.items()
-        for stage in ("fake-quant", "lowered")
+    """Make the rows that are not there yet, print the table, write it if asked to."""
+    options = parse(sys.argv[1:])
+    conditions = {
+        "windows": options.windows,
+        "calibration_windows": 0 if options.sampled else options.calibration_windows,
+        "dithered": options.dithered,
+        "lowered": options.lowered,
+        "threads": options.threads,
     }
-    windows = windows_of(fetch_evaluation_text(cache), tokenizer, arguments.windows)
-    logits = {f"{recipe}/{stage}": logits_of(one) for (recipe, stage), one in stages.items()}
-    results = evaluate(logits, windows, logits_of(model), progress=terminal_progress())
-    print("| recipe | perplexity | above float | KL | top-1 | bits/weight | static / dynamic |")
-    print("|---|---|---|---|---|---|---|")
-    print(f"| float | {next(iter(results.values()))['float_perplexity']:.3f} | | | | 32 | |")
-    for recipe, one in compiled.items():
-        lowered, fake = results[f"{recipe}/lowered"], results[f"{recipe}/fake-quant"]
-        base, figures = lowered["float_perplexity"], weight_figures(one)
-        print(
-            f"| `{recipe}` | {lowered['perplexity']:.3f} "
-            f"| {100 * (lowered['perplexity'] / base - 1):+.2f} % "
-            f"(fake-quant {100 * (fake['perplexity'] / base - 1):+.2f} %) "
-            f"| {lowered['kl']:.4f} | {100 * lowered['top1']:.1f} % "
-            f"| {figures['bits_per_weight']:.2f} "
-            f"| {100 * figures['static_share']:.1f} / {100 * figures['dynamic_share']:.1f} % |"
-        )
-        results[f"{recipe}/lowered"] |= figures
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    results = Results(options.json, conditions)
+    for number, recipe in enumerate(options.recipes, start=1):
+        if results.finished(recipe):
+            continue
+        print(f"{number}/{len(options.recipes)} {recipe}", file=sys.stderr, flush=True)
+        if known(recipe):
+            results.put(recipe, run_row(Task(recipe=recipe, **conditions)))
+        else:
+            results.put(recipe, {"error": "missing: no such recipe"})
+    text = table({recipe: results.rows[recipe] for recipe in options.recipes})
+    print(text)
+    if options.write:
+        name = "accuracy dithered" if options.dithered else "accuracy"
+        write_between_markers(options.write, name, text)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy")
+    parser.add_argument("--recipes", nargs="+", default=list(DEFAULT), help="names or YAML files")
+    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens")
+    parser.add_argument("--calibration-windows", type=int, default=16, help="of 512 tokens")
+    parser.add_argument("--sampled", action="store_true", help="calibrate on sampled sequences")
+    parser.add_argument("--dithered", action="store_true", help="the second yardstick")
+    parser.add_argument("--lowered", action="store_true", help="evaluate the lowered graph, too")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="keeps rows, so that a run can be continued")
+    parser.add_argument("--write", type=Path, help="a page with markers for the table")
+    return parser.parse_args(arguments)
+
+
+def run_row(task: Task) -> Row:
+    """The row of a task, or `{"error": …}` with what its process said last."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "task.json"
+        file.write_text(json.dumps(asdict(task)), encoding="utf-8")
+        command = [sys.executable, "-m", "bench.accuracy_row", str(file)]
+        variables = {**os.environ, "OMP_NUM_THREADS": str(task.threads)}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"error": said[-1][:300]}
+    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""Which recipes the accuracy table compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from panguq.recipe import RecipeLike, preset_names
+
+# Rows that nobody should use and that are not built in: what the methods are compared with.
+BASELINES: dict[str, dict[str, Any]] = {
+    "w1-rtn": {
+        "schemes": {"*": "W1A16"},
+        "passes": ["insert-fake-quant", "quantize-weights"],
+    },
+    "w4a16-plain-rtn": {
+        "schemes": {"*": "W4A16"},
+        "passes": ["insert-fake-quant", "quantize-weights"],
+    },
+    "w4a4-smoothquant": {
+        "schemes": {"*": "W4A4"},
+        "passes": [{"smoothquant": {"alpha": 0.5}}, "insert-fake-quant", "quantize-weights"],
+    },
+}
+DEFAULT = (
+    "float", "w8a8", "w8a8-dynamic", "w8a8-dynamic-kv8", "w8a16", "w6a16",
+    "w4a16-plain-rtn", "w4a16", "w4a16-asym", "w4a16-gptq", "w4a16-gptaq", "w4a16-awq",
+    "w4a16-rounding", "mixed-4.75",
+    "w3a16", "w3a16-gptq", "w3a16-awq",
+    "w2a16", "w2a16-gptq", "w2a16-slim-llm",
+    "w1-rtn", "w1-billm",
+    "w4a8", "w4a8-gptq",
+    "w4a4", "w4a4-smoothquant", "w4a4-rotate",
+)  # fmt: skip
+
+
+def known(name: str) -> bool:
+    """Whether there is such a recipe here: built in, a baseline, or a YAML file."""
+    return name in BASELINES or name in preset_names() or name.endswith((".yaml", ".yml"))
+
+
+def recipe_of(name: str) -> RecipeLike:
+    """What `panguq.compile` takes for a name of the table."""
+    return {"name": name, **BASELINES[name]} if name in BASELINES else name
