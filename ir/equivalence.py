@@ -87,13 +87,13 @@ def _on_large_weight(
     weight = get_tensor(gm, str(stored.target))
     if weight.numel() <= ELEMENTS_AT_ONCE or not weight.is_floating_point():
         return None
-    given = _lift(value(node.args[index]))  # type: ignore[arg-type]
+    given = _lift(value(node.args[index]))
     if node.target is aten.embedding.default:
         return _lift(torch.nn.functional.embedding(given, weight))
     rows = weight.split(max(ELEMENTS_AT_ONCE // weight.shape[1], 1))
     product = torch.cat([torch.nn.functional.linear(given, _lift(some)) for some in rows], dim=-1)
     bias = node.args[2] if len(node.args) > 2 else None
-    return product if bias is None else product + _lift(value(bias))  # type: ignore[arg-type]
+    return product if bias is None else product + _lift(value(bias))
 
 
 def probe_size(gm: fx.GraphModule, size: int | torch.SymInt, sizes: Sizes) -> int:

@@ -30,7 +30,7 @@ class FoldedWeight(Tensor):
     @staticmethod
     def __new__(cls, source: Tensor, factors: Mapping[int, Tensor]) -> FoldedWeight:
         """`source` of any shape; `factors` by axis, each `[size of the axis]`."""
-        made: FoldedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: FoldedWeight = Tensor._make_wrapper_subclass(
             cls, source.shape, dtype=source.dtype, device=source.device, requires_grad=False
         )
         made._source = source.detach()
@@ -39,24 +39,24 @@ class FoldedWeight(Tensor):
             made._source = source._source
             known = source._factors
             for axis, factor in known.items():
-                made._factors[axis] = made._factors.get(axis, 1.0) * factor  # type: ignore[arg-type]
+                made._factors[axis] = made._factors.get(axis, 1.0) * factor
         return made
 
-    def __repr__(self, **unused: Any) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"FoldedWeight({list(self.shape)}, {self.dtype}, axes={sorted(self._factors)})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Any,
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Any op: on the plain tensor."""
-        return func(*tree_map(materialized, args), **tree_map(materialized, dict(kwargs or {})))
+        return func(*tree_map(materialized, args), **tree_map(materialized, kwargs or {}))
 
     def _compute(self) -> Tensor:
         source = self._source

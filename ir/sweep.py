@@ -191,7 +191,7 @@ class _Sweep:
     def _float_value(self, node: fx.Node, environment: Environment) -> Any:
         """The node's value in the float model, where quantized values stand for themselves."""
         if _is_quantization(node):
-            return environment[node.args[0]]  # type: ignore[index]
+            return environment[node.args[0]]
         for source in node.all_input_nodes:
             if source in self.fixed:
                 self._constant(source, self.float_constants)

@@ -26,12 +26,12 @@ class Gptq(SolveWeights):
     quantized, and activations too where the scheme says so. Column after column is rounded to
     nearest and its error spread over those that follow (`solve_columns`; arXiv 2210.17323).
 
-    - `damping` times the mean of H's diagonal is added to it; ten times more as often as the
-      Cholesky factorization fails, which the table shows. The authors' 0.01 suits calibration on
-      2^18 tokens; on some thousand it fits their noise: the error on text of another kind is
-      then no smaller than after rounding to nearest. 0.3 costs nothing on text of the same kind
-      (SmolLM2-135M, 3 bits, 4096 to 12288 tokens: output error 0.9 to 1.4 dB smaller on other
-      text than with 0.01, the same within 0.1 dB on the same text).
+    - `damping` times itself is added to each entry of H's diagonal, so that all correlations of
+      inputs shrink alike (`inverse_factor`); ten times more as often as the Cholesky factorization
+      fails, which the table shows. Correlations measured on some thousand tokens of one kind of
+      text are noise to a good part: the authors' 0.01 of the mean diagonal fits them, and text of
+      another kind is then no better off than after rounding to nearest. 1 is the most cautious
+      value that still gave the best results on SmolLM2-135M (docs/quantization.md).
     - An input that is always zero neither gives nor takes errors, and its weights are rounded to
       nearest: the authors' code sets them to zero, which other data may punish.
     - `static_groups` fits the scales of all groups to the weight as it was, else each when its
@@ -50,7 +50,7 @@ class Gptq(SolveWeights):
     note_columns: ClassVar[tuple[str, ...]] = ("rtn_error_db", "error_db", "damping")
     act_order: bool = True
     static_groups: bool = True
-    damping: float = 0.3
+    damping: float = 1.0
     block_size: int = 128
     clip_search: bool = True
     importance: Literal["activations", "none"] = "activations"

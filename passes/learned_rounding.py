@@ -31,7 +31,7 @@ class LearnedRounding(SolveWeights):
 
     What is made small is the squared error of the matmul's own output on the calibration data,
     E(Q) = tr((Q - W) H (Q - W)^T) with H = X^T X `[k, k]`, X the inputs as the quantized model in
-    front of it gives them, and `damping` times the mean of H's diagonal added to it, so that
+    front of it gives them, and `damping` times itself added to H's diagonal, so that
     few tokens are not fitted to the last digit. E is quadratic: its gradient 2 (Q - W) H =: 2 G is
     exact and needs no tokens, and what a code's step by +-1 changes is known before it is made:
 
@@ -56,7 +56,7 @@ class LearnedRounding(SolveWeights):
     name: ClassVar[str] = "learned-rounding"
     note_columns: ClassVar[tuple[str, ...]] = ("start_error_db", "error_db", "changed_share")
     start: Literal["gptq", "nearest"] = "gptq"
-    damping: float = 0.3
+    damping: float = 1.0
     rounds: int = 2
     steps: float = 1.0
     learn_scales: bool = True
@@ -76,7 +76,7 @@ class LearnedRounding(SolveWeights):
         first = self._start(problem, hessian)
         grid = Grid.of(first, problem)
         damped = hessian.clone()
-        damped.diagonal().add_(self.damping * hessian.diagonal().mean())
+        damped.diagonal().mul_(1 + self.damping)
         moments = (damped / damped.diagonal().mean().clamp_min(1e-30)).float()
         limit = max(1, round(self.steps * problem.weight.shape[1]))
         learned = grid

@@ -137,13 +137,13 @@ class SolveWeights(Pass):
         float_values: Sequence[Tensor],
     ) -> dict[fx.Node, Tensor]:
         for value in values:
-            ensure_finite(label(matmuls[0].args[0]), value, "activation")  # type: ignore[arg-type]
+            ensure_finite(label(matmuls[0].args[0]), value, "activation")
         chosen = {}
         for same in _alike(matmuls):
             quantizers = [quantizer_of(matmul) for matmul in same]
-            stored = [materialized(get_tensor(gm, str(q.args[0].target))) for q in quantizers]  # type: ignore[union-attr]
+            stored = [materialized(get_tensor(gm, str(q.args[0].target))) for q in quantizers]
             for quantizer, tensor in zip(quantizers, stored, strict=True):
-                ensure_finite(str(quantizer.args[0].target), tensor)  # type: ignore[union-attr]
+                ensure_finite(str(quantizer.args[0].target), tensor)
             spec = same[0].meta["scheme"].weight
             problem = WeightProblem(
                 names=tuple(label(matmul) for matmul in same),
@@ -166,7 +166,7 @@ class SolveWeights(Pass):
                     (label(matmul), spec.bits, problem.group_size, sqnr_db, *solution.notes)
                 )
                 start = stop
-        return chosen  # type: ignore[return-value]
+        return chosen
 
     def _solved(self, ctx: PassContext, problem: WeightProblem) -> Solution:
         """`solve`, its tensors in files: a model's codes need no memory until the end."""

@@ -22,7 +22,7 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
 
 def codes_name(node: fx.Node) -> str:
     """What the stored codes of `node`, a `quantize_weight`, are called."""
-    return str(node.args[1].target).removesuffix("_scale") + "_codes"  # type: ignore[union-attr]
+    return str(node.args[1].target).removesuffix("_scale") + "_codes"
 
 
 def store_codes(node: fx.Node, store: WeightStore, codes: Tensor, bits: int) -> None:
@@ -36,14 +36,14 @@ def store_codes(node: fx.Node, store: WeightStore, codes: Tensor, bits: int) -> 
 def read_packed(node: fx.Node, packed: Tensor, bits: int) -> None:
     """As `store_codes`, with codes that are packed and stored already."""
     weight = node.args[0]
-    k = int(weight.meta["val"].shape[1])  # type: ignore[union-attr]
+    k = int(weight.meta["val"].shape[1])
     replacement = tensor_node(node, codes_name(node), packed)
     if bits == 4:
         replacement = _unpacked(node, panguq.unpack_int4.default, (replacement,))
     elif bits != 8:
         replacement = _unpacked(node, panguq.unpack_codes.default, (replacement, bits, k))
     replace(node, replacement)
-    erase_unused([weight])  # type: ignore[list-item]
+    erase_unused([weight])
 
 
 def _unpacked(node: fx.Node, op: torch._ops.OpOverload, args: tuple[object, ...]) -> fx.Node:

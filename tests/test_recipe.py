@@ -20,8 +20,10 @@ from panguq.recipe import Recipe, preset_names
 from panguq.suggest import did_you_mean, nearest
 
 PRESETS = (
-    "float", "w4a16", "w4a16-asym", "w4a8", "w8a16", "w8a8", "w8a8-dynamic",
-    "w8a8-dynamic-serving", "w8a8-serving",
+    "float", "mixed-4.75", "w1-billm", "w2a16", "w2a16-gptq", "w2a16-slim-llm", "w3a16", "w3a16-awq",
+    "w3a16-gptq", "w3a16-slim-llm", "w4a16", "w4a16-asym", "w4a16-awq", "w4a16-gptaq",
+    "w4a16-gptq", "w4a16-rounding", "w4a4-rotate", "w4a8", "w4a8-gptq", "w6a16", "w8a16", "w8a8",
+    "w8a8-dynamic", "w8a8-dynamic-kv8", "w8a8-dynamic-serving", "w8a8-serving",
 )  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def test_every_registered_pass_has_options_that_a_recipe_can_write(cls: type[Pas
 def test_an_unknown_preset() -> None:
     fails(lambda: Recipe.of("w8a8_dynamc"), "'w8a8_dynamc'", "did you mean w8a8-dynamic?", "w4a16,")
     fails(lambda: Recipe.of("W8A8"), "did you mean w8a8?")
-    fails(lambda: Recipe.of("zzz"), "'zzz'", "The presets are float, w4a16")
+    fails(lambda: Recipe.of("zzz"), "'zzz'", "The presets are float, mixed-4.75")
     fails(lambda: Recipe.of(3), "a int is no recipe", "preset")  # type: ignore[arg-type]
 
 

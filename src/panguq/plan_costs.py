@@ -13,7 +13,9 @@ from torch import fx
 
 from panguq.lowering.targets import CPU
 from panguq.passes.base import Pass, linears
+from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.passes.solve_weights import SolveWeights
 
 _PROCESS_BYTES = 350 << 20  # Python, torch and transformers, loaded and idle
 _NODE_BYTES = 400  # of a saved graph's text, for each node and stage
@@ -22,6 +24,7 @@ _FLOAT64_S_PER_WEIGHT = 20e-9  # one exact pass, proved in float64
 _QUANTIZE_S_PER_WEIGHT = 5e-9
 _CLIP_RATIO_S_PER_WEIGHT = 3e-9  # for each ratio of a clip search
 _OBSERVED_SLOWDOWN = 1.4  # a calibration sweep against its matmuls alone
+_GRADIENT_SWEEPS = 4  # forward, forward again by block, and backward, against one forward
 
 
 def weight_bytes(gm: fx.GraphModule) -> int:
@@ -70,8 +73,9 @@ def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> 
     """Seconds after the trace, on one thread.
 
     For each pass that looks at calibration data: tokens · weights of the matmuls at the target's
-    float speed, times 1.4. For each exact pass: a float64 run of all weights. Quantizing: a
-    constant for each weight, and another for each ratio of a clip search.
+    float speed, times 1.4, and four times that for mixed-precision. For each exact pass: a float64
+    run of all weights. Quantizing: a constant for each weight, and another for each ratio of a clip
+    search; passes of GPTQ's family also form X^T X, factor it and work through the columns.
     """
     quantized = sum(_size(n) for n in linears(gm) if not n.meta["scheme"].is_float)
     weights = sum(_size(n) for n in linears(gm))
@@ -79,11 +83,28 @@ def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> 
     ratios = sum(
         len(p.ratios()) for p in passes if isinstance(p, QuantizeWeights) and p.clip_search
     )
-    sweep_s = tokens * quantized / (CPU.kernels["linear"].gmac_per_s * 1e9)
+    sweeps += (_GRADIENT_SWEEPS - 1) * any(isinstance(p, MixedPrecision) for p in passes)
+    mac_per_s = CPU.kernels["linear"].gmac_per_s * 1e9
+    sweep_s = tokens * quantized / mac_per_s
+    solvers = sum(isinstance(p, SolveWeights) for p in passes)
     return (
         sweeps * _OBSERVED_SLOWDOWN * sweep_s
         + sum(p.exact for p in passes) * _FLOAT64_S_PER_WEIGHT * weights
         + (_QUANTIZE_S_PER_WEIGHT + ratios * _CLIP_RATIO_S_PER_WEIGHT) * quantized
+        + solvers * _solving_macs(gm, tokens) / mac_per_s
+    )
+
+
+def _solving_macs(gm: fx.GraphModule, tokens: int) -> float:
+    """tokens k^2 for the second moments and k^3 for the factor of each value, n k^2 a weight.
+
+    The factor is float64 and the column loop runs at a quarter of a large product's speed.
+    """
+    quantized = [node for node in linears(gm) if not node.meta["scheme"].is_float]
+    shapes = [tuple(map(int, n.args[1].meta["val"].shape)) for n in quantized]  # type: ignore[union-attr]
+    inputs = {n.args[0]: k for n, (_, k) in zip(quantized, shapes, strict=True)}
+    return sum(tokens * k**2 + 2 * k**3 for k in inputs.values()) + sum(
+        4 * n * k**2 for n, k in shapes
     )
 
 

@@ -131,7 +131,7 @@ def read_alone(path: Path, name: str) -> Tensor:
     if size != start + entry["data_offsets"][1]:
         raise ValueError(f"{path} has {size} bytes")
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
-    data = torch.empty(0, dtype=torch.uint8).set_(storage)[start:]
+    data = torch.empty(0, dtype=torch.uint8).set_(storage)[start:]  # type: ignore[arg-type]
     tensor = data.view(dtype).view(entry["shape"])
     tensor.file = path  # type: ignore[attr-defined]
     return tensor

@@ -43,13 +43,13 @@ def matmul_references(
     """
     matmuls = linears(gm)
     wanted = {v for node in matmuls for v in (node, node.args[0])}
-    first = next(reversed(gm.graph.nodes)).args[0][0]  # type: ignore[index]
+    first = next(reversed(gm.graph.nodes)).args[0][0]
     values = interpret.values(gm, probe, wanted | {first})  # type: ignore[arg-type]
     found = {
         label(node): MatmulReference(label(node.args[0]), values[node.args[0]], values[node])  # type: ignore[arg-type,index]
         for node in matmuls
     }
-    return found, values[first]  # type: ignore[index]
+    return found, values[first]
 
 
 def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) -> dict[str, float]:

@@ -1,0 +1,188 @@
+"""A compile that is killed goes on where it stopped, with the bits of one that was not killed."""
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from panguq import storage
+from panguq.cli import main
+from panguq.ir import unit_folder
+from panguq.ir.unit_folder import UnitFolder
+from tests.model_folders import TEXT, make_folder, make_model
+
+torch.set_num_threads(1)
+TIMES = {"report.json", "manifest.json"}  # the report tells seconds, the manifest its hash
+GPTQ = """
+name: some-gptq
+schemes: {"*": W4A16}
+passes: [insert-fake-quant, gptq]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    make_folder(folder / "model", make_model(num_hidden_layers=1))
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "gptq.yaml").write_text(GPTQ)
+    return folder
+
+
+def recipe_of(place: Path, name: str) -> str:
+    return str(place / "gptq.yaml") if name == "gptq" else name
+
+
+def compile_model(place: Path, recipe: str, out: Path, *more: str) -> int:
+    command = ["compile", str(place / "model"), "--recipe", recipe_of(place, recipe), "--out"]
+    text = ["--calibration", str(place / "text.txt"), "--windows", "2", "--window", "32"]
+    return main([*command, str(out), *text, *more])
+
+
+def killed(run: Callable[[], object]) -> bool:
+    """Run in a forked process; whether SIGKILL ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def die_at(count: int, owner: object, name: str, before: bool = True) -> None:
+    """Let the count-th call of this function, counted from 1, be the process's last."""
+    function, calls = getattr(owner, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == count and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, counted)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    kept = (path for path in sorted(folder.iterdir()) if path.name not in TIMES)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place: Path) -> Callable[[str], dict[str, str]]:
+    known: dict[str, dict[str, str]] = {}
+
+    def of(recipe: str) -> dict[str, str]:
+        if recipe not in known:
+            out = place / f"{recipe}-whole"
+            assert compile_model(place, recipe, out) == 0
+            known[recipe] = hashes(out)
+        return known[recipe]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("recipe", "owner", "name", "count", "before"),
+    [
+        ("w4a16", UnitFolder, "keep", 1, True),  # the calibration is done, and lost
+        ("w4a16", unit_folder, "write_tensors", 6, True),  # some weights are quantized
+        ("w4a16", storage, "_write_shard", 1, False),  # the result is half saved
+        ("w8a8-dynamic", UnitFolder, "keep", 4, False),  # scales are folded, and codes chosen
+        ("gptq", UnitFolder, "keep", 4, False),  # in the middle of a sweep
+    ],
+)
+def test_the_bits_are_those_of_an_uninterrupted_compile(
+    place, uninterrupted, tmp_path, monkeypatch, recipe, owner, name, count, before
+) -> None:
+    out = tmp_path / "out"
+
+    def run() -> None:
+        die_at(count, owner, name, before)
+        compile_model(place, recipe, out)
+
+    assert killed(run)
+    assert not out.exists()
+    work = tmp_path / ".out.work"
+    kept = len(list(work.rglob("facts.json")))
+    found = []
+    read = UnitFolder.find
+
+    def counted(self, unit):
+        result = read(self, unit)
+        found.extend([unit] if result else [])
+        return result
+
+    monkeypatch.setattr(UnitFolder, "find", counted)
+    assert compile_model(place, recipe, out) == 0
+    assert hashes(out) == uninterrupted(recipe)
+    assert len(found) == kept  # nothing that was finished is computed again
+    assert not work.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_recipe_starts_anew(place, uninterrupted, tmp_path, caplog) -> None:
+    out = tmp_path / "out"
+
+    def run() -> None:
+        die_at(5, UnitFolder, "keep")
+        compile_model(place, "w4a16", out)
+
+    assert killed(run)
+    assert compile_model(place, "w8a8-dynamic", out) == 0
+    assert "starts anew; different: recipe" in caplog.text
+    assert hashes(out) == uninterrupted("w8a8-dynamic")
+
+
+def test_other_weights_start_anew(tmp_path, caplog) -> None:
+    """One number of the checkpoint differs, where the key looks."""
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    make_folder(model, make_model(num_hidden_layers=1))
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def run() -> None:
+        die_at(5, UnitFolder, "keep")
+        compile_model(tmp_path, "w4a16", tmp_path / "out")
+
+    assert killed(run)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert compile_model(tmp_path, "w4a16", tmp_path / "out") == 0
+    assert "starts anew; different: model" in caplog.text
+
+
+def test_a_chosen_folder_is_used_and_removed(place, tmp_path) -> None:
+    work = tmp_path / "elsewhere" / "work"
+
+    def run() -> None:
+        die_at(3, UnitFolder, "keep")
+        compile_model(place, "w4a16", tmp_path / "out", "--work-dir", str(work))
+
+    assert killed(run)
+    assert len(list(work.rglob("facts.json"))) == 2
+    assert compile_model(place, "w4a16", tmp_path / "out", "--work-dir", str(work)) == 0
+    assert not work.exists()
+
+
+def test_a_compile_that_fails_leaves_nothing(place, tmp_path, monkeypatch, capsys) -> None:
+    from panguq.errors import NumericsError
+    from panguq.passes.quantize_weights import QuantizeWeights
+
+    def fail(*args) -> None:
+        raise NumericsError("some weight is strange")
+
+    monkeypatch.setattr(QuantizeWeights, "_codes", fail)
+    assert compile_model(place, "w4a16", tmp_path / "out") == 1
+    assert "some weight is strange" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
