@@ -59,7 +59,7 @@ class BiLlm(SolveWeights):
     note_columns: ClassVar[tuple[str, ...]] = ("block_size", "salient", "paper_bits", "stored_bits")
     block_size: int = 128
     most_salient: int = 50
-    damping: float = 0.01
+    damping: float = 1.0
     residual: Literal["joint", "greedy"] = "joint"
     spread_inside: bool = True
     act_order: bool = True

@@ -56,7 +56,7 @@ class SlimLlm(SolveWeights):
     name: ClassVar[str] = "slim-llm"
     note_columns: ClassVar[tuple[str, ...]] = ("fewer_bits", "more_bits", "held_out_db", "damping")
     act_order: bool = True
-    damping: float = 0.01
+    damping: float = 1.0
     smallest_ratio: float = 0.4
     steps: int = 13
     least_gain_db: float = 0.25

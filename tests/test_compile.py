@@ -210,7 +210,7 @@ def test_a_bfloat16_compile() -> None:
 # --- any module ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name not in NARROW])
 def test_any_module_with_example_inputs(preset) -> None:
     batches = [(token_ids(2, 16, seed),) for seed in range(4)]
     model = panguq.compile(hand_written(), preset, example_inputs=batches[0], calibration=batches)
