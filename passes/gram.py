@@ -51,8 +51,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
     Every entry of the diagonal grows by `damping` times itself, and by ten times as much as often
     as the factorization still fails: all correlations shrink by 1 + damping, whatever the inputs'
     scales. (The authors of GPTQ add a share of the diagonal's mean instead. Where one channel is a
-    thousand times larger than the others, as in front of some down_proj, that mean is the channel's
-    alone and drowns all others.) Inputs that are always zero get the mean: they meet nobody. Computed from one Cholesky factorization from the last row up, H = R R^T with R upper
+    thousand times larger than the others, as in front of some down_proj, that mean is the
+    channel's alone and drowns all others.) Inputs that are always zero get the mean: they meet
+    nobody. Computed from one Cholesky factorization from the last row up, H = R R^T with R upper
     triangular, so that H^-1 = R^-T R^-1 and the factor is R^-1; nothing is inverted twice.
 
     Raises NumericsError if no damping helps, or the matrix is not finite.
@@ -75,8 +76,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
             return InverseFactor(inverse.flip(0, 1), wanted)
     raise NumericsError(
-        f"the second moments of a matmul's input have no Cholesky factor even with {wanted:g} times "
-        "their diagonal added",
+        f"the second moments of a matmul's input have no Cholesky factor even with {wanted:g} "
+        "times their diagonal added",
         "give more calibration data",
     )
 

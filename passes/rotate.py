@@ -151,8 +151,8 @@ def _regions(
                 needed = ancestors(outputs, stop=stops)
                 inputs = [n for n in gm.graph.nodes if n in needed and n.op == "placeholder"]
                 turned = {label(n): streams[n].apply for n in (*stops, node) if n in ends}
-                names = [tuple(map(label, nodes)) for nodes in ([*inputs, *stops], outputs)]
-                regions.append(Site(*names, turned))
+                read = tuple(map(label, [*inputs, *stops]))
+                regions.append(Site(read, tuple(map(label, outputs)), turned))
             start, outputs = node, []
         elif (
             node.op == "call_function"

@@ -57,7 +57,7 @@ def slow_gptaq(given: WeightProblem, step: Gptaq, order: list[int]) -> Tensor:
     """Codes by the paper's two updates, one column at a time, every inverse computed anew."""
     x, deviation = given.inputs[0].double(), (given.float_inputs[0] - given.inputs[0]).double()
     hessian, cross = x.T @ x, deviation.T @ x
-    hessian += step.damping * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
+    hessian += step.damping * hessian.diagonal().diag()
     scale, zero = step.fitted(given, gram(given.inputs))
     weight, codes = given.weight.double(), torch.zeros(given.weight.shape, dtype=torch.int8)
     for done, j in enumerate(order):

@@ -69,7 +69,7 @@ def nearest(given: WeightProblem, step: Gptq) -> Solution:
 def slow_gptq(given: WeightProblem, step: Gptq, order: list[int]) -> Solution:
     """The optimal-brain-quantization update, one column at a time, every inverse computed anew."""
     hessian = gram(given.inputs)
-    hessian = hessian + step.damping * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
+    hessian = hessian + step.damping * hessian.diagonal().diag()
     weight = given.weight.double()
     scale, zero = step.fitted(given, gram(given.inputs))
     zero = torch.zeros_like(scale) if zero is None else zero.clone()

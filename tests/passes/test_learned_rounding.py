@@ -41,12 +41,12 @@ def problem(
 
 
 def errors(
-    step: LearnedRounding | Gptq, given: WeightProblem, solution: Solution, damping: float = 0.3
+    step: LearnedRounding | Gptq, given: WeightProblem, solution: Solution, damping: float = 1.0
 ) -> Tensor:
     """Every row's squared output error over the inputs, and its damping, `[n]`, float64."""
     difference = step.dequantize(given, solution).double() - given.weight.double()
     inputs = torch.cat(list(given.inputs)).double()
-    damped = damping * inputs.square().sum(0).mean() * difference.square().sum(1)
+    damped = damping * (difference.square() * inputs.square().sum(0)).sum(1)
     return (inputs @ difference.T).square().sum(0) + damped
 
 

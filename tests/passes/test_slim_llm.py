@@ -109,7 +109,7 @@ def test_salience_is_that_of_the_paper():
     given = uneven_problem(4, 96, 200)
     hessian = gram(given.inputs)
     loop = MixedLoop(given, hessian, 0.01, True, RATIOS)
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
+    damped = hessian + 0.01 * hessian.diagonal().diag()
     salience = (given.weight.double() / damped.inverse().diagonal()).square().sum(0)
     by_group = salience.view(3, 32).sum(1)
     assert loop.groups_by_salience() == by_group.argsort(descending=True).tolist()
@@ -131,7 +131,7 @@ def slow_loop(given: WeightProblem, bits: list[int], act_order: bool) -> Tensor:
     """Weight after weight, each error spread over all later columns of its row at once."""
     hessian, size = gram(given.inputs), given.group_size
     order = column_order(hessian.diagonal(), size, act_order).tolist()
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    damped = hessian + 0.01 * hessian.diagonal().diag()
     u = torch.linalg.cholesky(damped[order][:, order].inverse(), upper=True)
     importance = torch.empty(len(order))
     importance[order] = (1 / u.diagonal().square()).float()
