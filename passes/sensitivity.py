@@ -95,7 +95,7 @@ def measure(
         raise InputError("there is no calibration data", "give calibration=, or a text file")
     group_of = {node: group for group in choices for node in group}
     result = {group: [0.0] * len(schemes) for group, schemes in choices.items()}
-    score = _Score(ctx.interface.kind == "causal_lm", ctx.generator())
+    score = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())
     sums = _Sums()
 
     def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
@@ -117,12 +117,12 @@ def measure(
                 result[group][index] += total / 2
         sums.clear()
 
-    batches = [_scored(batch, gm) for batch in ctx.batches]
+    batches = [scored_batch(batch, gm) for batch in ctx.batches]
     reverse_sweep(gm, batches, group_of, score.gradient, observe, block_done, ctx.progress)
     return {group: [kl / score.total for kl in kls] for group, kls in result.items()}
 
 
-class _Score:
+class SampledLabels:
     """The gradient of the log likelihood of labels that the model draws from its own logits."""
 
     def __init__(self, causal_lm: bool, generator: torch.Generator) -> None:
@@ -150,7 +150,7 @@ class _Score:
         return gradient.view(output.shape).to(output.dtype)
 
 
-def _scored(batch: dict[str, Tensor], gm: fx.GraphModule) -> dict[str, Tensor]:
+def scored_batch(batch: dict[str, Tensor], gm: fx.GraphModule) -> dict[str, Tensor]:
     """The batch with logits at all of its positions, or at evenly spread ones if they are many."""
     if "logit_positions" not in batch:
         return batch

@@ -31,7 +31,8 @@ class WeightProblem:
     """The weights that read one value, row by row under each other, and that value.
 
     `weight` float32 `[n, k]`; `inputs` one tensor `[..., k]` a batch, as the matmuls meet it: every
-    weight before them is quantized, and so is the value itself where the scheme says so.
+    weight before them is quantized, and so is the value itself where the scheme says so; after
+    weigh-tokens, times the root of each token's weight.
     `float_inputs` is the same value in the float model, empty unless the pass asks for it.
     `dtype` is that of the stored weights; scales of 8-bit codes must be values of it.
     """
@@ -151,8 +152,8 @@ class SolveWeights(Pass):
                 spec=spec,
                 group_size=spec.group_size_for(int(stored[0].shape[1])),
                 dtype=stored[0].dtype,
-                inputs=values,
-                float_inputs=float_values,
+                inputs=_weighted(values, same[0]),
+                float_inputs=_weighted(float_values, same[0]),
             )
             solution = self._solved(ctx, problem)
             weight = self.dequantize(problem, solution)
@@ -223,6 +224,17 @@ def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, l
         seen[weight.args[0]] = node
         groups[node.args[0]].append(node)
     return dict(groups)
+
+
+def _weighted(values: Sequence[Tensor], matmul: fx.Node) -> Sequence[Tensor]:
+    """The batches, each token times the root of its weight where weigh-tokens gave it one."""
+    weights = matmul.meta.get("token_weights")
+    if weights is None or not values:
+        return values
+    return [
+        value.reshape(-1, value.shape[-1]) * weight.sqrt().to(value.dtype)[:, None]
+        for value, weight in zip(values, weights, strict=True)
+    ]
 
 
 def _alike(matmuls: list[fx.Node]) -> list[list[fx.Node]]:

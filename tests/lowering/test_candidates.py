@@ -216,11 +216,21 @@ def test_the_order_of_fallbacks() -> None:
     assert [s.name for s in fallbacks(W4A8)] == ["W8A8_DYNAMIC", "FLOAT"]
 
 
-@given(n=st.integers(1, 70000), k=st.integers(1, 70000), name=st.sampled_from(list(SCHEMES)))
+@given(
+    n=st.integers(1, 70000),
+    k=st.integers(1, 70000),
+    name=st.sampled_from([name for name in SCHEMES if name != "W1A16"]),
+)
 def test_a_fallback_is_always_found(n, k, name) -> None:
     scheme = SCHEMES[name]
     order = [scheme, *fallbacks(scheme)]
     assert any(scheme_refusal(problem(n, k, s), B1) is None for s in order)
+
+
+def test_one_bit_weights_have_neither_kernel_nor_fallback() -> None:
+    assert fallbacks(SCHEMES["W1A16"]) == ()
+    refusal = scheme_refusal(problem(512, 512, "W1A16"), B1)
+    assert refusal is not None and refusal.startswith("none: no NPU kernel reads 1-bit weights")
 
 
 @given(n=st.integers(1, 70000), k=st.integers(1, 70000))
