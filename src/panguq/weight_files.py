@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from panguq.errors import StorageError
+from panguq.ir.folded_weight import FoldedWeight, materialized
 
 DTYPES = {
     torch.float64: "F64",
@@ -53,7 +54,8 @@ class Shard:
         """The file's bytes in order. At most one tensor is copied at a time."""
         yield memoryview(self.header)
         for tensor in self.tensors:
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            plain = materialized(tensor)
+            flat = plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             for chunk in flat.split(_CHUNK_BYTES) if flat.numel() else ():
                 yield memoryview(chunk.numpy())
 
@@ -153,6 +155,9 @@ def _without_duplicates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
                 f"cannot save tensor {name}: {tensor.dtype}, {tensor.layout}, on {tensor.device}",
                 "weights are dense tensors with values, of float, integer or bool dtype",
             )
+        if isinstance(tensor, FoldedWeight):  # has no bytes of its own until it is written
+            stored[name] = tensor
+            continue
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             raise StorageError(
                 f"cannot save tensor {name}: it is a {type(tensor).__name__}",

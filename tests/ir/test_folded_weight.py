@@ -6,6 +6,7 @@ from panguq.ir import folded_weight
 from panguq.ir.edit import weights_of
 from panguq.ir.folded_weight import FoldedWeight, materialized
 from panguq.ir.weight_store import WeightStore, store_folded
+from panguq.weight_files import read_mapped, write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,3 +73,13 @@ def test_what_nobody_quantized_is_stored_at_the_end() -> None:
     store_folded(gm, WeightStore())
     assert type(weights_of(gm)["weight"]) is torch.Tensor
     assert torch.equal(gm(x)[0], before)
+
+
+def test_a_file_holds_the_product(tmp_path) -> None:
+    """As the dump of a graph whose weights are still folded."""
+    weight, rows, _ = example(torch.float32)
+    folded = FoldedWeight(weight, {0: rows})
+    write_tensors(tmp_path / "w.safetensors", {"folded": folded, "plain": weight})
+    found = read_mapped(tmp_path / "w.safetensors")
+    assert torch.equal(found["folded"], materialized(folded))
+    assert torch.equal(found["plain"], weight)
