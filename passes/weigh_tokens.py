@@ -120,4 +120,4 @@ def _gradient_squares(
 
 
 def _outputs(node: fx.Node) -> int:
-    return int(node.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
+    return int(node.args[1].meta["val"].shape[0])
