@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
 
 from panguq.ir.channel_layout import UNSCALED, Layout
 from panguq.ir.channel_rules import EMBEDDING, LINEAR, NORMS, RULES, is_size, stored_weight
-from panguq.ir.edit import label
+from panguq.ir.edit import label, operands
 from panguq.ir.interface import Interface
 
 KINDS = ("norm_linear", "value_output", "up_down", "linear_linear", "embedding_linear")
@@ -236,7 +236,7 @@ class Walk:
             rule = RULES.get(node.target)
             passes = rule.passes if rule else ()
             refuses = rule.refuses if rule else {}
-            for position, operand in _operands(node):
+            for position, operand in operands(node):
                 if operand in self.layouts and position not in passes:
                     default = "cannot let a scale through" if rule else "is not homogeneous"
                     self._refuse(operand, node, refuses.get(position, default))
@@ -322,17 +322,6 @@ class Walk:
         return "up_down" if "product" in self.passed else "linear_linear"
 
 
-def _operands(node: fx.Node) -> list[tuple[int | str, fx.Node]]:
-    """The nodes that a call reads, with the position or keyword of the argument."""
-    found: list[tuple[int | str, fx.Node]] = []
-    arguments: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
-    for position, argument in arguments:
-        read: list[fx.Node] = []
-        fx.map_arg(argument, read.append)
-        found += [(position, operand) for operand in read]
-    return found
-
-
 def _readers(gm: fx.GraphModule, weight: str) -> list[fx.Node]:
     """Who reads this weight, through whichever node; twice where it is two arguments."""
     return [
@@ -340,7 +329,7 @@ def _readers(gm: fx.GraphModule, weight: str) -> list[fx.Node]:
         for node in gm.graph.nodes
         if node.op == "get_attr" and node.target == weight
         for user in node.users
-        for _, operand in _operands(user)
+        for _, operand in operands(user)
         if operand is node
     ]
 

@@ -57,6 +57,17 @@ def find_label(gm: fx.GraphModule, wanted: str) -> fx.Node:
     raise KeyError(wanted)
 
 
+def operands(node: fx.Node) -> list[tuple[int | str, fx.Node]]:
+    """The nodes that a call reads, with the position or keyword of the argument."""
+    found: list[tuple[int | str, fx.Node]] = []
+    arguments: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
+    for position, argument in arguments:
+        read: list[fx.Node] = []
+        fx.map_arg(argument, read.append)
+        found += [(position, operand) for operand in read]
+    return found
+
+
 def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
     """The fake mode that the graph's value types live in."""
     for node in gm.graph.nodes:

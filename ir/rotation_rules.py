@@ -52,22 +52,6 @@ class Rule:
     refuses: str = "cannot let a rotation through there"
 
 
-def operands(node: fx.Node) -> list[tuple[int | str, fx.Node]]:
-    """The nodes that a call reads, with the position or keyword of the argument."""
-    found: list[tuple[int | str, fx.Node]] = []
-    arguments: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
-    for position, argument in arguments:
-        read: list[fx.Node] = []
-        fx.map_arg(argument, read.append)
-        found += [(position, operand) for operand in read]
-    return found
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether the node only reads a size."""
-    return node.target is aten.sym_size.int
-
-
 def _args(node: fx.Node, count: int) -> list[Any]:
     """The first `count` positional arguments, None where the call gives fewer."""
     return [*node.args, *[None] * count][:count]

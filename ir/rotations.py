@@ -23,9 +23,10 @@ from typing import Literal, NoReturn
 
 from torch import fx
 
-from panguq.ir.edit import label
+from panguq.ir.channel_rules import is_size
+from panguq.ir.edit import label, operands
 from panguq.ir.interface import Interface
-from panguq.ir.rotation_rules import ATTENTIONS, EMBEDDING, NORMS, RULES, Turned, is_size, operands
+from panguq.ir.rotation_rules import ATTENTIONS, EMBEDDING, NORMS, RULES, Turned
 
 Kind = Literal["residual", "value"]
 
