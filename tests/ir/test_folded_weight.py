@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panguq.ir import folded_weight
+from panguq.ir import row_slices
 from panguq.ir.edit import weights_of
 from panguq.ir.folded_weight import FoldedWeight, materialized
 from panguq.ir.weight_store import WeightStore, store_folded
@@ -32,7 +32,7 @@ def test_the_product_is_computed_in_float64_and_rounded_once(dtype, n, k, seed) 
 def test_slices_do_not_change_it(monkeypatch) -> None:
     weight, rows, columns = example(torch.bfloat16)
     whole = materialized(FoldedWeight(weight, {0: rows, 1: columns}))
-    monkeypatch.setattr(folded_weight, "ELEMENTS_AT_ONCE", 10)
+    monkeypatch.setattr(row_slices, "ELEMENTS_AT_ONCE", 10)
     assert torch.equal(materialized(FoldedWeight(weight, {0: rows, 1: columns})), whole)
 
 
