@@ -1,12 +1,12 @@
 """Quality of recipes on SmolLM2-135M, each compiled and evaluated in a process of its own.
 
     python -m bench.accuracy [--recipes w8a8 w4a16-gptq my.yaml ...] [--windows 16]
-        [--calibration-windows 16] [--sampled] [--dithered] [--lowered]
+        [--calibration-windows 8] [--sampled-windows 8] [--dithered] [--lowered]
         [--json FILE] [--write docs/accuracy.md]
 
-Calibrates on Python's language reference (with --sampled on sequences sampled from the model
-itself) and evaluates on Wikipedia. With --json every row is kept as soon as it is finished, and a
-run that was interrupted continues; `--dithered` compiles a copy of the model whose weights lie on
+Calibrates on Python's language reference and on text that the model wrote itself, and evaluates on
+Wikipedia. With --json every row is kept as soon as it is finished, and a run that was interrupted
+continues; `--dithered` compiles a copy of the model whose weights lie on
 no 4-bit grid (bench/dithered.py).
 """
 
@@ -34,7 +34,8 @@ def main() -> None:
     options = parse(sys.argv[1:])
     conditions = {
         "windows": options.windows,
-        "calibration_windows": 0 if options.sampled else options.calibration_windows,
+        "calibration_windows": options.calibration_windows,
+        "sampled_windows": options.sampled_windows,
         "dithered": options.dithered,
         "lowered": options.lowered,
         "threads": options.threads,
@@ -60,8 +61,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy")
     parser.add_argument("--recipes", nargs="+", default=list(DEFAULT), help="names or YAML files")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens")
-    parser.add_argument("--calibration-windows", type=int, default=16, help="of 512 tokens")
-    parser.add_argument("--sampled", action="store_true", help="calibrate on sampled sequences")
+    parser.add_argument("--calibration-windows", type=int, default=8, help="of 512 tokens")
+    parser.add_argument("--sampled-windows", type=int, default=8, help="of the model's own text")
     parser.add_argument("--dithered", action="store_true", help="the second yardstick")
     parser.add_argument("--lowered", action="store_true", help="evaluate the lowered graph, too")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -18,8 +18,9 @@ import torch
 
 import panguq
 from bench.accuracy_recipes import recipe_of
+from bench.calibration import calibration_windows
 from bench.memory import PeakMemory
-from demo.fetch import default_cache, fetch_calibration_text, fetch_evaluation_text, fetch_model
+from demo.fetch import default_cache, fetch_evaluation_text, fetch_model
 from demo.run import windows_of
 from panguq.errors import PanguqError
 from panguq.evaluate import (
@@ -37,11 +38,12 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Task:
-    """What a row is made of. `calibration_windows` 0: sequences sampled from the model itself."""
+    """What a row is made of: `sampled_windows` are of text that the model itself wrote."""
 
     recipe: str
     windows: int
     calibration_windows: int
+    sampled_windows: int
     dithered: bool
     lowered: bool
     threads: int
@@ -58,10 +60,8 @@ def main() -> None:
         from bench.dithered import dithered_folder
 
         folder = dithered_folder(folder, cache)
-    calibration = None
-    if task.calibration_windows:
-        text = fetch_calibration_text(cache)
-        calibration = windows_of(text, tokenizer, task.calibration_windows)
+    kinds = task.calibration_windows, task.sampled_windows
+    calibration = calibration_windows(folder, cache, *kinds)
     windows = windows_of(fetch_evaluation_text(cache), tokenizer, task.windows)
     try:
         row = make_row(task, panguq.load_pretrained(folder), calibration, windows)

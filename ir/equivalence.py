@@ -17,7 +17,9 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError
 from panguq.ir.edit import find_label, get_tensor, label, weights_of
-from panguq.ir.interpret import ELEMENTS_AT_ONCE, Environment, ancestors, ensure_finite, last_uses
+from panguq.ir.folded_weight import materialized
+from panguq.ir.interpret import Environment, ancestors, ensure_finite, last_uses
+from panguq.ir.row_slices import ELEMENTS_AT_ONCE, row_slices
 
 aten = torch.ops.aten
 TOLERANCE_IN_EPSILONS = 16
@@ -84,14 +86,15 @@ def _on_large_weight(
     stored = node.args[table]
     if not isinstance(stored, fx.Node) or stored.op != "get_attr":
         return None
-    weight = get_tensor(gm, str(stored.target))
+    weight = materialized(get_tensor(gm, str(stored.target)))
     if weight.numel() <= ELEMENTS_AT_ONCE or not weight.is_floating_point():
         return None
     given = _lift(value(node.args[index]))
     if node.target is aten.embedding.default:
         return _lift(torch.nn.functional.embedding(given, weight))
-    rows = weight.split(max(ELEMENTS_AT_ONCE // weight.shape[1], 1))
-    product = torch.cat([torch.nn.functional.linear(given, _lift(some)) for some in rows], dim=-1)
+    product = given.new_empty((*given.shape[:-1], len(weight)))
+    for rows in row_slices(weight):
+        product[..., rows] = torch.nn.functional.linear(given, _lift(weight[rows]))
     bias = node.args[2] if len(node.args) > 2 else None
     return product if bias is None else product + _lift(value(bias))
 

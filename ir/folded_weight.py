@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-ELEMENTS_AT_ONCE = 1 << 22  # float64 copies of a large weight are made in slices of this size
+from panguq.ir.row_slices import row_slices
 
 
 class FoldedWeight(Tensor):
@@ -61,9 +61,7 @@ class FoldedWeight(Tensor):
     def _compute(self) -> Tensor:
         source = self._source
         folded = torch.empty(source.shape, dtype=source.dtype)
-        rows = max(ELEMENTS_AT_ONCE * len(source) // max(source.numel(), 1), 1)
-        for start in range(0, len(source), rows):
-            some = slice(start, start + rows)
+        for some in row_slices(source):
             product = source[some].to(torch.float64, copy=True)
             for axis, factor in sorted(self._factors.items()):
                 shape = [1] * source.dim()

@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from panguq.errors import NumericsError
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.folded_weight import materialized
+from panguq.ir.row_slices import row_slices
 
 Environment = dict[fx.Node, Any]
-ELEMENTS_AT_ONCE = 1 << 24
 
 
 def compute(gm: fx.GraphModule, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
@@ -53,13 +53,29 @@ def last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return freed
 
 
+def weights_late(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The same nodes, each weight right before its first reader.
+
+    Graphs read all their weights first, and one that is computed takes memory from then on.
+    """
+    given, placed = set(nodes), set[fx.Node]()
+    order: list[fx.Node] = []
+    for node in nodes:
+        if node.op == "get_attr" and any(user in given for user in node.users):
+            continue
+        weights = [n for n in node.all_input_nodes if n.op == "get_attr" and n not in placed]
+        placed.update(weights)
+        order += [*weights, node]
+    return order
+
+
 def values(
     gm: fx.GraphModule, inputs: Mapping[str, Tensor], wanted: Iterable[fx.Node]
 ) -> dict[fx.Node, Any]:
     """The values of the `wanted` nodes for inputs given by placeholder name."""
     keep = set(wanted)
     needed = ancestors(keep)
-    order = [n for n in gm.graph.nodes if n in needed]
+    order = weights_late([n for n in gm.graph.nodes if n in needed])
     freed = last_uses(order)
     environment: Environment = {}
     with torch.no_grad():
@@ -85,7 +101,10 @@ def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
     """Raises NumericsError that names the tensor if it holds NaN or Inf."""
     if not tensor.is_floating_point():
         return
-    bad = sum(_not_finite(part) for part in _parts(materialized(tensor)))
+    tensor = materialized(tensor)
+    bad = 0
+    if not _all_finite(tensor):
+        bad = sum(int((~torch.isfinite(tensor[some])).sum()) for some in row_slices(tensor))
     if bad:
         raise NumericsError(
             f"{kind} {name} {list(tensor.shape)} holds {bad} values that are NaN or Inf",
@@ -95,17 +114,12 @@ def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
         )
 
 
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Slices along the first axis: sums and masks of a large tensor are as large as itself."""
-    if tensor.numel() <= ELEMENTS_AT_ONCE:
-        return (tensor,)
-    return tensor.split(max(ELEMENTS_AT_ONCE * len(tensor) // tensor.numel(), 1))
-
-
-def _not_finite(tensor: Tensor) -> int:
-    if torch.isfinite(tensor.sum(dtype=torch.float32)):
-        return 0
-    return int((~torch.isfinite(tensor)).sum())  # a sum of finite numbers may overflow
+def _all_finite(tensor: Tensor) -> bool:
+    """Without a copy: a NaN becomes both smallest and largest value."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _is_broken(node: fx.Node, value: Any, environment: Environment) -> bool:

@@ -7,6 +7,7 @@ before, so that one block's weights and intermediate values are alive at a time.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,9 @@ def reverse_sweep(
     watched = {n for step in steps for n in step.nodes} & set(watch)
     active = _descendants(gm, watched)
     total = 2 * len(steps)
-    kept = _forward(gm, batches, steps, watched, lambda done: progress("sensitivity", done, total))
+    kept = _forward(
+        gm, batches, steps, watched, lambda done: progress("sensitivity", done, total), steps
+    )
     gradients: list[dict[fx.Node, Tensor]] = [{} for _ in batches]
     for done, step in enumerate(reversed(steps)):
         progress("sensitivity", len(steps) + done, total)
@@ -74,6 +77,29 @@ def reverse_sweep(
         if watched.intersection(step.nodes):
             block_done()
     progress("sensitivity", total, total)
+
+
+class FirstOutput:
+    """The graph's first output for each of several batches, at the cost of its last block.
+
+    What enters that block is kept; all before it runs once. Raises as `reverse_sweep`.
+    """
+
+    def __init__(self, gm: fx.GraphModule, batches: Sequence[dict[str, Tensor]]) -> None:
+        self._gm = gm
+        self._end = _first_output(gm)
+        steps = _blocks(gm, self._end)
+        self._last = steps[-1]
+        self._inputs = _forward(gm, batches, steps, set(), lambda done: None, steps[-1:])[-1]
+
+    def of(self, index: int) -> Tensor:
+        """The output for the batch with this index."""
+        environment: Environment = dict(self._inputs[index])
+        with torch.no_grad():
+            for node in self._last.nodes:
+                environment[node] = compute(self._gm, node, environment)
+        value: Tensor = environment[self._end]
+        return value
 
 
 def _first_output(gm: fx.GraphModule) -> fx.Node:
@@ -108,8 +134,9 @@ def _forward(
     steps: Sequence[Block],
     watched: set[fx.Node],
     progress: Callable[[int], None],
+    wanted: Sequence[Block],
 ) -> list[list[Environment]]:
-    """What enters each block, for every batch. The last block is not run."""
+    """What enters each wanted block, for every batch. The last block is not run."""
     environments: list[Environment] = [
         {n: batch[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"}
         for batch in batches
@@ -123,7 +150,8 @@ def _forward(
                 if node.op == "get_attr":
                     weights[node] = compute(gm, node, {})
                     ensure_finite(label(node), weights[node])
-            kept.append([{n: environment[n] for n in step.inputs} for environment in environments])
+            if step in wanted:
+                kept.append([{n: values[n] for n in step.inputs} for values in environments])
             later = {n for after in steps[done + 1 :] for n in after.inputs}
             for row, environment in enumerate(environments if later else ()):
                 for node in step.nodes:
@@ -153,9 +181,24 @@ def _recompute(
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
             values[node] = body_of(node.target)(*args, **kwargs)
+            values[node] = _straight_through(node, values)
             if node in watched and not values[node].requires_grad:
                 values[node].requires_grad_()  # nothing before it does: a leaf
     return values
+
+
+def _straight_through(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The node's value; where codes of an activation were read, with the activation's gradient."""
+    if node.target is not torch.ops.panguq.dequantize.default:
+        return values[node]
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    quantizer = codes.args[0] if codes.target is operator.getitem else codes
+    assert isinstance(quantizer, fx.Node) and isinstance(quantizer.args[0], fx.Node)
+    source = values.get(quantizer.args[0])
+    if source is None or not source.requires_grad:
+        return values[node]
+    return source + (values[node] - source).detach()
 
 
 def _backward(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from panguq.ir.opset import define_op
+from panguq.ir.row_slices import row_slices
 
 
 def _fake_pack_int4(codes: Tensor) -> Tensor:
@@ -22,8 +23,11 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     Nibbles are two's complement; the low one holds the even column.
     """
-    nibbles = codes.view(torch.uint8).bitwise_and(0x0F)
-    return nibbles[:, 1::2].bitwise_left_shift(4).bitwise_or_(nibbles[:, 0::2])
+    packed = codes.new_empty((codes.shape[0], codes.shape[1] // 2), dtype=torch.uint8)
+    for rows in row_slices(codes):
+        nibbles = codes[rows].view(torch.uint8).bitwise_and(0x0F)
+        packed[rows] = nibbles[:, 1::2].bitwise_left_shift(4).bitwise_or_(nibbles[:, 0::2])
+    return packed
 
 
 def _fake_unpack_int4(packed: Tensor) -> Tensor:
@@ -35,10 +39,13 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """uint8 [n, k / 2] -> int8 [n, k] with values in [-8, 7], the inverse of `pack_int4`."""
     # Every byte 0xHL becomes the 16-bit word 0x0H0L: on a little-endian machine its two bytes are
     # the nibbles in order. Many times faster than writing even and odd columns separately.
-    words = packed.bitwise_xor(0x88).to(torch.int16)
-    words = words.mul(16).bitwise_or_(words).bitwise_and_(0x0F0F)
-    # The xor flipped the sign bits, which turned two's complement into code + 8.
-    return words.view(torch.int8).sub_(8)
+    codes = packed.new_empty((packed.shape[0], packed.shape[1] * 2), dtype=torch.int8)
+    for rows in row_slices(packed):
+        words = packed[rows].bitwise_xor(0x88).to(torch.int16)
+        words = words.mul(16).bitwise_or_(words).bitwise_and_(0x0F0F)
+        # The xor flipped the sign bits, which turned two's complement into code + 8.
+        torch.sub(words.view(torch.int8), 8, out=codes[rows])
+    return codes
 
 
 CODES_PER_PACK = 8  # eight codes of b bits are b bytes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from panguq.ir.opset import define_op
+from panguq.ir.row_slices import row_slices
 
 # Below this a token counts as zero: its scale stays normal and so does the reciprocal.
 SMALLEST_AMAX = 1e-30
@@ -136,11 +137,14 @@ def quantize_weight(
     zero_point integer of the same shape, or None for 0; group_size == k is per channel. Returns
     int8 [n, k].
     """
-    groups = weight.to(torch.float32).reshape(weight.shape[0], -1, group_size)
-    codes = groups.div(scale.to(torch.float32).unsqueeze(-1)).round_()
-    if zero_point is not None:
-        codes.add_(zero_point.unsqueeze(-1))
-    return codes.clamp_(quant_min, quant_max).to(torch.int8).view(weight.shape)
+    codes = weight.new_empty(weight.shape, dtype=torch.int8)
+    for rows in row_slices(weight):
+        groups = weight[rows].to(torch.float32).unflatten(1, (-1, group_size))
+        rounded = groups.div(scale[rows].to(torch.float32).unsqueeze(-1)).round_()
+        if zero_point is not None:
+            rounded.add_(zero_point[rows].unsqueeze(-1))
+        codes[rows] = rounded.clamp_(quant_min, quant_max).flatten(1)
+    return codes
 
 
 def _fake_dequantize_weight(
@@ -162,7 +166,10 @@ def dequantize_weight(
     codes int8 [n, k]; scale float [n, k / group_size]; zero_point integer of the same shape, or
     None for 0. Computed in float32, returned as `dtype` [n, k].
     """
-    groups = codes.to(torch.float32).reshape(codes.shape[0], -1, group_size)
-    if zero_point is not None:
-        groups.sub_(zero_point.unsqueeze(-1))
-    return groups.mul_(scale.to(torch.float32).unsqueeze(-1)).view(codes.shape).to(dtype)
+    weight = codes.new_empty(codes.shape, dtype=dtype)
+    for rows in row_slices(codes):
+        groups = codes[rows].to(torch.float32).unflatten(1, (-1, group_size))
+        if zero_point is not None:
+            groups.sub_(zero_point[rows].unsqueeze(-1))
+        weight[rows] = groups.mul_(scale[rows].to(torch.float32).unsqueeze(-1)).flatten(1)
+    return weight

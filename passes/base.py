@@ -84,6 +84,7 @@ class PassContext:
     `batches` are calibration inputs by input name, as the front door prepares them; `probe` is
     one small such batch; `store` takes the tensors that passes make; `matmul_rules` speak for the
     target, if there is one. `stage` names the pass that is running, by its place in the pipeline.
+    `reference` is the float model's graph, which no pass changes.
     """
 
     interface: Interface
@@ -94,6 +95,7 @@ class PassContext:
     progress: Progress = no_progress
     matmul_rules: MatmulRules | None = None
     stage: str = ""
+    reference: fx.GraphModule | None = None
 
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
         """What `compute` yields for this unit of the running pass, its tensors in the store.

@@ -33,6 +33,7 @@ from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.rotate import Rotate
 from panguq.passes.slim_llm import SlimLlm
 from panguq.passes.smoothquant import SmoothQuant
+from panguq.passes.tune_scales import TuneScales
 from panguq.passes.weigh_tokens import WeighTokens
 
 WORTH_RELEASING_BYTES = 64 << 20  # looking for garbage costs half a second in a large process
@@ -54,6 +55,7 @@ PASSES: tuple[type[Pass], ...] = (
     SlimLlm,
     BiLlm,
     LearnedRounding,
+    TuneScales,
     QuantizeKvCache,
 )
 

@@ -15,13 +15,13 @@ from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.ir.folded_weight import materialized
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.row_slices import row_slices
 from panguq.ir.unit_folder import Finished
 from panguq.passes.base import Pass, PassContext, PassResult, Table
 from panguq.passes.stored_codes import codes_name, packed_codes, read_packed
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq
-ELEMENTS_AT_ONCE = 1 << 22
 
 
 class Rounded(NamedTuple):
@@ -125,25 +125,25 @@ class QuantizeWeights(Pass):
         importance: Tensor | None,
     ) -> Rounded:
         """A weight `[n, k]` rounded, a few rows at a time: its float copies would be large."""
-        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        steps, zeros = torch.empty_like(scale), None if zero is None else torch.empty_like(zero)
         clipped, signal, noise = 0, 0.0, 0.0
-        rows = max(ELEMENTS_AT_ONCE // weight.shape[1], 1)
-        for start in range(0, len(weight), rows):
-            some = weight[start : start + rows]
-            plain = step = scale[start : start + rows]
-            offset = None if zero is None else zero[start : start + rows]
+        for rows in row_slices(weight):
+            some = weight[rows]
+            plain = step = scale[rows]
+            offset = None if zero is None else zero[rows]
             if self.clip_search:
                 step, offset = search_scale(some, group_size, spec, importance, self.ratios())
             limits = (group_size, spec.quant_min, spec.quant_max)
-            codes = panguq.quantize_weight(some, step, offset, *limits)
+            codes[rows] = panguq.quantize_weight(some, step, offset, *limits)
             groups = some.float().reshape(len(some), -1, group_size)
             error = quantize_groups(groups, step, offset, spec).sub_(groups)
             noise += float(error.square_().sum())
             signal += float(groups.square().sum())  # may be the weight itself
             clipped += int((step.abs() < plain).sum())
-            parts.append((codes, step, offset))
-        codes, steps, offsets = zip(*parts, strict=True)
+            steps[rows] = step
+            if zeros is not None:
+                zeros[rows] = offset
         sqnr_db = 10 * math.log10(max(signal / max(noise, 1e-30), 1e-30))
-        zeros = torch.cat(offsets) if zero is not None else None
         share = clipped / max(scale.numel(), 1)
-        return Rounded(torch.cat(codes), torch.cat(steps), zeros, share, sqnr_db)
+        return Rounded(codes, steps, zeros, share, sqnr_db)

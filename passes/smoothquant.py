@@ -82,7 +82,8 @@ class SmoothQuant(Pass):
 
         def choose(site: ScaleSite, seen: Mapping[fx.Node, SeenInput]) -> None:
             alpha: float | str = dict(self.alphas).get(site.kind, self.alpha)
-            sizes = {s: _sizes(gm, site, seen, factors, s) for s in STATISTICS}
+            wanted = STATISTICS if alpha == "search" else (self.statistic,)
+            sizes = {s: _sizes(gm, site, seen, factors, s) for s in wanted}
             choice = (self.statistic, alpha)
             quality: tuple[object, ...] = ("", "")
             if alpha == "search":

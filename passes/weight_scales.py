@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.row_slices import row_slices
 
 SMALLEST_SCALE = 1e-10
 
@@ -36,11 +37,20 @@ def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Ten
     Symmetric: `max|w| / qmax`. Asymmetric: `(max - min) / (qmax - qmin)` over a range widened to
     hold zero, `zero_point = round(qmin - min / scale)` with the scale as stored.
     """
-    groups = weight.float().reshape(weight.shape[0], -1, group_size)
+    low, high = _ranges(weight, group_size)
     if spec.symmetric:
-        scale = _store(groups.abs().amax(-1) / spec.quant_max, spec)
+        scale = _store(torch.maximum(-low, high) / spec.quant_max, spec)
         return storable(scale, weight.dtype), None
-    return affine_scale(groups.amin(-1), groups.amax(-1), spec)
+    return affine_scale(low, high, spec)
+
+
+def _ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest weight of each group, float32 `[n, k / group_size]`."""
+    low, high = torch.empty(2, len(weight), weight.shape[1] // group_size)
+    for rows in row_slices(weight):
+        groups = weight[rows].float().unflatten(1, (-1, group_size))
+        low[rows], high[rows] = groups.amin(-1), groups.amax(-1)
+    return low, high
 
 
 def affine_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -77,7 +87,25 @@ def search_scale(
     `importance` `[k]` weighs each input's squared error by how large that input is, the diagonal
     of GPTQ's Hessian; None weighs all alike. Result as `min_max_scale`.
     """
-    groups = weight.float().reshape(weight.shape[0], -1, group_size)
+    shape = (len(weight), weight.shape[1] // group_size)
+    scale = torch.empty(shape, dtype=scale_dtype(spec))
+    zero_point = None if spec.symmetric else torch.empty(shape, dtype=torch.int8)
+    for rows in row_slices(weight):
+        scale[rows], offset = _search(weight[rows], group_size, spec, importance, ratios)
+        if zero_point is not None:
+            zero_point[rows] = offset
+    return scale, zero_point
+
+
+def _search(
+    weight: Tensor,
+    group_size: int,
+    spec: QuantSpec,
+    importance: Tensor | None,
+    ratios: tuple[float, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """`search_scale` for a few rows."""
+    groups = weight.float().unflatten(1, (-1, group_size))
     weighting = None if importance is None else importance.float().reshape(-1, group_size)
     low, high = groups.amin(-1), groups.amax(-1)
     best: tuple[Tensor, Tensor | None] | None = None
@@ -89,7 +117,7 @@ def search_scale(
         for scale, zero in _candidates(low * ratio, high * ratio, spec)
     )
     for candidate in itertools.chain((plain,), searched):
-        error = (quantize_groups(groups, *candidate, spec) - groups).square_()
+        error = quantize_groups(groups, *candidate, spec).sub_(groups).square_()
         total = (error if weighting is None else error.mul_(weighting)).sum(-1)
         better = total < best_error
         if best is None:

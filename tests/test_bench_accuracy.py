@@ -22,7 +22,10 @@ from bench.results import Results, markdown_table, write_between_markers
 from panguq.recipe import Recipe
 from tests.models import VOCAB, make_model, shared_model
 
-TASK = Task("w4a16", windows=2, calibration_windows=2, dithered=False, lowered=False, threads=1)
+TASK = Task(
+    "w4a16", windows=2, calibration_windows=2, sampled_windows=0, dithered=False, lowered=False,
+    threads=1,
+)  # fmt: skip
 PLAIN = {
     "perplexity": 22.0, "float_perplexity": 20.0, "kl": 0.1, "top1": 0.8, "bits_per_weight": 4.25,
     "static_share": 0.0, "dynamic_share": 0.0, "float_share": 1.0, "compile_seconds": 7.0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +179,30 @@ def test_given_data_is_said(caplog) -> None:
     model = panguq.compile(make_model("llama"), "w8a8", calibration=token_ids(3, 16))
     assert model.report.calibration == "given by the caller: 3 sequences, 48 tokens"
     assert not [r for r in caplog.records if "sampled" in r.message]
+
+
+def test_own_text_beside_given_data(tmp_path) -> None:
+    """As long as the longest sequence given; another number of them makes another compile."""
+    given = [token_ids(1, 16)[0], token_ids(1, 24)[0]]
+    one = panguq.compile(
+        make_model("llama"), "w8a8", calibration=given, sampled=2, work_dir=tmp_path / "work"
+    )
+    said = "given by the caller: 2 sequences, 40 tokens; sampled from the model itself: 2 sequences"
+    assert one.report.calibration == f"{said} of 24 tokens"
+    assert key_of(tmp_path / "work")["sampled sequences"] == "2"
+    other = panguq.compile(make_model("llama"), "w8a8", calibration=given)
+    assert not torch.equal(one(token_ids(1, 20)).logits, other(token_ids(1, 20)).logits)
+
+
+def key_of(work_dir: Path) -> dict[str, str]:
+    return json.loads((work_dir / "compile.json").read_text())
+
+
+def test_who_writes_no_text() -> None:
+    with pytest.raises(InputError, match="sampled -1"):
+        panguq.compile(make_model("llama"), "w8a8", sampled=-1)
+    with pytest.raises(InputError, match="only a causal language model"):
+        panguq.compile(nn.Linear(32, 32), "w8a8", example_inputs=(torch.randn(3, 32),), sampled=1)
 
 
 def test_float_says_nothing(caplog) -> None:

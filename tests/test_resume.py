@@ -20,7 +20,7 @@ TIMES = {"report.json", "manifest.json"}  # the report tells seconds, the manife
 GPTQ = """
 name: some-gptq
 schemes: {"*": W4A16}
-passes: [insert-fake-quant, gptq]
+passes: [insert-fake-quant, gptq, {tune-scales: {epochs: 3}}]
 """
 
 
@@ -98,6 +98,7 @@ def uninterrupted(place: Path) -> Callable[[str], dict[str, str]]:
         ("w4a16", storage, "_write_shard", 1, False),  # the result is half saved
         ("w8a8-dynamic", UnitFolder, "keep", 4, False),  # scales are folded, and codes chosen
         ("gptq", UnitFolder, "keep", 4, False),  # in the middle of a sweep
+        ("gptq", UnitFolder, "keep", 6, False),  # some epochs of tuning are done
     ],
 )
 def test_the_bits_are_those_of_an_uninterrupted_compile(

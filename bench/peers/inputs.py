@@ -62,7 +62,8 @@ def number_tokenizer(size: int) -> Any:
 def tokens_file(name: str, folder: Path, work: Path, windows: int) -> Path:
     """Token ids int64: `calibration` `[16, 512]` and `evaluation` `[windows, 512]`.
 
-    For SmolLM2 of Python's language reference and of Wikipedia, for the random model random.
+    For SmolLM2 half Python's language reference and half its own text, and Wikipedia; for the
+    random model random.
     """
     path = work / f"tokens-{name}-{windows}.safetensors"
     if not path.exists():
@@ -83,12 +84,13 @@ def random_tokens(windows: int, vocabulary: int = VOCABULARY, seed: int = 0) -> 
 
 def _text_tokens(folder: Path, windows: int) -> dict[str, Tensor]:
     import panguq
-    from demo.fetch import default_cache, fetch_calibration_text, fetch_evaluation_text
+    from bench.calibration import calibration_windows
+    from demo.fetch import default_cache, fetch_evaluation_text
     from demo.run import windows_of
 
     tokenizer, cache = panguq.load_tokenizer(folder), default_cache()
     return {
-        "calibration": windows_of(fetch_calibration_text(cache), tokenizer, CALIBRATION_WINDOWS),
+        "calibration": calibration_windows(folder, cache, *(2 * (CALIBRATION_WINDOWS // 2,))),
         "evaluation": windows_of(fetch_evaluation_text(cache), tokenizer, windows),
     }
 

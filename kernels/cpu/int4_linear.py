@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from panguq.ir.opset import define_op
+from panguq.ir.row_slices import row_slices
 from panguq.kernels.cpu.dequantized_linear import dequantize_and_multiply
 from panguq.kernels.packing import unpack_int4
 
 NAMESPACE = "panguq_cpu"
 N_MULTIPLE = 16
+ROWS_PER_BLOCK = 64  # the kernel lays out blocks of so many rows, or fewer, one after the other
 GROUP_SIZES = (32, 64, 128, 256)
 
 
@@ -41,8 +43,11 @@ def _fake_int4_kernel_weight(packed: Tensor) -> Tensor:
 )
 def int4_kernel_weight(packed: Tensor) -> Tensor:
     """Canonical int4 weight -> the kernel's layout: uint8 [n, k / 2] both, the same nibbles + 8."""
-    codes = unpack_int4(packed).to(torch.int32).add_(8)
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    arranged = torch.empty_like(packed)
+    for rows in row_slices(packed, ROWS_PER_BLOCK):
+        codes = unpack_int4(packed[rows]).to(torch.int32).add_(8)
+        arranged[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return arranged
 
 
 def _fake_int4_kernel_scales(scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -19,13 +19,15 @@ SAMPLED_PER_AXIS = 64
 def compile_key(
     gm: fx.GraphModule,
     batches: Sequence[Mapping[str, Tensor]] | None,
+    sampled: int,
     recipe: Recipe,
     target: str,
     seed: int,
 ) -> dict[str, str]:
     """Names and values of all that decides the bits of a compile's result.
 
-    `gm` is the graph before anything was quantized; `batches` None if they follow from the rest.
+    `gm` is the graph before anything was quantized; `batches` None if they follow from the rest,
+    as the `sampled` ones do.
     """
     return {
         "panguq": version("panguq"),
@@ -35,6 +37,7 @@ def compile_key(
         "target": target,
         "seed": str(seed),
         "model": _model_hash(gm),
+        "sampled sequences": str(sampled),
         "calibration data": "sampled" if batches is None else _data_hash(batches),
     }
 

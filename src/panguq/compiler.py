@@ -49,6 +49,7 @@ def compile(
     recipe: RecipeLike,
     *,
     calibration: Any = None,
+    sampled: int = 0,
     tokenizer: Any = None,
     example_inputs: Sequence[Tensor] | None = None,
     target: str = "cpu",
@@ -66,6 +67,9 @@ def compile(
     calibration: texts (with `tokenizer`), token ids, or batches; for other modules an iterable
         of inputs. Without it, a recipe that needs data samples sequences from the model itself
         (other modules: takes the example inputs), and says so.
+    sampled: this many more sequences, as long as the longest of `calibration`, that a causal
+        language model writes itself. GPTQ and its relatives fit the text that they see; some of
+        the model's own keeps what they choose from being good for `calibration` alone.
     target: `cpu`, `ascend910b1` … `ascend910b4`, or the path of a target file.
     dtype: what the model is cast to before anything else. By default a model keeps its own on a
         CPU and becomes bfloat16 for an Ascend target, whose kernels take 16-bit floats.
@@ -82,6 +86,8 @@ def compile(
     StorageError for a full disk or a `work_dir` that cannot be used.
     """
     return_large_blocks()
+    if sampled < 0:
+        raise InputError(f"sampled {sampled}: a number of sequences is not negative")
     recipe = Recipe.of(recipe)
     passes = [*recipe.build()]
     dump_folder = chosen_folder(dump_dir)
@@ -106,16 +112,18 @@ def compile(
     count = 2 + len(fit)  # what is decided without data comes first
     described, rest = passes[:count], passes[count:]
     _, held = run_pipeline(gm, described, ctx, instruments)
+    ctx.reference = clone(gm)
     check_lowerable(gm, find_target(target), recipe.precision)
     calibrated = any(step.needs_calibration for step in passes)
     kind = find_target(target).kind
     given, source = _given_batches(
-        gm, ctx, calibration, tokenizer, example_inputs, calibrated, kind
+        gm, ctx, calibration, sampled, tokenizer, example_inputs, calibrated, kind
     )
     if units:
-        _open_units(units, compile_key(gm, given, recipe, target, seed))
-    if given is None:
-        given, source = _sampled_batches(gm, ctx, model, calibrated, kind)
+        _open_units(units, compile_key(gm, given, sampled, recipe, target, seed))
+    if given is None or sampled:
+        own, said = _sampled_batches(gm, ctx, model, given, sampled, calibrated, kind)
+        given, source = [*(given or ()), *own], f"{source}; {said}".removeprefix("; ")
     ctx.batches = given
     ctx.probe = probe_of(ctx.batches, interface)
     first = len(described) + 1
@@ -181,6 +189,7 @@ def _given_batches(
     gm: fx.GraphModule,
     ctx: PassContext,
     data: Any,
+    sampled: int,
     tokenizer: Any,
     example_inputs: Sequence[Tensor] | None,
     calibrated: bool,
@@ -192,6 +201,8 @@ def _given_batches(
     """
     interface = ctx.interface
     if interface.kind != "causal_lm":
+        if sampled:
+            raise InputError("sampled: only a causal language model writes text of its own")
         if data is not None:
             return module_batches(data, interface), "given by the caller"
         if calibrated:
@@ -205,10 +216,19 @@ def _given_batches(
 
 
 def _sampled_batches(
-    gm: fx.GraphModule, ctx: PassContext, model: nn.Module, calibrated: bool, kind: TargetKind
+    gm: fx.GraphModule,
+    ctx: PassContext,
+    model: nn.Module,
+    given: Batches | None,
+    sampled: int,
+    calibrated: bool,
+    kind: TargetKind,
 ) -> tuple[Batches, str]:
     """As `_given_batches`, from a causal language model itself."""
-    count, length = (SAMPLED_SEQUENCES, SAMPLED_TOKENS) if calibrated else (1, 32)
+    if given is not None:
+        count, length = sampled, max(batch["input_ids"].shape[1] for batch in given)
+    else:
+        count, length = (sampled or SAMPLED_SEQUENCES, SAMPLED_TOKENS) if calibrated else (1, 32)
     start = getattr(model.config, "bos_token_id", None) or 0
 
     def compute() -> Finished:
@@ -218,7 +238,7 @@ def _sampled_batches(
 
     ids = ctx.store.once("calibration/sampled", compute).tensors["ids"]
     said = f"sampled from the model itself: {count} sequences of {ids.shape[1]} tokens"
-    if calibrated:
+    if calibrated and not sampled:
         logger.warning("calibration data: none given, so %s (seed %d)", said, ctx.seed)
     return causal_lm_batches(ids, ctx.interface, None, _empty_mask(gm, kind)), said
 

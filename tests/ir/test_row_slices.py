@@ -92,11 +92,17 @@ def test_memory_of_slices_is_used_again() -> None:
     child = os.fork()
     if child == 0:
         return_large_blocks()
-        torch.zeros(ELEMENTS_AT_ONCE, dtype=torch.float64)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(50):
-            torch.zeros(ELEMENTS_AT_ONCE, dtype=torch.float64).add(1)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        pages = 2 * 50 * ELEMENTS_AT_ONCE * 8 // resource.getpagesize()
-        os._exit(0 if faults < pages / 10 else 1)
+        weight, spec = torch.ones(1024, 4096).bfloat16(), SCHEMES["W4A16"].weight
+
+        def faults() -> int:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            search_scale(weight, 128, spec, None, RATIOS)
+            weight.double()  # mapped anew in any case
+            for rows in row_slices(weight):
+                weight[rows].double()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        faults()
+        large = weight.numel() * 8 // resource.getpagesize()
+        os._exit(0 if faults() < 1.2 * large else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

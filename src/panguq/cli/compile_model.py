@@ -47,6 +47,13 @@ def add(commands: Commands) -> None:
     command.add_argument("--calibration", metavar="FILE", type=Path, help="a text file")
     command.add_argument("--windows", type=positive, default=16, help="pieces of text to take")
     command.add_argument("--window", type=positive, default=512, help="tokens in each of them")
+    command.add_argument(
+        "--sampled",
+        metavar="N",
+        type=positive,
+        default=0,
+        help="calibrate on this many pieces more, which the model writes itself",
+    )
     command.add_argument("--out", metavar="DIR", type=Path, help="where to save the result")
     command.add_argument(
         "--format",
@@ -119,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
             load_pretrained(options.model),
             recipe,
             calibration=windows,
+            sampled=options.sampled,
             tokenizer=tokenizer,
             target=options.target,
             dtype=dtype,

@@ -25,12 +25,15 @@ def rerun_failed(reader: DumpReader, stage: str) -> fx.GraphModule:
     restore_types(gm, reader.info.interface)
     if info.metadata is not None:
         node_metadata.restore(gm, info.metadata, reader.metadata(stage))
+    traced = reader.graph(reader.stages[0])
+    restore_types(traced, reader.info.interface)
     ctx = PassContext(
         interface=reader.info.interface,
         store=WeightStore(),
         batches=reader.batches(stage),
         probe=reader.probe() if (reader.path / PROBE).exists() else None,
         seed=reader.info.seed,
+        reference=traced,
     )
     held = frozenset(held for held in Property if held.name in info.holds)
     pipeline.run_pipeline(gm, [step], ctx, first_index=info.index, held=held)

@@ -1,0 +1,265 @@
+"""Weight scales, tuned all together until the model predicts what the float model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import InputError, NumericsError, RecipeError
+from panguq.ir.edit import get_tensor, set_tensor
+from panguq.ir.interpret import Environment, ancestors, compute
+from panguq.ir.properties import Property
+from panguq.ir.reverse_sweep import FirstOutput, reverse_sweep
+from panguq.ir.unit_folder import Finished
+from panguq.passes.base import Pass, PassContext, PassResult, Table
+from panguq.passes.sensitivity import scored_batch
+from panguq.passes.weight_scales import storable
+
+panguq = torch.ops.panguq
+MEAN_MEMORY, SQUARE_MEMORY, SMALLEST_GRADIENT = 0.9, 0.95, 1e-12
+WARM_UP_STEPS = 3
+POSITIONS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class TuneScales(Pass):
+    """Before: `dequantize_weight(codes, scale, …)`.  After: the same, with other scales.
+
+    Codes and zero points stay; each scale s `[n, groups]` becomes s · exp(c), with c chosen by
+    gradient steps (Adam, arXiv 1412.6980) for the whole model at once, so that matmuls make up for
+    each other's errors. The loss is the mean over tokens of KL(float ‖ quantized) of the predicted
+    next token; for a model without such predictions, half the relative squared error of the first
+    output. With gradient G `[n, k]` at the dequantized weight W, dloss/dc of a group is the sum
+    over the group of G · W. Rounded activations pass gradients on as if they were not rounded.
+
+    An epoch is one forward and one backward sweep over the calibration data, in random order, with
+    one step every `batch_sequences` batches. The learning rate bounds how far a step can change a
+    scale, about that share of it; it rises over three steps and then falls linearly to zero.
+
+    In the manner of EfficientQAT's second phase (arXiv 2407.11062), which fits the text itself.
+    """
+
+    name: ClassVar[str] = "tune-scales"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ, Property.WEIGHT_CODES})
+    needs_calibration: ClassVar[bool] = True
+    epochs: int = 2
+    learning_rate: float = 2e-3
+    batch_sequences: int = 2
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_sequences < 1:
+            raise RecipeError(
+                f"tune-scales: epochs {self.epochs} and batch_sequences {self.batch_sequences} "
+                "must be at least 1"
+            )
+        if not 0.0 < self.learning_rate <= 0.1:
+            raise RecipeError(
+                f"tune-scales: learning_rate {self.learning_rate} must lie in (0, 0.1]"
+            )
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        result = PassResult()
+        scales = _tunable(gm, result)
+        if not scales:
+            return result
+        if not ctx.batches:
+            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        if ctx.reference is None:
+            raise InputError("tune-scales needs the float model beside the quantized one")
+        batches = [scored_batch(batch, gm) for batch in ctx.batches]
+        loss = _Loss(FirstOutput(ctx.reference, batches), ctx.interface.kind == "causal_lm")
+        generator = ctx.generator()
+        rows = []
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(batches), generator=generator).tolist()
+
+            def compute(epoch: int = epoch, order: list[int] = order) -> Finished:
+                mean = self._epoch(gm, ctx, scales, loss, [(i, batches[i]) for i in order], epoch)
+                return Finished(_state(scales), {"loss": mean})
+
+            done = ctx.once(f"epoch {epoch}", compute)
+            _restore(gm, scales, done)
+            rows.append((epoch + 1, done.facts["loss"]))
+        result.changed = len(scales)
+        result.tables["epochs"] = Table(("epoch", "mean_loss"), tuple(rows))
+        factors = ((s.name, *_range(s.change.exp())) for s in scales)
+        columns = ("scale", "smallest_factor", "median_factor", "largest_factor")
+        result.tables["scales"] = Table(columns, tuple(factors))
+        for scale in scales:
+            set_tensor(gm, scale.name, ctx.store.put(get_tensor(gm, scale.name)))
+        return result
+
+    def _epoch(
+        self,
+        gm: fx.GraphModule,
+        ctx: PassContext,
+        scales: Sequence[_Scale],
+        loss: _Loss,
+        batches: Sequence[tuple[int, dict[str, Tensor]]],
+        epoch: int,
+    ) -> float:
+        """One pass over the data; the mean loss of its batches, each before the step it is in."""
+        steps = -(-len(batches) // self.batch_sequences)
+        loss.total = 0.0
+        for step in range(steps):
+            number = epoch * steps + step
+            ctx.progress("tune-scales", number, self.epochs * steps)
+            at_once = batches[step * self.batch_sequences :][: self.batch_sequences]
+            loss.expect([row for row, _ in at_once])
+            _add_gradients(gm, scales, [batch for _, batch in at_once], loss)
+            left = 1.0 - number / (self.epochs * steps)
+            warm = min(1.0, (number + 1) / WARM_UP_STEPS)
+            for scale in scales:
+                scale.step(gm, self.learning_rate * warm * left, number + 1)
+        return loss.total / len(batches)
+
+
+@dataclass
+class _Scale:
+    """A stored scale, the linears that use it, and Adam's state for its logarithm's change."""
+
+    name: str
+    start: Tensor
+    dtype: torch.dtype
+    readers: list[fx.Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.change, self.gradient, self.mean, self.square = (
+            torch.zeros(self.start.shape) for _ in range(4)
+        )
+
+    def step(self, gm: fx.GraphModule, rate: float, number: int) -> None:
+        """Adam's step `number`, counted from 1, which uses up the gradient."""
+        if not torch.isfinite(self.gradient).all():
+            raise NumericsError(
+                f"tune-scales: the gradient of {self.name} holds NaN or Inf",
+                "lower tune-scales' learning_rate, or leave the pass out of the recipe",
+            )
+        self.mean.lerp_(self.gradient, 1 - MEAN_MEMORY)
+        self.square.lerp_(self.gradient.square(), 1 - SQUARE_MEMORY)
+        root = (self.square / (1 - SQUARE_MEMORY**number)).sqrt_().add_(SMALLEST_GRADIENT)
+        self.change -= rate / (1 - MEAN_MEMORY**number) * self.mean / root
+        self.gradient.zero_()
+        self.write(gm)
+
+    def write(self, gm: fx.GraphModule) -> None:
+        """Put the changed scale into the graph, as it can be stored."""
+        changed = self.start.float() * self.change.exp()
+        set_tensor(gm, self.name, storable(changed.to(self.start.dtype), self.dtype))
+
+
+class _Loss:
+    """How far predictions are from the float model's, and the gradient of that at the output."""
+
+    def __init__(self, wanted: FirstOutput, causal_lm: bool) -> None:
+        self.wanted = wanted
+        self.causal_lm = causal_lm
+        self.total = 0.0
+        self._at_once = 0
+        self._coming: Iterator[int] = iter(())
+
+    def expect(self, batches: Sequence[int]) -> None:
+        """Which batches come next, by their index; the loss of a step is their mean."""
+        self._at_once, self._coming = len(batches), iter(batches)
+
+    def gradient(self, output: Tensor) -> Tensor:
+        """At the first output of the next batch; the loss is its mean over tokens and batches."""
+        wanted = self.wanted.of(next(self._coming))
+        gradient = torch.empty_like(output)
+        flat = output.reshape(-1, output.shape[-1])
+        parts = zip(
+            flat.split(POSITIONS_AT_ONCE),
+            wanted.reshape(flat.shape).split(POSITIONS_AT_ONCE),
+            gradient.view(flat.shape).split(POSITIONS_AT_ONCE),
+            strict=True,
+        )
+        if self.causal_lm:
+            for found, target, at in parts:
+                logp, logq = target.float().log_softmax(-1), found.float().log_softmax(-1)
+                p = logp.exp()
+                self.total += float((logp.sub_(logq).mul_(p)).sum()) / len(flat)
+                at.copy_(logq.exp_().sub_(p).div_(len(flat) * self._at_once))
+            return gradient
+        size = float(wanted.float().square().sum()) or 1.0
+        for found, target, at in parts:
+            difference = found.float() - target.float()
+            self.total += float(difference.square().sum()) / (2 * size)
+            at.copy_(difference.div_(size * self._at_once))
+        return gradient
+
+
+def _tunable(gm: fx.GraphModule, result: PassResult) -> list[_Scale]:
+    """Scales of stored codes that linears dequantize, each once, in graph order."""
+    found: dict[str, _Scale] = {}
+    for node in gm.graph.nodes:
+        if node.target is not torch.ops.aten.linear.default or "scheme" not in node.meta:
+            continue
+        weight = node.args[1]
+        if weight.op == "get_attr":
+            continue  # a float matmul
+        if weight.target is not panguq.dequantize_weight.default:
+            result.skip(node, "its weight has more than one kind of scale")
+            continue
+        name = str(weight.args[1].target)
+        if name not in found:
+            found[name] = _Scale(name, get_tensor(gm, name), weight.args[4])
+        found[name].readers.append(node)
+    return list(found.values())
+
+
+def _add_gradients(
+    gm: fx.GraphModule, scales: Sequence[_Scale], batches: list[dict[str, Tensor]], loss: _Loss
+) -> None:
+    """Add to each scale the gradient of the loss at `change`, one block of the model at a time."""
+    scale_of = {node: scale for scale in scales for node in scale.readers}
+    at_weights: dict[fx.Node, Tensor] = {}
+
+    def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
+        for node, (x, at_output) in seen.items():
+            flat = at_output.reshape(-1, at_output.shape[-1]).float()
+            product = flat.T @ x.reshape(-1, x.shape[-1]).float()
+            at_weights[node] = at_weights[node].add_(product) if node in at_weights else product
+
+    def block_done() -> None:
+        for node, gradient in at_weights.items():
+            scale = scale_of[node]
+            gradient *= _constant(gm, node.args[1]).float()
+            groups = gradient.unflatten(1, (scale.start.shape[1], -1))
+            scale.gradient += groups.sum(-1)
+        at_weights.clear()
+
+    reverse_sweep(gm, batches, scale_of, loss.gradient, observe, block_done, lambda *_: None)
+
+
+def _constant(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a node that depends on stored tensors alone."""
+    environment: Environment = {}
+    needed = ancestors([node])
+    for step in (n for n in gm.graph.nodes if n in needed):
+        environment[step] = compute(gm, step, environment)
+    value: Tensor = environment[node]
+    return value
+
+
+def _state(scales: Sequence[_Scale]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for scale in scales:
+        kept = {"change": scale.change, "mean": scale.mean, "square": scale.square}
+        tensors |= {f"{kind}.{scale.name}": tensor for kind, tensor in kept.items()}
+    return tensors
+
+
+def _restore(gm: fx.GraphModule, scales: Sequence[_Scale], done: Finished) -> None:
+    for scale in scales:
+        scale.change, scale.mean, scale.square = (
+            done.tensors[f"{kind}.{scale.name}"].clone() for kind in ("change", "mean", "square")
+        )
+        scale.write(gm)
+
+
+def _range(values: Tensor) -> tuple[float, float, float]:
+    return float(values.min()), float(values.median()), float(values.max())
