@@ -110,6 +110,9 @@ class PassContext:
         return torch.Generator().manual_seed(self.seed)
 
 
+GRADIENT_SWEEPS = 4.0
+
+
 @dataclass(frozen=True)
 class Pass:
     """Base of all passes. Subclasses are frozen dataclasses; their docstring is Before / After."""
@@ -125,6 +128,14 @@ class Pass:
     def has_static_activation(self) -> bool:
         """Whether the pass may give a matmul statically quantized activations."""
         return False
+
+    @property
+    def sweeps(self) -> float:
+        """About how many forward passes over the calibration data take as long as this pass does.
+
+        One with a gradient counts `GRADIENT_SWEEPS`: forward, again by block, and backward.
+        """
+        return float(self.needs_calibration)
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """What must hold before this pass, given its options and the passes before it."""

@@ -20,7 +20,15 @@ from panguq.ir.unit_folder import Finished
 from panguq.kernels.packing import packed_columns
 from panguq.passes.allocate import Allocation, Budget, allocate
 from panguq.passes.assign_schemes import gives_logits
-from panguq.passes.base import MatmulRules, Pass, PassContext, PassResult, Table, linears
+from panguq.passes.base import (
+    GRADIENT_SWEEPS,
+    MatmulRules,
+    Pass,
+    PassContext,
+    PassResult,
+    Table,
+    linears,
+)
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.sensitivity import measure
 from panguq.passes.weight_scales import scale_dtype
@@ -89,6 +97,10 @@ class MixedPrecision(Pass):
                 "mixed-precision: there is no budget", "give bits: 4.75, or relative_time: 0.5"
             )
         return self.requires
+
+    @property
+    def sweeps(self) -> float:
+        return GRADIENT_SWEEPS
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()

@@ -15,7 +15,7 @@ from panguq.ir.interpret import Environment, ancestors, compute
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import FirstOutput, reverse_sweep
 from panguq.ir.unit_folder import Finished
-from panguq.passes.base import Pass, PassContext, PassResult, Table
+from panguq.passes.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
 from panguq.passes.sensitivity import scored_batch
 from panguq.passes.weight_scales import storable
 
@@ -60,6 +60,10 @@ class TuneScales(Pass):
             raise RecipeError(
                 f"tune-scales: learning_rate {self.learning_rate} must lie in (0, 0.1]"
             )
+
+    @property
+    def sweeps(self) -> float:
+        return 1.0 + GRADIENT_SWEEPS * self.epochs
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()

@@ -14,7 +14,7 @@ from panguq.ir.edit import label
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.unit_folder import Finished
-from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table, linears
 from panguq.passes.sensitivity import SampledLabels, scored_batch
 
 
@@ -46,6 +46,10 @@ class WeighTokens(Pass):
     def __post_init__(self) -> None:
         if not 0.0 < self.power <= 1.0:
             raise RecipeError(f"weigh-tokens: power {self.power} must lie in (0, 1]")
+
+    @property
+    def sweeps(self) -> float:
+        return GRADIENT_SWEEPS
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()

@@ -116,6 +116,16 @@ def test_more_calibration_data_costs_more(folder: Path) -> None:
     assert many.compile_seconds - many.trace_seconds > few.compile_seconds - few.trace_seconds
 
 
+def test_gradients_cost_more_than_forward_passes(folder: Path) -> None:
+    recipe = {"name": "x", "schemes": {"*": "W4A16"}}
+    forward, tuned = (
+        panguq.plan(folder, {**recipe, "passes": ["insert-fake-quant", *passes]}, windows=100_000)
+        for passes in (["gptq"], ["gptq", "tune-scales"])
+    )
+    seconds = [plan.compile_seconds - plan.trace_seconds for plan in (forward, tuned)]
+    assert seconds[1] > 3 * seconds[0]
+
+
 def test_any_module_can_be_planned() -> None:
     module = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
     plan = panguq.plan(module, "w8a8-dynamic", example_inputs=(torch.randn(3, 64),))

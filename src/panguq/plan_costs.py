@@ -13,7 +13,6 @@ from torch import fx
 
 from panguq.lowering.targets import CPU
 from panguq.passes.base import Pass, linears
-from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.solve_weights import SolveWeights
 
@@ -24,7 +23,6 @@ _FLOAT64_S_PER_WEIGHT = 20e-9  # one exact pass, proved in float64
 _QUANTIZE_S_PER_WEIGHT = 5e-9
 _CLIP_RATIO_S_PER_WEIGHT = 3e-9  # for each ratio of a clip search
 _OBSERVED_SLOWDOWN = 1.4  # a calibration sweep against its matmuls alone
-_GRADIENT_SWEEPS = 4  # forward, forward again by block, and backward, against one forward
 
 
 def weight_bytes(gm: fx.GraphModule) -> int:
@@ -72,18 +70,17 @@ def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
 def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> float:
     """Seconds after the trace, on one thread.
 
-    For each pass that looks at calibration data: tokens · weights of the matmuls at the target's
-    float speed, times 1.4, and four times that for mixed-precision. For each exact pass: a float64
+    For each sweep that the passes count over the calibration data: tokens · weights of the matmuls
+    at the target's float speed, times 1.4. For each exact pass: a float64
     run of all weights. Quantizing: a constant for each weight, and another for each ratio of a clip
     search; passes of GPTQ's family also form X^T X, factor it and work through the columns.
     """
     quantized = sum(_size(n) for n in linears(gm) if not n.meta["scheme"].is_float)
     weights = sum(_size(n) for n in linears(gm))
-    sweeps = sum(p.needs_calibration for p in passes) if quantized else 0
+    sweeps = sum(p.sweeps for p in passes) if quantized else 0.0
     ratios = sum(
         len(p.ratios()) for p in passes if isinstance(p, QuantizeWeights) and p.clip_search
     )
-    sweeps += (_GRADIENT_SWEEPS - 1) * any(isinstance(p, MixedPrecision) for p in passes)
     mac_per_s = CPU.kernels["linear"].gmac_per_s * 1e9
     sweep_s = tokens * quantized / mac_per_s
     solvers = sum(isinstance(p, SolveWeights) for p in passes)
