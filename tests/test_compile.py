@@ -41,6 +41,7 @@ KERNELS = {
     "w4a8-gptq": {"dequantized_linear"},
     "w4a8-tuned": {"dequantized_linear"},
     "w8a8-dynamic-tuned": {"int8_linear"},
+    "w8a8-tuned": {"int8_linear"},
     "w4a4-rotate": {"dequantized_linear"},
     "w3a16": {"dequantized_linear"},
     "w3a16-gptq": {"dequantized_linear"},
