@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy")
     parser.add_argument("--recipes", nargs="+", default=list(DEFAULT), help="names or YAML files")
-    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 512 tokens")
     parser.add_argument("--calibration-windows", type=int, default=8, help="of 512 tokens")
     parser.add_argument("--sampled-windows", type=int, default=8, help="of the model's own text")
     parser.add_argument("--dithered", action="store_true", help="the second yardstick")

@@ -9,7 +9,7 @@ from bench.results import Row, markdown_table
 
 COLUMNS = (
     "recipe", "perplexity", "above float", "KL", "top-1", "bits/weight", "groups",
-    "static / dynamic", "compile", "peak memory",
+    "static / dynamic", "compile, CPU", "peak memory, anonymous",
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def table(rows: Mapping[str, Row]) -> str:
 
 def _cells(name: str, row: Row) -> list[str]:
     bits = f"{row['bits_per_weight']:.2f}"
-    if "compile_seconds" not in row:  # the float model itself
+    if "compile_cpu_seconds" not in row:  # the float model itself
         return [name, plain(row["perplexity"]), "", "", "", bits, "", "", "", ""]
     return [
         f"`{name}`",
@@ -33,8 +33,8 @@ def _cells(name: str, row: Row) -> list[str]:
         bits,
         ", ".join(f"{kind} ({count})" for kind, count in row["groups"].items()),
         f"{100 * row['static_share']:.0f} / {100 * row['dynamic_share']:.0f} %",
-        f"{row['compile_seconds']:.0f} s",
-        f"{row['peak_resident_mib']:.0f} MiB",
+        f"{row['compile_cpu_seconds']:.0f} s",
+        f"{row['peak_anonymous_mib']:.0f} MiB",
     ]
 
 

@@ -36,6 +36,7 @@ class LowerMatmuls(Pass):
     On a CPU
     - W8A8, static and dynamic: `int8_linear(q, act_scale, zero_point, codes, weight_scale)`.
     - W8A16: `int8_weight_linear(x, codes, weight_scale)`.
+    - BiLLM's weights: `binary_linear(x, ...)` on their packed signs.
     - W4A16: `int4_linear(x, kernel layout of the packed codes)`; beyond `few_tokens` it reads the
       stored codes. What makes the kernel's layout depends on weights alone and runs at loading.
     A weight-only matmul that neither takes, or one that must not round to bfloat16

@@ -28,8 +28,8 @@ TASK = Task(
 )  # fmt: skip
 PLAIN = {
     "perplexity": 22.0, "float_perplexity": 20.0, "kl": 0.1, "top1": 0.8, "bits_per_weight": 4.25,
-    "static_share": 0.0, "dynamic_share": 0.0, "float_share": 1.0, "compile_seconds": 7.0,
-    "peak_resident_mib": 900.0, "groups": {"4-bit g64": 3}, "broken": None,
+    "static_share": 0.0, "dynamic_share": 0.0, "float_share": 1.0, "compile_cpu_seconds": 7.0,
+    "peak_anonymous_mib": 900.0, "groups": {"4-bit g64": 3}, "broken": None,
 }  # fmt: skip
 
 

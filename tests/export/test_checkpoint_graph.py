@@ -213,6 +213,17 @@ def test_split_outliers_are_refused_by_module() -> None:
     assert "w8a8-serving" in error.hint
 
 
+@pytest.mark.parametrize("kind", ["per_channel", "per_token"])
+def test_a_quantized_cache_is_refused(kind: str) -> None:
+    cache = {"quantize-kv-cache": {"keys": kind, "values": kind}}
+    passes = ["insert-fake-quant", "quantize-weights", cache]
+    source = {"schemes": {"*": "W8A16"}, "passes": passes}
+    model = panguq.compile(shared_model("llama"), source, calibration=token_ids(2, 32))
+    error = refusal(model)
+    assert "quantize-kv-cache" in error.hint
+    assert "something else than a matmul" in error.message
+
+
 def test_a_conv1d_is_refused() -> None:
     error = refusal(compiled("gpt2", "W8A16"))
     assert "transformer.h.0.attn.c_attn is a Conv1D" in error.message

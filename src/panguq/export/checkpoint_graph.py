@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from panguq.compiled_model import CompiledCausalLM
 from panguq.errors import PanguqError
-from panguq.ir.edit import get_tensor, module_path
+from panguq.ir.edit import get_tensor, label, module_path
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
 
@@ -103,8 +103,8 @@ def read_checkpoint_graph(model: Any) -> CheckpointGraph:
     Weights are those of the model, not copies. Raises ExportError, naming the modules, for what a
     checkpoint of the source's architecture cannot hold: matmuls that were split or added, weights
     that the architecture does not have or that no longer exist, quantized modules that are no
-    `torch.nn.Linear` (GPT-2's `Conv1D`), a model that is no transformers language model. An op
-    without weights that a pass of your own inserted is not noticed.
+    `torch.nn.Linear` (GPT-2's `Conv1D`), a quantized KV cache, a model that is no transformers
+    language model. An op without weights that a pass of your own inserted is not noticed.
     """
     if not isinstance(model, CompiledCausalLM) or FAKE_QUANT not in model.stages:
         raise ExportError(
@@ -118,6 +118,7 @@ def read_checkpoint_graph(model: Any) -> CheckpointGraph:
         if node.target is LINEAR:
             by_path[module_path(node)].append(node)
     _refuse_split(by_path)
+    _refuse_quantized_values(gm)
     nodes = {path: same[0] for path, same in by_path.items()}
     quantized = {p: _read_linear(gm, p, n) for p, n in nodes.items() if not _reads_float(n)}
     _check_modules(skeleton, quantized.values())
@@ -154,6 +155,21 @@ def _refuse_split(by_path: Mapping[str, list[fx.Node]]) -> None:
             "channels were split off into a float matmul, or the module runs more than once)",
             "compile with a recipe that does not split, such as w8a8-serving or "
             "w8a8-dynamic-serving",
+        )
+
+
+def _refuse_quantized_values(gm: fx.GraphModule) -> None:
+    """No checkpoint says that a value is rounded that no quantized matmul reads, as in a cache."""
+    rounded = [
+        label(node)
+        for node in gm.graph.nodes
+        if node.target is panguq.dequantize.default
+        and any(user.target is not LINEAR for user in node.users)
+    ]
+    if rounded:
+        raise ExportError(
+            f"{_listed(rounded)}: quantized, and read by something else than a matmul",
+            "compile without quantize-kv-cache, and let the server quantize its cache",
         )
 
 
