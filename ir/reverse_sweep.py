@@ -111,13 +111,28 @@ def _blocks(gm: fx.GraphModule, end: fx.Node) -> list[Block]:
     needed = ancestors([end])
     parts = [[n for n in block if n in needed] for block in blocks(gm)]
     found = []
-    for part in (part for part in parts if part):
-        inside = set(part)
-        read = dict.fromkeys(s for n in part for s in n.all_input_nodes)
-        outputs = [n for n in part if n is end or any(u in needed - inside for u in n.users)]
+    waiting: list[fx.Node] = []  # a block that ends in codes: gradients pass where they are read
+    for part in parts:
+        waiting += part
+        inside = set(waiting)
+        outputs = [n for n in waiting if n is end or any(u in needed - inside for u in n.users)]
+        if not waiting or any(_is_rounded(n) for n in outputs):
+            continue
+        read = dict.fromkeys(s for n in waiting for s in n.all_input_nodes)
         inputs = [s for s in read if s not in inside]
-        found.append(Block(tuple(part), tuple(inputs), tuple(outputs)))
+        found.append(Block(tuple(waiting), tuple(inputs), tuple(outputs)))
+        waiting = []
     return found
+
+
+def _is_rounded(node: fx.Node) -> bool:
+    """Whether this is, or holds, the codes or the scale of an activation."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    return source.target in (
+        torch.ops.panguq.quantize_per_tensor.default,
+        torch.ops.panguq.quantize_per_token.default,
+    )
 
 
 def _descendants(gm: fx.GraphModule, sources: set[fx.Node]) -> set[fx.Node]:

@@ -9,9 +9,19 @@ from torch import Tensor, fx, nn
 from panguq.errors import NumericsError
 from panguq.ir.blocks import blocks
 from panguq.ir.edit import find_label, get_tensor
-from panguq.ir.reverse_sweep import reverse_sweep
+from panguq.ir.interpret import run, values
+from panguq.ir.reverse_sweep import FirstOutput, reverse_sweep
 from panguq.passes.base import PassContext, linears
-from tests.models import canonical, family_context, shared_model, tiny_context, trace_tiny
+from panguq.passes.calibrate import Calibrate
+from panguq.passes.insert_fake_quant import InsertFakeQuant
+from tests.models import (
+    canonical,
+    family_context,
+    run_passes,
+    shared_model,
+    tiny_context,
+    trace_tiny,
+)
 
 
 def weight_gradients(
@@ -99,3 +109,44 @@ def test_what_is_not_finite_is_named() -> None:
     get_tensor(gm, "first.weight")[0, 0] = torch.nan
     with pytest.raises(NumericsError, match="NaN or Inf"):
         weight_gradients(gm, tiny_context(interface, x), linears(gm))
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC"])
+def test_a_rounded_activation_passes_its_gradient_on(scheme: str) -> None:
+    x = torch.randn(5, 32)
+    gm, interface = trace_tiny(Chain(), x)
+    ctx = tiny_context(interface, x)
+    run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant())
+    first, second = (find_label(gm, f"{name}:linear") for name in ("first", "second"))
+    gradients: dict[fx.Node, Tensor] = {}
+    inputs: dict[fx.Node, Tensor] = {}
+
+    def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
+        for node, (value, gradient) in seen.items():
+            inputs[node], gradients[node] = value, gradient
+
+    watch = [first, second]
+    reverse_sweep(gm, ctx.batches, watch, direction, observe, lambda: None, lambda *_: None)
+    weights = values(gm, ctx.batches[0], [second.args[1], second.args[0]])
+    torch.testing.assert_close(gradients[first], gradients[second] @ weights[second.args[1]])
+    assert torch.equal(inputs[second], weights[second.args[0]])  # the value is the rounded one
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_first_output_is_kept_by_its_last_block(family: str) -> None:
+    gm, _ = canonical(family)
+    ctx = family_context(family, sequences=3, tokens=7)
+    outputs = FirstOutput(gm, ctx.batches)
+    for index in (2, 0, 2):
+        expected = run(gm, ctx.batches[index])[0]
+        torch.testing.assert_close(outputs.of(index), expected, rtol=1e-4, atol=1e-5)
