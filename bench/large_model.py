@@ -155,7 +155,7 @@ def compile_limited(
     before = _folder_gib(out.parent)
     while process.poll() is None:
         anonymous = max(anonymous, _anonymous_gib(process.pid))
-        disk = max(disk, _unlinked_gib(process.pid) + _folder_gib(out.parent) - before)
+        disk = max(disk, _disk_gib(process.pid, out.parent) - before)
         time.sleep(SAMPLE_SECONDS)
     seconds = time.monotonic() - started
     if group is not None:
@@ -189,23 +189,34 @@ def _anonymous_gib(pid: int) -> float:
     return int(found[1]) / 2**20 if found else 0.0
 
 
-def _unlinked_gib(pid: int) -> float:
-    """Files that the process maps and that have no name any more."""
+def _disk_gib(pid: int, folder: Path) -> float:
+    """Files under the folder, and files that the process maps under a name that is gone: those
+    without any name left, and those whose second name is in the folder, which count once."""
+    return sum({**_unlinked(pid), **_files(folder)}.values()) / GIB
+
+
+def _folder_gib(folder: Path) -> float:
+    """Bytes of the files under a folder, each file once however many names it has."""
+    return sum(_files(folder).values()) / GIB
+
+
+def _unlinked(pid: int) -> dict[int, int]:
+    """Bytes by inode."""
     try:
         maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
     except OSError:
-        return 0.0
+        return {}
     sizes = {}
     for line in maps.splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5].endswith("(deleted)") and fields[3] != "00:01":
             start, end = (int(part, 16) for part in fields[0].split("-"))
-            sizes[fields[3], fields[4]] = end - start
-    return sum(sizes.values()) / GIB
+            sizes[int(fields[4])] = end - start
+    return sizes
 
 
-def _folder_gib(folder: Path) -> float:
-    """Bytes of the files under a folder, each file once however many names it has."""
+def _files(folder: Path) -> dict[int, int]:
+    """Bytes by inode."""
     sizes = {}
     for place, _, names in os.walk(folder):  # which goes on where a folder has vanished
         for name in names:
@@ -214,7 +225,7 @@ def _folder_gib(folder: Path) -> float:
             except OSError:
                 continue
             sizes[found.st_ino] = found.st_size
-    return sum(sizes.values()) / GIB
+    return sizes
 
 
 def main() -> None:
