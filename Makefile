@@ -62,7 +62,7 @@ bench-peers: setup  ## compare with other quantizers, each in an environment of 
 bench-cost-model: setup  ## compare the cost model with published timings
 	$(RUN) -m bench.cost_model $(ARGS)
 
-bench-large-model: setup  ## compile a model larger than the memory it may use (20 GB of disk)
+bench-large-model: setup  ## compile a model larger than the memory it may use (30 GB of disk)
 	$(RUN) -m bench.large_model $(ARGS)
 
 bench-cpu-target: setup  ## check the CPU target's choices on this machine
