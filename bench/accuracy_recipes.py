@@ -16,11 +16,6 @@ BASELINES: dict[str, dict[str, Any]] = {
         "schemes": {"*": "W4A16"},
         "passes": ["insert-fake-quant", "quantize-weights"],
     },
-    # As w4a8-tuned with zero points and small groups, which no kernel for 8-bit activations reads.
-    "w4a8-g64-asym": {
-        "schemes": {"*": "W4A8-g64-asym"},
-        "passes": ["awq", "weigh-tokens", "insert-fake-quant", "gptq", "tune-scales"],
-    },
     "w4a4-smoothquant": {
         "schemes": {"*": "W4A4"},
         "passes": [{"smoothquant": {"alpha": 0.5}}, "insert-fake-quant", "quantize-weights"],
@@ -34,7 +29,7 @@ DEFAULT = (
     "w3a16", "w3a16-gptq", "w3a16-awq", "w3a16-tuned",
     "w2a16", "w2a16-gptq", "w2a16-slim-llm",
     "w1-rtn", "w1-billm",
-    "w4a8", "w4a8-gptq", "w4a8-tuned", "w4a8-g64-asym",
+    "w4a8", "w4a8-gptq", "w4a8-tuned",
     "w4a4", "w4a4-smoothquant", "w4a4-rotate",
 )  # fmt: skip
 

@@ -249,7 +249,7 @@ def test_onnx_runs_with_the_int8_cache(tmp_path: Path) -> None:
 
 
 def test_servers_formats_refuse_it(tmp_path: Path) -> None:
-    with pytest.raises(PanguqError, match=r"no place for cache\.key_0_scale"):
+    with pytest.raises(PanguqError, match="read by something else than a matmul"):
         compiled("llama").save(tmp_path / "model", format="compressed-tensors")
 
 
