@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.edit import get_tensor, set_tensor
-from panguq.ir.interpret import Environment, ancestors, compute
+from panguq.ir.interpret import values
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import FirstOutput, reverse_sweep
 from panguq.ir.unit_folder import Finished
@@ -231,22 +231,14 @@ def _add_gradients(
     def block_done() -> None:
         for node, gradient in at_weights.items():
             scale = scale_of[node]
-            gradient *= _constant(gm, node.args[1]).float()
+            weight = node.args[1]
+            assert isinstance(weight, fx.Node)
+            gradient *= values(gm, {}, [weight])[weight].float()
             groups = gradient.unflatten(1, (scale.start.shape[1], -1))
             scale.gradient += groups.sum(-1)
         at_weights.clear()
 
     reverse_sweep(gm, batches, scale_of, loss.gradient, observe, block_done, lambda *_: None)
-
-
-def _constant(gm: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The value of a node that depends on stored tensors alone."""
-    environment: Environment = {}
-    needed = ancestors([node])
-    for step in (n for n in gm.graph.nodes if n in needed):
-        environment[step] = compute(gm, step, environment)
-    value: Tensor = environment[node]
-    return value
 
 
 def _state(scales: Sequence[_Scale]) -> dict[str, Tensor]:
@@ -265,5 +257,5 @@ def _restore(gm: fx.GraphModule, scales: Sequence[_Scale], done: Finished) -> No
         scale.write(gm)
 
 
-def _range(values: Tensor) -> tuple[float, float, float]:
-    return float(values.min()), float(values.median()), float(values.max())
+def _range(factors: Tensor) -> tuple[float, float, float]:
+    return float(factors.min()), float(factors.median()), float(factors.max())

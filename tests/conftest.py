@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
-settings.register_profile("panguq", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("panguq", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("panguq")
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -203,6 +203,11 @@ def key_of(work_dir: Path) -> dict[str, str]:
     return json.loads((work_dir / "compile.json").read_text())
 
 
+def test_no_text_is_written_where_none_is_needed() -> None:
+    model = panguq.compile(make_model("llama"), "float", calibration=token_ids(1, 16), sampled=2)
+    assert "sampled" not in model.report.calibration
+
+
 def test_who_writes_no_text() -> None:
     with pytest.raises(InputError, match="sampled -1"):
         panguq.compile(make_model("llama"), "w8a8", sampled=-1)

@@ -115,6 +115,7 @@ def compile(
     ctx.reference = clone(gm)
     check_lowerable(gm, find_target(target), recipe.precision)
     calibrated = any(step.needs_calibration for step in passes)
+    sampled = sampled if calibrated else 0
     kind = find_target(target).kind
     given, source = _given_batches(
         gm, ctx, calibration, sampled, tokenizer, example_inputs, calibrated, kind

@@ -45,10 +45,11 @@ def test_every_stage_exports_and_runs(recipe: str, layers: int, tmp_path: Path) 
     assert min(differences[name] for name in matmuls) >= 60
 
 
-def test_the_whole_model_keeps_its_perplexity(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
+def test_the_whole_model_keeps_its_perplexity(recipe: str, tmp_path: Path) -> None:
     model, tokenizer, text = smollm2.load()
     calibration = token_windows(text[:100_000], tokenizer, 64, 1)
-    compiled = panguq.compile(model, "w8a8", calibration=calibration)
+    compiled = panguq.compile(model, recipe, calibration=calibration)
     compiled.export_onnx(tmp_path / "model.onnx")
     found = OnnxModel(tmp_path / "model.onnx", compiled.interface)
     models = {"onnx": lambda x: found.logits(x)[0], "pytorch": logits_of(compiled)}
