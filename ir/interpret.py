@@ -41,6 +41,19 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
     return found
 
 
+def without_inputs(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that depend on stored tensors alone."""
+    fixed: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and all(n in fixed for n in node.all_input_nodes)
+        ):
+            fixed.add(node)
+    return fixed
+
+
 def last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the values that nobody in `nodes` reads after it."""
     last: dict[fx.Node, fx.Node] = {}

@@ -15,9 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir import interpret, spill
 from panguq.ir.blocks import blocks
 from panguq.ir.edit import label
-from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite
+from panguq.ir.interpret import (
+    Environment,
+    ancestors,
+    compute,
+    ensure_finite,
+    without_inputs,
+)
 from panguq.ir.opset import body_of
 
 Gradient = Callable[[Tensor], Tensor]
@@ -29,9 +36,13 @@ Observe = Callable[[dict[fx.Node, tuple[Tensor, Tensor]]], None]
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes in graph order, what they read from outside (weights apart), and what others read."""
+    """Nodes in graph order, what they read from outside, and what others read of them.
+
+    `weights` are read, too: nodes that depend on stored tensors alone, the same for all batches.
+    """
 
     nodes: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
 
@@ -65,13 +76,13 @@ def reverse_sweep(
         progress("sensitivity", len(steps) + done, total)
         if not active.intersection(step.nodes):
             break  # nothing watched lies further up
-        weights = {n: compute(gm, n, {}) for n in step.nodes if n.op == "get_attr"}
+        weights = _weights(gm, step)
         for start, pending in zip(kept.pop(), gradients, strict=True):
-            values = _recompute(step, start | weights, watched, active)
+            found = _recompute(step, start | weights, watched, active)
             if end in step.nodes:
-                ensure_finite(label(end), values[end].detach(), "activation")
-                pending[end] = gradient(values[end].detach())
-            seen = _backward(step, values, watched, pending)
+                ensure_finite(label(end), found[end].detach(), "activation")
+                pending[end] = gradient(found[end].detach())
+            seen = _backward(step, found, watched, pending)
             if seen:
                 observe(seen)
         if watched.intersection(step.nodes):
@@ -94,7 +105,7 @@ class FirstOutput:
 
     def of(self, index: int) -> Tensor:
         """The output for the batch with this index."""
-        environment: Environment = dict(self._inputs[index])
+        environment = self._inputs[index] | _weights(self._gm, self._last)
         with torch.no_grad():
             for node in self._last.nodes:
                 environment[node] = compute(self._gm, node, environment)
@@ -108,7 +119,8 @@ def _first_output(gm: fx.GraphModule) -> fx.Node:
 
 
 def _blocks(gm: fx.GraphModule, end: fx.Node) -> list[Block]:
-    needed = ancestors([end])
+    fixed = without_inputs(gm)
+    needed = ancestors([end]) - fixed
     parts = [[n for n in block if n in needed] for block in blocks(gm)]
     found = []
     waiting: list[fx.Node] = []  # a block that ends in codes: gradients pass where they are read
@@ -119,10 +131,20 @@ def _blocks(gm: fx.GraphModule, end: fx.Node) -> list[Block]:
         if not waiting or any(_is_rounded(n) for n in outputs):
             continue
         read = dict.fromkeys(s for n in waiting for s in n.all_input_nodes)
-        inputs = [s for s in read if s not in inside]
-        found.append(Block(tuple(waiting), tuple(inputs), tuple(outputs)))
+        weights = [s for s in read if s in fixed]
+        inputs = [s for s in read if s not in inside and s not in fixed]
+        found.append(Block(tuple(waiting), tuple(weights), tuple(inputs), tuple(outputs)))
         waiting = []
     return found
+
+
+def _weights(gm: fx.GraphModule, step: Block) -> Environment:
+    """The weights that a block reads; raises NumericsError for one that is not finite."""
+    weights = interpret.values(gm, {}, step.weights)
+    for node, weight in weights.items():
+        if isinstance(weight, Tensor):
+            ensure_finite(label(node), weight)
+    return weights
 
 
 def _is_rounded(node: fx.Node) -> bool:
@@ -157,26 +179,27 @@ def _forward(
         for batch in batches
     ]
     kept: list[list[Environment]] = []
+    held = 0
     with torch.no_grad():
         for done, step in enumerate(steps):
             progress(done)
-            weights: Environment = {}
-            for node in step.nodes:
-                if node.op == "get_attr":
-                    weights[node] = compute(gm, node, {})
-                    ensure_finite(label(node), weights[node])
             if step in wanted:
-                kept.append([{n: values[n] for n in step.inputs} for values in environments])
+                kept.append([{n: known[n] for n in step.inputs} for known in environments])
             later = {n for after in steps[done + 1 :] for n in after.inputs}
-            for row, environment in enumerate(environments if later else ()):
+            if not later:
+                break
+            weights = _weights(gm, step)
+            for row, environment in enumerate(environments):
+                environment |= weights
                 for node in step.nodes:
-                    if node in weights:
-                        environment[node] = weights[node]
-                        continue
                     if node in watched:
                         ensure_finite(label(node.args[0]), environment[node.args[0]], "activation")
                     environment[node] = compute(gm, node, environment)
                 environments[row] = {n: v for n, v in environment.items() if n in later}
+                for node in later.intersection(step.outputs):
+                    held += spill.held_bytes(environment[node])
+                    if held > spill.SPILL_BYTES:
+                        environments[row][node] = spill.to_file(environment[node])
     return kept
 
 
@@ -191,8 +214,6 @@ def _recompute(
             values[node] = values[node].detach().requires_grad_(wanted)
     with torch.enable_grad():
         for node in step.nodes:
-            if node.op == "get_attr":
-                continue
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
             values[node] = body_of(node.target)(*args, **kwargs)

@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir import spill
 from panguq.ir.blocks import blocks
 from panguq.ir.edit import label
-from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite
-from panguq.ir.weight_store import WeightStore
-
-SPILL_BYTES = 1 << 30
-"""Activations that wait between blocks go to files where they would take more memory than this."""
+from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite, without_inputs
 
 Observe = Callable[[fx.Node, Tensor], None]
 Progress = Callable[[str, int, int], None]
@@ -86,7 +83,7 @@ class _Sweep:
     def run(self, wanted: set[fx.Node]) -> None:
         needed = ancestors(wanted)
         inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder" and n in needed]
-        self.fixed = _without_inputs(self.gm)
+        self.fixed = without_inputs(self.gm)
         steps = [[n for n in b if n in needed and n not in self.fixed] for b in blocks(self.gm)]
         steps = [step for step in steps if step]
         self.freed = _last_uses([node for step in steps for node in step])
@@ -160,17 +157,12 @@ class _Sweep:
 
     def _spill(self, environment: Environment) -> None:
         """Move this batch's values to files while those of all batches take too much memory."""
-        waiting = {
-            node: value
-            for node, value in environment.items()
-            if isinstance(value, Tensor) and value.untyped_storage().filename is None
-        }
-        self.held_bytes[id(environment)] = sum(value.nbytes for value in waiting.values())
-        if sum(self.held_bytes.values()) <= SPILL_BYTES:
+        waiting = sum(spill.held_bytes(value) for value in environment.values())
+        self.held_bytes[id(environment)] = waiting
+        if sum(self.held_bytes.values()) <= spill.SPILL_BYTES:
             return
-        for node, value in waiting.items():
-            if value.is_contiguous():  # another layout may make a kernel round in another order
-                environment[node] = WeightStore().put(value)
+        for node, value in environment.items():
+            environment[node] = spill.to_file(value)
         self.held_bytes[id(environment)] = 0
 
     def _constant(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
@@ -219,19 +211,6 @@ class _Layered(Mapping[fx.Node, Any]):
 
     def __len__(self) -> int:
         return len({**self.second, **self.first})
-
-
-def _without_inputs(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend on stored tensors alone."""
-    fixed: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" or (
-            node.op == "call_function"
-            and node.all_input_nodes
-            and all(n in fixed for n in node.all_input_nodes)
-        ):
-            fixed.add(node)
-    return fixed
 
 
 def _float_weight(node: fx.Node) -> fx.Node | None:

@@ -1,28 +1,56 @@
+"""Activations in files are the same activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import fx
 
-from panguq.ir import sweep as sweep_module
+from panguq.ir import spill
+from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.sweep import sweep
 from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import linears, no_progress
 from tests.models import canonical, family_context
 
+Seen = dict[tuple[str, int], torch.Tensor]
 
-def observed(family: str) -> dict[tuple[fx.Node, int], torch.Tensor]:
+
+def inputs(family: str) -> Seen:
+    """What enters each linear, by the node's name and the order of being shown."""
     gm, _ = canonical(family)
-    seen: dict[tuple[str, int], torch.Tensor] = {}
-    inputs = {node.args[0] for node in linears(gm)}
+    seen: Seen = {}
 
     def observe(node: fx.Node, value: torch.Tensor) -> None:
         seen[node.name, len(seen)] = value.clone()
 
-    sweep(gm, family_context(family).batches, inputs, observe, no_progress)
+    watch = {node.args[0] for node in linears(gm)}
+    sweep(gm, family_context(family).batches, watch, observe, no_progress)
     return seen
 
 
-def test_spilled_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = observed("llama")
+def gradients(family: str) -> Seen:
+    """The gradient of the sum of all logits at each linear's output."""
+    gm, _ = canonical(family)
+    found: Seen = {}
+
+    def observe(seen: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for node, (_, gradient) in seen.items():
+            found[node.name, len(found)] = gradient.clone()
+
+    batches = family_context(family).batches
+    watch, done = linears(gm), lambda: None
+    reverse_sweep(gm, batches, watch, torch.ones_like, observe, done, no_progress)
+    return found
+
+
+@pytest.mark.parametrize("measure", [inputs, gradients])
+def test_spilled_activations_give_the_same_bits(
+    measure: Callable[[str], Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = measure("llama")
     stored = []
     put = WeightStore.put
 
@@ -31,9 +59,9 @@ def test_spilled_activations_give_the_same_bits(monkeypatch: pytest.MonkeyPatch)
         return put(WeightStore(in_memory_bytes=1), tensor)
 
     monkeypatch.setattr(WeightStore, "put", counted)
-    assert observed("llama").keys() == plain.keys() and not stored  # far below the limit
-    monkeypatch.setattr(sweep_module, "SPILL_BYTES", 0)
-    spilled = observed("llama")
+    assert measure("llama").keys() == plain.keys() and not stored  # far below the limit
+    monkeypatch.setattr(spill, "SPILL_BYTES", 0)
+    spilled = measure("llama")
     assert stored
     assert spilled.keys() == plain.keys()
     assert all(torch.equal(spilled[key], plain[key]) for key in plain)
