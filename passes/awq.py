@@ -10,25 +10,18 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.channels import KINDS, ScaleSite
+from panguq.ir.channels import ScaleSite
 from panguq.ir.edit import label
-from panguq.ir.properties import Property
-from panguq.passes.base import Pass, PassContext, PassResult, Table
-from panguq.passes.scale_folding import (
-    Factors,
-    add_factors,
-    check_kinds,
-    choose_sites,
-    fold,
-    regions,
-)
-from panguq.passes.scale_search import SeenInput, SiteError, decibels, search_sites
+from panguq.ir.unit_folder import Finished
+from panguq.passes.scale_folding import Factors
+from panguq.passes.scale_search import SeenInput, SiteError, decibels
+from panguq.passes.scale_sites import ScaleSites, chosen, left_alone
 
 SMALLEST = 1e-4
 
 
 @dataclass(frozen=True)
-class Awq(Pass):
+class Awq(ScaleSites):
     """Before: x / 1 ─► linear(W).  After: x / s ─► linear(W · s); same function, no new node.
 
     Per site of `ir/channels.py` and channel j, with all calibration tokens t of the float model:
@@ -50,51 +43,44 @@ class Awq(Pass):
     """
 
     name: ClassVar[str] = "awq"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
-    breaks: ClassVar[frozenset[Property]] = frozenset({Property.STATISTICS, Property.CALIBRATED})
-    exact: ClassVar[bool] = True
-    needs_calibration: ClassVar[bool] = True
-    sites: tuple[str, ...] = KINDS
     steps: int = 20
 
     def __post_init__(self) -> None:
-        check_kinds(self.name, self.sites)
+        super().__post_init__()
         if self.steps < 1:
             raise RecipeError(f"awq: steps is {self.steps}", "give at least 1")
 
-    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        result = PassResult()
-        sites = choose_sites(gm, ctx, result, self.sites, _refuse)
-        if not sites:
-            return result
-        factors: Factors = {}
-        changed: list[ScaleSite] = []
-        rows: list[tuple[object, ...]] = []
+    def refuse(self, site: ScaleSite) -> str | None:
+        if any(not c.linear.meta["scheme"].is_float for c in site.consumers):
+            return None
+        return f"{label(site.consumers[0].linear)} is FLOAT: its weight is not quantized"
 
-        def choose(site: ScaleSite, seen: Mapping[fx.Node, SeenInput]) -> None:
-            error = SiteError(gm, site, seen, factors)
-            size = _mean_abs(site, seen)
-            powers = [step / self.steps for step in range(self.steps)]
-            scales = [awq_scale(size, power) for power in powers]
-            errors = [error(scale) for scale in scales]
-            best = errors.index(min(errors))
-            if best == 0:
-                result.skip(site.source, "no power lowers the error of the matmuls behind it")
-                return
-            scale = scales[best]
-            add_factors(site, scale, factors)
-            changed.append(site)
-            quality = (decibels(errors[0]), decibels(errors[best]))
-            spread = float(scale.max() / scale.min())
-            rows.append((site.name, site.kind, site.channels, powers[best], *quality, spread))
+    def choose(
+        self,
+        gm: fx.GraphModule,
+        site: ScaleSite,
+        seen: Mapping[fx.Node, SeenInput],
+        factors: Factors,
+    ) -> Finished:
+        error = SiteError(gm, site, seen, factors)
+        size = _mean_abs(site, seen)
+        powers = [step / self.steps for step in range(self.steps)]
+        scales = [awq_scale(size, power) for power in powers]
+        errors = [error(scale) for scale in scales]
+        best = errors.index(min(errors))
+        if best == 0:
+            return left_alone("no power lowers the error of the matmuls behind it")
+        scale = scales[best]
+        return chosen(
+            scale,
+            power=powers[best],
+            db_before=decibels(errors[0]),
+            db_after=decibels(errors[best]),
+            scale_spread=float(scale.max() / scale.min()),
+        )
 
-        search_sites(gm, ctx, sites, choose)
-        fold(gm, ctx, factors, self.name)
-        result.changed = len(changed)
-        result.sites = regions(gm, changed)
-        columns = ("site", "kind", "channels", "power", "db_before", "db_after", "scale_spread")
-        result.tables["scales"] = Table(columns, tuple(rows))
-        return result
+    def columns(self) -> tuple[str, ...]:
+        return ("power", "db_before", "db_after", "scale_spread")
 
 
 def awq_scale(size: Tensor, power: float) -> Tensor:
@@ -106,12 +92,6 @@ def awq_scale(size: Tensor, power: float) -> Tensor:
     scale = (size**power).clamp_min(SMALLEST)
     scale = scale / (scale[alive].max() * scale[alive].min()).sqrt()
     return torch.where(alive, scale, 1.0)
-
-
-def _refuse(site: ScaleSite) -> str | None:
-    if any(not c.linear.meta["scheme"].is_float for c in site.consumers):
-        return None
-    return f"{label(site.consumers[0].linear)} is FLOAT: its weight is not quantized"
 
 
 def _mean_abs(site: ScaleSite, seen: Mapping[fx.Node, SeenInput]) -> Tensor:

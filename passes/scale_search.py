@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import InputError
 from panguq.ir.channels import ScaleSite
-from panguq.ir.edit import get_tensor, label
-from panguq.ir.interpret import ensure_finite
+from panguq.ir.edit import get_tensor
 from panguq.ir.quant_spec import QuantSpec
-from panguq.ir.sweep import solving_sweep
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
-from panguq.passes.base import PassContext
 from panguq.passes.gram import gram, output_error
 from panguq.passes.insert_fake_quant import affine
 from panguq.passes.observers import InputStatistics, plain_tokens
@@ -49,49 +43,6 @@ class SeenInput:
     tokens: Tensor
     weights: Tensor
     moment: Tensor | None = None
-
-
-Choose = Callable[[ScaleSite, Mapping[fx.Node, SeenInput]], None]
-
-
-def search_sites(
-    gm: fx.GraphModule,
-    ctx: PassContext,
-    sites: Sequence[ScaleSite],
-    choose: Choose,
-    sampled: bool = True,
-) -> None:
-    """One sweep of the float model: `choose(site, seen)` once all that its linears read is known.
-
-    Without `sampled` only statistics are taken. Raises InputError where there are no calibration
-    tokens, NumericsError for values that are not finite.
-    """
-    waiting = {site: {c.linear.args[0] for c in site.consumers} for site in sites}
-    readers: dict[fx.Node, list[ScaleSite]] = defaultdict(list)
-    for site, inputs in waiting.items():
-        for value in inputs:
-            readers[value].append(site)
-    seen: dict[fx.Node, SeenInput] = {}
-
-    def pause(
-        node: fx.Node, values: Sequence[Tensor], _: Sequence[Tensor]
-    ) -> Mapping[fx.Node, Tensor]:
-        for value in values:
-            ensure_finite(label(node), value, "activation")
-        if not sum(value.shape[:-1].numel() for value in values):
-            raise InputError("there are no calibration tokens", "give calibration data")
-        linears = [c.linear for site in readers[node] for c in site.consumers]
-        linears = [linear for linear in linears if linear.args[0] is node]
-        seen[node] = look_at(values, linears, ctx.generator(), sampled)
-        for site in readers[node]:
-            waiting[site].discard(node)
-            if not waiting[site]:
-                choose(site, seen)
-        for value in [v for v in seen if not any(waiting[site] for site in readers[v])]:
-            del seen[value]
-        return {}
-
-    solving_sweep(gm, ctx.batches, {n: partial(pause, n) for n in readers}, ctx.progress)
 
 
 def look_at(

@@ -10,26 +10,19 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.channels import KINDS, ScaleSite
+from panguq.ir.channels import ScaleSite
 from panguq.ir.edit import get_tensor, label
-from panguq.ir.properties import Property
-from panguq.passes.base import Pass, PassContext, PassResult, Table
-from panguq.passes.scale_folding import (
-    Factors,
-    add_factors,
-    check_kinds,
-    choose_sites,
-    fold,
-    regions,
-)
-from panguq.passes.scale_search import SeenInput, SiteError, decibels, search_sites
+from panguq.ir.unit_folder import Finished
+from panguq.passes.scale_folding import Factors, check_kinds
+from panguq.passes.scale_search import SeenInput, SiteError, decibels
+from panguq.passes.scale_sites import ScaleSites, chosen, left_alone
 
 SMALLEST = 1e-5  # clamps both w_j and s_j, as the reference code does
 STATISTICS = ("amax", "rms")
 
 
 @dataclass(frozen=True)
-class SmoothQuant(Pass):
+class SmoothQuant(ScaleSites):
     """Before: x / 1 ─► linear(W).  After: x / s ─► linear(W · s); same function, no new node.
 
     Per site of `ir/channels.py` and channel j (kinds: norm_linear, value_output, up_down,
@@ -54,70 +47,61 @@ class SmoothQuant(Pass):
     """
 
     name: ClassVar[str] = "smoothquant"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
-    breaks: ClassVar[frozenset[Property]] = frozenset({Property.STATISTICS, Property.CALIBRATED})
-    exact: ClassVar[bool] = True
-    needs_calibration: ClassVar[bool] = True
     alpha: float | Literal["search"] = 0.5
     statistic: Literal["amax", "rms"] = "amax"
-    sites: tuple[str, ...] = KINDS
     alphas: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        check_kinds(self.name, (*self.sites, *(kind for kind, _ in self.alphas)))
+        super().__post_init__()
+        check_kinds(self.name, (kind for kind, _ in self.alphas))
         for alpha in (self.alpha, *(alpha for _, alpha in self.alphas)):
             if alpha != "search" and (isinstance(alpha, str) or not 0 <= alpha <= 1):
                 raise RecipeError(
                     f"smoothquant: alpha is {alpha}", "give a number from 0 to 1, or search"
                 )
 
-    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        result = PassResult()
-        sites = choose_sites(gm, ctx, result, self.sites, _refuse)
-        if not sites:
-            return result
-        factors: Factors = {}
-        changed: list[ScaleSite] = []
-        rows: list[tuple[object, ...]] = []
+    def refuse(self, site: ScaleSite) -> str | None:
+        for consumer in site.consumers:
+            scheme = consumer.linear.meta["scheme"]
+            if scheme.activation is None:
+                return f"{label(consumer.linear)} is {scheme.name}: its input stays float"
+        return None
 
-        def choose(site: ScaleSite, seen: Mapping[fx.Node, SeenInput]) -> None:
-            alpha: float | str = dict(self.alphas).get(site.kind, self.alpha)
-            wanted = STATISTICS if alpha == "search" else (self.statistic,)
-            sizes = {s: _sizes(gm, site, seen, factors, s) for s in wanted}
-            choice = (self.statistic, alpha)
-            quality: tuple[object, ...] = ("", "")
-            if alpha == "search":
-                searched, *quality = _search(SiteError(gm, site, seen, factors), sizes)
-                if searched is None:
-                    result.skip(site.source, "no alpha lowers the error of the matmuls behind it")
-                    return
-                choice = searched
-            act_size, weight_size = sizes[choice[0]]
-            scale = smoothing_scale(act_size, weight_size, choice[1])
-            add_factors(site, scale, factors)
-            changed.append(site)
-            spread = (scale.min().item(), scale.median().item(), scale.max().item())
-            largest = (act_size.max().item(), (act_size / scale).max().item())
-            searching = (*choice, *quality) if self.alpha == "search" else ()
-            rows.append((site.name, site.kind, site.channels, *spread, *largest, *searching))
+    def samples(self) -> bool:
+        return self.alpha == "search"
 
-        search_sites(gm, ctx, sites, choose, self.alpha == "search")
-        fold(gm, ctx, factors, self.name)
-        result.changed = len(changed)
-        result.sites = regions(gm, changed)
-        columns = (
-            "site",
-            "kind",
-            "channels",
-            "min",
-            "median",
-            "max",
-            "largest_before",
-            "largest_after",
-            *(("statistic", "alpha", "db_before", "db_after") if self.alpha == "search" else ()),
+    def choose(
+        self,
+        gm: fx.GraphModule,
+        site: ScaleSite,
+        seen: Mapping[fx.Node, SeenInput],
+        factors: Factors,
+    ) -> Finished:
+        alpha: float | str = dict(self.alphas).get(site.kind, self.alpha)
+        wanted = STATISTICS if alpha == "search" else (self.statistic,)
+        sizes = {s: _sizes(gm, site, seen, factors, s) for s in wanted}
+        choice = (self.statistic, alpha)
+        quality: tuple[float | str, float | str] = ("", "")
+        if alpha == "search":
+            searched, *quality = _search(SiteError(gm, site, seen, factors), sizes)
+            if searched is None:
+                return left_alone("no alpha lowers the error of the matmuls behind it")
+            choice = searched
+        act_size, weight_size = sizes[choice[0]]
+        scale = smoothing_scale(act_size, weight_size, choice[1])
+        row = (
+            *(scale.min().item(), scale.median().item(), scale.max().item()),
+            *(act_size.max().item(), (act_size / scale).max().item()),
+            *((*choice, *quality) if self.alpha == "search" else ()),
         )
-        result.tables["scales"] = Table(columns, tuple(rows))
-        return result
+        return chosen(scale, **dict(zip(self.columns(), row, strict=True)))
+
+    def columns(self) -> tuple[str, ...]:
+        searched = ("statistic", "alpha", "db_before", "db_after")
+        return (
+            *("min", "median", "max", "largest_before", "largest_after"),
+            *(searched if self.alpha == "search" else ()),
+        )
 
 
 def smoothing_scale(act_size: Tensor, weight_size: Tensor, alpha: float) -> Tensor:
@@ -167,14 +151,6 @@ def _sizes(
         each = statistics.plain_mean_square.sqrt() if rms else statistics.plain_amax
         _scatter_amax(act_size, consumer.channel, each)
     return act_size, _weight_size(gm, site, factors, statistic)
-
-
-def _refuse(site: ScaleSite) -> str | None:
-    for consumer in site.consumers:
-        scheme = consumer.linear.meta["scheme"]
-        if scheme.activation is None:
-            return f"{label(consumer.linear)} is {scheme.name}: its input stays float"
-    return None
 
 
 def _scatter_amax(into: Tensor, channel: Tensor, values: Tensor) -> None:
