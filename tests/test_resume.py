@@ -22,6 +22,11 @@ name: some-gptq
 schemes: {"*": W4A16}
 passes: [insert-fake-quant, gptq, {tune-scales: {epochs: 3}}]
 """
+SEARCHES = """
+name: two-searches
+schemes: {"*": W8A8_DYNAMIC}
+passes: [{smoothquant: {alpha: search}}, awq, insert-fake-quant, quantize-weights]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +35,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_folder(folder / "model", make_model(num_hidden_layers=1))
     (folder / "text.txt").write_text(TEXT)
     (folder / "gptq.yaml").write_text(GPTQ)
+    (folder / "searches.yaml").write_text(SEARCHES)
     return folder
 
 
 def recipe_of(place: Path, name: str) -> str:
-    return str(place / "gptq.yaml") if name == "gptq" else name
+    file = place / f"{name}.yaml"
+    return str(file) if file.exists() else name
 
 
 def compile_model(place: Path, recipe: str, out: Path, *more: str) -> int:
@@ -96,7 +103,9 @@ def uninterrupted(place: Path) -> Callable[[str], dict[str, str]]:
         ("w4a16", UnitFolder, "keep", 1, True),  # the calibration is done, and lost
         ("w4a16", unit_folder, "write_tensors", 6, True),  # some weights are quantized
         ("w4a16", storage, "_write_shard", 1, False),  # the result is half saved
-        ("w8a8-dynamic", UnitFolder, "keep", 4, False),  # scales are folded, and codes chosen
+        ("w8a8-dynamic", UnitFolder, "keep", 7, False),  # scales are folded, and codes chosen
+        ("searches", UnitFolder, "keep", 2, False),  # some sites have a scale
+        ("searches", UnitFolder, "keep", 6, False),  # the second search has begun
         ("gptq", UnitFolder, "keep", 4, False),  # in the middle of a sweep
         ("gptq", UnitFolder, "keep", 6, False),  # some epochs of tuning are done
     ],
