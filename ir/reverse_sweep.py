@@ -69,11 +69,11 @@ def reverse_sweep(
     active = _descendants(gm, watched)
     total = 2 * len(steps)
     kept = _forward(
-        gm, batches, steps, watched, lambda done: progress("sensitivity", done, total), steps
+        gm, batches, steps, watched, lambda done: progress("gradient sweep", done, total), steps
     )
     gradients: list[dict[fx.Node, Tensor]] = [{} for _ in batches]
     for done, step in enumerate(reversed(steps)):
-        progress("sensitivity", len(steps) + done, total)
+        progress("gradient sweep", len(steps) + done, total)
         if not active.intersection(step.nodes):
             break  # nothing watched lies further up
         weights = _weights(gm, step)
@@ -87,7 +87,7 @@ def reverse_sweep(
                 observe(seen)
         if watched.intersection(step.nodes):
             block_done()
-    progress("sensitivity", total, total)
+    progress("gradient sweep", total, total)
 
 
 class FirstOutput:

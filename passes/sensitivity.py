@@ -33,6 +33,7 @@ from panguq.ir.edit import get_tensor
 from panguq.ir.folded_weight import materialized
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.reverse_sweep import reverse_sweep
+from panguq.ir.row_slices import row_slices
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import PassContext
 from panguq.passes.insert_fake_quant import affine
@@ -40,7 +41,6 @@ from panguq.passes.observers import InputStatistics
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq
-ELEMENTS_AT_ONCE = 1 << 20  # rows of a weight are independent: slices keep copies in the cache
 LOGITS_AT_ONCE = 1 << 26  # elements: beyond that, only some of a sequence's positions are scored
 
 
@@ -214,12 +214,11 @@ def _weight_error(
     """sum_ij F_ij (Q(W) - W)_ij^2, with the scales that the clip search finds."""
     size = spec.group_size_for(weight.shape[1])
     importance = seen.square_sum / max(seen.tokens, 1)
-    rows_at_once = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     total = 0.0
-    for start in range(0, weight.shape[0], rows_at_once):
-        rows = weight[start : start + rows_at_once]
+    for some in row_slices(weight):
+        rows = weight[some]
         scale, zero = search_scale(rows, size, spec, importance, ratios)
         groups = rows.float().reshape(rows.shape[0], -1, size)
         error = quantize_groups(groups, scale, zero, spec).sub_(groups).square_().view(rows.shape)
-        total += float(error.mul_(seen.fisher[start : start + rows_at_once]).sum())
+        total += float(error.mul_(seen.fisher[some]).sum())
     return total
