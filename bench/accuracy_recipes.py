@@ -12,6 +12,10 @@ BASELINES: dict[str, dict[str, Any]] = {
         "schemes": {"*": "W1A16"},
         "passes": ["insert-fake-quant", "quantize-weights"],
     },
+    "w1-gptq": {"schemes": {"*": "W1A16"}, "passes": ["insert-fake-quant", "gptq"]},
+    "w4a16-plain-gptq": {"schemes": {"*": "W4A16"}, "passes": ["insert-fake-quant", "gptq"]},
+    "w4a8-plain-gptq": {"schemes": {"*": "W4A8"}, "passes": ["insert-fake-quant", "gptq"]},
+    "w4a8-plain-gptaq": {"schemes": {"*": "W4A8"}, "passes": ["insert-fake-quant", "gptaq"]},
     "w4a16-plain-rtn": {
         "schemes": {"*": "W4A16"},
         "passes": ["insert-fake-quant", "quantize-weights"],
@@ -24,12 +28,12 @@ BASELINES: dict[str, dict[str, Any]] = {
 DEFAULT = (
     "float", "w8a8", "w8a8-tuned", "w8a8-dynamic", "w8a8-dynamic-tuned", "w8a8-dynamic-kv8",
     "w8a16", "w6a16",
-    "w4a16-plain-rtn", "w4a16", "w4a16-asym", "w4a16-gptq", "w4a16-gptaq", "w4a16-awq",
-    "w4a16-rounding", "w4a16-tuned", "mixed-4.75",
+    "w4a16-plain-rtn", "w4a16", "w4a16-asym", "w4a16-awq", "w4a16-plain-gptq", "w4a16-gptaq",
+    "w4a16-gptq", "w4a16-rounding", "w4a16-tuned", "mixed-4.75",
     "w3a16", "w3a16-gptq", "w3a16-awq", "w3a16-tuned",
     "w2a16", "w2a16-gptq", "w2a16-slim-llm",
-    "w1-rtn", "w1-billm",
-    "w4a8", "w4a8-gptq", "w4a8-tuned",
+    "w1-rtn", "w1-gptq", "w1-billm",
+    "w4a8", "w4a8-plain-gptq", "w4a8-plain-gptaq", "w4a8-gptq", "w4a8-tuned",
     "w4a4", "w4a4-smoothquant", "w4a4-rotate",
 )  # fmt: skip
 
