@@ -20,6 +20,7 @@ BASELINES: dict[str, dict[str, Any]] = {
         "schemes": {"*": "W4A16"},
         "passes": ["insert-fake-quant", "quantize-weights"],
     },
+    "w4a4": {"schemes": {"*": "W4A4"}, "passes": ["insert-fake-quant", "quantize-weights"]},
     "w4a4-smoothquant": {
         "schemes": {"*": "W4A4"},
         "passes": [{"smoothquant": {"alpha": 0.5}}, "insert-fake-quant", "quantize-weights"],

@@ -106,6 +106,7 @@ def test_baselines_are_recipes_and_no_default_row_is_named_twice() -> None:
         assert known(name)
         assert Recipe.of(recipe_of(name)).name == name
     assert len(set(DEFAULT)) == len(DEFAULT)
+    assert all(known(name) for name in DEFAULT)
     assert not known("w5a5")
     assert known("own/recipe.yaml")
 
