@@ -25,6 +25,8 @@ def main() -> None:
     measurement = Measurement(job, ("msmodelslim",))
     rows = [[w[None], torch.ones_like(w)[None]] for w in job.windows()]
     model = measurement.load(job.load_model)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # it saves no tied tensors
     options: dict[str, Any] = dict(
         w_bit=8, a_bit=8, act_method=1, mm_tensor=False, is_dynamic=job.method == "w8a8-dynamic",
     )  # fmt: skip
