@@ -196,10 +196,10 @@ def _forward(
                         ensure_finite(label(node.args[0]), environment[node.args[0]], "activation")
                     environment[node] = compute(gm, node, environment)
                 environments[row] = {n: v for n, v in environment.items() if n in later}
-                for node in later.intersection(step.outputs):
-                    held += spill.held_bytes(environment[node])
-                    if held > spill.SPILL_BYTES:
-                        environments[row][node] = spill.to_file(environment[node])
+            outputs = later.intersection(step.outputs)
+            held += sum(spill.held_bytes(known[n]) for known in environments for n in outputs)
+            if held > spill.SPILL_BYTES:
+                spill.to_files(environments)
     return kept
 
 

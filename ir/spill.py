@@ -1,11 +1,18 @@
-"""Values that wait between blocks, in memory or, where all of them take too much, in files."""
+"""Values that wait between blocks, in memory or, where all of them take too much, in files.
+
+Many go at once: a mapping's own few bytes, made while the value that it copies still lies in the
+heap, would end up beside it, and keep the C library from giving out that place again. One value at
+a time, a compile grew by as much as it spilled.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
+from panguq.ir.interpret import Environment
 from panguq.ir.weight_store import WeightStore
 
 SPILL_BYTES = 1 << 28
@@ -19,9 +26,12 @@ def held_bytes(value: Any) -> int:
     return value.nbytes
 
 
-def to_file(value: Any) -> Any:
-    """The same value in a file, if it takes memory and has the plain layout.
+def to_files(environments: Iterable[Environment]) -> None:
+    """Put all values into files that take memory and have the plain layout.
 
     Another layout may make a kernel round in another order, and a file would change it.
     """
-    return WeightStore().put(value) if held_bytes(value) and value.is_contiguous() else value
+    for environment in environments:
+        for node, value in environment.items():
+            if held_bytes(value) and value.is_contiguous():
+                environment[node] = WeightStore().put(value)

@@ -120,6 +120,7 @@ class _Sweep:
                 if source in self.fixed:
                     self._constant(source, self.constants)
         last = segment[-1]
+        everyone = [*environments, *floats]
         for environment in environments:
             for node in segment:
                 environment[node] = compute(self.gm, node, _Layered(environment, self.constants))
@@ -128,16 +129,16 @@ class _Sweep:
                     self.observe(node, environment[node])
                 if node is not last:
                     self._drop(node, environment)
-            self._spill(environment)
+            self._spill(environment, everyone)
         for environment in floats:
             for node in segment:
                 environment[node] = self._float_value(node, environment)
                 if node is not last:
                     self._drop(node, environment)
-            self._spill(environment)
+            self._spill(environment, everyone)
         if last in self.pauses:
             self._show(last, environments, floats)
-        for environment in (*environments, *floats):
+        for environment in everyone:
             self._drop(last, environment)
 
     def _show(
@@ -155,15 +156,12 @@ class _Sweep:
         for source in self.freed.get(node, ()):
             environment.pop(source, None)
 
-    def _spill(self, environment: Environment) -> None:
-        """Move this batch's values to files while those of all batches take too much memory."""
-        waiting = sum(spill.held_bytes(value) for value in environment.values())
-        self.held_bytes[id(environment)] = waiting
-        if sum(self.held_bytes.values()) <= spill.SPILL_BYTES:
-            return
-        for node, value in environment.items():
-            environment[node] = spill.to_file(value)
-        self.held_bytes[id(environment)] = 0
+    def _spill(self, changed: Environment, everyone: Sequence[Environment]) -> None:
+        """Move the values of all batches to files where they take too much memory."""
+        self.held_bytes[id(changed)] = sum(spill.held_bytes(v) for v in changed.values())
+        if sum(self.held_bytes.values()) > spill.SPILL_BYTES:
+            spill.to_files(everyone)
+            self.held_bytes.clear()
 
     def _constant(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         """The value of a node that no input reaches; computed once a block."""
