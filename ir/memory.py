@@ -30,6 +30,11 @@ def return_large_blocks() -> None:
 def release_free_memory() -> None:
     """Return what is not in use any more: graphs are cyclic, so Python must look for them."""
     gc.collect()
+    return_free_pages()
+
+
+def return_free_pages() -> None:
+    """Return the pages of free blocks, wherever in the heap; does nothing without glibc."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

@@ -1,8 +1,9 @@
 """Values that wait between blocks, in memory or, where all of them take too much, in files.
 
-Many go at once: a mapping's own few bytes, made while the value that it copies still lies in the
-heap, would end up beside it, and keep the C library from giving out that place again. One value at
-a time, a compile grew by as much as it spilled.
+What they leave in the heap goes back to the system at once. The C library could give out little
+of it again: a few bytes that stay, such as those of a mapping, lie between one freed block and the
+next, and a block of the same size with an alignment no longer fits. A compile grew by as much as it
+spilled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from panguq.ir.interpret import Environment
+from panguq.ir.memory import return_free_pages
 from panguq.ir.weight_store import WeightStore
 
 SPILL_BYTES = 1 << 28
@@ -35,3 +37,4 @@ def to_files(environments: Iterable[Environment]) -> None:
         for node, value in environment.items():
             if held_bytes(value) and value.is_contiguous():
                 environment[node] = WeightStore().put(value)
+    return_free_pages()

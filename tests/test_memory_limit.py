@@ -1,9 +1,6 @@
 """A compile's memory follows from a block and a vocabulary's slice, not from the model."""
 
 import json
-import os
-import re
-import threading
 import time
 from pathlib import Path
 
@@ -12,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from panguq.cli import main
-from panguq.ir.memory import release_free_memory, return_large_blocks
+from panguq.ir.memory import return_large_blocks
 from tests.model_folders import TEXT, make_folder, make_model
+from tests.peak_memory import peak_mib
 
 torch.set_num_threads(1)
 VOCABULARY, HIDDEN, LAYERS = 90_000, 640, 1
@@ -36,45 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "model" / "config.json").write_text(json.dumps(config))
     (place / "text.txt").write_text(TEXT)
     return place
-
-
-def anonymous_mib() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
-def peak_mib(run) -> float:
-    """How much anonymous memory `run` adds at its peak, in a process of its own."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reader)
-            release_free_memory()  # else a run may live on what its parent has freed
-            start = peak = anonymous_mib()
-            done = threading.Event()
-
-            def sample() -> None:
-                nonlocal peak
-                while not done.wait(0.005):
-                    peak = max(peak, anonymous_mib())
-
-            thread = threading.Thread(target=sample)
-            thread.start()
-            code = run()
-            done.set()
-            thread.join()
-            os.write(writer, f"{code} {peak - start}".encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        code, peak = pipe.read().split()
-    os.waitpid(child, 0)
-    assert code == "0"
-    return float(peak)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

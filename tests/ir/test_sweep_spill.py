@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import fx
 
 from panguq.ir import spill
+from panguq.ir.interpret import Environment
+from panguq.ir.memory import return_large_blocks
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.sweep import sweep
 from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import linears, no_progress
 from tests.models import canonical, family_context
+from tests.peak_memory import peak_mib
 
 Seen = dict[tuple[str, int], torch.Tensor]
 
@@ -65,3 +69,21 @@ def test_spilled_activations_give_the_same_bits(
     assert stored
     assert spilled.keys() == plain.keys()
     assert all(torch.equal(spilled[key], plain[key]) for key in plain)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_spilled_values_leave_no_memory_behind() -> None:
+    """As a sweep does it: blocks that live shortly, and one of each that is kept in a file."""
+
+    def spill_all() -> int:
+        return_large_blocks()
+        node, kept = fx.Graph().placeholder("x"), []
+        for _ in range(100):
+            block = [torch.ones(1 << 18) for _ in range(4)]
+            environment: Environment = {node: block[2]}
+            del block
+            spill.to_files([environment])
+            kept.append(environment)
+        return 0
+
+    assert peak_mib(spill_all) < 50  # of 100 that are spilled
