@@ -31,6 +31,7 @@ from torch import Tensor, fx
 from panguq.errors import InputError
 from panguq.ir.edit import get_tensor
 from panguq.ir.folded_weight import materialized
+from panguq.ir.memory import return_free_pages
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.row_slices import row_slices
@@ -116,6 +117,7 @@ def measure(
                         total += _weight_error(weight, sums.matmuls[node], scheme.weight, ratios)
                 result[group][index] += total / 2
         sums.clear()
+        return_free_pages()
 
     batches = [scored_batch(batch, gm) for batch in ctx.batches]
     reverse_sweep(gm, batches, group_of, score.gradient, observe, block_done, ctx.progress)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import label
+from panguq.ir.memory import return_free_pages
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.unit_folder import Finished
@@ -119,7 +120,9 @@ def _gradient_squares(
 
     batches = [scored_batch(batch, gm) for batch in ctx.batches]
     watched = [node for nodes in readers.values() for node in nodes]
-    reverse_sweep(gm, batches, watched, labels.gradient, observe, lambda: None, ctx.progress)
+    # Weights that are kept, between gradients that are not: the heap would grow block by block.
+    done = return_free_pages
+    reverse_sweep(gm, batches, watched, labels.gradient, observe, done, ctx.progress)
     return sums
 
 

@@ -14,6 +14,7 @@ from bench.peers.environments import GPTQMODEL
 from bench.peers.inputs import number_tokenizer, random_tokens
 from bench.peers.job import FIGURES, WEIGHTS, Job, Measurement
 from bench.peers.quality import load_dequantized, per_token_int8, round_inputs
+from bench.peers.quantize_panguq import recipe_of
 from bench.peers.rows import GROUP_SIZES, METHODS, rows
 from bench.peers.table import tables
 from tests.models import VOCAB, make_model
@@ -81,6 +82,14 @@ def test_rows_can_be_chosen_and_all_have_a_group_size_and_a_title() -> None:
     assert {row.method for row in every} == set(METHODS)
     chosen = rows(models=["smollm2"], methods=["gptq"], peers=["GPTQModel"])
     assert [row.name for row in chosen] == ["smollm2/gptq/GPTQModel"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_recipe_with_the_groups_of_the_row(method: str) -> None:
+    recipe = recipe_of(method, 64)
+    (scheme,) = recipe.schemes.values()
+    bits = {"w8a8": "W8A8", "w8a8-dynamic": "W8A8_DYNAMIC", "awq-asym": "W4A16_ASYM-g64"}
+    assert scheme == bits.get(method, "W4A16-g64")
 
 
 def test_a_failing_peer_makes_a_row_that_says_why(tmp_path: Path) -> None:

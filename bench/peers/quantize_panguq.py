@@ -15,19 +15,23 @@ from panguq.evaluate import logits_of, weight_figures
 from panguq.recipe import Recipe
 
 
-def recipe_of(job: Job) -> Recipe:
-    """The built-in recipe of the method; 4-bit weights in groups of the job's size."""
-    if job.method.startswith("w8a8"):
-        return Recipe.named(job.method)
-    recipe = Recipe.named(f"w4a16-{job.method}")
-    return recipe.with_schemes({"*": f"W4A16-g{job.group_size}"})
+def recipe_of(method: str, group_size: int) -> Recipe:
+    """The built-in recipe of the method; 4-bit weights in groups of this size."""
+    if method.startswith("w8a8"):
+        return Recipe.named(method)
+    scheme = f"W4A16-g{group_size}"
+    if method == "gptq-plain":
+        return Recipe.of({"schemes": {"*": scheme}, "passes": ["insert-fake-quant", "gptq"]})
+    if method == "awq-asym":
+        return Recipe.named("w4a16-awq").with_schemes({"*": f"{scheme}-asym"})
+    return Recipe.named(f"w4a16-{method}").with_schemes({"*": scheme})
 
 
 def main() -> None:
     """Compile for the CPU, lowering included, then evaluate."""
     job = Job.from_command_line()
     measurement = Measurement(job, ("panguq",))
-    recipe, windows = recipe_of(job), job.windows()
+    recipe, windows = recipe_of(job.method, job.group_size), job.windows()
     model = measurement.load(lambda: panguq.load_pretrained(job.model))
     options: dict[str, Any] = {"recipe": recipe.to_data()}
 
