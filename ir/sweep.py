@@ -19,6 +19,7 @@ from panguq.ir import spill
 from panguq.ir.blocks import blocks
 from panguq.ir.edit import label
 from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite, without_inputs
+from panguq.ir.memory import return_free_pages
 
 Observe = Callable[[fx.Node, Tensor], None]
 Progress = Callable[[str, int, int], None]
@@ -190,6 +191,7 @@ class _Sweep:
     def _end_block(self, step: list[fx.Node]) -> None:
         self.constants.clear()
         self.float_constants.clear()
+        return_free_pages()
         self.done.update(step)
         for node in [n for n in self.chosen if self.done.issuperset(n.users)]:
             del self.chosen[node]
