@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from panguq.evaluate import evaluate, logits_of
-from panguq.export.checkpoint_graph import QuantizedLinear, read_checkpoint_graph
+from panguq.export.checkpoint_graph import read_checkpoint_graph
+from panguq.export.quantized_linear import QuantizedLinear
 
 panguq = torch.ops.panguq
 TOKENS = 8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from panguq.export.ascend_v1_tensors import linear_entries
-from panguq.export.checkpoint_graph import QuantizedLinear, _read_linear
+from panguq.export.quantized_linear import QuantizedLinear, read_linear
 from panguq.ir.edit import clone
 from panguq.ir.interpret import run
 from panguq.ir.properties import Property
@@ -58,7 +58,7 @@ def both(
     ctx = tiny_context(interface, inputs(k, dtype, 4, 16))
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant(), QuantizeWeights())
     node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
-    linear = _read_linear(gm, path, node)
+    linear = read_linear(gm, path, node)
     lowered = clone(gm)
     run_pipeline(lowered, [LowerMatmuls("ascend910b1")], ctx, held=HELD)
     stored = {e.name.removeprefix(f"{path}."): e.output.make() for e in linear_entries(linear)}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from panguq.errors import StorageError
 from panguq.export.ascend_v1 import save_ascend_v1
 from panguq.export.ascend_v1_read import FakeQuantLinear, load_ascend_v1
-from panguq.export.checkpoint_graph import QuantizedLinear, read_checkpoint_graph
+from panguq.export.checkpoint_graph import read_checkpoint_graph
+from panguq.export.quantized_linear import QuantizedLinear
 from tests.export.ascend_reference import reference, sqnr_db
 from tests.export.check_folders import GATE, LAYER, VOCAB, Q, ascend
 from tests.export.test_ascend_v1 import IDS, SIZES, compiled

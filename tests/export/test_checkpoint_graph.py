@@ -13,12 +13,8 @@ import transformers
 from torch import nn
 
 import panguq
-from panguq.export.checkpoint_graph import (
-    FAKE_QUANT,
-    CheckpointGraph,
-    ExportError,
-    read_checkpoint_graph,
-)
+from panguq.export.checkpoint_graph import FAKE_QUANT, CheckpointGraph, read_checkpoint_graph
+from panguq.export.quantized_linear import ExportError
 from panguq.ir.edit import call, clone, tensor_node
 from panguq.report.local_sqnr import sqnr_db
 from tests.models import CONFIGS, shared_model, token_ids

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import panguq
 from panguq.errors import StorageError
-from panguq.export.checkpoint_graph import ExportError, read_checkpoint_graph
+from panguq.export.checkpoint_graph import read_checkpoint_graph
 from panguq.export.compressed_tensors import packed, save_compressed_tensors
+from panguq.export.quantized_linear import ExportError
 from panguq.kernels.packing import pack_int4
 from tests.model_folders import SIZES, make_folder, make_tokenizer
 from tests.model_folders import make_model as make_llama

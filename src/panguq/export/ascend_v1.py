@@ -21,12 +21,8 @@ import torch
 from panguq.compiled_model import CompiledCausalLM
 from panguq.export.ascend_v1_tensors import FLOAT, TYPES, Entry, float_entry, linear_entries
 from panguq.export.checkpoint_folder import SHARD_BYTES, marked, write_checkpoint
-from panguq.export.checkpoint_graph import (
-    CheckpointGraph,
-    ExportError,
-    QuantizedLinear,
-    read_checkpoint_graph,
-)
+from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
+from panguq.export.quantized_linear import ExportError, QuantizedLinear
 from panguq.export.server_rules import W4A8_GROUP, Server, support, too_large
 from panguq.tokenizer_files import tokenizer_files
 

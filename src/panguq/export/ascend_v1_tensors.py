@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from panguq.export.checkpoint_folder import Output
-from panguq.export.checkpoint_graph import ExportError, QuantizedLinear
+from panguq.export.quantized_linear import ExportError, QuantizedLinear
 from panguq.export.server_rules import W4A8_GROUP
 from panguq.lowering.ascend_calls import LARGEST_INT32_BIAS
 

@@ -18,65 +18,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from panguq.compiled_model import CompiledCausalLM
-from panguq.errors import PanguqError
+from panguq.export.quantized_linear import (
+    ExportError,
+    QuantizedLinear,
+    codes_of,
+    read_linear,
+    reads_float,
+)
 from panguq.ir.edit import get_tensor, label, module_path
-from panguq.ir.quant_spec import SCHEMES, Scheme
-from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 
 FAKE_QUANT = "fake-quant"
 LINEAR = aten.linear.default
-
-
-class ExportError(PanguqError):
-    """A compiled model that a format, or what loads it, cannot express."""
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedLinear:
-    """A linear of the source model with quantized weights: `x @ W.T + bias`, W `[n, k]`.
-
-    `W = (codes - weight_zero_point) * weight_scale`, one scale for `group_size` inputs (k: one
-    for each output), computed in float32 and rounded to `dtype`, the model's own. A symmetric scale
-    may be negative. `input_scale` float32 `[1]` and `input_zero_point` int32 `[1]` belong to static
-    activations alone; linears that read one tensor have them in common.
-    """
-
-    path: str
-    scheme: Scheme
-    stored: Tensor
-    """As the graph has them: int8 `[n, k]`, or two 4-bit codes a byte, uint8 `[n, k / 2]`."""
-    weight_scale: Tensor
-    """Float32, or bfloat16 for 4-bit codes, `[n, k / group_size]`."""
-    weight_zero_point: Tensor | None
-    """int8 `[n, k / group_size]`; None where the scheme is symmetric."""
-    group_size: int
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
-    bias: Tensor | None
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[n, k] of the weight."""
-        n, width = self.stored.shape
-        return n, width * 2 if self.stored.dtype == torch.uint8 else width
-
-    def codes(self) -> Tensor:
-        """The weight's codes, int8 `[n, k]`; a new tensor where they are stored in pairs."""
-        return panguq.unpack_int4(self.stored) if self.stored.dtype == torch.uint8 else self.stored
-
-    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight that panguq computes with, `[n, k]` in the model's dtype (or another)."""
-        return panguq.dequantize_weight(
-            self.codes(),
-            self.weight_scale,
-            self.weight_zero_point,
-            self.group_size,
-            dtype or self.dtype,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +75,7 @@ def read_checkpoint_graph(model: Any) -> CheckpointGraph:
     _refuse_split(by_path)
     _refuse_quantized_values(gm)
     nodes = {path: same[0] for path, same in by_path.items()}
-    quantized = {p: _read_linear(gm, p, n) for p, n in nodes.items() if not _reads_float(n)}
+    quantized = {p: read_linear(gm, p, n) for p, n in nodes.items() if not reads_float(n)}
     _check_modules(skeleton, quantized.values())
     weights, is_tied = _float_weights(gm, skeleton, quantized)
     return CheckpointGraph(
@@ -171,94 +126,6 @@ def _refuse_quantized_values(gm: fx.GraphModule) -> None:
             f"{_listed(rounded)}: quantized, and read by something else than a matmul",
             "compile without quantize-kv-cache, and let the server quantize its cache",
         )
-
-
-# --- one linear --------------------------------------------------------------------------------
-
-
-def _reads_float(node: fx.Node) -> bool:
-    return node.args[1].op == "get_attr"  # type: ignore[union-attr]
-
-
-def _read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear:
-    source, weight, *rest = node.args
-    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
-    if weight.target is not panguq.dequantize_weight.default:
-        raise _unknown(path, weight)
-    codes, scale, zero_point, group_size, dtype = weight.args
-    assert isinstance(codes, fx.Node) and isinstance(group_size, int)
-    assert isinstance(dtype, torch.dtype)
-    if codes.target is panguq.unpack_int4.default:
-        codes = codes.args[0]
-    if codes.op != "get_attr":  # type: ignore[union-attr]
-        if codes.target is not panguq.quantize_weight.default:  # type: ignore[union-attr]
-            raise _unknown(path, codes)  # type: ignore[arg-type]
-        raise ExportError(
-            f"{path}: its weight is not stored as codes yet",
-            "put quantize-weights at the end of the recipe's passes",
-        )
-    input_scale, input_zero_point = _static_input(gm, path, source)
-    bias = rest[0] if rest else None
-    linear = QuantizedLinear(
-        path=path,
-        scheme=node.meta.get("scheme", SCHEMES["FLOAT"]),
-        stored=_stored(gm, codes),
-        weight_scale=_stored(gm, scale),
-        weight_zero_point=None if zero_point is None else _stored(gm, zero_point),
-        group_size=group_size,
-        input_scale=input_scale,
-        input_zero_point=input_zero_point,
-        bias=None if bias is None else _stored(gm, bias),
-        dtype=dtype,
-    )
-    _check_scheme(linear, source)
-    return linear
-
-
-def _stored(gm: fx.GraphModule, node: Any) -> Tensor:
-    return get_tensor(gm, str(node.target))
-
-
-def _static_input(
-    gm: fx.GraphModule, path: str, source: fx.Node
-) -> tuple[Tensor | None, Tensor | None]:
-    codes = _codes_of(source)
-    if codes is None or codes.target is operator.getitem:
-        return None, None
-    if codes.target is not panguq.quantize_per_tensor.default:
-        raise _unknown(path, codes)
-    return _stored(gm, codes.args[1]), _stored(gm, codes.args[2])
-
-
-def _codes_of(source: fx.Node) -> fx.Node | None:
-    """The codes that a linear's input was dequantized from, if it was."""
-    is_quantized = source.target is panguq.dequantize.default
-    return source.args[0] if is_quantized else None  # type: ignore[return-value]
-
-
-def _check_scheme(linear: QuantizedLinear, source: fx.Node) -> None:
-    """The scheme that passes noted must be what the graph computes, since formats name it."""
-    weight, activation = linear.scheme.weight, linear.scheme.activation
-    codes = _codes_of(source)
-    agrees = (
-        weight is not None
-        and (weight.bits == 4) == (linear.stored.dtype == torch.uint8)
-        and weight.symmetric == (linear.weight_zero_point is None)
-        and (activation is None) == (codes is None)
-        and (activation is None or activation.dynamic == (linear.input_scale is None))
-    )
-    if not agrees:
-        raise ExportError(
-            f"{linear.path}: the graph does not compute its scheme, {linear.scheme.name}",
-            "a pass changed the one and not the other",
-        )
-
-
-def _unknown(path: str, node: fx.Node) -> ExportError:
-    return ExportError(
-        f"{path}: no checkpoint can express {node.name} ({node.target})",
-        "compile without the pass that put it there",
-    )
 
 
 # --- against the architecture -------------------------------------------------------------------
@@ -361,7 +228,7 @@ def _fused(nodes: Mapping[str, fx.Node]) -> tuple[tuple[str, ...], ...]:
     readers: dict[Any, list[str]] = defaultdict(list)
     for path, node in nodes.items():
         source: Any = node.args[0]
-        codes = _codes_of(source)
+        codes = codes_of(source)
         if codes is not None:
             source = codes.args[0]
             if codes.target is operator.getitem:  # (codes, scale) of quantize_per_token

@@ -38,13 +38,9 @@ from torch.nn import functional
 
 from panguq.compiled_model import CompiledCausalLM
 from panguq.export.checkpoint_folder import SHARD_BYTES, Output, marked, write_checkpoint
-from panguq.export.checkpoint_graph import (
-    CheckpointGraph,
-    ExportError,
-    QuantizedLinear,
-    read_checkpoint_graph,
-)
+from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
 from panguq.export.compressed_tensors_config import group_of, quantization_config
+from panguq.export.quantized_linear import ExportError, QuantizedLinear
 from panguq.export.server_rules import Format, Server, support
 from panguq.tokenizer_files import tokenizer_files
 

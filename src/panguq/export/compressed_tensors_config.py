@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from panguq.export.checkpoint_graph import ExportError, QuantizedLinear
+from panguq.export.quantized_linear import ExportError, QuantizedLinear
 from panguq.ir.quant_spec import QuantSpec
 
 Format = Literal["int-quantized", "pack-quantized"]
