@@ -85,7 +85,7 @@ class BiLlm(SolveWeights):
         n, k = problem.weight.shape
         hessian = gram(problem.inputs)
         order = block_order(hessian.diagonal(), self.block_size, self.act_order)
-        factor = inverse_factor(hessian[order][:, order], self.damping).factor
+        factor = inverse_factor(hessian, self.damping, order).factor
         salient_magnitudes = best_pair if self.residual == "joint" else residual_pair
         binarizer = Binarizer(
             n, order, factor.diagonal(), self.block_size, self.most_salient, salient_magnitudes

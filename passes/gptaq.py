@@ -55,7 +55,7 @@ class Gptaq(Gptq):
         """The codes of GPTAQ, or GPTQ's where those are better."""
         target = AsymmetricTarget.of(problem.inputs, problem.float_inputs)
         order = self.column_order(target.hessian.diagonal(), problem.group_size)
-        inverse = inverse_factor(target.hessian[order][:, order], self.damping)
+        inverse = inverse_factor(target.hessian, self.damping, order)
         factor = inverse.factor
         pull = (target.cross[order][:, order] @ factor.T).triu(1) @ factor * self.alpha
         plain, plain_db = self._attempt(problem, target, order, factor, None)

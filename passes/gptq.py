@@ -72,7 +72,7 @@ class Gptq(SolveWeights):
         """The codes of GPTQ; raises NumericsError if the inputs' second moments overflow."""
         hessian = gram(problem.inputs)
         order = self.column_order(hessian.diagonal(), problem.group_size)
-        inverse = inverse_factor(hessian[order][:, order], self.damping)
+        inverse = inverse_factor(hessian, self.damping, order)
         grid = self.grid(problem, hessian, order)
         solve_columns(problem.weight[:, order], inverse.factor, grid, self.block_size)
         solution = Solution(*grid.solution())

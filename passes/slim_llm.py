@@ -170,7 +170,7 @@ class MixedLoop:
     ) -> None:
         self.weight = problem.weight
         self.order = column_order(hessian.diagonal(), problem.group_size, act_order)
-        inverse = inverse_factor(hessian[self.order][:, self.order], damping)
+        inverse = inverse_factor(hessian, damping, self.order)
         self.factor, self.damping = inverse
         remaining = torch.empty(len(self.order))  # in the weight's own order
         remaining[self.order] = self.factor.diagonal().square().reciprocal().float()

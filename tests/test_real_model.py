@@ -5,6 +5,7 @@ Whole where its quality is the question, else its first layers.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,19 @@ from panguq.calibration import token_windows
 from panguq.evaluate import evaluate, logits_of, weight_figures
 from panguq.report.local_sqnr import sqnr_db
 from tests import smollm2
+from tests.export.onnx_values import perplexities_with_onnx
 
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[Any, Any, str]:
     return smollm2.load()
+
+
+@pytest.fixture(scope="module")
+def w8a8(whole) -> Any:
+    model, tokenizer, text = whole
+    calibration = token_windows(text[:100_000], tokenizer, 256, 4)
+    return panguq.compile(model, "w8a8", calibration=calibration)
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +41,26 @@ def test_the_tokenizer_splits_digits_as_the_model_was_trained(cut) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("in 2024").input_ids)[1:] == list("Ġ2024")
 
 
-def test_w8a8_keeps_the_model(whole) -> None:
+def test_w8a8_keeps_the_model(whole, w8a8) -> None:
     model, tokenizer, text = whole
-    calibration = token_windows(text[:100_000], tokenizer, 256, 4)
     # One rounding that falls the other way changes all that follows: fewer tokens are too noisy.
     held_out = token_windows(text[200_000:], tokenizer, 256, 8)
-    compiled = panguq.compile(model, "w8a8", calibration=calibration)
-    figures = weight_figures(compiled)
+    figures = weight_figures(w8a8)
     assert figures["static_share"] >= 0.9
     assert figures["bits_per_weight"] <= 8.8
-    fake_quant = compiled.at_stage("fake-quant")
-    models = {"lowered": logits_of(compiled), "fake-quant": logits_of(fake_quant)}
+    fake_quant = w8a8.at_stage("fake-quant")
+    models = {"lowered": logits_of(w8a8), "fake-quant": logits_of(fake_quant)}
     results = evaluate(models, held_out, logits_of(model))
     lowered, fake = (results[name]["perplexity"] for name in ("lowered", "fake-quant"))
     assert lowered == pytest.approx(fake, rel=0.01)
     assert lowered <= 1.05 * results["lowered"]["float_perplexity"]
+
+
+def test_w8a8_keeps_its_perplexity_in_onnxruntime(whole, w8a8, tmp_path: Path) -> None:
+    _, tokenizer, text = whole
+    held_out = token_windows(text[300_000:], tokenizer, 128, 2)
+    perplexity = perplexities_with_onnx(w8a8, tmp_path, held_out)
+    assert perplexity["onnx"] == pytest.approx(perplexity["pytorch"], rel=0.01)
 
 
 def test_weight_only_in_float32_is_the_fake_quant_model(cut) -> None:

@@ -10,6 +10,7 @@ import onnx
 import torch
 from torch import Tensor, fx
 
+from panguq.evaluate import Perplexity, evaluate, logits_of
 from panguq.export.onnx_run import OnnxModel
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.interface import Interface
@@ -65,3 +66,12 @@ def is_matmul(node: fx.Node) -> bool:
     """Whether a node multiplies activations with weights."""
     name = str(node.target)
     return "linear" in name or "matmul" in name or torch.ops.aten.linear.default is node.target
+
+
+def perplexities_with_onnx(compiled: Any, folder: Path, held_out: Tensor) -> dict[str, float]:
+    """Perplexity over token windows `[windows, seq]` in onnxruntime, "onnx", and in "pytorch"."""
+    compiled.export_onnx(folder / "model.onnx")
+    found = OnnxModel(folder / "model.onnx", compiled.interface)
+    models = {"onnx": lambda x: found.logits(x)[0], "pytorch": logits_of(compiled)}
+    results = evaluate(models, held_out, metrics=[Perplexity])
+    return {name: result["perplexity"] for name, result in results.items()}

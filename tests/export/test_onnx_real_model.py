@@ -9,7 +9,6 @@ import pytest
 
 import panguq
 from panguq.calibration import token_windows
-from panguq.evaluate import Perplexity, evaluate, logits_of
 from panguq.export.onnx_export import export_dump
 from panguq.export.onnx_run import OnnxModel
 from panguq.inputs import prepare
@@ -17,7 +16,7 @@ from panguq.ir.edit import label
 from panguq.report.dump_reader import DumpReader
 from panguq.report.local_sqnr import sqnr_db
 from tests import smollm2
-from tests.export.onnx_values import is_matmul, local_differences
+from tests.export.onnx_values import is_matmul, local_differences, perplexities_with_onnx
 
 
 @pytest.mark.parametrize(("recipe", "layers"), [("w8a8", smollm2.OUTLIER_LAYERS), ("w4a16", 4)])
@@ -45,15 +44,11 @@ def test_every_stage_exports_and_runs(recipe: str, layers: int, tmp_path: Path) 
     assert min(differences[name] for name in matmuls) >= 60
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w4a16"])
-def test_the_whole_model_keeps_its_perplexity(recipe: str, tmp_path: Path) -> None:
+def test_the_whole_model_keeps_its_perplexity(tmp_path: Path) -> None:
+    """W4A16; tests/test_real_model.py asks the same of W8A8."""
     model, tokenizer, text = smollm2.load()
     calibration = token_windows(text[:100_000], tokenizer, 64, 1)
-    compiled = panguq.compile(model, recipe, calibration=calibration)
-    compiled.export_onnx(tmp_path / "model.onnx")
-    found = OnnxModel(tmp_path / "model.onnx", compiled.interface)
-    models = {"onnx": lambda x: found.logits(x)[0], "pytorch": logits_of(compiled)}
+    compiled = panguq.compile(model, "w4a16", calibration=calibration)
     held_out = token_windows(text[300_000:], tokenizer, 128, 2)
-    results = evaluate(models, held_out, metrics=[Perplexity])
-    perplexity = {name: result["perplexity"] for name, result in results.items()}
+    perplexity = perplexities_with_onnx(compiled, tmp_path, held_out)
     assert perplexity["onnx"] == pytest.approx(perplexity["pytorch"], rel=0.01)

@@ -110,7 +110,7 @@ def slow_billm(given: WeightProblem, step: BiLlm) -> Tensor:
     w = given.weight.clone()
     hessian = gram(given.inputs)
     order = block_order(hessian.diagonal(), step.block_size, step.act_order)
-    u = inverse_factor(hessian[order][:, order], step.damping).factor
+    u = inverse_factor(hessian, step.damping, order).factor
     w, k = w[:, order], w.shape[1]
     result = torch.empty_like(w)
     for start in range(0, k, step.block_size):
