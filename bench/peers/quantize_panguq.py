@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import panguq
+from bench import accuracy_recipes
 from bench.peers.job import Job, Measurement
 from bench.peers.quality import float_model, quality
 from panguq.evaluate import logits_of, weight_figures
@@ -16,15 +17,12 @@ from panguq.recipe import Recipe
 
 
 def recipe_of(method: str, group_size: int) -> Recipe:
-    """The built-in recipe of the method; 4-bit weights in groups of this size."""
+    """The accuracy table's recipe of the method; 4-bit weights in groups of this size."""
     if method.startswith("w8a8"):
         return Recipe.named(method)
-    scheme = f"W4A16-g{group_size}"
-    if method == "gptq-plain":
-        return Recipe.of({"schemes": {"*": scheme}, "passes": ["insert-fake-quant", "gptq"]})
-    if method == "awq-asym":
-        return Recipe.named("w4a16-awq").with_schemes({"*": f"{scheme}-asym"})
-    return Recipe.named(f"w4a16-{method}").with_schemes({"*": scheme})
+    symmetric = method.removesuffix("-asym")
+    recipe = Recipe.of(accuracy_recipes.recipe_of(f"w4a16-{symmetric}"))
+    return recipe.with_schemes({"*": f"W4A16-g{group_size}{method.removeprefix(symmetric)}"})
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from bench.peers.environments import GPTQMODEL, LLM_COMPRESSOR, MSMODELSLIM, PAN
 GROUP_SIZES = {"smollm2": 64, "random": 128}
 METHODS = {
     "gptq": "GPTQ W4A16",
-    "gptq-plain": "GPTQ W4A16, tokens not weighed",
+    "plain-gptq": "GPTQ W4A16, tokens not weighed",
     "awq": "AWQ W4A16",
     "awq-asym": "AWQ W4A16 asymmetric",
     "w8a8-dynamic": "W8A8 dynamic",
@@ -19,13 +19,13 @@ METHODS = {
 }
 _PEERS: dict[tuple[str, str], tuple[Peer, ...]] = {
     ("smollm2", "gptq"): (PANGUQ, GPTQMODEL, LLM_COMPRESSOR),
-    ("smollm2", "gptq-plain"): (PANGUQ,),
+    ("smollm2", "plain-gptq"): (PANGUQ,),
     ("smollm2", "awq"): (PANGUQ, GPTQMODEL, LLM_COMPRESSOR),
     ("smollm2", "awq-asym"): (PANGUQ, GPTQMODEL, LLM_COMPRESSOR),
     ("smollm2", "w8a8-dynamic"): (PANGUQ, LLM_COMPRESSOR, MSMODELSLIM),
     ("smollm2", "w8a8"): (PANGUQ, MSMODELSLIM),
     ("random", "gptq"): (PANGUQ, GPTQMODEL, LLM_COMPRESSOR),
-    ("random", "gptq-plain"): (PANGUQ,),
+    ("random", "plain-gptq"): (PANGUQ,),
     ("random", "awq"): (PANGUQ, GPTQMODEL, LLM_COMPRESSOR),
 }
 
