@@ -49,7 +49,7 @@ class _CausalLM(nn.Module):
         past_keys: Tensor,
         past_values: Tensor,
     ) -> tuple[Tensor, ...]:
-        from panguq.kv_cache import layer_tensors, make_cache
+        from panguq.kv_cache import cache_argument, cache_of, layer_tensors, make_cache
 
         layers = zip(past_keys.unbind(0), past_values.unbind(0), strict=True)
         past = [tensor for pair in layers for tensor in pair]
@@ -57,11 +57,11 @@ class _CausalLM(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=make_cache(past),
             use_cache=True,
             logits_to_keep=logit_positions,
+            **{cache_argument(self.model.forward): make_cache(past)},
         )
-        return output.logits, *layer_tensors(output.past_key_values)
+        return output.logits, *layer_tensors(cache_of(output))
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:

@@ -158,8 +158,8 @@ def foreign_cache(kind: str) -> object:
         ("another model", "cache tensor 0 has shape .* expected"),
         ("a layer less", "the cache holds 2 tensors, the model needs 4"),
         ("layers of two lengths", "cache tensor 2 has shape"),
-        ("static", "past_key_values is a StaticCache"),
-        ("tuples", "past_key_values is a tuple"),
+        ("static", "is a StaticCache"),
+        ("tuples", "is a tuple"),
     ],
 )
 def test_a_foreign_cache_is_refused(kind, message) -> None:

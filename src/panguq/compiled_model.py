@@ -19,7 +19,7 @@ from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
 from panguq.ir.size_expression import evaluate, names_in
 from panguq.kernels.ascend.device import require_device
-from panguq.kv_cache import layer_tensors, make_cache, update_cache
+from panguq.kv_cache import cache_name, layer_tensors, make_cache, update_cache
 from panguq.lowering.on_device import on_device
 from panguq.lowering.prepack import prepack
 from panguq.lowering.specialize import specialize
@@ -228,14 +228,18 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool = True,
+        cache: Any = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[batch, kept, vocab]` and the grown cache for token ids `[batch, seq]`.
 
-        `past_key_values` is the cache that an earlier call returned (it is updated in place, as
-        transformers' models do); `attention_mask` `[batch, past + seq]`. Raises InputError for
-        what the graph cannot serve.
+        `cache` (`past_key_values` to transformers before 5.24; both names work) is what an earlier
+        call returned, and is updated in place, as transformers' models do; `attention_mask`
+        `[batch, past + seq]`. Raises InputError for what the graph cannot serve.
         """
+        if cache is not None and past_key_values is not None:
+            raise InputError("cache and past_key_values are both given", "they are one thing")
+        given = past_key_values if cache is None else cache
         refused = sorted(
             name for name, value in unused.items() if value is not None and value is not False
         )
@@ -244,12 +248,12 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
                 f"a compiled model does not take {', '.join(refused)}",
                 "its graph has token ids, mask, positions and cache as inputs",
             )
-        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+        if given is not None and not isinstance(given, DynamicCache):
             raise InputError(
-                f"past_key_values is a {type(past_key_values).__name__}",
+                f"{cache_name()} is a {type(given).__name__}",
                 "use transformers' DynamicCache, the default of generate",
             )
-        past = layer_tensors(past_key_values) if past_key_values is not None else []
+        past = layer_tensors(given) if given is not None else []
         inputs = prepare(
             self.interface,
             _on_cpu(input_ids),
@@ -261,12 +265,12 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
         )
         with torch.no_grad():
             logits, *grown = self.executable(*(x.to(self._device) for x in inputs.values()))
-        cache = None
-        if past_key_values is not None:
-            cache = update_cache(past_key_values, grown)
+        held = None
+        if given is not None:
+            held = update_cache(given, grown)
         elif use_cache is None or use_cache:
-            cache = make_cache(grown)
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+            held = make_cache(grown)
+        output = CausalLMOutputWithPast(**{"logits": logits, cache_name(): held})
         return output if return_dict else output.to_tuple()
 
 

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+
+@functools.cache
+def cache_name() -> str:
+    """What the installed transformers calls the cache in a model's output and in `generate`."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    names = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What this model's forward calls the cache, which for a user's own model may be another name
+    than transformers'."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), cache_name())
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model returned, under either name."""
+    return getattr(output, cache_name())
 
 
 def make_cache(tensors: Sequence[Tensor]) -> Any:
