@@ -183,3 +183,26 @@ def tiny_context(interface: Interface, *batches: Tensor) -> PassContext:
     given = [{name: batch} for batch in batches]
     ctx = PassContext(interface, WeightStore())
     return replace(ctx, batches=given, probe=given[0] if given else None)
+
+
+class TinyModel(nn.Module):
+    """The least that most passes rewrite: embedding, one normed and gated MLP, head.
+
+    ids `[batch, seq]` to logits `[batch, seq, 96]`.
+    """
+
+    def __init__(self, hidden: int = 64, inner: int = 128) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, hidden)
+        self.mlp_norm = nn.RMSNorm(hidden, eps=1e-6)
+        self.gate = nn.Linear(hidden, inner, bias=False)
+        self.up = nn.Linear(hidden, inner, bias=False)
+        self.down = nn.Linear(inner, hidden, bias=False)
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        self.head = nn.Linear(hidden, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = self.mlp_norm(x)
+        x = x + self.down(functional.silu(self.gate(y)) * self.up(y))
+        return self.head(self.norm(x))
