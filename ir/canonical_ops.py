@@ -1,7 +1,7 @@
 """The ops that canonicalize raises tracing patterns into: one spelling per thing.
 
 Each computes in float32 what the model's own modules compute (float64 stays float64), and
-returns the dtype of its first argument.
+returns the dtype of its first argument; `rms_norm` with a wider weight returns the weight's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _wide(x: Tensor) -> Tensor:
 
 @define_op(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    fake=lambda x, weight, eps: torch.empty_like(x),
+    fake=lambda x, weight, eps: torch.empty_like(x, dtype=torch.result_type(x, weight)),
 )
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * (x / sqrt(mean(x^2) + eps))` over the last axis; x `[..., k]`, weight `[k]`."""
@@ -59,7 +59,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _attention_fake(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    batch, heads, seq, _ = query.shape
+    return query.new_empty((batch, seq, heads, value.shape[-1])).transpose(1, 2)
 
 
 @define_op(
@@ -72,8 +73,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
     query `[batch, heads, seq, d]`; key and value `[batch, kv_heads, total, d]` with heads a
     multiple of kv_heads; mask broadcastable to `[batch, heads, seq, total]`, boolean (True
     attends) or additive. A mask without elements stands for plain causal attention: query i
-    attends to the keys 0 ... total - seq + i.
+    attends to the keys 0 ... total - seq + i. The result is laid out as `[batch, seq, heads, d]`,
+    as the next matmul reads it.
     """
+    result = _attention(query, key, value, mask, scale)
+    return result.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     seq, total = query.shape[2], key.shape[2]
     if mask.numel() == 0:

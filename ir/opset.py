@@ -2,7 +2,7 @@
 
 An op of panguq is a schema, a body and a fake. The body is the op's meaning: it runs on any
 device PyTorch knows, so that every graph at every stage runs on a plain CPU. The fake gives
-shape and dtype of the result without computing it.
+shape, dtype and strides of the result without computing it.
 
 Files name ops as text (`aten.mm.default`); `resolve` maps such a name to the op and to nothing
 else: what is not listed here cannot be reached from a file.
@@ -29,7 +29,8 @@ def define_op(schema: str, fake: Body, namespace: str = "panguq") -> Callable[[B
     """Register an op; the decorated function becomes its body and the name its OpOverload.
 
     `schema` is PyTorch's, without a namespace: `"swiglu(Tensor gate, Tensor up) -> Tensor"`.
-    `fake` takes the same arguments and returns empty tensors of the right shape and dtype.
+    `fake` takes the same arguments and returns empty tensors of the right shape, dtype and strides,
+    for inputs in any layout: torch.compile plans memory by them.
     """
     library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
 

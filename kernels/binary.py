@@ -35,6 +35,7 @@ def dequantize_binary(
     large of its other columns, then small and large of its salient ones; salient int8 [1, k], not
     zero for salient columns. Returns `dtype` [n, k], each value rounded once.
     """
+    codes = codes.contiguous()
     blocks = torch.arange(codes.shape[1], device=codes.device) // block_size
     small = blocks * MAGNITUDES_PER_BLOCK + 2 * (salient[0] != 0)
     stored = magnitudes.to(dtype)

@@ -39,6 +39,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """uint8 [n, k / 2] -> int8 [n, k] with values in [-8, 7], the inverse of `pack_int4`."""
     # Every byte 0xHL becomes the 16-bit word 0x0H0L: on a little-endian machine its two bytes are
     # the nibbles in order. Many times faster than writing even and odd columns separately.
+    packed = packed.contiguous()
     codes = packed.new_empty((packed.shape[0], packed.shape[1] * 2), dtype=torch.int8)
     for rows in row_slices(packed):
         words = packed[rows].bitwise_xor(0x88).to(torch.int16)

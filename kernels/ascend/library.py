@@ -8,11 +8,13 @@ first; a torch_npu imported by hand must be imported before this package.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 from panguq.ir.opset import admit
@@ -43,12 +45,13 @@ _npu_ops: dict[OpOverload, NpuOp] = {}
 
 
 def define_npu_op(
-    schema: str, fake: Function, *, contract: Contract
+    schema: str, fake: Function, *, contract: Contract, keeps_strides: bool = False
 ) -> Callable[[Function], OpOverload]:
     """Register an op of torch_npu; the decorated function is its body for CPU tensors.
 
     `schema` is torch_npu's without the namespace. The name becomes the OpOverload, as with
-    `panguq.ir.opset.define_op`.
+    `panguq.ir.opset.define_op`. Results are contiguous, unless `keeps_strides`: then they are what
+    the body makes.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -57,7 +60,7 @@ def define_npu_op(
         defined_here = not torch._C._jit_get_schemas_for_operator(qualified)
         if defined_here:
             _library.define(schema)
-        _library.impl(name, body, "CPU")
+        _library.impl(name, body if keeps_strides else _contiguous(body), "CPU")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta"):
             torch.library.register_fake(qualified, fake, lib=_library)
         op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -66,6 +69,19 @@ def define_npu_op(
         return admit(op)
 
     return register
+
+
+def _contiguous(body: Function) -> Function:
+    """`body` with contiguous results whatever its inputs' layout, as NPU kernels have."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = body(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return result.contiguous()
+        return tuple(tensor.contiguous() for tensor in result)
+
+    return run
 
 
 def npu_op(op: OpOverload) -> NpuOp:

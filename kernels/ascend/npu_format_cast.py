@@ -48,6 +48,7 @@ def _fake(
     " int? input_dtype=None) -> Tensor",
     _fake,
     contract=_contract,
+    keeps_strides=True,
 )
 def npu_format_cast(
     input: Tensor,

@@ -62,7 +62,7 @@ def _contract(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Iterator[F
 
 
 def _fake(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input), _rstd_like(input, gamma)
+    return input.new_empty(input.shape), _rstd_like(input, gamma)
 
 
 @define_npu_op(
@@ -103,7 +103,7 @@ def _add_contract(
 def _add_fake(
     x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x1), _rstd_like(x1, gamma), torch.empty_like(x1)
+    return x1.new_empty(x1.shape), _rstd_like(x1, gamma), x1.new_empty(x1.shape)
 
 
 @define_npu_op(

@@ -46,7 +46,7 @@ def dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     scale is 0 or subnormal has codes 0. Raises LoweringError.
     """
     _check(x)
-    values = x.to(torch.float32)
+    values = x.contiguous().to(torch.float32)
     scale = values.abs().amax(dim=-1).div_(LARGEST_CODE)
     # A subnormal scale has few digits: a quotient could be beyond 127.
     divisor = torch.where(scale >= SMALLEST_NORMAL, scale, torch.inf).unsqueeze(-1)

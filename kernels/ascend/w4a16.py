@@ -95,7 +95,7 @@ def dequantize(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size:
     weight int32 [k, n / 8]; scale and offset float16 or bfloat16 [ceil(k / group_size), n], or
     [n] with `group_size` 0.
     """
-    values = unpack_int4(weight.view(torch.uint8)).to(torch.float32)
+    values = unpack_int4(weight.contiguous().view(torch.uint8)).to(torch.float32)
     groups = values.split(group_size) if group_size else (values,)
     scales = scale.to(torch.float32).reshape(len(groups), -1)
     offsets = None if offset is None else offset.to(torch.float32).reshape(len(groups), -1)

@@ -33,7 +33,7 @@ def refusal(m: int | None, n: int, k: int, group_size: int) -> str | None:
 
 
 def _fake_int4_kernel_weight(packed: Tensor) -> Tensor:
-    return torch.empty_like(packed)
+    return packed.new_empty(packed.shape)
 
 
 @define_op(
@@ -43,6 +43,7 @@ def _fake_int4_kernel_weight(packed: Tensor) -> Tensor:
 )
 def int4_kernel_weight(packed: Tensor) -> Tensor:
     """Canonical int4 weight -> the kernel's layout: uint8 [n, k / 2] both, the same nibbles + 8."""
+    packed = packed.contiguous()
     arranged = torch.empty_like(packed)
     for rows in row_slices(packed, ROWS_PER_BLOCK):
         codes = unpack_int4(packed[rows]).to(torch.int32).add_(8)
@@ -119,7 +120,10 @@ def int4_linear(
         stored = (packed, scale, zero_point, group_size)
         return dequantize_and_multiply(x, *stored, bias, torch.bfloat16)
     result = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        tokens.to(torch.bfloat16), kernel_weight, group_size, kernel_scales
+        tokens.to(torch.bfloat16).contiguous(),
+        kernel_weight.contiguous(),
+        group_size,
+        kernel_scales.contiguous(),
     ).to(torch.float32)
     if bias is not None:
         result.add_(bias)
