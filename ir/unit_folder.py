@@ -1,30 +1,32 @@
 """Finished parts of a compile in a folder, so that a killed one can go on where it stopped.
 
+    PANGUQ_WORK                           says that the folder is panguq's (`claimed_folder.py`)
     compile.json                          what is compiled, how, and from which data
     units/<pass>/<unit>/facts.json        a finished unit: written last, so whole if it is there
     units/<pass>/<unit>/<n>.safetensors   its n-th large tensor
     units/<pass>/<unit>/small.safetensors its other tensors
 
 A large tensor has a file of its own, in the very bytes in which a saved model would hold it alone,
-so that saving need not write it again. The files survive the death of the process, not of the
-system: they are not forced to disk.
+so that saving need not write it again. The files are not forced to disk: what a dying system leaves
+half written has another checksum than `facts.json` says, and is refused.
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from torch import Tensor
 
 from panguq.errors import StorageError
+from panguq.ir.claimed_folder import ClaimedFolder, delete, writing
 from panguq.weight_files import ALONE_BYTES, read_alone, read_mapped, write_tensors
 
 KEY = "compile.json"
@@ -32,7 +34,9 @@ FACTS = "facts.json"
 SMALL = "small.safetensors"
 UNITS = "units"
 TEMPORARY = "temporary"
-OWN = {KEY, UNITS, TEMPORARY}
+OWN = frozenset({KEY, UNITS, TEMPORARY})
+LONGEST_NAME = 200  # bytes of a file's name; most systems take 255
+_READ_BYTES = 8 << 20
 Facts = Mapping[str, str | int | float | bool | None]
 
 
@@ -52,27 +56,9 @@ class UnitFolder:
     """
 
     def __init__(self, path: Path, in_memory_bytes: int = 1 << 14) -> None:
-        self.path = path.resolve()
         self.in_memory_bytes = in_memory_bytes
-        if self.path.exists() and not self.path.is_dir():
-            raise StorageError(f"{self.path} is a file", "choose another folder to work in")
-        if self.path.is_dir() and {p.name for p in self.path.iterdir()} - OWN:
-            raise StorageError(
-                f"{self.path} holds something else than a compile's parts",
-                "choose another folder to work in, or an empty one",
-            )
-        with _writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._handle)
-            raise StorageError(
-                f"{self.path} is in use by another compile", "choose another folder to work in"
-            ) from error
-        except OSError:
-            pass  # some network file systems cannot lock
+        self._claimed = ClaimedFolder(path, OWN)
+        self.path = self._claimed.path
         self.temporary = self.path / TEMPORARY
         self.found = 0
 
@@ -84,13 +70,13 @@ class UnitFolder:
         text = json.dumps(dict(key), indent=1, sort_keys=True)
         old = _read_key(self.path / KEY)
         changed = tuple(sorted(k for k in {*key, *old} if key.get(k) != old.get(k))) if old else ()
-        with _writing(self.path):
+        with writing(self.path):
             if not old or changed:
                 # The key first: units without one are no one's, and are dropped the next time.
                 (self.path / KEY).unlink(missing_ok=True)
                 shutil.rmtree(self.path / UNITS, ignore_errors=True)
                 (self.path / KEY).write_text(text, encoding="utf-8")
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            delete(self.temporary)
             self.temporary.mkdir()
         return changed
 
@@ -99,6 +85,7 @@ class UnitFolder:
         folder = self._folder(unit)
         if not (folder / FACTS).is_file():
             return None
+        _check(folder)
         self.found += 1
         return self._read(folder)
 
@@ -111,15 +98,16 @@ class UnitFolder:
         large = [name for name, tensor in done.tensors.items() if tensor.nbytes >= ALONE_BYTES]
         small = {name: done.tensors[name] for name in done.tensors if name not in large}
         order = {"names": list(done.tensors), "large": large, "facts": dict(done.facts)}
-        with _writing(self.path):
+        with writing(self.path):
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 folder.mkdir(parents=True)
                 for number, name in enumerate(large):
                     write_tensors(folder / f"{number}.safetensors", {name: done.tensors[name]})
                 write_tensors(folder / SMALL, small)
+                files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
                 partial = folder / f"{FACTS}.partial"
-                partial.write_text(json.dumps(order), encoding="utf-8")
+                partial.write_text(_signed({**order, "files": files}), encoding="utf-8")
                 partial.rename(folder / FACTS)
             except OSError:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -127,6 +115,7 @@ class UnitFolder:
         return self._read(folder)
 
     def _read(self, folder: Path) -> Finished:
+        """The unit in this folder; its files were checked, or have just been written."""
         try:
             order = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             found = {name: self._short(t) for name, t in read_mapped(folder / SMALL).items()}
@@ -134,24 +123,32 @@ class UnitFolder:
                 found[name] = read_alone(folder / f"{number}.safetensors", name)
             return Finished({name: found[name] for name in order["names"]}, order["facts"])
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise StorageError(
-                f"{folder}: a damaged part of a compile: {error}",
-                "delete the folder of the compile's parts and compile again",
-            ) from error
+            raise _damaged(folder, str(error)) from error
 
     def _short(self, tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.nbytes < self.in_memory_bytes else tensor
 
+    @property
+    def holds_units(self) -> bool:
+        """Whether some unit is finished."""
+        return any((self.path / UNITS).rglob(FACTS))
+
     def remove(self) -> None:
-        """Delete the folder: the compile is done. What is mapped stays readable."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the parts: the result is saved. What is mapped stays readable."""
+        if self._claimed.is_held:
+            with suppress(OSError):
+                delete(self.path / KEY)  # first: units without one are no one's
+        self._claimed.remove()
+
+    def leave(self) -> None:
+        """Let others use the folder. Where nothing was finished, nothing stays of it."""
+        if not self.holds_units:
+            self.remove()
         self.close()
 
     def close(self) -> None:
         """Let others use the folder."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        self._claimed.release()
 
     def _folder(self, unit: str) -> Path:
         return self.path.joinpath(UNITS, *(_file_name(part) for part in unit.split("/")))
@@ -159,7 +156,47 @@ class UnitFolder:
 
 def _file_name(part: str) -> str:
     """A label as a file's name: one to one, and no way out of the folder."""
-    return quote(part, safe="").replace(".", "%2E", 1) if part.startswith(".") else quote(part, "")
+    name = quote(part, safe="")
+    if len(name) > LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        name = f"{name[: LONGEST_NAME - len(digest) - 1]}~{digest}"
+    return name.replace(".", "%2E", 1) if name.startswith(".") else name
+
+
+def _signed(facts: Mapping[str, Any]) -> str:
+    """`facts` as JSON with its own checksum as last entry; there is one spelling of each."""
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json.dumps({**facts, "sha256": digest})
+
+
+def _check(folder: Path) -> None:
+    """Compare a unit's files with their checksums. Raises StorageError."""
+    try:
+        text = (folder / FACTS).read_text(encoding="utf-8")
+        facts = json.loads(text)
+        del facts["sha256"]
+        if _signed(facts) != text:
+            raise _damaged(folder, f"{FACTS} was changed")
+        for name, digest in facts["files"].items():
+            if _sha256(folder / name) != digest:
+                raise _damaged(folder, f"{name} was changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, str(error)) from error
+
+
+def _damaged(folder: Path, why: str) -> StorageError:
+    return StorageError(
+        f"{folder}: a damaged part of a compile: {why}",
+        "delete that folder and compile again; the other parts are kept",
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_key(path: Path) -> dict[str, str]:
@@ -168,14 +205,3 @@ def _read_key(path: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot write the compile's parts: {error.strerror or error}",
-            "free some space there, or choose another folder to work in",
-        ) from error

@@ -47,22 +47,14 @@ class WeightStore:
         if size < self.in_memory_bytes:
             return tensor.clone() if tensor._base is not None else tensor
         folder = self.folder or (self.units.temporary if self.units else None)
-        handle, path = tempfile.mkstemp(prefix="panguq-", suffix=".bin", dir=folder)
         try:
-            if hasattr(os, "posix_fallocate"):  # elsewhere a full disk shows itself on writing
-                os.posix_fallocate(handle, 0, size)
-            else:
-                os.ftruncate(handle, size)
-            storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+            storage = _nameless(folder, size)
         except OSError as error:
             raise StorageError(
-                f"cannot write {size / 2**20:.0f} MiB of weights to {Path(path).parent}: "
-                f"{error.strerror}",
+                f"cannot write {size / 2**20:.0f} MiB of weights to "
+                f"{folder or tempfile.gettempdir()}: {error.strerror or error}",
                 "free some space there, or set TMPDIR to a folder with more",
             ) from error
-        finally:
-            os.close(handle)
-            os.unlink(path)
         mapped = torch.empty(0, dtype=tensor.dtype).set_(storage).view(tensor.shape)
         mapped.copy_(tensor)
         return mapped
@@ -77,6 +69,20 @@ class WeightStore:
             tensors = {name: self.put(tensor) for name, tensor in done.tensors.items()}
             return Finished(tensors, done.facts)
         return self.units.find(unit) or self.units.keep(unit, compute())
+
+
+def _nameless(folder: Path | None, size: int) -> torch.UntypedStorage:
+    """A map of a new file of this size, whose name is gone already. Raises OSError."""
+    handle, path = tempfile.mkstemp(prefix="panguq-", suffix=".bin", dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):  # elsewhere a full disk shows itself on writing
+            os.posix_fallocate(handle, 0, size)
+        else:
+            os.ftruncate(handle, size)
+        return torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+    finally:
+        os.close(handle)
+        os.unlink(path)
 
 
 def store_folded(gm: fx.GraphModule, store: WeightStore) -> None:

@@ -1,5 +1,6 @@
 """A compile that is killed goes on where it stopped, with the bits of one that was not killed."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -73,6 +74,21 @@ def die_at(count: int, owner: object, name: str, before: bool = True) -> None:
         result = function(*args, **kwargs)
         if calls == count:
             os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, counted)
+
+
+def stop_after(count: int, owner: object, name: str) -> None:
+    """Let this process stop, to be continued, once this function was called so many times."""
+    function, calls = getattr(owner, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        result = function(*args, **kwargs)
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGSTOP)
         return result
 
     setattr(owner, name, counted)
@@ -185,14 +201,52 @@ def test_a_chosen_folder_is_used_and_removed(place, tmp_path) -> None:
     assert not work.exists()
 
 
-def test_a_compile_that_fails_leaves_nothing(place, tmp_path, monkeypatch, capsys) -> None:
-    from panguq.errors import NumericsError
-    from panguq.passes.quantize_weights import QuantizeWeights
-
-    def fail(*args) -> None:
-        raise NumericsError("some weight is strange")
-
-    monkeypatch.setattr(QuantizeWeights, "_codes", fail)
-    assert compile_model(place, "w4a16", tmp_path / "out") == 1
-    assert "some weight is strange" in capsys.readouterr().err
+def test_a_compile_that_is_refused_at_once_leaves_nothing(place, tmp_path, capsys) -> None:
+    """No part was finished, so there is nothing to go on from."""
+    extra = ("--scheme", "*.nothing=FLOAT")
+    assert compile_model(place, "w4a16", tmp_path / "out", *extra) == 1
+    assert "matches no matmul" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_at_the_end_keeps_the_finished_parts(
+    place, tmp_path, monkeypatch, capsys, caplog, uninterrupted
+) -> None:
+    """The very last step fails; the same command needs only that step again."""
+    whole = uninterrupted("w4a16")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_write_shard", full)
+        assert compile_model(place, "w4a16", tmp_path / "out") == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert f"the same command goes on from them in {tmp_path / '.out.work'}" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
+    monkeypatch.setattr(UnitFolder, "keep", lambda self, unit, done: pytest.fail(f"{unit} again"))
+    assert compile_model(place, "w4a16", tmp_path / "out") == 0
+    assert hashes(tmp_path / "out") == whole
+
+
+def test_a_second_compile_into_the_same_place_touches_nothing(place, tmp_path, capsys) -> None:
+    """While the first one stands still; its own folder for parts does not help the second."""
+    work = tmp_path / ".out.work"
+    first = os.fork()
+    if first == 0:
+        try:
+            stop_after(4, UnitFolder, "keep")
+            os._exit(compile_model(place, "w4a16", tmp_path / "out"))
+        finally:
+            os._exit(99)
+    os.waitpid(first, os.WUNTRACED)
+    before = sorted(work.rglob("*"))
+    assert len([path for path in before if path.name == "facts.json"]) == 4
+    for more in ([], ["--work-dir", str(tmp_path / "elsewhere")]):
+        assert compile_model(place, "w4a16", tmp_path / "out", *more) == 1
+        assert "in use by another compile" in capsys.readouterr().err
+    assert sorted(work.rglob("*")) == before
+    assert not (tmp_path / "elsewhere").exists()
+    os.kill(first, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

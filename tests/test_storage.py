@@ -301,6 +301,33 @@ def test_a_kill_between_the_two_renames_is_explained_and_cleared(saved: Path) ->
     assert not aside.exists()
 
 
+@pytest.mark.parametrize("name", [".out.partial-0123abcd", ".out.replaced-0123abcd"])
+def test_somebodys_folder_with_a_name_of_ours_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("years of work")
+    for _ in range(2):
+        write_folder(tmp_path / "out", FILES, tensors(), overwrite=True)
+    assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_model_with_somebodys_file_in_it_is_not_overwritten(saved: Path) -> None:
+    (saved / "thesis.tex").write_text("years of work")
+    before = contents(saved)
+    with pytest.raises(StorageError, match=r"holds thesis\.tex, which panguq did not write"):
+        write_folder(saved, FILES, tensors(), overwrite=True)
+    assert contents(saved) == before
+
+
+def test_a_folder_that_is_exchanged_meanwhile_is_not_replaced(saved: Path) -> None:
+    """What was panguq's when the save began is somebody's when it ends."""
+    with (
+        pytest.raises(StorageError, match="was changed"),
+        partial_folder(saved, overwrite=True, is_ours=storage._is_model),
+    ):
+        (saved / "thesis.tex").write_text("years of work")
+    assert (saved / "thesis.tex").read_text() == "years of work"
+
+
 def test_too_little_space_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,8 +43,28 @@ from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
 
 logger = logging.getLogger("panguq")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
+def _with_units(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let `function`, which takes `work_dir` as a `UnitFolder`, take a path: held until it ends."""
+
+    @functools.wraps(function)
+    def holding(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        work_dir: Any = kwargs.get("work_dir")
+        if work_dir is None or isinstance(work_dir, UnitFolder):
+            return function(*args, **kwargs)
+        kwargs["work_dir"] = units = UnitFolder(Path(work_dir))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            units.leave()
+
+    return holding
+
+
+@_with_units
 def compile(
     model: nn.Module,
     recipe: RecipeLike,
@@ -55,7 +76,7 @@ def compile(
     target: str = "cpu",
     dtype: torch.dtype | None = None,
     dump_dir: str | Path | None = None,
-    work_dir: str | Path | None = None,
+    work_dir: str | Path | UnitFolder | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompiledModule:
@@ -76,7 +97,8 @@ def compile(
     dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
     work_dir: a folder for finished parts. Where a compile was killed, the same one goes on from
         them, with the bits of one that was not; another one starts anew. A model saved on the same
-        disk shares the large parts. The folder is not needed once the model is saved.
+        disk shares the large parts. The folder is not needed once the model is saved. One compile
+        at a time may use it; a `UnitFolder` that the caller holds stays the caller's.
 
     The C library is told to return freed blocks of 4 MiB and more to the system at once, for the
     whole process and from now on; without that a compile needs a gigabyte more.
@@ -96,7 +118,7 @@ def compile(
     lowering = lowering_passes(target, recipe.precision, recipe.ascend)
     check_order([*passes, *lowering])
     progress = progress or terminal_progress()
-    units = UnitFolder(Path(work_dir)) if work_dir is not None else None
+    units = work_dir if isinstance(work_dir, UnitFolder) else None
 
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
     rules = TargetRules(find_target(target), recipe.precision, recipe.ascend)
@@ -137,8 +159,6 @@ def compile(
     report = quality.report(target, gm, fake_quant, source)
     if dump:
         dump.close(report)
-    if units:
-        units.close()
     for warning in report.warnings:
         logger.warning(warning)
     stages = {"fake-quant": fake_quant, "lowered": gm}

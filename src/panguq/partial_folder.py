@@ -1,4 +1,8 @@
-"""A folder that appears under its name only when it is complete."""
+"""A folder that appears under its name only when it is complete.
+
+While it is written it carries a mark, so that what a killed process left behind can be told from
+somebody's own folder of that name, which is never touched.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,16 +19,38 @@ from panguq.errors import StorageError
 
 PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-[0-9a-f]{8}")
 _REPLACED = re.compile(r"\.(?P<name>.+)\.replaced-[0-9a-f]{8}")
+MARKER = "PANGUQ_PARTIAL"
+_ADDED_BYTES = len(".") + len(".replaced-01234567")
+
+IsOurs = Callable[[Path], bool]
+"""Whether this is a whole folder of the kind that is written, so that it may be replaced."""
+
+
+def check_name(target: Path) -> None:
+    """Raises StorageError for a name that leaves no room for those that are used meanwhile."""
+    parent = target.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    longest = os.pathconf(parent, "PC_NAME_MAX") - _ADDED_BYTES
+    if len(os.fsencode(target.name)) > longest:
+        raise StorageError(
+            f"{target.name[:40]}…: a name of {len(os.fsencode(target.name))} bytes",
+            f"the file system of {parent} takes {longest} bytes here; choose a shorter name",
+        )
 
 
 @contextmanager
-def partial_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def partial_folder(
+    target: Path, overwrite: bool, is_ours: IsOurs = lambda _: False
+) -> Iterator[Path]:
     """A new folder beside `target` to write into; renamed to `target` when the block ends well.
 
     Whatever ends the block otherwise removes it. A killed process leaves it behind, and the
-    next save under the same name clears it away: a lock, which dies with its process, tells
-    the folders of the dead from those that someone is writing at the moment.
+    next save under the same name clears it away: its mark tells it from a folder of somebody's,
+    and a lock, which dies with its process, from those that someone is writing at the moment.
+    `overwrite` replaces a `target` that `is_ours` or empty.
     """
+    check_name(target)
     _clear_abandoned(target)
     folder = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     folder.mkdir()
@@ -32,9 +58,11 @@ def partial_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         with suppress(OSError):  # some network file systems cannot lock
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / MARKER).touch(exist_ok=False)
         yield folder
+        (folder / MARKER).unlink()
         os.fsync(handle)
-        _move_into_place(folder, target, overwrite)
+        _move_into_place(folder, target, overwrite, is_ours)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -62,20 +90,24 @@ def _clear_abandoned(target: Path) -> None:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+            if (path / MARKER).is_file():
+                shutil.rmtree(path, ignore_errors=True)
         except OSError:  # its writer is alive, or nobody can tell
             continue
         finally:
             os.close(handle)
 
 
-def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:
+def _move_into_place(folder: Path, target: Path, overwrite: bool, is_ours: IsOurs) -> None:
     aside = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
     try:
-        if overwrite and target.exists():
+        if overwrite and target.is_dir() and (is_ours(target) or not any(target.iterdir())):
             os.rename(target, aside)
         if target.exists():
-            raise StorageError(f"{target} appeared while it was being written", "save again")
+            raise StorageError(
+                f"{target} appeared while it was being written, or was changed",
+                "save again, or choose another name",
+            )
         os.rename(folder, target)
     except BaseException:
         if aside.exists() and not target.exists():
@@ -83,7 +115,8 @@ def _move_into_place(folder: Path, target: Path, overwrite: bool) -> None:
         raise
     _sync(target.parent)
     for old in replaced_copies(target):
-        shutil.rmtree(old, ignore_errors=True)
+        if old == aside or is_ours(old):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -15,7 +15,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from panguq.manifest import (
     open_regular,
     read_manifest,
 )
-from panguq.partial_folder import PARTIAL, partial_folder, replaced_copies
+from panguq.partial_folder import PARTIAL, check_name, partial_folder, replaced_copies
 from panguq.strict_json import parse_json
 from panguq.weight_files import Shard, file_of, is_weight_file, plan_shards, read_mapped
 
@@ -71,7 +71,7 @@ def write_folder(
     try:
         check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with partial_folder(target, overwrite) as folder:
+        with partial_folder(target, overwrite, _is_model) as folder:
             check_space(target, needed)
             listed = {
                 name: write_file(folder / name, [contents[name]]) for name in sorted(contents)
@@ -153,20 +153,43 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a place where `write_folder` would not write. Raises StorageError."""
     if not target.name:
         raise StorageError(f"{target} cannot be replaced", "name a folder in it")
+    check_name(target)
     if not target.exists():
         return
     if not overwrite:
         raise StorageError(f"{target} already exists", "choose another, or pass overwrite=True")
     if not target.is_dir():
         raise StorageError(f"{target} is a file", "choose another path")
-    if any(target.iterdir()):
-        try:
-            read_manifest(target / MANIFEST)
-        except StorageError as error:
-            raise StorageError(
-                f"{target} was not written by panguq, so it is not overwritten ({error.message})",
-                "choose another path, or delete the folder yourself",
-            ) from error
+    if not any(target.iterdir()):
+        return
+    try:
+        manifest = read_manifest(target / MANIFEST)
+    except StorageError as error:
+        raise StorageError(
+            f"{target} was not written by panguq, so it is not overwritten ({error.message})",
+            "choose another path, or delete the folder yourself",
+        ) from error
+    check_no_more(target, {MANIFEST, *manifest["files"]})
+
+
+def check_no_more(target: Path, written: Set[str]) -> None:
+    """Refuse to replace a folder that holds what panguq has not written. Raises StorageError."""
+    others = sorted(path.name for path in target.iterdir() if path.name not in written)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise StorageError(
+            f"{target} is not overwritten: it holds {', '.join(others[:3])}{more}, which panguq "
+            "did not write",
+            "move that away, or choose another path",
+        )
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        check_target(folder, overwrite=True)
+    except StorageError:
+        return False
+    return (folder / MANIFEST).is_file()
 
 
 def check_space(target: Path, needed: int) -> None:

@@ -149,3 +149,12 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="not enough space"):
         write_checkpoint(tmp_path / "out", FILES, huge)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_with_somebodys_file_in_it_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_checkpoint(out, FILES, outputs(), shard_bytes=100)
+    write_checkpoint(out, FILES, outputs(), overwrite=True)  # fewer files, all of them known
+    (out / "adapter.safetensors").write_bytes(b"weeks of work")
+    assert "adapter.safetensors, which panguq" in refusal(out, overwrite=True).message
+    assert (out / "adapter.safetensors").read_bytes() == b"weeks of work"

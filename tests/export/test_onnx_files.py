@@ -184,3 +184,10 @@ def test_the_command_writes_every_stage_of_a_dump(
     capsys.readouterr()
     assert main(["export-onnx", str(tmp_path / "dump"), "--stage", "99", "--out", "x.onnx"]) == 1
     assert "no stage '99'" in capsys.readouterr().err
+
+
+def test_data_without_a_model_is_not_overwritten(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx.data").write_bytes(b"weeks of work")
+    with pytest.raises(StorageError, match=r"is there without m\.onnx"):
+        export_onnx(model, tmp_path / "m.onnx", overwrite=True)
+    assert files(tmp_path) == {"m.onnx.data": b"weeks of work"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from panguq.errors import StorageError
-from panguq.ir import unit_folder
+from panguq.ir import claimed_folder, unit_folder
+from panguq.ir.claimed_folder import MARKER
 from panguq.ir.unit_folder import FACTS, Finished, UnitFolder
 from panguq.ir.weight_store import WeightStore
 from panguq.storage import read_folder, write_folder
@@ -126,6 +127,95 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
         UnitFolder(tmp_path / "thesis.tex")
 
 
+@pytest.mark.parametrize("entry", ["units/mine.txt", "temporary/mine.txt", "compile.json"])
+def test_a_folder_without_the_mark_is_somebodys(tmp_path: Path, entry: str) -> None:
+    """Even one whose names are those that a compile uses."""
+    file = tmp_path / "work" / entry
+    file.parent.mkdir(parents=True)
+    file.write_text("all my work")
+    with pytest.raises(StorageError, match=f"no {MARKER}"):
+        UnitFolder(tmp_path / "work")
+    assert [path for path in (tmp_path / "work").rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "all my work"
+
+
+def test_a_link_in_a_marked_folder_is_not_followed(tmp_path: Path) -> None:
+    units = open_folder(tmp_path / "work")
+    units.close()
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "work" / "units").symlink_to(home)
+    with pytest.raises(StorageError, match="units"):
+        UnitFolder(tmp_path / "work")
+
+
+def test_what_another_put_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
+    units = open_folder(tmp_path / "work")
+    units.keep("pass/unit", finished())
+    (tmp_path / "work" / "thesis.tex").write_text("all my work")
+    units.remove()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["thesis.tex"]
+
+
+def test_only_a_folder_that_panguq_made_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    for name in ("given", "made"):
+        open_folder(tmp_path / name).close()
+        units = open_folder(tmp_path / name)  # the mark tells the second process, too
+        units.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
+    assert list((tmp_path / "given").iterdir()) == []
+
+
+@pytest.mark.parametrize("written", ["", "work folder"])
+def test_a_process_that_died_writing_the_mark_blocks_nobody(tmp_path: Path, written: str) -> None:
+    (tmp_path / MARKER).write_text(written)
+    open_folder(tmp_path).close()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MARKER).write_text("my own words")
+    with pytest.raises(StorageError, match="something else"):
+        UnitFolder(tmp_path / "other")
+
+
+def test_a_folder_that_its_holder_deletes_is_made_anew(tmp_path: Path, monkeypatch) -> None:
+    """The second opens the folder, waits for a moment, and gets the lock of what is gone."""
+    first = open_folder(tmp_path / "work")
+    lock = claimed_folder.fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        first.remove()
+        lock(handle, how)
+
+    monkeypatch.setattr(claimed_folder.fcntl, "flock", late)
+    second = UnitFolder(tmp_path / "work")
+    assert (tmp_path / "work" / MARKER).is_file()
+    assert second.path == tmp_path / "work"
+
+
+@pytest.mark.parametrize("name", ["0.safetensors", "small.safetensors", FACTS])
+def test_every_changed_byte_is_noticed(tmp_path: Path, name: str) -> None:
+    units = open_folder(tmp_path)
+    units.keep("pass/unit", finished())
+    file = next(tmp_path.rglob(name))
+    data = file.read_bytes()
+    for place in range(0, len(data), max(len(data) // 50, 1)):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(StorageError, match="damaged part") as caught:
+            units.find("pass/unit")
+        assert str(file.parent) in caught.value.message
+    file.write_bytes(data)
+    assert units.find("pass/unit") is not None
+
+
+def test_labels_of_any_length_name_files(tmp_path: Path) -> None:
+    units = open_folder(tmp_path)
+    long = [f"pass/{'модуль.' * 60}{name}" for name in "ab"]
+    for number, unit in enumerate(long):
+        units.keep(unit, Finished({}, {"number": number}))
+    found = [units.find(unit) for unit in long]
+    assert [done and done.facts["number"] for done in found] == [0, 1]
+
+
 @contextmanager
 def largest_file(size: int):
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -145,6 +235,11 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_of_the_unit(tmp_path: Path)
     assert list(tmp_path.rglob("*.safetensors")) == []
     assert units.find("pass/unit") is None
     units.keep("pass/unit", finished())  # there is space again
+
+
+def test_a_store_without_a_place_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot write .* to .*gone"):
+        WeightStore(tmp_path / "gone").put(torch.zeros(1 << 14))
 
 
 def test_the_store_computes_a_unit_once(tmp_path: Path) -> None:

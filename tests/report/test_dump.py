@@ -31,6 +31,7 @@ from panguq.recipe import Recipe
 from panguq.report import dump as dump_module
 from panguq.report import dump_files, stage_writer
 from panguq.report.bisect import bisect
+from panguq.report.compile_report import CompileReport
 from panguq.report.dump_reader import DumpReader
 from panguq.report.replay import probe_for, run_stage
 
@@ -227,6 +228,17 @@ def test_nothing_foreign_is_deleted(w8a8: Dumped, tmp_path: Path, place: str) ->
 
 def _arguments(reader: DumpReader) -> tuple[Any, ...]:
     return Recipe.named("float"), 0, "cpu", PassContext(reader.info.interface, WeightStore())
+
+
+def test_two_compiles_cannot_dump_into_one_folder(w8a8: Dumped, tmp_path: Path) -> None:
+    first = dump_module.Dump.open(tmp_path / "dump", *_arguments(w8a8[0]))
+    assert first is not None
+    before = tree(tmp_path)
+    with pytest.raises(StorageError, match="another compile is dumping there"):
+        dump_module.Dump.open(tmp_path / "dump", *_arguments(w8a8[0]))
+    assert tree(tmp_path) == before
+    first.close(CompileReport(target="cpu"))
+    assert dump_module.Dump.open(tmp_path / "dump", *_arguments(w8a8[0])) is not None
 
 
 def test_folders_that_only_look_like_dumps(w8a8: Dumped, tmp_path: Path) -> None:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,8 @@ from panguq.cli.command import (
     quiet_transformers,
     text_windows,
 )
-from panguq.errors import InputError, PanguqError, RecipeError, StorageError
+from panguq.cli.compile_places import check_out, held_places
+from panguq.errors import InputError, RecipeError
 from panguq.export.server_rules import SERVERS
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -67,7 +64,7 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         type=Path,
         help="where finished parts are kept until the model is saved; the same command, run again "
-        "after it was killed, goes on from them (default: .NAME.work beside --out NAME)",
+        "after it was stopped, goes on from them (default: .NAME.work beside --out NAME)",
     )
     command.add_argument("--dump", metavar="DIR", type=Path, help="write what each pass did")
     command.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
@@ -101,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
             "add --dry-run; saving refuses what no server of the format takes",
         )
     if options.out is not None:
-        check_writable(options.out, options.force)
+        check_out(options.out, options.force, options.format)
     import torch
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
@@ -121,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         windows = text_windows(options.calibration, "calibration text", tokenizer, *sizes)
     else:
         tokenizer = _tokenizer_if_any(options.model)
-    with _work_dir(options) as work_dir:
+    with held_places(options.out, options.work_dir) as places:
         compiled = compile(
             load_pretrained(options.model),
             recipe,
@@ -131,56 +128,17 @@ def run(options: argparse.Namespace) -> int:
             target=options.target,
             dtype=dtype,
             dump_dir=options.dump,
-            work_dir=work_dir,
+            work_dir=places.units,
             seed=options.seed,
         )
         if options.out is not None:
             compiled.save(options.out, overwrite=options.force, format=options.format)
+            places.saved = True
     if options.json:
         print_json({**compiled.report.model_dump(), "out": _text(options.out)})
     else:
         print(_summary(compiled, options))
     return 0
-
-
-def check_writable(path: Path, force: bool) -> None:
-    """Refuse before the long work what saving would refuse after it. Raises StorageError."""
-    from panguq.storage import check_target
-
-    if path.exists() and not force:
-        raise StorageError(f"{path} already exists", "choose another, or pass --force")
-    check_target(path.resolve(), force)
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written: {error.strerror or error}", "choose another place"
-        ) from error
-
-
-@contextmanager
-def _work_dir(options: argparse.Namespace) -> Iterator[Path | None]:
-    """The folder for finished parts, by default on the disk of the result, which shares the large.
-
-    It goes when the result is saved, the default one after an error too: only what was killed or
-    interrupted is to go on.
-    """
-    chosen: Path | None = options.work_dir
-    if chosen is None and options.out is not None:
-        out = options.out.resolve()
-        chosen = out.with_name(f".{out.name}.work")
-    try:
-        yield chosen
-    except PanguqError:
-        if options.work_dir is None and chosen is not None:
-            shutil.rmtree(chosen, ignore_errors=True)
-        raise
-    if chosen is not None:
-        shutil.rmtree(chosen, ignore_errors=True)
 
 
 def _recipe(options: argparse.Namespace) -> Any:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from panguq.errors import StorageError
-from panguq.partial_folder import partial_folder
-from panguq.storage import SLACK_BYTES, check_space, write_error, write_file
+from panguq.partial_folder import check_name, partial_folder
+from panguq.storage import SLACK_BYTES, check_no_more, check_space, write_error, write_file
 from panguq.strict_json import parse_json
 from panguq.weight_files import DTYPES
 
@@ -74,12 +74,14 @@ def write_checkpoint(
     texts = {name: t.encode() if isinstance(t, str) else t for name, t in files.items()}
     if len(groups) > 1:
         texts[f"{stem}.safetensors.index.json"] = _index(groups, names, tensors)
+    if CONFIG in texts:
+        texts[CONFIG] = _with_files(texts[CONFIG], [*texts, *names])
     needed = sum(map(len, texts.values())) + sum(t.nbytes for t in tensors.values()) + SLACK_BYTES
     try:
-        _check_target(target, overwrite)
+        check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target, needed)
-        with partial_folder(target, overwrite) as folder:
+        with partial_folder(target, overwrite, _is_ours) as folder:
             for name, group in zip(names, groups, strict=True):
                 _write_safetensors(folder / name, {key: tensors[key] for key in group})
             for name in sorted(texts):
@@ -88,30 +90,58 @@ def write_checkpoint(
         raise write_error(target, needed, error) from error
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a place where `write_checkpoint` would not write. Raises StorageError."""
     if not target.name:
         raise StorageError(f"{target} cannot be replaced", "name a folder in it")
+    check_name(target)
     if not target.exists():
         return
     if not overwrite:
         raise StorageError(f"{target} already exists", "choose another, or pass overwrite=True")
     if not target.is_dir():
         raise StorageError(f"{target} is a file", "choose another path")
-    if any(target.iterdir()) and not _is_ours(target):
+    if not any(target.iterdir()):
+        return
+    written = _written(target)
+    if not written:
         raise StorageError(
             f"{target} is no checkpoint that panguq wrote, so it is not overwritten",
             "choose another path, or delete the folder yourself",
         )
+    check_no_more(target, written)
 
 
-def _is_ours(target: Path) -> bool:
+def _with_files(config: bytes, names: Iterable[str]) -> bytes:
+    """The text of a marked config.json with the names of all files in its mark."""
+    data = json.loads(config)
+    if MARK not in data:
+        return config
+    data[MARK] = {"files": sorted(names), **data[MARK]}
+    return json.dumps(data, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _written(target: Path) -> set[str]:
+    """The files that the mark of a checkpoint lists; none if it carries no mark."""
     if not (target / CONFIG).is_file():
-        return False
+        return set()
     try:
         config = parse_json((target / CONFIG).read_bytes(), str(target / CONFIG))
     except StorageError:
+        return set()
+    mark = config.get(MARK) if isinstance(config, dict) else None
+    files = mark.get("files") if isinstance(mark, dict) else None
+    if not isinstance(files, list):
+        return set()
+    return {name for name in files if isinstance(name, str)}
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        check_target(folder, overwrite=True)
+    except StorageError:
         return False
-    return isinstance(config, dict) and MARK in config
+    return (folder / CONFIG).is_file()
 
 
 # --- safetensors --------------------------------------------------------------------------------

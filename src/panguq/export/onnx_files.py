@@ -14,6 +14,7 @@ from torch import Tensor
 from panguq.errors import StorageError
 from panguq.export.onnx_builder import Weight
 from panguq.export.onnx_model import OnnxGraph
+from panguq.partial_folder import check_name
 from panguq.storage import check_space, write_error
 
 INLINE_BYTES = 64 << 20  # a model of more bytes of weights keeps them in a file beside it
@@ -63,14 +64,25 @@ def write_onnx(
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse a place where nothing would be written. Raises StorageError."""
+    """Refuse a place where nothing would be written. Raises StorageError.
+
+    `overwrite` is for the file that is named, and for the one beside it as a part of that. One that
+    stands alone is no part of anything.
+    """
     if not path.name or path.is_dir():
         raise StorageError(f"{path} is a folder", "name a file, as in model.onnx")
-    for target in (path, path.with_name(f"{path.name}.data")):
-        if target.exists() and not overwrite:
+    check_name(path.with_name(f"{path.name}.data"))
+    data = path.with_name(f"{path.name}.data")
+    for target in (path, data):
+        if os.path.lexists(target) and not overwrite:
             raise StorageError(
                 f"{target} already exists", "choose another, or pass overwrite=True (--force)"
             )
+    if os.path.lexists(data) and not path.exists():
+        raise StorageError(
+            f"{data} is there without {path.name}, so it is not overwritten",
+            "choose another path, or delete it yourself",
+        )
 
 
 def _refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import weakref
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +79,7 @@ class Dump:
         self.summaries = summaries
         self.stopped: StorageError | None = None
         self._writer = StageWriter(folder)
+        self._release: Callable[[], object] = lambda: None
         self._holds: frozenset[Property] = frozenset()
         self._lines: list[PassSummary] = []
         self._failure = ""
@@ -102,7 +104,7 @@ class Dump:
         folder = chosen_folder(dump_dir)
         if folder is None:
             return None
-        prepare_folder(folder)
+        handle = prepare_folder(folder)
         info = DumpInfo(
             recipe=recipe.to_data(),
             seed=seed,
@@ -111,6 +113,7 @@ class Dump:
             environment=_environment(),
         )
         dump = Dump(folder, info, ctx, summaries)
+        dump._release = weakref.finalize(dump, os.close, handle)
         dump._attempt(dump._write_info)
         return dump
 
@@ -168,10 +171,12 @@ class Dump:
             self._write_summary()
 
         self._attempt(write)
+        self._release()
 
     def close(self, report: CompileReport) -> None:
         """Add the report's warnings to the summary."""
         self._attempt(lambda: self._write_summary(report.warnings))
+        self._release()
 
     # --- parts ----------------------------------------------------------------------------------
 

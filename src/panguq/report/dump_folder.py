@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 from panguq.errors import StorageError
-from panguq.partial_folder import PARTIAL
+from panguq.ir.claimed_folder import lock_folder
+from panguq.partial_folder import MARKER, PARTIAL
 from panguq.report.dump_files import DUMP_JSON, PROBE, STAGE_NAME, SUMMARY, DumpInfo, read_model
 
 _STAGE_FILE = re.compile(
     r"[A-Za-z0-9_.-]+\.csv|graph\.(txt|diff|json)|stage\.json|error\.txt"
     r"|(tensors|calibration|metadata)\.safetensors|\.[a-z.]+\.partial-[0-9a-f]{8}"
+    rf"|{MARKER}"
 )
 
 
@@ -31,17 +33,23 @@ def check_folder(target: Path) -> None:
         )
 
 
-def prepare_folder(target: Path) -> None:
-    """Make `target` an empty folder. Only an old dump is ever deleted, and nothing else in it.
+def prepare_folder(target: Path) -> int:
+    """Make `target` an empty folder and hold it. Only an old dump is ever deleted, nothing else.
 
-    Raises StorageError if it is a file, holds what no dump holds, or cannot be written.
+    Returns a handle that keeps other dumps out until it is closed. Raises StorageError if it is a
+    file, holds what no dump holds, cannot be written, or another compile is dumping there.
     """
     try:
         check_folder(target)
         target.mkdir(parents=True, exist_ok=True)
+        handle = lock_folder(target)
+        if handle is None:
+            raise StorageError(f"{target}: another compile is dumping there", "choose another one")
+        check_folder(target)
         for path in sorted(target.iterdir()):
             if path.name != DUMP_JSON:  # it stays, so that a kill here leaves a dump, too
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return handle
     except OSError as error:
         raise StorageError(
             f"{target}: cannot hold a dump: {error.strerror}", "choose another folder"

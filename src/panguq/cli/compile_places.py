@@ -1,0 +1,111 @@
+"""Where `panguq compile` writes: checked before the work, and held during it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panguq.errors import StorageError
+
+if TYPE_CHECKING:
+    from panguq.ir.unit_folder import UnitFolder
+
+logger = logging.getLogger("panguq")
+
+
+@dataclass
+class Places:
+    """The folder of the finished parts, if there is one, and whether the result was saved."""
+
+    units: UnitFolder | None
+    saved: bool = False
+
+
+def check_out(out: Path, force: bool, format: str) -> None:
+    """Refuse before the long work what saving would refuse after it. Raises StorageError."""
+    from panguq.partial_folder import check_name
+
+    if format == "panguq":
+        from panguq.storage import check_target
+    else:
+        from panguq.export.checkpoint_folder import check_target
+
+    try:
+        target = out.resolve()
+        check_name(target)
+        if target.exists() and not force:
+            raise StorageError(f"{out} already exists", "choose another, or pass --force")
+        check_target(target, force)
+        with tempfile.TemporaryFile(dir=existing_parent(target)):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{out}: cannot be written: {error.strerror or error}", "choose another place"
+        ) from error
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+@contextmanager
+def held_places(out: Path | None, work_dir: Path | None) -> Iterator[Places]:
+    """Both places as this process's alone; the parts go once `saved` is set, and only then.
+
+    `.NAME.work` beside the result NAME is held in any case: who holds it writes the result. By
+    default the parts are in it, on the disk of the result, which then shares the large ones. What
+    ends the work otherwise leaves the finished parts and says so. Raises StorageError for places
+    that another compile holds, or that hold something else.
+    """
+    from panguq.ir.unit_folder import UnitFolder
+
+    default = None if out is None else out.resolve().with_name(f".{out.resolve().name}.work")
+    chosen = default if work_dir is None else work_dir.resolve()
+    if out is not None and chosen is not None and chosen != default:
+        _check_apart(out.resolve(), chosen)
+    beside = default if default != chosen else None
+    claim = None if beside is None else UnitFolder(beside)
+    try:
+        places = Places(None if chosen is None else UnitFolder(chosen))
+        try:
+            yield places
+        except BaseException:
+            _say_how_to_go_on(places)
+            raise
+        finally:
+            _leave(places)
+    finally:
+        if claim is not None:
+            claim.leave()
+
+
+def _check_apart(out: Path, work: Path) -> None:
+    if out == work or out in work.parents or work in out.parents:
+        raise StorageError(
+            f"the result {out} and the folder of the parts {work} lie in one another",
+            "choose another --work-dir",
+        )
+
+
+def _leave(places: Places) -> None:
+    if places.units is None:
+        return
+    if places.saved:
+        places.units.remove()
+    else:
+        places.units.leave()
+
+
+def _say_how_to_go_on(places: Places) -> None:
+    if places.units is not None and places.units.holds_units:
+        path = places.units.path
+        logger.warning("finished parts are kept: the same command goes on from them in %s", path)
