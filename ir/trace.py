@@ -226,6 +226,8 @@ def _size_limits(
 _WHAT_IS_SERVED = (
     "panguq traces decoder-only transformers models, and any module given with example inputs"
 )
+WHAT_TO_DO = "docs/contributing/when-a-model-does-not-trace.md shows what to do about each cause"
+"""The hint of an error that is about the model's own code."""
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedProgram:
@@ -240,7 +242,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedP
         raise TraceError(
             f"cannot trace {_innermost_module(error, source)}: {_first_line(error)}",
             "the forward may depend on tensor values or fix a size; make it shape-polymorphic, "
-            "or compile the part of the model that is. " + _WHAT_IS_SERVED,
+            f"or compile the part of the model that is. {_WHAT_IS_SERVED}; {WHAT_TO_DO}",
         ) from error
 
 
@@ -304,17 +306,28 @@ def _unlift(exported: ExportedProgram, strip: str, split: dict[str, str]) -> fx.
             mapping[node].meta = {"val": node.meta["val"], "module_path": ""}
         elif node.op == "output":
             graph.output(tuple(mapping[n] for n in node.args[0]))
+        elif node.op == "get_attr":  # a graph of its own, for torch.cond, autocast and their like
+            user = next(iter(node.users))
+            path = _path_of(user, strip)
+            raise TraceError(
+                f"cannot trace {f'module {path}' if path else 'the model'}: {user.target} runs a "
+                "part of it as a graph of its own, and panguq makes one graph of a model",
+                WHAT_TO_DO,
+            )
         elif node.op == "call_function":
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            path = stack[-1][0] if stack else ""
-            mapping[node].meta = {
-                "val": node.meta.get("val"),
-                "module_path": path.removeprefix(strip.rstrip(".")).lstrip("."),
-            }
+            val, path = node.meta.get("val"), _path_of(node, strip)
+            mapping[node].meta = {"val": val, "module_path": path}
     gm = fx.GraphModule(root, graph)
     finish(gm)
     return gm
+
+
+def _path_of(node: fx.Node, strip: str) -> str:
+    """The path of the source module that an exported node came from; empty at the top."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0] if stack else ""
+    return path.removeprefix(strip.rstrip(".")).lstrip(".")
 
 
 def _placeholder(graph: fx.Graph, name: str, source: fx.Node) -> fx.Node:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from panguq.errors import TraceError
 from panguq.ir import canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.edit import (
     assign_labels,
@@ -25,6 +26,8 @@ from panguq.ir.edit import (
     tensor_node,
 )
 from panguq.ir.interpret import ensure_finite
+from panguq.ir.opset import is_allowed
+from panguq.ir.trace import WHAT_TO_DO
 from panguq.passes.base import Pass, PassContext, PassResult, Property, Table
 
 aten = torch.ops.aten
@@ -67,6 +70,7 @@ class Canonicalize(Pass):
         for node in list(gm.graph.nodes):
             if node.op == "get_attr" and not node.users:
                 gm.graph.erase_node(node)
+        _check_ops(gm)
         _check_weights(gm)
         assign_labels(gm)
         finish(gm)
@@ -74,6 +78,25 @@ class Canonicalize(Pass):
         rows = tuple((key, number) for key, number in sorted(counts.items()))
         result.tables["rewrites"] = Table(("rewrite", "count"), rows)
         return result
+
+
+def _check_ops(gm: fx.GraphModule) -> None:
+    """Raises TraceError for ops of the model that no graph may contain, and says where they are."""
+    where: dict[str, list[str]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and not is_allowed(node.target):
+            paths = where.setdefault(str(node.target), [])
+            if module_path(node) not in paths:
+                paths.append(module_path(node))
+    if where:
+        calls = "; ".join(f"{op} in {_modules(paths)}" for op, paths in where.items())
+        raise TraceError(f"the model calls what panguq does not know: {calls}", WHAT_TO_DO)
+
+
+def _modules(paths: list[str]) -> str:
+    """`module layers.0.mlp and 11 more`."""
+    first = f"module {paths[0]}" if paths[0] else "the model's own forward"
+    return f"{first} and {len(paths) - 1} more" if len(paths) > 1 else first
 
 
 def _check_weights(gm: fx.GraphModule) -> None:

@@ -8,15 +8,25 @@ import torch
 
 import panguq
 
-PAGES = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def examples(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+def examples(page: Path) -> list[tuple[str, str | None]]:
+    """The page's Python blocks, each with what it prints: the `text` block behind it, if any."""
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    printed = [text if kind == "text" else None for kind, text in blocks[1:]] + [None]
+    return [
+        (text, said) for (kind, text), said in zip(blocks, printed, strict=True) if kind == "python"
+    ]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.stem)
-def test_examples_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if examples(p)], ids=lambda p: str(p.relative_to(DOCS))
+)
+def test_examples_run(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -35,5 +45,20 @@ def test_examples_run(page: Path, tmp_path: Path) -> None:
         "token_ids": torch.randint(0, 64, (4, 32)),
         "folder": tmp_path,
     }
-    for example in examples(page):
+    for example, said in examples(page):
+        capsys.readouterr()
         exec(compile(example, str(page), "exec"), namespace)
+        if said is not None:
+            assert capsys.readouterr().out.strip() == said.strip()
+
+
+def test_files_that_contributors_are_sent_to_exist() -> None:
+    """Paths in backticks, such as `passes/base.py`; what has a `<` in it is a pattern."""
+    guides = [*(DOCS / "contributing").glob("*.md"), ROOT / "CONTRIBUTING.md"]
+    named = {
+        (guide.name, path)
+        for guide in guides
+        for path in re.findall(r"`([\w./-]+/[\w./-]*)`", guide.read_text(encoding="utf-8"))
+    }
+    assert ("write-a-pass.md", "ir/edit.py") in named
+    assert {(page, path) for page, path in named if not (ROOT / path).exists()} == set()

@@ -338,6 +338,29 @@ def test_control_flow_inside_a_language_model_names_the_module() -> None:
         trace_causal_lm(model)
 
 
+class OwnGraph(nn.Module):
+    """A part of the model becomes a graph of its own, by one of torch's ways to do that."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "cond":
+            return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))
+        with torch.autocast("cpu", torch.bfloat16):
+            return x @ x.T
+
+
+@pytest.mark.parametrize("way", ["cond", "autocast"])
+def test_a_graph_in_a_graph_names_the_module(way) -> None:
+    with pytest.raises(TraceError, match=rf"cannot trace module 1: \w*{way} runs a part") as caught:
+        trace_module(nn.Sequential(nn.Linear(4, 4), OwnGraph(way)), (torch.randn(3, 4),))
+    assert "docs/contributing/when-a-model-does-not-trace.md" in caught.value.hint
+    with pytest.raises(TraceError, match="cannot trace the model: "):
+        trace_module(OwnGraph(way), (torch.randn(3, 4),))
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (3, 1), (0, 4)])
 def test_examples_of_size_one_are_refused(shape) -> None:
     with pytest.raises(TraceError, match=r"example input 0 of Branch .* at least 2"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from panguq.errors import TraceError
 from panguq.ir.edit import label, op_name
 from panguq.ir.interpret import run
 from panguq.ir.printer import print_graph
@@ -389,3 +390,35 @@ def test_heads_repeated_in_another_order_stay_repeated() -> None:
 def test_a_scale_that_follows_from_a_dynamic_size_is_left_alone() -> None:
     counts = ops_after(Expression(lambda w, q, k, v, m: attend(q, k, v, m)), *attention_inputs())
     assert counts == {"scaled_dot_product_attention": 1}
+
+
+# --- ops that no graph may contain --------------------------------------------------------------
+
+
+class InverseError(nn.Module):
+    """An op that panguq does not know; NaN for what a proof feeds it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.erfinv()
+
+
+class Unknown(nn.Module):
+    """Two layers with an unknown op, and one in the forward itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(InverseError(), InverseError())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) + torch.rand_like(x)
+
+
+def test_unknown_ops_are_named_with_their_modules_before_any_proof() -> None:
+    gm, interface = trace_module(Unknown().eval(), (torch.randn(3, 8),))
+    with pytest.raises(TraceError) as caught:
+        run_pipeline(gm, [Canonicalize()], PassContext(interface, WeightStore()))
+    assert caught.value.message == (
+        "the model calls what panguq does not know: aten.erfinv.default in module layers.0 and "
+        "1 more; aten.rand_like.default in the model's own forward"
+    )
+    assert "docs/contributing/when-a-model-does-not-trace.md" in caught.value.hint
