@@ -68,9 +68,9 @@ _ATEN = """
     bitwise_and.Tensor bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bmm.default
     broadcast_to.default cat.default chunk.default clamp.default clamp.Tensor clamp_max.default
     clamp_min.default clone.default constant_pad_nd.default contiguous.default cos.default
-    cumsum.default detach.default diff.default div.Scalar div.Scalar_mode div.Tensor
-    div.Tensor_mode dropout.default einsum.default elu.default embedding.default eq.Scalar
-    eq.Tensor erf.default exp.default expand.default expand_as.default flatten.using_ints
+    cumsum.default detach.default diff.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode
+    dropout.default einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default
+    exp.default expand.default expand_as.default fill.Scalar fill.Tensor flatten.using_ints
     floor.default floor_divide.default full.default full_like.default gather.default ge.Scalar
     ge.Tensor gelu.default gt.Scalar gt.Tensor hardswish.default index.Tensor index_select.default
     le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default linear.default log.default
@@ -83,13 +83,13 @@ _ATEN = """
     relu6.default remainder.Scalar remainder.Tensor repeat.default repeat_interleave.self_int
     reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
     rsub.Tensor scalar_tensor.default scaled_dot_product_attention.default select.int
-    sigmoid.default sign.default silu.default sin.default slice.Tensor softmax.int softplus.default
-    split.Tensor split.sizes split_with_sizes.default sqrt.default squeeze.default squeeze.dim
-    squeeze.dims stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int
-    t.default tanh.default tile.default to.device to.dtype to.dtype_layout transpose.int
-    tril.default triu.default type_as.default unbind.int unflatten.int unsqueeze.default
-    view.default view_as.default where.ScalarOther where.ScalarSelf where.Scalar where.self
-    zeros.default zeros_like.default
+    select_scatter.default sigmoid.default sign.default silu.default sin.default slice.Tensor
+    slice_scatter.default softmax.int softplus.default split.Tensor split.sizes
+    split_with_sizes.default sqrt.default squeeze.default squeeze.dim squeeze.dims stack.default
+    sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int t.default tanh.default
+    tile.default to.device to.dtype to.dtype_layout transpose.int tril.default triu.default
+    type_as.default unbind.int unflatten.int unsqueeze.default view.default view_as.default
+    where.ScalarOther where.ScalarSelf where.Scalar where.self zeros.default zeros_like.default
 """
 
 # Items of an op with several results, and arithmetic on sizes.
