@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from typing_extensions import Self
 
 from panguq.errors import InputError, PanguqError
 from panguq.inputs import prepare, takes_empty_mask

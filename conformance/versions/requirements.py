@@ -1,0 +1,85 @@
+"""The bounds of pyproject.toml and the releases of constraints.txt, read from these files alone."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONSTRAINTS = ROOT / "constraints.txt"
+# What `make setup` installs; the contract tests need `test`.
+SETUP_EXTRAS = ("demo", "test", "lint")
+_BOUNDS = re.compile(r"([\w.-]+)>=([\w.]+),<([\w.]+)")
+_OWN_EXTRAS = re.compile(r"panguq\[([\w,]+)\]")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package and its bounds: `lowest` itself is allowed, `below` is not."""
+
+    name: str
+    lowest: str
+    below: str
+
+    def allows(self, release: str) -> bool:
+        """Whether a release lies within the bounds."""
+        return numbers(self.lowest) <= numbers(release) < numbers(self.below)
+
+
+def project() -> dict[str, object]:
+    """The table `project` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """panguq's dependencies and those of some extras, each once, extras of extras included.
+
+    Raises ValueError for a requirement without both bounds.
+    """
+    table = project()
+    optional: dict[str, list[str]] = table["optional-dependencies"]  # type: ignore[assignment]
+    texts: list[str] = list(table["dependencies"])  # type: ignore[call-overload]
+    waiting = list(extras)
+    while waiting:
+        for text in optional[waiting.pop(0)]:
+            own = _OWN_EXTRAS.fullmatch(text)
+            waiting += own[1].split(",") if own else []
+            texts += [] if own else [text]
+    return [_parse(text) for text in dict.fromkeys(texts)]
+
+
+def _parse(text: str) -> Requirement:
+    bounds = _BOUNDS.fullmatch(text)
+    if bounds is None:
+        raise ValueError(f"pyproject.toml: {text!r} is not of the form name>=lowest,<below")
+    return Requirement(*bounds.groups())
+
+
+def constraints(path: Path = CONSTRAINTS) -> dict[str, str]:
+    """The releases that a constraints file pins, by normalized name."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {normalized(name): release.strip() for name, release in pins}
+
+
+def constraints_without(names: Iterable[str]) -> str:
+    """The text of a constraints file for all but these packages."""
+    left_out = {normalized(name) for name in names}
+    kept = {name: r for name, r in constraints().items() if name not in left_out}
+    return "".join(f"{name}=={release}\n" for name, release in kept.items())
+
+
+def normalized(name: str) -> str:
+    """A package's name as indexes compare it: `PyYAML` and `pyyaml` are one."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    """A release's leading numbers, to be compared: `5.25.0.dev0` is (5, 25); zeros at the end go."""
+    parts = [int(part) for part in re.match(r"\d+(\.\d+)*", release)[0].split(".")]  # type: ignore[index]
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)

@@ -1,0 +1,88 @@
+"""Write constraints.txt, and ask pip whether its releases exist for a Python that is not here."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from conformance.versions.environments import pip_install, say
+from conformance.versions.requirements import (
+    CONSTRAINTS,
+    SETUP_EXTRAS,
+    Requirement,
+    constraints,
+    constraints_without,
+    normalized,
+    numbers,
+    requirements,
+)
+
+HEADER = """\
+# What `make setup` installs, exactly: the releases that panguq was tested with.
+# Written by `make constraints`, on Linux for Python 3.11. pip reads it with -c constraints.txt.
+"""
+# Parts of one build of torch for GPUs, which differ from machine to machine.
+TORCH_PARTS = ("nvidia-", "cuda-", "triton")
+# Pure Python that its authors publish as source alone, for any Python; lm-eval needs them.
+SOURCE_ONLY = ("rouge-score", "sqlitedict", "word2number")
+
+
+def write_constraints(torch: str) -> None:
+    """Pin the newest releases within the bounds, and say which bounds they do not reach.
+
+    torch: a requirement as pip wants it; options after it do not count here.
+    """
+    say("asking pip for the newest releases within the bounds")
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        wanted = (torch.split()[0], f".[{','.join(SETUP_EXTRAS)}]")
+        look_only = ("--dry-run", "--ignore-installed", "--report", str(report))
+        pip_install(Path(sys.executable), *look_only, *wanted)
+        found = json.loads(report.read_text(encoding="utf-8"))["install"]
+    before = constraints() if CONSTRAINTS.exists() else {}
+    pins = {normalized(one["metadata"]["name"]): one["metadata"]["version"] for one in found}
+    del pins["panguq"]
+    pins = {
+        name: release.partition("+")[0]
+        for name, release in sorted(pins.items())
+        if not name.startswith(TORCH_PARTS)
+    }
+    lines = [f"{name}=={release}\n" for name, release in pins.items()]
+    CONSTRAINTS.write_text(HEADER + "".join(lines), encoding="utf-8")
+    for name in sorted({*before, *pins}):
+        if before.get(name) != pins.get(name):
+            print(f"{name}: {before.get(name, 'new')} -> {pins.get(name, 'gone')}")
+    for one in loose_bounds(pins):
+        print(f"{one.name}: {pins[normalized(one.name)]}, but the bound is <{one.below}")
+
+
+def loose_bounds(pins: dict[str, str]) -> list[Requirement]:
+    """Requirements whose upper bound is not the minor release after the one that is pinned."""
+    return [
+        one
+        for one in requirements(*SETUP_EXTRAS)
+        if next_minor(pins[normalized(one.name)]) != numbers(one.below)
+    ]
+
+
+def next_minor(release: str) -> tuple[int, ...]:
+    """The first release that was not tested: `2.13.0` gives (2, 14)."""
+    major, minor = (*numbers(release), 0)[:2]
+    return (major, minor + 1)
+
+
+def check_python(version: str) -> None:
+    """Raises Failed, with what pip said, for a pinned release without a wheel for this Python.
+
+    Nothing is installed. torch is left out: its wheels for other Pythons are gigabytes, which pip
+    would fetch to read them. The pins hold what each package needs, so pip need not follow that.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        pins = Path(scratch) / "constraints.txt"
+        pins.write_text(constraints_without(["torch"]), encoding="utf-8")
+        look_only = ("--dry-run", "--no-deps", "--target", scratch, "--python-version", version)
+        wheels = ("--only-binary", ":all:", "--no-binary", ",".join(SOURCE_ONLY))
+        pip_install(Path(sys.executable), *look_only, *wheels, "-r", str(pins))
+    say(f"Python {version}: every release in constraints.txt has a wheel; nothing was run there")

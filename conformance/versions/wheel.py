@@ -1,0 +1,40 @@
+"""The built wheel, installed as a user would: a clean environment, no extras, another folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from conformance.versions.environments import make_environment, run, say
+from conformance.versions.requirements import CONSTRAINTS, ROOT, constraints_without, requirements
+
+
+def try_wheel(torch: str) -> None:
+    """Build the wheel, install it with its dependencies as pinned, and use it.
+
+    Raises Failed with what went wrong.
+    """
+    say("building the wheel and installing it outside this folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        wheel = build_wheel(folder)
+        names = [one.name for one in requirements() if one.name != "torch"]
+        pins = constraints_without(["torch"])
+        python = make_environment(ROOT / ".venv-wheel", torch, names, pins, panguq=str(wheel))
+        script = shutil.copy(Path(__file__).with_name("installed.py"), folder)
+        for command in ([str(python), script], [str(python.with_name("panguq")), "--help"]):
+            print(run(*command, folder=folder))
+
+
+def build_wheel(folder: Path) -> Path:
+    """panguq's wheel, built from a copy of what git lists, so that no old build folder gets in."""
+    source = folder / "source"
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    options = ("-qq", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
+    run("python", "-m", "pip", "wheel", *options, str(source))
+    return next(folder.glob("*.whl"))
