@@ -1,16 +1,16 @@
-# Every target needs python3 (3.10 or later) and make, nothing else; `setup` installs the rest into
-# .venv. Variables: PYTHON=python3.12, TORCH="torch==2.13.0 --index-url ...", ARGS="-k recipe".
+# Every target needs python3 (3.11 or later) and make, nothing else; `setup` installs the rest into
+# .venv, in the releases that constraints.txt pins. Variables: PYTHON=python3.12,
+# TORCH="torch==2.13.0 --index-url ...", ARGS="-k recipe".
 PYTHON ?= python3
-# Installed before panguq itself, and pinned: what panguq needs is then there already, and the newest
-# release is not fetched in its place.
-TORCH ?= torch==2.13.0
+# Installed before all else, since its build may come from an index of its own.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
+.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,15 +18,15 @@ help:  ## list the targets
 setup: $(READY)  ## install panguq and all that it needs into .venv
 
 # The file is made last: a .venv without it was left half made, and is made anew.
-$(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("panguq needs Python 3.10 or later" if sys.version_info < (3, 10) else 0)'
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("panguq needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
 	@test -e $@ || rm -rf $(VENV)
 	@rm -f $@
 	@test -d $(VENV) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing $(TORCH)"
-	@$(RUN) -m pip install -q $(TORCH)
+	@$(RUN) -m pip install -qq $(TORCH)
 	@echo "installing panguq and what it needs"
-	@$(RUN) -m pip install -q -e '.[demo,test,lint]'
+	@$(RUN) -m pip install -qq -c constraints.txt -e '.[demo,test,lint]'
 	@touch $@
 
 demo: setup  ## compile a real model and show what it gives
@@ -37,14 +37,38 @@ test: setup  ## run the tests
 	$(RUN) -m demo.fetch
 	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
+test-contract: setup  ## run what panguq promises: load, generate, save, compile for each target
+	$(RUN) -m pytest -n auto --dist loadfile tests/contract $(ARGS)
+
+test-oldest: setup  ## the same with the lowest releases that pyproject.toml allows
+	$(RUN) -m conformance.versions oldest --torch '$(TORCH)' $(ARGS)
+
+test-newest: setup  ## the same with the newest releases there are; says what breaks
+	$(RUN) -m conformance.versions newest --torch '$(TORCH)' $(ARGS)
+
+test-torch: setup  ## the same with another torch: TORCH=torch==2.14.1 (several GB)
+	$(RUN) -m conformance.versions torch --torch '$(TORCH)' $(ARGS)
+
+test-wheel: setup  ## build the wheel, install it alone outside this folder, and use it
+	$(RUN) -m conformance.versions wheel --torch '$(TORCH)'
+
+constraints: setup  ## pin the newest releases within the bounds: writes constraints.txt
+	$(RUN) -m conformance.versions constraints --torch '$(TORCH)'
+
+# mypy reads the source as the Python that is named would; tests are not run there.
+pythons: setup  ## check that Pythons 3.12 and 3.13 have every pinned release, and the types there
+	$(RUN) -m conformance.versions pythons
+	$(RUN) -m mypy --python-version 3.12
+	$(RUN) -m mypy --python-version 3.13
+
 lint: setup  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 conformance: setup  ## check against real parts of the Ascend stack, in environments of their own
-	$(PYTHON) -m conformance --environment .venv-npu --torch '$(TORCH)'
-	$(PYTHON) -m conformance.triton --environment .venv-triton --torch '$(TORCH)'
+	$(RUN) -m conformance --environment .venv-npu --torch '$(TORCH)'
+	$(RUN) -m conformance.triton --environment .venv-triton --torch '$(TORCH)'
 
 conformance-checkpoints: setup  ## check saved checkpoints with other releases and tools (3 GB)
 	$(RUN) -m conformance.compressed_tensors --environment .venv-ct13

@@ -1,6 +1,6 @@
 """Run the conformance checks: python -m conformance [--environment DIR] [pytest's arguments].
 
-Any Python 3.10 will do: the environment is made first. Each test file runs in a process of its own,
+The environment is made first. Each test file runs in a process of its own,
 since torchair and torch_npu keep global state.
 """
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from conformance.versions.requirements import constraints_without, requirements
+
 ROOT = Path(__file__).parent.parent
 TORCH = "torch==2.13.0"
 TORCH_NPU = "torch_npu==2.13.0"
 # What torch_npu and torchair import, whether they ask for it or not; then what the checks use.
 EXTRA = ("numpy", "pyyaml", "packaging", "protobuf")
-TESTING = ("pytest>=8", "hypothesis>=6.100")
+TESTING = ("pytest", "hypothesis")
 TOOLS = ("g++", "nm", "readelf")
 
 
@@ -68,7 +69,7 @@ def make_environment(folder: Path, torch: str = TORCH) -> Environment:
     tools = [tool for tool in TOOLS if shutil.which(tool) is None]
     if tools:
         raise Unavailable(f"{', '.join(tools)} is not installed (Debian: apt install g++)")
-    packages = repr((torch, TORCH_NPU, EXTRA, TESTING, _panguq_needs())).encode()
+    packages = repr((torch, TORCH_NPU, EXTRA, TESTING, _panguq_needs(), _pins())).encode()
     _once(environment, "packages", packages, lambda: _install(environment, torch))
     sources = sorted((ROOT / "conformance" / "stand_ins").iterdir())
     code = b"".join(source.read_bytes() for source in sources if source.is_file())
@@ -84,16 +85,21 @@ def _install(environment: Environment, torch: str) -> None:
     _run(f"installing {torch}", *pip, *torch.split())
     # Its own wheel wants exactly this torch, but not under every name that torch is built.
     _run(f"installing {TORCH_NPU}", *pip, "--no-deps", TORCH_NPU)
-    _run("installing what panguq needs", *pip, *EXTRA, *TESTING, *_panguq_needs())
+    pins = environment.folder / "constraints.txt"
+    pins.write_text(_pins(), encoding="utf-8")
+    packages = (*EXTRA, *TESTING, *_panguq_needs())
+    _run("installing what panguq needs", *pip, "-c", str(pins), *packages)
     _run("installing panguq", *pip, "--no-deps", "-e", str(ROOT))
 
 
 def _panguq_needs() -> list[str]:
     """panguq's own dependencies, without torch, which is there already and must not change."""
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = project.partition("\ndependencies = [")[2].partition("]")[0]
-    needs = re.findall(r'"(.+?)"', listed)
-    return [need for need in needs if not need.startswith("torch")]
+    return [need.name for need in requirements() if need.name != "torch"]
+
+
+def _pins() -> str:
+    """The releases that panguq was tested with."""
+    return constraints_without(["torch"])
 
 
 def _build(environment: Environment) -> None:

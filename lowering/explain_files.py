@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from panguq.errors import LoweringError
+from panguq.extras import require
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.cost_model import Floats, total_us
@@ -89,13 +90,11 @@ def save_heat_map(
     target: Target,
     tokens: Sequence[int] = TOKENS,
 ) -> None:
-    """A PNG of `split_k_gain` over m and (n, k). Raises LoweringError without matplotlib."""
-    try:
-        agg = import_module("matplotlib.backends.backend_agg")
-        colors = import_module("matplotlib.colors")
-        figures = import_module("matplotlib.figure")
-    except ImportError:
-        raise LoweringError("a heat map needs matplotlib", "pip install matplotlib") from None
+    """A PNG of `split_k_gain` over m and (n, k). Raises InputError without matplotlib."""
+    require("matplotlib", "a heat map")
+    agg = import_module("matplotlib.backends.backend_agg")
+    colors = import_module("matplotlib.colors")
+    figures = import_module("matplotlib.figure")
     gains = np.array([split_k_gain(replace(problem, n=n, k=k), target, tokens) for n, k in shapes])
     figure = figures.Figure(figsize=(1.5 + 0.75 * len(tokens), 1.8 + 0.42 * len(shapes)))
     agg.FigureCanvasAgg(figure)

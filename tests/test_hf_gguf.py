@@ -204,7 +204,7 @@ except InputError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"GGUF files need the package {package}, which is not installed" in done.stdout
+    assert f"reading GGUF files needs the package {package}, which is not installed" in done.stdout
     assert "pip install 'panguq[gguf]'" in done.stdout
 
 

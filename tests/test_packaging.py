@@ -43,18 +43,22 @@ def build(kind: str, source: Path, into: Path) -> Path:
     return into / python(code, cwd=source).splitlines()[-1]
 
 
+def source_files() -> list[str]:
+    """What git lists and is there: not a file that was deleted and is still in the index."""
+    listing = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    names = set(run(*listing, cwd=ROOT).split("\0")) - {""}
+    return sorted(name for name in names if (ROOT / name).exists())
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean copy of the source tree: no build folder, no cache, links as links."""
     copy = tmp_path_factory.mktemp("source")
-    listing = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--")
-    wanted = ("pyproject.toml", "README.md", "src", *INSTALLED_FOLDERS, "tests")
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("lists the source files with git; this is no git checkout")
-    for name in set(run(*listing, *wanted, cwd=ROOT).split("\0")) - {""}:
-        if (ROOT / name).exists():  # not one that was deleted and is still in the index
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    for name in source_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
     return copy
 
 
@@ -91,13 +95,34 @@ def test_the_wheel_holds_the_folders_and_nothing_else(source: Path, wheel: Path)
     assert [name for name, count in Counter(installed).items() if count > 1] == []
 
 
-def test_the_sdist_is_enough_to_build_the_same_wheel(
-    source: Path, wheel: Path, tmp_path: Path
-) -> None:
-    sdist = build("sdist", source, tmp_path)
+@pytest.fixture(scope="module")
+def unpacked(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that an sdist of the copy holds."""
+    folder = tmp_path_factory.mktemp("sdist")
+    sdist = build("sdist", source, folder)
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+        archive.extractall(folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_holds_everything_that_is_under_version_control(unpacked: Path) -> None:
+    """Tests and their helpers, docs, tools; but no links, which only type checkers look at."""
+    files = [name for name in source_files() if not (ROOT / name).is_symlink()]
+    missing = [name for name in files if not (unpacked / name).exists()]
+    assert missing == [".gitignore"], f"list them in MANIFEST.in: {missing}"
+
+
+def test_the_licence_goes_along(wheel: Path, unpacked: Path) -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert (unpacked / "LICENSE").read_text(encoding="utf-8") == text
+    with zipfile.ZipFile(wheel) as archive:
+        [licence] = [name for name in archive.namelist() if name.endswith("/LICENSE")]
+        assert archive.read(licence).decode() == text
+
+
+def test_the_sdist_is_enough_to_build_the_same_wheel(
+    wheel: Path, unpacked: Path, tmp_path: Path
+) -> None:
     again = build("wheel", unpacked, tmp_path)
     assert sorted(installed_files(again)) == sorted(installed_files(wheel))
 

@@ -1,11 +1,11 @@
 """Try panguq with other releases: python -m conformance.versions WHAT [pytest's arguments].
 
-  oldest       the contract tests with every dependency but torch at its lower bound
-  newest       the same with the newest of everything but torch; says which release breaks what
-  torch        the same with the release of torch that --torch names, and all else as pinned
-  wheel        the built wheel in an environment of its own, outside this folder, without extras
-  constraints  write constraints.txt anew: the newest releases within the bounds
-  pythons      whether the pinned releases exist for Pythons that the tests have not run on
+oldest       the contract tests with every dependency but torch at its lower bound
+newest       the same with the newest of everything but torch; says which release breaks what
+torch        the same with the release of torch that --torch names, and all else as pinned
+wheel        the built wheel in an environment of its own, outside this folder, without extras
+constraints  write constraints.txt anew: the newest releases within the bounds
+pythons      whether the pinned releases exist for Pythons that the tests have not run on
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from conformance.versions.environments import (
     EXTRAS,
     TORCH,
     Failed,
+    install_panguq,
     make_environment,
     run_contract_tests,
     say,
@@ -32,6 +32,8 @@ from conformance.versions.requirements import (
 from conformance.versions.resolve import check_python, write_constraints
 from conformance.versions.wheel import try_wheel
 
+# Whose release another one's chooses: each pydantic wants one pydantic-core.
+COUPLED = ("pydantic-core",)
 OTHER_PYTHONS = ("3.12", "3.13")
 
 
@@ -51,10 +53,11 @@ def main() -> int:
 def try_oldest(torch: str, arguments: Sequence[str]) -> int:
     """The contract tests with the lower bounds; what those need in turn is as pinned."""
     wanted = [one for one in requirements(*EXTRAS) if one.name != "torch"]
-    pins = constraints_without(["torch", *(one.name for one in wanted)])
+    pins = constraints_without(["torch", *COUPLED, *(one.name for one in wanted)])
     python = make_environment(
         ROOT / ".venv-oldest", torch, [f"{one.name}=={one.lowest}" for one in wanted], pins
     )
+    install_panguq(python, "-e", ".")
     return run_contract_tests(python, arguments)
 
 
@@ -63,6 +66,7 @@ def try_torch(torch: str, arguments: Sequence[str]) -> int:
     names = [one.name for one in requirements(*EXTRAS) if one.name != "torch"]
     pins = constraints_without(["torch"])
     python = make_environment(ROOT / ".venv-torch", torch, names, pins)
+    install_panguq(python, "-e", ".")
     return run_contract_tests(python, arguments)
 
 

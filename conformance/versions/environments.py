@@ -11,7 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conformance.versions.requirements import ROOT, constraints, normalized, numbers
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from conformance.versions.requirements import ROOT, constraints
 
 # The contract tests need nothing else of `setup`'s extras.
 EXTRAS = ("test",)
@@ -22,18 +25,15 @@ class Failed(Exception):
     """A command that did not end well; the message says which, and what it printed."""
 
 
-def make_environment(
-    folder: Path, torch: str, packages: Sequence[str], pins: str = "", panguq: str = "-e ."
-) -> Path:
-    """The interpreter of an environment with torch, these packages and panguq.
+def make_environment(folder: Path, torch: str, packages: Sequence[str], pins: str = "") -> Path:
+    """The interpreter of an environment with torch and these packages, but without panguq.
 
     torch: how pip is to be asked for it, options included; it is installed first and stays.
-    pins: a constraints file's text. panguq is installed last and without its dependencies, so that
-    no bound of its own has a say. Raises Failed with what pip said.
+    pins: a constraints file's text. Raises Failed with what pip said.
     """
     folder = folder.absolute()
     python, stamp = folder / "bin" / "python", folder / ".made-of"
-    made_of = hashlib.sha256(repr((torch, packages, pins, panguq, sys.version)).encode()).hexdigest()
+    made_of = hashlib.sha256(repr((torch, packages, pins, sys.version)).encode()).hexdigest()
     if stamp.exists() and stamp.read_text(encoding="utf-8") == made_of:
         return python
     shutil.rmtree(folder, ignore_errors=True)
@@ -44,9 +44,13 @@ def make_environment(
     pin_file = folder / "constraints.txt"
     pin_file.write_text(f"torch=={installed(python)['torch']}\n{pins}", encoding="utf-8")
     pip_install(python, "-c", str(pin_file), *packages)
-    pip_install(python, "--no-deps", *panguq.split())
     stamp.write_text(made_of, encoding="utf-8")
     return python
+
+
+def install_panguq(python: Path, *what: str) -> None:
+    """Put panguq in, without what it depends on: no bound of its own has a say."""
+    pip_install(python, "--no-deps", "--force-reinstall", *what)
 
 
 def pip_install(python: Path, *arguments: str) -> None:
@@ -57,7 +61,7 @@ def pip_install(python: Path, *arguments: str) -> None:
 def installed(python: Path) -> dict[str, str]:
     """What an environment has: releases by normalized name, without what follows a `+`."""
     listed = json.loads(run(str(python), "-m", "pip", "list", "--format", "json"))
-    return {normalized(one["name"]): one["version"].partition("+")[0] for one in listed}
+    return {canonicalize_name(one["name"]): one["version"].partition("+")[0] for one in listed}
 
 
 def newer(releases: dict[str, str], than: dict[str, str]) -> list[str]:
@@ -65,12 +69,12 @@ def newer(releases: dict[str, str], than: dict[str, str]) -> list[str]:
     return sorted(
         name
         for name, release in releases.items()
-        if name not in than or numbers(release) > numbers(than[name])
+        if name not in than or Version(release) > Version(than[name])
     )
 
 
 def run_contract_tests(python: Path, arguments: Sequence[str] = ()) -> int:
-    """pytest's exit code for tests/contract under another interpreter."""
+    """pytest's exit code for tests/contract of this source tree under another interpreter."""
     command = (str(python), "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/contract")
     return subprocess.run((*command, *arguments), cwd=ROOT, check=False).returncode
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from conformance.versions.environments import (
     EXTRAS,
+    install_panguq,
     installed,
     make_environment,
     newer,
@@ -17,7 +20,6 @@ from conformance.versions.environments import (
 from conformance.versions.requirements import (
     ROOT,
     constraints,
-    normalized,
     requirements,
 )
 
@@ -33,8 +35,11 @@ def try_newest(torch: str, arguments: Sequence[str]) -> int:
     # "Newest" is another set every day: an environment of yesterday says nothing.
     (folder / ".made-of").unlink(missing_ok=True)
     python = make_environment(folder, torch, [f"{one.name}>={one.lowest}" for one in wanted])
+    install_panguq(python, "-e", ".")
     pins, found = constraints(), installed(python)
-    beyond = {normalized(o.name) for o in wanted if not o.allows(found[normalized(o.name)])}
+    beyond = {
+        canonicalize_name(o.name) for o in wanted if not o.allows(found[canonicalize_name(o.name)])
+    }
     changed = [name for name in newer(found, pins) if name in pins]
     for name in changed:
         bound = ", beyond its bound" if name in beyond else ""
@@ -44,7 +49,7 @@ def try_newest(torch: str, arguments: Sequence[str]) -> int:
     code = run_contract_tests(python, arguments)
     if code != 0:
         # Direct dependencies first, those beyond their bounds before all others.
-        direct = {normalized(one.name) for one in wanted}
+        direct = {canonicalize_name(one.name) for one in wanted}
         suspects = sorted(changed, key=lambda name: (name not in beyond, name not in direct))
         _blame(python, suspects, found, pins)
     return code

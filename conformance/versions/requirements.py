@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 # What `make setup` installs; the contract tests need `test`.
@@ -26,7 +29,7 @@ class Requirement:
 
     def allows(self, release: str) -> bool:
         """Whether a release lies within the bounds."""
-        return numbers(self.lowest) <= numbers(release) < numbers(self.below)
+        return Version(self.lowest) <= Version(release) < Version(self.below)
 
 
 def project() -> dict[str, object]:
@@ -62,24 +65,11 @@ def constraints(path: Path = CONSTRAINTS) -> dict[str, str]:
     """The releases that a constraints file pins, by normalized name."""
     lines = path.read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return {normalized(name): release.strip() for name, release in pins}
+    return {canonicalize_name(name): release.strip() for name, release in pins}
 
 
 def constraints_without(names: Iterable[str]) -> str:
     """The text of a constraints file for all but these packages."""
-    left_out = {normalized(name) for name in names}
+    left_out = {canonicalize_name(name) for name in names}
     kept = {name: r for name, r in constraints().items() if name not in left_out}
     return "".join(f"{name}=={release}\n" for name, release in kept.items())
-
-
-def normalized(name: str) -> str:
-    """A package's name as indexes compare it: `PyYAML` and `pyyaml` are one."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def numbers(release: str) -> tuple[int, ...]:
-    """A release's leading numbers, to be compared: `5.25.0.dev0` is (5, 25); zeros at the end go."""
-    parts = [int(part) for part in re.match(r"\d+(\.\d+)*", release)[0].split(".")]  # type: ignore[index]
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)

@@ -7,6 +7,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
 from conformance.versions.environments import pip_install, say
 from conformance.versions.requirements import (
     CONSTRAINTS,
@@ -14,8 +17,6 @@ from conformance.versions.requirements import (
     Requirement,
     constraints,
     constraints_without,
-    normalized,
-    numbers,
     requirements,
 )
 
@@ -42,7 +43,7 @@ def write_constraints(torch: str) -> None:
         pip_install(Path(sys.executable), *look_only, *wanted)
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
     before = constraints() if CONSTRAINTS.exists() else {}
-    pins = {normalized(one["metadata"]["name"]): one["metadata"]["version"] for one in found}
+    pins = {canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"] for one in found}
     del pins["panguq"]
     pins = {
         name: release.partition("+")[0]
@@ -55,7 +56,7 @@ def write_constraints(torch: str) -> None:
         if before.get(name) != pins.get(name):
             print(f"{name}: {before.get(name, 'new')} -> {pins.get(name, 'gone')}")
     for one in loose_bounds(pins):
-        print(f"{one.name}: {pins[normalized(one.name)]}, but the bound is <{one.below}")
+        print(f"{one.name}: {pins[canonicalize_name(one.name)]}, but the bound is <{one.below}")
 
 
 def loose_bounds(pins: dict[str, str]) -> list[Requirement]:
@@ -63,14 +64,14 @@ def loose_bounds(pins: dict[str, str]) -> list[Requirement]:
     return [
         one
         for one in requirements(*SETUP_EXTRAS)
-        if next_minor(pins[normalized(one.name)]) != numbers(one.below)
+        if next_minor(pins[canonicalize_name(one.name)]) != Version(one.below)
     ]
 
 
-def next_minor(release: str) -> tuple[int, ...]:
-    """The first release that was not tested: `2.13.0` gives (2, 14)."""
-    major, minor = (*numbers(release), 0)[:2]
-    return (major, minor + 1)
+def next_minor(release: str) -> Version:
+    """The first release that was not tested: `2.13.0` gives 2.14."""
+    tested = Version(release)
+    return Version(f"{tested.major}.{tested.minor + 1}")
 
 
 def check_python(version: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
-from conformance.versions.environments import make_environment, run, say
-from conformance.versions.requirements import CONSTRAINTS, ROOT, constraints_without, requirements
+from conformance.versions.environments import make_environment, pip_install, run, say
+from conformance.versions.requirements import ROOT, constraints_without, requirements
 
 
 def try_wheel(torch: str) -> None:
@@ -21,7 +22,11 @@ def try_wheel(torch: str) -> None:
         wheel = build_wheel(folder)
         names = [one.name for one in requirements() if one.name != "torch"]
         pins = constraints_without(["torch"])
-        python = make_environment(ROOT / ".venv-wheel", torch, names, pins, panguq=str(wheel))
+        python = make_environment(ROOT / ".venv-wheel", torch, names, pins)
+        pip = (str(python), "-m", "pip")
+        run(*pip, "uninstall", "-qq", "--yes", "panguq")
+        pip_install(python, "-c", str(python.parents[1] / "constraints.txt"), str(wheel))
+        run(*pip, "check")
         script = shutil.copy(Path(__file__).with_name("installed.py"), folder)
         for command in ([str(python), script], [str(python.with_name("panguq")), "--help"]):
             print(run(*command, folder=folder))
@@ -36,5 +41,5 @@ def build_wheel(folder: Path) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
     options = ("-qq", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
-    run("python", "-m", "pip", "wheel", *options, str(source))
+    run(sys.executable, "-m", "pip", "wheel", *options, str(source))
     return next(folder.glob("*.whl"))

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from panguq.errors import LoweringError
+from panguq.extras import missing
 
 
 def load_torch_npu() -> None:
@@ -29,11 +30,8 @@ def load_torch_npu() -> None:
     except ModuleNotFoundError as error:
         if error.name != "torch_npu":
             raise _cannot_load(error) from error
-        raise LoweringError(
-            "torch_npu is not installed, so that nothing can run on an NPU",
-            "install the torch_npu of your PyTorch's version; a model compiled for an Ascend target"
-            " also runs on a CPU, slowly",
-        ) from None
+        otherwise = "run the model on a CPU, slowly"
+        raise missing("torch_npu", "running on an NPU", otherwise, LoweringError) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise _cannot_load(error) from error
 

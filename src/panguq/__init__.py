@@ -25,6 +25,7 @@ from panguq.errors import (
     TraceError,
     VerifyError,
 )
+from panguq.versions import warn_of_untested
 
 if TYPE_CHECKING:
     from panguq.compiled_model import CompiledCausalLM, CompiledModule
@@ -103,3 +104,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+warn_of_untested()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from panguq.checkpoint_files import CONFIG, refuse_pointer
 from panguq.errors import InputError, StorageError
+from panguq.extras import require
 
 SUFFIX = ".gguf"
 
@@ -101,13 +101,9 @@ def load_gguf(file: Path, config: Any) -> Any:
     return model.eval()
 
 
-def need(package: str) -> None:
+def need(module: str) -> None:
     """Raises InputError where a package that reading GGUF takes is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise InputError(
-            f"GGUF files need the package {package}, which is not installed",
-            "pip install 'panguq[gguf]', or give the model as safetensors",
-        )
+    require(module, "reading GGUF files", "give the model as safetensors")
 
 
 def damaged(file: Path, error: Exception) -> StorageError:

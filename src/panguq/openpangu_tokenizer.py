@@ -18,7 +18,8 @@ from transformers.tokenization_utils_base import generate_merges
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from panguq.checkpoint_files import CONFIG, refuse_pointer
-from panguq.errors import InputError, StorageError
+from panguq.errors import StorageError
+from panguq.extras import require
 from panguq.sentencepiece_file import read_settings
 from panguq.strict_json import parse_json
 
@@ -194,13 +195,9 @@ def _is_text(pieces: Any, index: int) -> bool:
 
 
 def _load_pieces(path: Path) -> Any:
-    try:
-        import sentencepiece
-    except ImportError:
-        raise InputError(
-            "openPangu's tokenizer needs the package sentencepiece, which is not installed",
-            "pip install 'panguq[openpangu]'",
-        ) from None
+    require("sentencepiece", "openPangu's tokenizer")
+    import sentencepiece
+
     refuse_pointer(path)
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())

@@ -197,7 +197,7 @@ def test_a_heat_map_without_matplotlib_says_how_to_get_it(capsys, monkeypatch, t
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*DEEP, "--heat-map", str(tmp_path / "gain.png")]) == 1
     shown = capsys.readouterr().err
-    assert "needs matplotlib" in shown and "hint: pip install matplotlib" in shown
+    assert "needs the package matplotlib" in shown and "hint: pip install 'panguq[plots]'" in shown
     assert list(tmp_path.iterdir()) == []
 
 

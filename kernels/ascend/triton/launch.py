@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from panguq.errors import LoweringError
+from panguq.extras import missing
 from panguq.kernels.ascend.tiles import legal_tiles
 
 NAMESPACE = "panguq_npu"
@@ -31,10 +32,8 @@ def _kernels(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise LoweringError(
-            "panguq's own kernels run on an NPU through triton-ascend, which is not installed",
-            "pip install triton-ascend==3.2.0, or compile with the vendor's kernels alone",
-        ) from None
+        what, otherwise = "running panguq's own kernels", "compile with the vendor's kernels alone"
+        raise missing("triton", what, otherwise, LoweringError) from None
 
 
 def grid_of(m: int, n: int, tile: list[int], splits: int = 1) -> tuple[int, int, int]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from panguq.compiled_model import LOWERED, CompiledModule
-from panguq.errors import PanguqError
+from panguq.extras import require
 from panguq.ir.interface import Interface
 
 if TYPE_CHECKING:
@@ -60,8 +59,7 @@ def export_graph(
     `target` is what it was lowered for: kernels then carry the time that the cost model predicts.
     `about` goes into the file's metadata.
     """
-    if find_spec("onnx") is None:
-        raise PanguqError("ONNX export needs the package onnx", "pip install 'panguq[onnx]'")
+    require("onnx", "ONNX export")
     from panguq.export.onnx_choices import kernel_notes
     from panguq.export.onnx_files import check_free, write_onnx
     from panguq.export.onnx_model import build

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from panguq.errors import PanguqError
+from panguq.extras import require
 from panguq.inputs import prepare
 from panguq.ir.interface import Interface
 
@@ -23,10 +22,7 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | Path, interface: Interface, optimized: bool = False) -> None:
-        if find_spec("onnxruntime") is None:
-            raise PanguqError(
-                "running ONNX files needs the package onnxruntime", "pip install 'panguq[onnx]'"
-            )
+        require("onnxruntime", "running ONNX files")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -120,7 +120,7 @@ def test_it_is_not_installed(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     message, device = python(LOAD, tmp_path)
-    assert message == "torch_npu is not installed, so that nothing can run on an NPU"
+    assert message == "running on an NPU needs the package torch_npu, which is not installed"
     assert device == "False"
 
 
