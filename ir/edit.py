@@ -1,9 +1,8 @@
 """The only way graphs are changed: edits that keep labels, module paths and value types.
 
 Every node carries in `node.meta`
-  `val`          what the node yields, as a fake tensor (dtype, symbolic shape) or a SymInt
-  `module_path`  the module of the source model that computed it, `model.layers.0.mlp`
-  `label`        a name that is stable across passes and torch releases (after canonicalize)
+  `val`      what the node yields, as a fake tensor (dtype, symbolic shape) or a SymInt
+  `panguq`   its NodeMeta: label, module path and what passes know about it (node_meta.py)
 Weights are buffers of the GraphModule, read by `get_attr` nodes whose target is their name.
 """
 
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +18,18 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from panguq.ir.node_meta import annotate, carry, carry_merged, meta_of
+
 
 def label(node: fx.Node) -> str:
     """The node's stable label; before canonicalize has given labels, fx's own name."""
-    return node.meta.get("label", node.name)
+    known = meta_of(node).label
+    return node.name if known is None else known
 
 
 def module_path(node: fx.Node) -> str:
     """The path of the source module that the node came from; empty at the top."""
-    return node.meta.get("module_path", "")
+    return meta_of(node).module_path
 
 
 def op_name(node: fx.Node) -> str:
@@ -43,10 +45,10 @@ def assign_labels(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function":
             base = f"{module_path(node)}:{op_name(node)}".lstrip(":")
-            node.meta["label"] = f"{base}.{seen[base]}" if seen[base] else base
+            annotate(node, label=f"{base}.{seen[base]}" if seen[base] else base)
             seen[base] += 1
         else:
-            node.meta["label"] = str(node.target) if node.op != "output" else "output"
+            annotate(node, label=str(node.target) if node.op != "output" else "output")
 
 
 def find_label(gm: fx.GraphModule, wanted: str) -> fx.Node:
@@ -102,9 +104,9 @@ def call(
     assert owner is not None
     with fake_mode(owner), torch.no_grad():
         node.meta["val"] = op(*value_types(args), **value_types(named))
-    node.meta["module_path"] = module_path(origin)
-    if "label" in origin.meta:
-        node.meta["label"] = origin.meta["label"] + suffix
+    known = meta_of(origin).label
+    name = None if known is None else known + suffix
+    annotate(node, label=name, module_path=module_path(origin))
     return node
 
 
@@ -148,7 +150,8 @@ def tensor_node(before: fx.Node, name: str, tensor: Tensor) -> fx.Node:
     set_tensor(owner, name, tensor)
     with graph.inserting_before(before):
         node = graph.get_attr(name)
-    node.meta.update(val=fake_of(owner, tensor), label=name, module_path=name.rpartition(".")[0])
+    node.meta["val"] = fake_of(owner, tensor)
+    annotate(node, label=name, module_path=name.rpartition(".")[0])
     return node
 
 
@@ -164,7 +167,36 @@ def weights_of(gm: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Let every user of `old` read `new`, and drop `old` and what only it needed."""
+    """Let every user of `old` read `new`, and drop `old` and what only it needed.
+
+    What passes know about `old` is carried over to `new`, unless that is one of `old`'s operands.
+    """
+    if new not in old.all_input_nodes:
+        carry(old, new)
+    _supplant(old, new)
+
+
+def split(old: fx.Node, main: fx.Node, side: fx.Node, total: fx.Node) -> None:
+    """As `replace`, by `total`, the sum of two parts of `old`'s work.
+
+    `main` has what passes know about `old`, `side` the label of what it was split from.
+    """
+    carry(old, main)
+    annotate(side, split_from=label(old))
+    _supplant(old, total)
+
+
+def merge(parts: Sequence[fx.Node], merged: fx.Node, results: Sequence[fx.Node]) -> None:
+    """As `replace`, each of `parts` by one of `results`, which are cut from `merged`.
+
+    All parts read one value under one scheme; `merged` has what passes know about them.
+    """
+    carry_merged(parts, merged)
+    for part, result in zip(parts, results, strict=True):
+        _supplant(part, result)
+
+
+def _supplant(old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
     erase_unused([old])
 

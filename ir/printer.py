@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import get_tensor, label, op_name
+from panguq.ir.node_meta import meta_of
 from panguq.ir.trace import shape_of
 
 _DTYPES = {
@@ -62,8 +63,9 @@ def _line(gm: fx.GraphModule, node: fx.Node, hasher: Hasher | None) -> str:
     op = str(node.target).removesuffix(".default") if known else op_name(node)
     arguments = [_argument(a) for a in node.args]
     arguments += [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
-    scheme = f"  # {node.meta['scheme'].name}" if "scheme" in node.meta else ""
-    return f"%{label(node)} : {kind} = {op}({', '.join(arguments)}){scheme}"
+    scheme = meta_of(node).scheme
+    noted = "" if scheme is None else f"  # {scheme.name}"
+    return f"%{label(node)} : {kind} = {op}({', '.join(arguments)}){noted}"
 
 
 def _content(gm: fx.GraphModule, node: fx.Node, hasher: Hasher | None) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError, StorageError
 from panguq.ir import canonical_ops  # noqa: F401  (defines ops that files name)
-from panguq.ir.edit import get_tensor, label, module_path, set_tensor, weights_of
+from panguq.ir.edit import get_tensor, label, set_tensor, weights_of
 from panguq.ir.file_checks import (
     FORMAT,
     VERSION,
@@ -26,6 +26,7 @@ from panguq.ir.file_checks import (
     check_weight_name,
     node_entries,
 )
+from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.opset import name_of, resolve
 from panguq.ir.plain_arguments import DAMAGED, decode, encode
 from panguq.ir.quant_spec import Scheme, parse_scheme
@@ -98,7 +99,7 @@ def from_dict(
 def _node_to_dict(
     gm: fx.GraphModule, node: fx.Node, positions: Mapping[fx.Node, int]
 ) -> dict[str, Any]:
-    where = f"node {label(node)}"
+    where, meta = f"node {label(node)}", meta_of(node)
     names = gm.meta.get("symbol_names", {})
     target = name_of(node.target) if node.op == "call_function" else str(node.target)
     if target is None:
@@ -113,18 +114,18 @@ def _node_to_dict(
         raise StorageError(f"{where}: cannot save a node of kind {node.op}", "trace the model anew")
     if "val" in node.meta:
         entry["type"] = type_text(node.meta["val"], names)
-    elif "stored_type" in node.meta:
-        entry["type"] = node.meta["stored_type"]
+    elif meta.stored_type is not None:
+        entry["type"] = meta.stored_type
     if node.op == "get_attr":
         entry["type"] = type_text(get_tensor(gm, target), {})
     if node.args:
         entry["args"] = [encode(argument, positions, where) for argument in node.args]
     if node.kwargs:
         entry["kwargs"] = {k: encode(v, positions, where) for k, v in node.kwargs.items()}
-    if module_path(node):
-        entry["module_path"] = module_path(node)
-    if "scheme" in node.meta:
-        entry["scheme"] = _scheme_name(node.meta["scheme"], where)
+    if meta.module_path:
+        entry["module_path"] = meta.module_path
+    if meta.scheme is not None:
+        entry["scheme"] = _scheme_name(meta.scheme, where)
     return entry
 
 
@@ -188,12 +189,11 @@ def _store_weight(
 
 
 def _set_meta(node: fx.Node, entry: Mapping[str, Any], where: str) -> None:
-    node.meta["label"] = entry.get("label", node.name)
-    node.meta["module_path"] = entry.get("module_path", "")
+    annotate(node, label=entry.get("label", node.name), module_path=entry.get("module_path", ""))
     if "type" in entry:
-        node.meta["stored_type"] = entry["type"]
+        annotate(node, stored_type=entry["type"])
     if "scheme" in entry:
         try:
-            node.meta["scheme"] = parse_scheme(entry["scheme"])
+            annotate(node, scheme=parse_scheme(entry["scheme"]))
         except RecipeError as error:
             raise StorageError(f"{where}: {error.message}", error.hint) from error

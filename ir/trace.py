@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from panguq.errors import TraceError
 from panguq.ir.edit import finish, set_tensor
 from panguq.ir.interface import CacheLayer, Interface
+from panguq.ir.node_meta import annotate
 
 _UNBIND = torch.ops.aten.unbind.int
 _SIZE = torch.ops.aten.sym_size.int
@@ -303,7 +304,7 @@ def _unlift(exported: ExportedProgram, strip: str, split: dict[str, str]) -> fx.
         elif node.args and node.args[0] in stacks:  # a size of the stack is one of its parts'
             part = mapping[in_layer_order[0]]
             mapping[node] = graph.call_function(_SIZE, (part, int(node.args[1]) - 1))
-            mapping[node].meta = {"val": node.meta["val"], "module_path": ""}
+            mapping[node].meta = {"val": node.meta["val"]}
         elif node.op == "output":
             graph.output(tuple(mapping[n] for n in node.args[0]))
         elif node.op == "get_attr":  # a graph of its own, for torch.cond, autocast and their like
@@ -316,8 +317,8 @@ def _unlift(exported: ExportedProgram, strip: str, split: dict[str, str]) -> fx.
             )
         elif node.op == "call_function":
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-            val, path = node.meta.get("val"), _path_of(node, strip)
-            mapping[node].meta = {"val": val, "module_path": path}
+            mapping[node].meta = {"val": node.meta.get("val")}
+            annotate(mapping[node], module_path=_path_of(node, strip))
     gm = fx.GraphModule(root, graph)
     finish(gm)
     return gm

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from panguq.errors import StorageError
 from panguq.ir.edit import get_tensor, label, value_types
 from panguq.ir.interface import Interface
+from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.size_expression import evaluate, names_in
 
 DTYPES: dict[str, torch.dtype] = {
@@ -85,14 +86,14 @@ def restore_types(gm: fx.GraphModule, interface: Interface) -> None:
             else:
                 value = _result(node)
             node.meta["val"] = value
-            stored, found = node.meta.get("stored_type"), type_text(value, names)
+            stored, found = meta_of(node).stored_type, type_text(value, names)
             if stored is not None and found != stored:
                 raise StorageError(
                     f"node {label(node)} yields {found}, but the saved graph says {stored}",
                     _DAMAGED,
                 )
     for node in gm.graph.nodes:
-        node.meta.pop("stored_type", None)
+        annotate(node, stored_type=None)
 
 
 _DAMAGED = "the graph file was changed, or the installed torch infers other sizes; compile again"
@@ -116,7 +117,7 @@ def _symbols(shape_env: ShapeEnv, interface: Interface) -> dict[str, torch.SymIn
 
 def _input(node: fx.Node, interface: Interface, sizes: dict[str, torch.SymInt]) -> Tensor:
     name = str(node.target)
-    dtype = DTYPES.get(re.split(r"\[", node.meta.get("stored_type", ""))[0])
+    dtype = DTYPES.get(re.split(r"\[", meta_of(node).stored_type or "")[0])
     if name not in interface.input_shapes or dtype is None:
         what = "dtype in the graph" if dtype is None else "shape in the interface"
         raise StorageError(f"the graph's input {name} has no {what}", _DAMAGED)

@@ -10,6 +10,7 @@ from torch import fx
 
 from panguq.errors import VerifyError
 from panguq.ir.edit import get_tensor, label, op_name
+from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.opset import is_allowed
 from panguq.ir.properties import Property
 
@@ -41,48 +42,49 @@ def check_form(gm: fx.GraphModule) -> str | None:
 
 
 def _canonical(gm: fx.GraphModule) -> str | None:
-    seen = Counter(n.meta.get("label") for n in gm.graph.nodes if n.op == "call_function")
+    seen = Counter(meta_of(n).label for n in gm.graph.nodes if n.op == "call_function")
     for node in gm.graph.nodes:
         if node.op == "call_function":
             if not is_allowed(node.target):
                 return f"{label(node)} calls {node.target}, which is not in ir/opset.py"
-            if node.meta.get("label") is None or seen[node.meta["label"]] > 1:
+            known = meta_of(node).label
+            if known is None or seen[known] > 1:
                 return f"the label of {label(node)} is missing or not unique"
     return None
 
 
 def _weighted(gm: fx.GraphModule) -> list[fx.Node]:
     linear = aten.linear.default
-    return [n for n in gm.graph.nodes if n.target is linear and "scheme" in n.meta]
+    return [n for n in gm.graph.nodes if n.target is linear and meta_of(n).scheme is not None]
 
 
 def _schemes(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
         stored = node.target is aten.linear.default and node.args[1].op == "get_attr"
-        if stored and "scheme" not in node.meta:
+        if stored and meta_of(node).scheme is None:
             return f"{label(node)} has no scheme"
     return None
 
 
 def _statistics(gm: fx.GraphModule) -> str | None:
     for node in _weighted(gm):
-        if not node.meta["scheme"].is_float and "input_statistics" not in node.meta:
+        if not scheme_of(node).is_float and meta_of(node).input_statistics is None:
             return f"{label(node)} is to be quantized and has no statistics of its input"
     return None
 
 
 def _calibrated(gm: fx.GraphModule) -> str | None:
     for node in _weighted(gm):
-        activation = node.meta["scheme"].activation
+        activation = scheme_of(node).activation
         static = activation is not None and not activation.dynamic
-        if static and "input_range" not in node.meta:
+        if static and meta_of(node).input_range is None:
             return f"{label(node)} is to be quantized statically and has no observed range"
     return None
 
 
 def _qdq(gm: fx.GraphModule) -> str | None:
     for node in _weighted(gm):
-        scheme = node.meta["scheme"]
+        scheme = scheme_of(node)
         if scheme.is_float:
             continue
         if op_name(node.args[1]) not in WEIGHT_DEQUANTIZERS:

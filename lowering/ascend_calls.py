@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import call, get_tensor, label, value_types
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import Scheme
 from panguq.kernels.ascend import int4_weight, npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.contracts import check_call
@@ -54,7 +55,7 @@ class AscendCalls:
 
         `weight_format` is that of int8 weights of integer matmuls.
         """
-        scheme: Scheme = node.meta["scheme"]
+        scheme = scheme_of(node)
         source = source_of(node)
         dtype = node.meta["val"].dtype
         late_bias = None

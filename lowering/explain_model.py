@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.interface import Interface
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.lowering.candidates import fallbacks, scheme_refusal
 from panguq.lowering.cost_model import total_us
@@ -99,7 +100,7 @@ def explain_model(
     allow_float: bool = False,
     weight_format: WeightFormat = "ND",
 ) -> ModelExplanation:
-    """Predict a canonical graph whose linears have `meta["scheme"]`.
+    """Predict a canonical graph whose linears have schemes.
 
     A prompt has `prompt` tokens for each of `batch` sequences; a decoding step has one for each,
     and `prompt` in the cache. Only the last position's logits are computed. Raises LoweringError
@@ -148,7 +149,7 @@ def _choices(
         if node.target is not _LINEAR:
             continue
         n, k = (int(size) for size in node.args[1].meta["val"].shape)
-        scheme = node.meta["scheme"]
+        scheme = scheme_of(node)
         key = (n, k, scheme)
         if key not in known:
             problem = MatmulProblem(None, n, k, scheme, dtype=dtype, weight_format=weight_format)

@@ -10,6 +10,7 @@ from torch import fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import label
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.lowering.candidates import fallbacks, scheme_refusal
@@ -42,7 +43,7 @@ class FitSchemes(Pass):
         result = PassResult()
         rows: list[tuple[object, ...]] = []
         for siblings in _siblings(gm):
-            scheme: Scheme = siblings[0].meta["scheme"]
+            scheme = scheme_of(siblings[0])
             chosen, reasons = fit(siblings, target)
             if self.ascend.allow_float and not chosen.is_float:
                 quantized_us, float_us = self._predicted_us(siblings, chosen, target)
@@ -53,7 +54,7 @@ class FitSchemes(Pass):
                     )
                     chosen = SCHEMES["FLOAT"]
             for node in siblings if chosen != scheme else ():
-                node.meta["scheme"] = chosen
+                annotate(node, scheme=chosen)
                 reason = f"{scheme.name} -> {chosen.name}: {'; '.join(reasons)}"
                 result.skip(node, reason)
                 rows.append((label(node), scheme.name, chosen.name, "; ".join(reasons)))
@@ -80,7 +81,7 @@ class FitSchemes(Pass):
 
 def fit(siblings: list[fx.Node], target: Target) -> tuple[Scheme, list[str]]:
     """The scheme for matmuls that read one tensor, and why not those before it in the order."""
-    scheme: Scheme = siblings[0].meta["scheme"]
+    scheme = scheme_of(siblings[0])
     reasons: list[str] = []
     for candidate in (scheme, *fallbacks(scheme)):
         refusals = []
@@ -101,6 +102,6 @@ def fit(siblings: list[fx.Node], target: Target) -> tuple[Scheme, list[str]]:
 def _siblings(gm: fx.GraphModule) -> list[list[fx.Node]]:
     readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in linears(gm):
-        if not node.meta["scheme"].is_float:
+        if not scheme_of(node).is_float:
             readers[node.args[0]].append(node)
     return list(readers.values())

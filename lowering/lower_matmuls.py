@@ -12,6 +12,7 @@ from torch import fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import call, erase_unused, label, replace
+from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.properties import Property
 from panguq.lowering.ascend_calls import AscendCalls
 from panguq.lowering.ascend_inputs import AscendInputs
@@ -73,7 +74,7 @@ class LowerMatmuls(Pass):
         choices = Choices(target, self.precision, self.ascend)
         rows: list[tuple[object, ...]] = []
         for node in [n for n in gm.graph.nodes if n.target is aten.linear.default]:
-            scheme = node.meta.get("scheme")
+            scheme = meta_of(node).scheme
             if scheme is None or scheme.is_float:
                 continue
             choice = choices.choose(node)
@@ -83,7 +84,6 @@ class LowerMatmuls(Pass):
             lowered = (
                 lower_on_cpu(node, choice) if calls is None else _on_ascend(node, choice, calls)
             )
-            lowered.meta.update({k: node.meta[k] for k in ("scheme", "merged") if k in node.meta})
             sources = list(node.all_input_nodes)
             replace(node, lowered)
             erase_unused(sources)
@@ -117,7 +117,7 @@ class Choices:
     def choose(self, node: fx.Node) -> Choice:
         """The kernel for this linear. Raises LoweringError if the target has none."""
         whole = self.target.kind == "cpu"
-        problem = matmul_problem(node, node.meta["scheme"], self.precision, whole)
+        problem = matmul_problem(node, scheme_of(node), self.precision, whole)
         if problem not in self.known:
             options = self.ascend
             allowed = replace_field(problem, own_kernels=options.own_kernels)
@@ -131,7 +131,7 @@ def check_lowerable(gm: fx.GraphModule, target: Target, precision: Precision) ->
     """Raises LoweringError if the target has no kernel for a scheme, before any calibration."""
     choices = Choices(target, precision)
     for node in linears(gm):
-        scheme = node.meta.get("scheme")
+        scheme = meta_of(node).scheme
         if scheme is not None and not scheme.is_float:
             try:
                 choices.choose(node)

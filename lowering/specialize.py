@@ -29,9 +29,7 @@ def specialize(gm: fx.GraphModule, m: int) -> fx.GraphModule:
     for node in [n for n in copy.graph.nodes if n.target is DISPATCH]:
         *operands, last_m, kernels = node.args
         op, args, named = chosen_call(operands, last_m, kernels, m)
-        lowered = call(node, op, args, named, origin=node)
-        lowered.meta.update({k: v for k, v in node.meta.items() if k == "scheme"})
-        replace(node, lowered)
+        replace(node, call(node, op, args, named, origin=node))
     finish(copy)
     return copy
 

@@ -12,13 +12,14 @@ from torch import fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
 from panguq.passes.base import Pass, PassContext, PassResult, Property, Table, linears
 
 
 @dataclass(frozen=True)
 class AssignSchemes(Pass):
-    """Before: linears.  After: the same, each with `meta["scheme"]`; no number changes.
+    """Before: linears.  After: the same, each with its scheme; no number changes.
 
     `schemes` maps globs over module paths to scheme names; the last match wins. A matmul whose
     result is the graph's first output (the logits) stays float unless a glob other than `*`
@@ -48,7 +49,7 @@ class AssignSchemes(Pass):
                     wanted = scheme.weight.group_size
                     if wanted is not None and group_size != wanted:
                         reason = f"group_size {group_size}: {wanted} does not divide k = {k}"
-            node.meta["scheme"] = scheme
+            annotate(node, scheme=scheme)
             result.changed += not scheme.is_float
             if reason:
                 result.skip(node, reason)
@@ -107,7 +108,7 @@ def _check_siblings(gm: fx.GraphModule) -> None:
     for node in linears(gm):
         readers[node.args[0]].append(node)
     for siblings in readers.values():
-        names = {module_path(n): n.meta["scheme"].name for n in siblings}
+        names = {module_path(n): scheme_of(n).name for n in siblings}
         if len(set(names.values())) > 1:
             listed = ", ".join(f"{path} {name}" for path, name in names.items())
             raise RecipeError(

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from panguq.errors import RecipeError
 from panguq.ir.channels import ScaleSite
 from panguq.ir.edit import label
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.unit_folder import Finished
 from panguq.passes.scale_folding import Factors
 from panguq.passes.scale_search import SeenInput, SiteError, decibels
@@ -51,7 +52,7 @@ class Awq(ScaleSites):
             raise RecipeError(f"awq: steps is {self.steps}", "give at least 1")
 
     def refuse(self, site: ScaleSite) -> str | None:
-        if any(not c.linear.meta["scheme"].is_float for c in site.consumers):
+        if any(not scheme_of(c.linear).is_float for c in site.consumers):
             return None
         return f"{label(site.consumers[0].linear)} is FLOAT: its weight is not quantized"
 

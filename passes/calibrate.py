@@ -11,19 +11,21 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import get_tensor, label
+from panguq.ir.input_statistics import InputStatistics, fill_state, state_of
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.sweep import sweep
 from panguq.ir.unit_folder import Finished
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
-from panguq.passes.observers import OBSERVERS, InputStatistics, fill_state, sqnr_db, state_of
+from panguq.passes.observers import OBSERVERS, sqnr_db
 
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
     """Before: linears with schemes.  After: the same, each knowing what its input looks like.
 
-    `meta["input_statistics"]` for every matmul that is to be quantized; `meta["input_range"]`,
+    NodeMeta has `input_statistics` for every matmul that is to be quantized; `input_range`,
     (low, high) as the observer chose it, for those with a static activation.
     `observer`: `minmax`; `percentile` of all values; `mse`, the clipped range of least mean
     squared error; `histogram`, the clipped range of least KL divergence. All look at plain tokens
@@ -47,7 +49,7 @@ class Calibrate(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in linears(gm):
-            if not node.meta["scheme"].is_float:
+            if not scheme_of(node).is_float:
                 readers[node.args[0]].append(node)
         if readers and not ctx.batches:
             raise InputError("there is no calibration data", "give calibration=, or a text file")
@@ -80,13 +82,13 @@ class Calibrate(Pass):
             seen, spec = statistics[value], static_spec(nodes)
             low = high = quality = ""
             for node in nodes:
-                node.meta["input_statistics"] = seen
+                annotate(node, input_statistics=seen)
             if spec is not None:
                 chosen = OBSERVERS[self.observer](seen.histogram, spec, self.percentile)
                 low, high = (f"{bound:.6g}" for bound in chosen)
                 quality = f"{sqnr_db(seen.histogram, *chosen, spec):.1f}"
                 for node in nodes:
-                    node.meta["input_range"] = chosen
+                    annotate(node, input_range=chosen)
             result.changed += len(nodes)
             massive = seen.tokens - seen.plain_tokens
             amax = f"{float(seen.channel_amax.max()):.6g}"
@@ -111,7 +113,7 @@ def _column_energy(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor | None:
 def static_spec(nodes: list[fx.Node]) -> QuantSpec | None:
     """The static activation that these readers of one value share, if they have one."""
     for node in nodes:
-        activation = node.meta["scheme"].activation
+        activation = scheme_of(node).activation
         if activation is not None and not activation.dynamic:
             return activation
     return None

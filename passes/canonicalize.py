@@ -174,7 +174,7 @@ def _read_sizes_from_inputs(gm: fx.GraphModule) -> None:
                 source, dim = first[expr]
                 with gm.graph.inserting_after(last[0]):
                     readers[expr] = gm.graph.call_function(aten.sym_size.int, (source, dim))
-                readers[expr].meta.update(val=node.meta["val"], module_path="")
+                readers[expr].meta["val"] = node.meta["val"]
                 last = [readers[expr]]
             replace(node, readers[expr])
 

@@ -13,6 +13,7 @@ from torch import fx
 from panguq.ir.edit import call, free_name, get_tensor, label, module_path, tensor_node
 from panguq.ir.folded_weight import materialized
 from panguq.ir.interpret import ensure_finite
+from panguq.ir.node_meta import range_of, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
@@ -51,7 +52,7 @@ class InsertFakeQuant(Pass):
         weights: dict[tuple[str, QuantSpec], fx.Node] = {}
         rows = []
         for node in linears(gm):
-            scheme = node.meta["scheme"]
+            scheme = scheme_of(node)
             if scheme.is_float:
                 continue
             if scheme.activation is not None:
@@ -122,7 +123,7 @@ def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
         codes = call(node, operator.getitem, (pair, 0), origin=source, suffix=".codes")
         scale = call(node, operator.getitem, (pair, 1), origin=source, suffix=".scale")
     else:
-        low, high = node.meta["input_range"]
+        low, high = range_of(node)
         step, offset = affine(low, high, spec, dtype)
         path = module_path(node)
         name = free_name(node.graph.owning_module, f"{path}.input_scale".lstrip("."))

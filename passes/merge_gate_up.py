@@ -13,13 +13,14 @@ from torch import Tensor, fx
 
 from panguq.ir.edit import (
     call,
-    erase_unused,
     free_name,
     get_tensor,
     label,
+    merge,
     module_path,
     tensor_node,
 )
+from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.properties import Property
 from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
@@ -28,8 +29,6 @@ from panguq.passes.base import Pass, PassContext, PassResult, Site
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
-
-_KEPT_META = ("scheme", "input_statistics", "input_range")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _obstacle(gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str]
         return "gate and up are one matmul"
     if gate.args[0] is not up.args[0]:
         return f"gate reads {label(gate.args[0])}, up reads {label(up.args[0])}"
-    schemes = gate.meta.get("scheme"), up.meta.get("scheme")
+    schemes = meta_of(gate).scheme, meta_of(up).scheme
     if schemes[0] != schemes[1]:
         names = " and ".join("none" if s is None else s.name for s in schemes)
         return f"their schemes differ: {names}"
@@ -158,16 +157,14 @@ def _merge(gm: fx.GraphModule, ctx: PassContext, swiglu: fx.Node) -> None:
         name = free_name(gm, f"{stem}.bias")
         args = (*args, tensor_node(swiglu, name, ctx.store.put(torch.cat(parts))))
     merged = call(swiglu, aten.linear.default, args, origin=gate, suffix=".gate_up")
-    merged.meta["module_path"] = stem
-    merged.meta["merged"] = (label(gate), label(up))
-    merged.meta.update({key: gate.meta[key] for key in _KEPT_META if key in gate.meta})
+    annotate(merged, module_path=stem)
     n = sizes[0]
     halves = [(gate, 0, n), (up, n, n + sizes[1])]
-    swiglu.args = tuple(
+    results = [
         call(swiglu, aten.slice.Tensor, (merged, -1, start, end), origin=linear)
         for linear, start, end in halves
-    )
-    erase_unused([gate, up])
+    ]
+    merge((gate, up), merged, results)
 
 
 def _common_stem(gate: fx.Node, up: fx.Node) -> str:

@@ -14,6 +14,7 @@ from torch import fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
 from panguq.ir.unit_folder import Finished
@@ -120,8 +121,8 @@ class MixedPrecision(Pass):
             raise self._infeasible("these budgets together", budgets)
         for (group, schemes), index in zip(options.items(), solved.chosen, strict=True):
             for node in group:
-                result.changed += node.meta["scheme"] != schemes[index]
-                node.meta["scheme"] = schemes[index]
+                result.changed += scheme_of(node) != schemes[index]
+                annotate(node, scheme=schemes[index])
         self._tabulate(result, options, losses, solved, budgets, ctx.matmul_rules)
         return result
 
@@ -147,7 +148,7 @@ class MixedPrecision(Pass):
 
     def _is_kept(self, node: fx.Node) -> bool:
         kept = any(fnmatchcase(module_path(node), glob) for glob in self.keep)
-        return kept or node.meta["scheme"].is_float or gives_logits(node)
+        return kept or scheme_of(node).is_float or gives_logits(node)
 
     def _fitting(
         self, group: Group, rules: MatmulRules | None, result: PassResult
@@ -173,7 +174,7 @@ class MixedPrecision(Pass):
         found: dict[str, tuple[Budget, float]] = {}
         if self.bits is not None:
             weights = sum(math.prod(_shape(node)) for node in nodes)
-            fixed = sum(stored_bits(node, node.meta["scheme"]) for node in others)
+            fixed = sum(stored_bits(node, scheme_of(node)) for node in others)
             found["bits"] = (_budget(options, stored_bits, fixed, self.bits * weights), weights)
         if self.relative_time is not None:
             if rules is None:
@@ -184,7 +185,7 @@ class MixedPrecision(Pass):
             def time(node: fx.Node, scheme: Scheme) -> int:
                 return math.ceil(rules.predicted_us(node, scheme) / unit)
 
-            fixed = sum(time(node, node.meta["scheme"]) for node in others)
+            fixed = sum(time(node, scheme_of(node)) for node in others)
             found["relative_time"] = (_budget(options, time, fixed, TIME_UNITS), in_float / unit)
         return found
 

@@ -1,141 +1,14 @@
-"""What calibration remembers of a matmul's input, and the range that each observer reads off it."""
+"""The static range that each observer reads off what calibration remembers of a value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
+from panguq.ir.input_statistics import BINS, Histogram
 from panguq.ir.quant_spec import QuantSpec
-
-BINS = 8192
-OUTLIER_TOKEN = 10.0  # a token is an outlier when its amax is this often the median token's
-
-
-class Histogram:
-    """Weighted counts over [-limit, limit] in equal bins; the limit doubles when exceeded."""
-
-    def __init__(self) -> None:
-        self.limit = 2.0**-10
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
-        self.low, self.high = math.inf, -math.inf
-
-    def add(self, tokens: Tensor, weights: Tensor) -> None:
-        """Count the values of `tokens` `[t, k]`, those of channel j `weights[j]` times.
-
-        All tokens move the smallest and largest value seen; every fourth is counted.
-        """
-        low, high = (float(v) for v in torch.aminmax(tokens))
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        while max(-low, high) > self.limit:
-            merged = self.counts.reshape(-1, 2).sum(1)
-            self.counts.zero_()
-            self.counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
-            self.limit *= 2
-        sample = tokens[::4]
-        bins = sample.add(self.limit).mul_(BINS / (2 * self.limit)).long().clamp_(0, BINS - 1)
-        each = weights.expand_as(sample).reshape(-1)
-        self.counts += torch.bincount(bins.reshape(-1), weights=each, minlength=BINS)
-
-    @property
-    def centers(self) -> Tensor:
-        """The middle of every bin, float64 `[bins]`."""
-        width = 2 * self.limit / BINS
-        return torch.arange(BINS, dtype=torch.float64) * width + width / 2 - self.limit
-
-
-def plain_tokens(token_amax: Tensor) -> Tensor:
-    """Which tokens `[t]` of a batch are not massive, from each one's largest magnitude."""
-    # Padding may be all zero: the median is that of tokens which hold something.
-    alive = token_amax[token_amax > 0]
-    usual = alive.median() if len(alive) else token_amax.new_zeros(())
-    return token_amax <= OUTLIER_TOKEN * usual
-
-
-class InputStatistics:
-    """Statistics of one value `[..., k]` over the calibration tokens.
-
-    A few massive tokens can be a thousand times larger than all others. They are told apart:
-    a token is plain unless its amax exceeds `OUTLIER_TOKEN` times its batch's median.
-    Over all tokens: `channel_amax` and `mean_square`, `[k]`. Over plain tokens: `plain_amax`
-    and `plain_mean_square`, `[k]`, and, where wanted, a histogram weighted by `column_energy`
-    `[k]`, the squared norm of the weights that each channel meets.
-    """
-
-    def __init__(self, channels: int, column_energy: Tensor | None = None) -> None:
-        self.column_energy = column_energy
-        self.histogram = Histogram()
-        self.channel_amax = torch.zeros(channels)
-        self.plain_amax = torch.zeros(channels)
-        self.square_sum = torch.zeros(channels)
-        self.plain_square_sum = torch.zeros(channels)
-        self.tokens = 0
-        self.plain_tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        """Observe one batch."""
-        tokens = x.reshape(-1, x.shape[-1]).float()
-        magnitude = tokens.abs()
-        plain = plain_tokens(magnitude.amax(1))
-        outliers, kept = tokens[~plain], tokens if bool(plain.all()) else tokens[plain]
-        kept_amax = magnitude.amax(0) if not len(outliers) else kept.abs().amax(0)
-        self.plain_amax = torch.maximum(self.plain_amax, kept_amax)
-        self.channel_amax = torch.maximum(self.channel_amax, self.plain_amax)
-        squares = kept.square().sum(0)
-        self.plain_square_sum += squares
-        self.square_sum += squares
-        if len(outliers):
-            self.channel_amax = torch.maximum(self.channel_amax, outliers.abs().amax(0))
-            self.square_sum += outliers.square().sum(0)
-        self.tokens += tokens.shape[0]
-        self.plain_tokens += kept.shape[0]
-        if self.column_energy is not None:
-            self.histogram.add(kept, self.column_energy)
-
-    @property
-    def mean_square(self) -> Tensor:
-        """Mean square of each channel over all tokens, `[k]`."""
-        return self.square_sum / max(self.tokens, 1)
-
-    @property
-    def plain_mean_square(self) -> Tensor:
-        """Mean square of each channel over plain tokens, `[k]`."""
-        return self.plain_square_sum / max(self.plain_tokens, 1)
-
-    @property
-    def channel_ratio(self) -> float:
-        """The largest channel's amax over the median channel's."""
-        return float(self.channel_amax.max() / self.channel_amax.median().clamp_min(1e-30))
-
-
-def state_of(of: InputStatistics | Histogram, prefix: str) -> dict[str, Tensor]:
-    """All that was observed, as tensors by name; numbers become tensors of no dimension."""
-    found: dict[str, Tensor] = {}
-    for name, value in vars(of).items():
-        if isinstance(value, Histogram):
-            found |= state_of(value, f"{prefix}/{name}")
-        elif isinstance(value, Tensor):
-            found[f"{prefix}/{name}"] = value
-        elif isinstance(value, float):
-            found[f"{prefix}/{name}"] = torch.tensor(value, dtype=torch.float64)
-        elif isinstance(value, int):
-            found[f"{prefix}/{name}"] = torch.tensor(value, dtype=torch.int64)
-    return found
-
-
-def fill_state(
-    into: InputStatistics | Histogram, tensors: Mapping[str, Tensor], prefix: str
-) -> None:
-    """Put back what `state_of` gave, into attributes that are there anyway."""
-    for name, value in list(vars(into).items()):
-        stored = tensors.get(f"{prefix}/{name}")
-        if isinstance(value, Histogram):
-            fill_state(value, tensors, f"{prefix}/{name}")
-        elif stored is not None:
-            setattr(into, name, stored if isinstance(value, Tensor | None) else stored.item())
-
 
 Range = tuple[float, float]
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from panguq.ir.edit import call, tensor_node
 from panguq.ir.interpret import ancestors
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.rotations import RotationSite
 from panguq.passes.base import PassResult, linears
 from panguq.passes.rotation_matrices import Rotation, random_rotation
@@ -70,7 +71,7 @@ def find_online_sites(
         kind, runs = ("heads", k // heads[linear]) if linear in heads else ("down", k)
         if kind not in kinds or (kind == "down" and not _is_pointwise(x)):
             continue
-        if linear.meta["scheme"].is_float:
+        if scheme_of(linear).is_float:
             result.skip(linear, "it is not quantized, so its input is not rotated online")
         elif runs == 1:
             result.skip(linear, "its input has one head")

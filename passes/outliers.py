@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.edit import call, free_name, get_tensor, label, replace, tensor_node
+from panguq.ir.edit import call, free_name, get_tensor, label, split, tensor_node
+from panguq.ir.node_meta import annotate, meta_of, range_of, scheme_of, statistics_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.passes.base import Pass, PassContext, PassResult, Site, Table, linears
@@ -54,7 +55,7 @@ class Outliers(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in linears(gm):
-            if node.meta["scheme"].activation is not None:
+            if scheme_of(node).activation is not None:
                 readers[node.args[0]].append(node)
         if self.treatment == "split":
             return self._split(gm, ctx, readers)
@@ -66,7 +67,7 @@ class Outliers(Pass):
         result = PassResult()
         rows: list[tuple[object, ...]] = []
         for value, nodes in readers.items():
-            seen = nodes[0].meta["input_statistics"]
+            seen = statistics_of(nodes[0])
             bound = self._bound(nodes)
             channels = (seen.channel_amax > self.threshold * bound).nonzero().flatten()
             if not len(channels):
@@ -89,10 +90,10 @@ class Outliers(Pass):
 
     def _bound(self, nodes: list[fx.Node]) -> float:
         """The largest magnitude that stays unclipped, or that plain tokens reach."""
-        if "input_range" in nodes[0].meta:
-            low, high = nodes[0].meta["input_range"]
-            return max(-low, high)
-        return float(nodes[0].meta["input_statistics"].plain_amax.max())
+        observed = meta_of(nodes[0]).input_range
+        if observed is not None:
+            return max(-observed[0], observed[1])
+        return float(statistics_of(nodes[0]).plain_amax.max())
 
     def _reassign(self, gm: fx.GraphModule, readers: dict[fx.Node, list[fx.Node]]) -> PassResult:
         result = PassResult()
@@ -101,14 +102,14 @@ class Outliers(Pass):
         for value, nodes in readers.items():
             spec = static_spec(nodes)
             if spec is not None:
-                histogram = nodes[0].meta["input_statistics"].histogram
-                low, high = nodes[0].meta["input_range"]
+                histogram = statistics_of(nodes[0]).histogram
+                low, high = range_of(nodes[0])
                 quality = sqnr_db(histogram, low, high, spec)
                 ranked.append((quality, value, nodes))
         ranked.sort(key=lambda entry: entry[0])
-        quantized = [n for n in linears(gm) if not n.meta["scheme"].is_float]
+        quantized = [n for n in linears(gm) if not scheme_of(n).is_float]
         total = sum(_weights(n) for n in quantized)
-        spent = sum(_weights(n) for n in linears(gm) if n.meta.get("split_from")) / max(total, 1)
+        spent = sum(_weights(n) for n in linears(gm) if meta_of(n).split_from) / max(total, 1)
         for quality, value, nodes in ranked:
             share = sum(_weights(n) for n in nodes) / total
             if quality >= self.floor_db:
@@ -120,7 +121,7 @@ class Outliers(Pass):
                 spent += share
                 scheme = SCHEMES["FLOAT" if self.treatment == "float" else "W8A8_DYNAMIC"]
                 for node in nodes:
-                    node.meta["scheme"] = scheme
+                    annotate(node, scheme=scheme)
                     result.changed += 1
             rows.append((label(value), f"{quality:.1f}", self.treatment, f"{share:.4f}"))
         columns = ("value", "input_sqnr_db", "treatment", "weight_share")
@@ -149,9 +150,5 @@ def _split_channels(gm: fx.GraphModule, ctx: PassContext, node: fx.Node, channel
     side_node = call(node, linear, (few, side), origin=node, suffix=".outliers")
     main = call(node, linear, (value, rest_node, *bias), origin=node, suffix=".main")
     total = call(node, aten.add.Tensor, (main, side_node), origin=node)
-    for key in ("scheme", "input_statistics", "input_range"):
-        if key in node.meta:
-            main.meta[key] = node.meta[key]
-    side_node.meta["scheme"] = SCHEMES["FLOAT"]
-    side_node.meta["split_from"] = label(node)
-    replace(node, total)
+    annotate(side_node, scheme=SCHEMES["FLOAT"])
+    split(node, main, side_node, total)

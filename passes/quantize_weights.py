@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from panguq.errors import RecipeError
 from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.ir.folded_weight import materialized
+from panguq.ir.node_meta import statistics_of, weight_spec_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.row_slices import row_slices
@@ -91,10 +92,10 @@ class QuantizeWeights(Pass):
     def _quantize(self, gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> tuple[object, ...]:
         stored, scale_node, zero_node, group_size, *_ = node.args
         matmul = next(iter(next(iter(node.users)).users))
-        spec = matmul.meta["scheme"].weight
+        spec = weight_spec_of(matmul)
         importance = None
         if self.needs_statistics:
-            importance = matmul.meta["input_statistics"].mean_square
+            importance = statistics_of(matmul).mean_square
 
         def compute() -> Finished:
             weight = materialized(get_tensor(gm, str(stored.target)))

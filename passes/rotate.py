@@ -12,6 +12,7 @@ from panguq.errors import RecipeError
 from panguq.ir.blocks import cuts
 from panguq.ir.edit import get_tensor, label, weights_of
 from panguq.ir.interpret import ancestors
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.rotation_rules import EMBEDDING
 from panguq.ir.rotations import RotationSite, find_rotation_sites, rotated_values
@@ -105,7 +106,7 @@ class Rotate(Pass):
         if site.kind not in self.sites:
             result.skip(site.source, f"sites of kind {site.kind} are not selected")
             return False
-        if all(reader.meta["scheme"].is_float for reader in site.readers):
+        if all(scheme_of(reader).is_float for reader in site.readers):
             result.skip(site.source, "no linear that reads it is quantized")
             return False
         return True

@@ -11,11 +11,12 @@ from torch import Tensor, fx
 
 from panguq.ir.channels import ScaleSite
 from panguq.ir.edit import get_tensor
+from panguq.ir.input_statistics import InputStatistics, plain_tokens
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import QuantSpec
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.gram import gram, output_error
 from panguq.passes.insert_fake_quant import affine
-from panguq.passes.observers import InputStatistics, plain_tokens
 from panguq.passes.scale_folding import Factors
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
@@ -62,7 +63,7 @@ def look_at(
     none = torch.empty(0, k), torch.empty(0)
     if not sampled:
         return SeenInput(statistics, mean_abs, *none)
-    activations = [node.meta["scheme"].activation for node in readers]
+    activations = [scheme_of(node).activation for node in readers]
     if not any(activations) and statistics.tokens > k:
         return SeenInput(statistics, mean_abs, *none, gram(values).float())
     tokens = torch.cat([value.reshape(-1, k) for value in values])
@@ -102,7 +103,7 @@ class MatmulError:
         self.weight = weight[rows].float()
         self.weight_dtype = weight.dtype
         self.input_dtype = linear.args[0].meta["val"].dtype
-        self.scheme = linear.meta["scheme"]
+        self.scheme = scheme_of(linear)
         self.seen = seen
         if seen.moment is None:
             self.output = seen.tokens @ self.weight.T
@@ -172,7 +173,7 @@ class SiteError:
     ) -> None:
         self.parts = []
         for consumer in site.consumers:
-            if consumer.linear.meta["scheme"].is_float:
+            if scheme_of(consumer.linear).is_float:
                 continue
             weight = get_tensor(gm, consumer.weight)
             ones = torch.ones(weight.shape[1], dtype=torch.float64)

@@ -31,6 +31,7 @@ from torch import Tensor, fx
 from panguq.errors import InputError
 from panguq.ir.edit import get_tensor
 from panguq.ir.folded_weight import materialized
+from panguq.ir.input_statistics import InputStatistics
 from panguq.ir.memory import return_free_pages
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.reverse_sweep import reverse_sweep
@@ -38,7 +39,6 @@ from panguq.ir.row_slices import row_slices
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import PassContext
 from panguq.passes.insert_fake_quant import affine
-from panguq.passes.observers import InputStatistics
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq

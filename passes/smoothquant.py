@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from panguq.errors import RecipeError
 from panguq.ir.channels import ScaleSite
 from panguq.ir.edit import get_tensor, label
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.unit_folder import Finished
 from panguq.passes.scale_folding import Factors, check_kinds
 from panguq.passes.scale_search import SeenInput, SiteError, decibels
@@ -62,7 +63,7 @@ class SmoothQuant(ScaleSites):
 
     def refuse(self, site: ScaleSite) -> str | None:
         for consumer in site.consumers:
-            scheme = consumer.linear.meta["scheme"]
+            scheme = scheme_of(consumer.linear)
             if scheme.activation is None:
                 return f"{label(consumer.linear)} is {scheme.name}: its input stays float"
         return None

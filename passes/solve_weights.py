@@ -15,6 +15,7 @@ from panguq.errors import InputError
 from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.ir.folded_weight import materialized
 from panguq.ir.interpret import ensure_finite
+from panguq.ir.node_meta import meta_of, weight_spec_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.sweep import solving_sweep
@@ -106,7 +107,7 @@ class SolveWeights(Pass):
         if isinstance(zero_node, fx.Node) and solution.zero_point is not None:
             set_tensor(gm, str(zero_node.target), store.put(solution.zero_point))
         matmul = next(iter(next(iter(node.users)).users))
-        store_codes(node, store, solution.codes, matmul.meta["scheme"].weight.bits)
+        store_codes(node, store, solution.codes, weight_spec_of(matmul).bits)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
@@ -145,7 +146,7 @@ class SolveWeights(Pass):
             stored = [materialized(get_tensor(gm, str(q.args[0].target))) for q in quantizers]
             for quantizer, tensor in zip(quantizers, stored, strict=True):
                 ensure_finite(str(quantizer.args[0].target), tensor)
-            spec = same[0].meta["scheme"].weight
+            spec = weight_spec_of(same[0])
             problem = WeightProblem(
                 names=tuple(label(matmul) for matmul in same),
                 weight=torch.cat([tensor.float() for tensor in stored]),
@@ -211,7 +212,7 @@ def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, l
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     seen: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        if node.target is not torch.ops.aten.linear.default or "scheme" not in node.meta:
+        if node.target is not torch.ops.aten.linear.default or meta_of(node).scheme is None:
             continue
         weight = node.args[1]
         if weight.target is not panguq.dequantize_weight.default:
@@ -228,7 +229,7 @@ def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, l
 
 def _weighted(values: Sequence[Tensor], matmul: fx.Node) -> Sequence[Tensor]:
     """The batches, each token times the root of its weight where weigh-tokens gave it one."""
-    weights = matmul.meta.get("token_weights")
+    weights = meta_of(matmul).token_weights
     if weights is None or not values:
         return values
     return [
@@ -241,7 +242,7 @@ def _alike(matmuls: list[fx.Node]) -> list[list[fx.Node]]:
     """The matmuls by the quantization of their weights: side matmuls may have another."""
     groups: dict[QuantSpec, list[fx.Node]] = defaultdict(list)
     for matmul in matmuls:
-        groups[matmul.meta["scheme"].weight].append(matmul)
+        groups[weight_spec_of(matmul)].append(matmul)
     return list(groups.values())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.edit import get_tensor, set_tensor
 from panguq.ir.interpret import values
+from panguq.ir.node_meta import meta_of
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import FirstOutput, reverse_sweep
 from panguq.ir.unit_folder import Finished
@@ -200,7 +201,7 @@ def _tunable(gm: fx.GraphModule, result: PassResult) -> list[_Scale]:
     """Scales of stored codes that linears dequantize, each once, in graph order."""
     found: dict[str, _Scale] = {}
     for node in gm.graph.nodes:
-        if node.target is not torch.ops.aten.linear.default or "scheme" not in node.meta:
+        if node.target is not torch.ops.aten.linear.default or meta_of(node).scheme is None:
             continue
         weight = node.args[1]
         if weight.op == "get_attr":

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import label
 from panguq.ir.memory import return_free_pages
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.unit_folder import Finished
@@ -30,7 +31,7 @@ class WeighTokens(Pass):
 
         w_t = (mean over outputs of g_ti^2)^power / its mean over all tokens
 
-    `meta["token_weights"]` holds w, float32 `[tokens]`, for each calibration batch. Passes that
+    NodeMeta's `token_weights` holds w, float32 `[tokens]`, for each calibration batch. Passes that
     choose codes from inputs (gptq and its relatives) take sqrt(w_t) x_t for x_t, so that X^T X
     becomes X^T diag(w) X. Matmuls that read one value share their weights. One forward and one
     backward sweep. No number of the graph changes.
@@ -56,7 +57,7 @@ class WeighTokens(Pass):
         result = PassResult()
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in linears(gm):
-            if not node.meta["scheme"].is_float:
+            if not scheme_of(node).is_float:
                 readers[node.args[0]].append(node)
         if readers and not ctx.batches:
             raise InputError("there is no calibration data", "give calibration=, or a text file")
@@ -68,7 +69,7 @@ class WeighTokens(Pass):
                 continue
             weights = found[value]
             for node in nodes:
-                node.meta["token_weights"] = weights
+                annotate(node, token_weights=weights)
             result.changed += len(nodes)
             every = torch.cat(list(weights))
             rows.append((label(value), len(nodes), float(every.median()), float(every.max())))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from panguq.inputs import prepare, takes_empty_mask
-from panguq.ir.edit import clone
+from panguq.ir.edit import clone, module_path
 from panguq.ir.interface import Interface
 from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
@@ -172,7 +172,7 @@ def run_passes(
     gm: fx.GraphModule, ctx: PassContext, scheme: str, *passes: Pass
 ) -> list[PassRecord]:
     """Assign one scheme to every matmul, logits included, then run passes through the runner."""
-    paths = {str(n.meta.get("module_path", "")) for n in gm.graph.nodes if "linear" in n.name}
+    paths = {module_path(n) for n in gm.graph.nodes if "linear" in n.name}
     schemes = AssignSchemes(schemes=(("*", scheme), *((path, scheme) for path in sorted(paths))))
     return run_pipeline(gm, [Canonicalize(), schemes, *passes], ctx)[0]
 

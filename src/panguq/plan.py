@@ -16,6 +16,7 @@ from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.channels import find_scale_sites
 from panguq.ir.edit import finish, label, module_path
 from panguq.ir.interface import Interface
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import Choices
 from panguq.lowering.select_kernel import Choice
@@ -139,15 +140,16 @@ def _assign(
 
 
 def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
-    scheme = node.meta["scheme"]
+    scheme = scheme_of(node)
     n, k = (int(size) for size in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
-    grouped = scheme.weight is not None and scheme.weight.granularity == "per_group"
+    weight = scheme.weight
+    grouped = weight if weight is not None and weight.granularity == "per_group" else None
     return MatmulPlan(
         name=module_path(node) or label(node),
         n=n,
         k=k,
         scheme=scheme.name,
-        group_size=scheme.weight.group_size_for(k) if grouped else None,
+        group_size=grouped.group_size_for(k) if grouped else None,
         kernel=choice.kernel if choice else None,
         few_tokens=choice.few_tokens if choice else 0,
         decode_us=round(choice.decode_us, 1) if choice else None,
@@ -167,7 +169,7 @@ def _smoothing(
     if not kinds:
         return {}, {}
     sites, blocked = find_scale_sites(gm, interface)
-    found = [s for s in sites if all(c.linear.meta["scheme"].activation for c in s.consumers)]
+    found = [s for s in sites if all(scheme_of(c.linear).activation for c in s.consumers)]
     counts = {kind: sum(site.kind == kind for site in found) for kind in sorted(kinds)}
     return counts, {label(entry.source): entry.reason for entry in blocked}
 

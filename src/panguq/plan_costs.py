@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from panguq.ir.node_meta import meta_of, scheme_of, weight_spec_of
 from panguq.lowering.targets import CPU
 from panguq.passes.base import Pass, linears
 from panguq.passes.quantize_weights import QuantizeWeights
@@ -59,7 +60,7 @@ def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
     tokens + six as wide as the widest output for one window.
     """
     largest = max((value.numel() for value in _weights(gm).values()), default=0)
-    quantized = [node for node in linears(gm) if not node.meta["scheme"].is_float]
+    quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
     shapes = [node.args[1].meta["val"].shape for node in quantized]  # type: ignore[union-attr]
     widest = max((int(n) for n, _ in shapes), default=0)
     stream = max((int(k) for _, k in shapes), default=0)
@@ -75,7 +76,7 @@ def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> 
     run of all weights. Quantizing: a constant for each weight, and another for each ratio of a clip
     search; passes of GPTQ's family also form X^T X, factor it and work through the columns.
     """
-    quantized = sum(_size(n) for n in linears(gm) if not n.meta["scheme"].is_float)
+    quantized = sum(_size(n) for n in linears(gm) if not scheme_of(n).is_float)
     weights = sum(_size(n) for n in linears(gm))
     sweeps = sum(p.sweeps for p in passes) if quantized else 0.0
     ratios = sum(
@@ -97,7 +98,7 @@ def _solving_macs(gm: fx.GraphModule, tokens: int) -> float:
 
     The factor is float64 and the column loop runs at a quarter of a large product's speed.
     """
-    quantized = [node for node in linears(gm) if not node.meta["scheme"].is_float]
+    quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
     shapes = [tuple(map(int, n.args[1].meta["val"].shape)) for n in quantized]  # type: ignore[union-attr]
     inputs = {n.args[0]: k for n, (_, k) in zip(quantized, shapes, strict=True)}
     return sum(tokens * k**2 + 2 * k**3 for k in inputs.values()) + sum(
@@ -118,12 +119,12 @@ def _size(node: fx.Node) -> int:
 
 
 def _is_quantized(node: fx.Node, weight: str) -> bool:
-    scheme = node.meta.get("scheme")
+    scheme = meta_of(node).scheme
     return scheme is not None and not scheme.is_float and str(node.args[1].target) == weight  # type: ignore[union-attr]
 
 
 def _code_bytes(node: fx.Node) -> int:
-    weight = node.meta["scheme"].weight
+    weight = weight_spec_of(node)
     n, k = (int(size) for size in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
     scales = n * k // weight.group_size_for(k)
     return n * k * weight.bits // 8 + scales * 4 * (1 if weight.symmetric else 2)

@@ -16,6 +16,7 @@ import panguq
 from panguq.export.checkpoint_graph import FAKE_QUANT, CheckpointGraph, read_checkpoint_graph
 from panguq.export.quantized_linear import ExportError
 from panguq.ir.edit import call, clone, tensor_node
+from panguq.ir.node_meta import annotate, meta_of
 from panguq.report.local_sqnr import sqnr_db
 from tests.models import CONFIGS, shared_model, token_ids
 
@@ -243,7 +244,7 @@ def with_graph(model: Any, change: Any) -> Any:
 
 def linear_of(gm: Any, path: str) -> Any:
     linears = (n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
-    return next(n for n in linears if n.meta["module_path"] == path)
+    return next(n for n in linears if meta_of(n).module_path == path)
 
 
 def test_a_weight_that_the_architecture_does_not_have_is_refused() -> None:
@@ -264,7 +265,7 @@ def test_a_scheme_that_the_graph_does_not_compute_is_refused() -> None:
         from panguq.ir.quant_spec import SCHEMES
 
         node = linear_of(gm, "model.layers.0.mlp.down_proj")
-        node.meta["scheme"] = SCHEMES["W8A8"]
+        annotate(node, scheme=SCHEMES["W8A8"])
 
     error = refusal(with_graph(compiled("llama", "W8A16"), rename))
     assert "does not compute its scheme, W8A8" in error.message

@@ -19,6 +19,7 @@ from panguq.export.onnx_export import export_graph
 from panguq.export.onnx_run import OnnxModel
 from panguq.ir.edit import set_tensor
 from panguq.ir.interface import Interface
+from panguq.ir.node_meta import annotate
 from panguq.ir.trace import trace_module
 from panguq.kernels.ascend import npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.kernels.cpu import dequantized_linear, int4_linear  # noqa: F401  (registers the ops)
@@ -115,17 +116,17 @@ def calling(
     """A graph that calls `op(x, *stored, *rest)`; with `item`, that result of it."""
     graph, root = fx.Graph(), nn.Module()
     x = graph.placeholder("x")
-    x.meta.update(label="x", stored_type=f"float32[{', '.join(map(str, shape))}]")
+    annotate(x, label="x", stored_type=f"float32[{', '.join(map(str, shape))}]")
     weights = []
     for name, tensor in stored.items():
         set_tensor(root, name, tensor)
         weights.append(graph.get_attr(name))
-        weights[-1].meta["label"] = name
+        annotate(weights[-1], label=name)
     node = graph.call_function(op, (x, *weights, *rest))  # type: ignore[arg-type]
-    node.meta["label"] = "result"
+    annotate(node, label="result")
     if item >= 0:
         node = graph.call_function(operator.getitem, (node, item))
-        node.meta["label"] = "item"
+        annotate(node, label="item")
     graph.output((node,))
     interface = Interface(
         kind="module",

@@ -25,8 +25,9 @@ from transformers import (
 import panguq.kernels.quantize  # noqa: F401  (defines ops)
 from panguq.errors import StorageError
 from panguq.ir import opset
-from panguq.ir.edit import call, find_label, weights_of
+from panguq.ir.edit import call, find_label, label, weights_of
 from panguq.ir.interface import Interface
+from panguq.ir.node_meta import annotate, meta_of, scheme_of
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from panguq.ir.serialize import from_dict, from_text, to_dict, to_text
 from panguq.ir.size_expression import evaluate, names_in
@@ -140,7 +141,7 @@ def test_a_loaded_graph_is_the_same_graph(name: str, canonical: bool) -> None:
     restore_types(loaded, Interface.model_validate_json(interface.model_dump_json()))
     assert to_text(loaded) == text
     for old, new in zip(gm.graph.nodes, loaded.graph.nodes, strict=True):
-        assert old.meta.get("label", old.name) == new.meta["label"]
+        assert label(old) == meta_of(new).label
         if isinstance(old.meta.get("val"), Tensor):
             assert shape_of(gm, old) == shape_of(loaded, new)
             assert old.meta["val"].dtype == new.meta["val"].dtype
@@ -202,10 +203,10 @@ def test_schemes_survive(llama: tuple[fx.GraphModule, Interface]) -> None:
     gm = llama[0]
     where = "model.layers.0.mlp.up_proj:linear"
     for scheme in (*SCHEMES.values(), parse_scheme("W4A16-g64"), parse_scheme("w4a16-PER_channel")):
-        find_label(gm, where).meta["scheme"] = scheme
+        annotate(find_label(gm, where), scheme=scheme)
         loaded = from_text(to_text(gm), weights_of(gm))
-        assert find_label(loaded, where).meta["scheme"] == scheme
-    del find_label(gm, where).meta["scheme"]
+        assert scheme_of(find_label(loaded, where)) == scheme
+    annotate(find_label(gm, where), scheme=None)
 
 
 def test_ops_of_kernels_with_several_results() -> None:

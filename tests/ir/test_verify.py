@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from panguq.errors import VerifyError
 from panguq.ir.edit import call, clone, fake_of, find_label, replace, set_tensor
+from panguq.ir.node_meta import annotate
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.verify import CHECKS, check_form, verify
@@ -66,11 +67,15 @@ Break = Callable[[fx.GraphModule], None]
 
 
 def forget(key: str, where: str = A) -> Break:
-    return lambda gm: find_label(gm, where).meta.pop(key)
+    return lambda gm: annotate(find_label(gm, where), **{key: None})
+
+
+def forget_type(gm: fx.GraphModule) -> None:
+    del find_label(gm, A).meta["val"]
 
 
 def relabel(gm: fx.GraphModule) -> None:
-    find_label(gm, B).meta["label"] = A
+    annotate(find_label(gm, B), label=A)
 
 
 def call_unknown(gm: fx.GraphModule) -> None:
@@ -97,7 +102,7 @@ def float_input(gm: fx.GraphModule) -> None:
 
 def quantized_input(gm: fx.GraphModule) -> None:
     """A weight-only matmul whose input is dequantized all the same."""
-    find_label(gm, A).meta["scheme"] = SCHEMES["W8A16"]
+    annotate(find_label(gm, A), scheme=SCHEMES["W8A16"])
 
 
 def dequantize_again(gm: fx.GraphModule) -> None:
@@ -186,7 +191,7 @@ def call_a_module(gm: fx.GraphModule) -> None:
 @pytest.mark.parametrize(
     ("break_it", "complaint"),
     [
-        (forget("val"), "a:linear has no value type"),
+        (forget_type, "a:linear has no value type"),
         (wrong_shape, r"weight a\.weight is torch\.float32\[8, 9\] but its node says"),
         (wrong_dtype, r"weight a\.weight is torch\.float16\[8, 8\]"),
         (call_a_module, "only op calls"),
@@ -208,7 +213,7 @@ class DropSchemes(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         for node in gm.graph.nodes:
-            node.meta.pop("scheme", None)
+            annotate(node, scheme=None)
         return PassResult(changed=1)
 
 

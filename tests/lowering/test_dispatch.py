@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, op_name
 from panguq.ir.interpret import run
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.kernels.packing import pack_int4
@@ -213,7 +214,7 @@ def test_allow_float_is_what_permits_float() -> None:
         ctx = tiny_context(interface, torch.randn(2, 3, K).bfloat16())
         run_passes(gm, ctx, "W8A8_DYNAMIC")
         FitSchemes("ascend910b1", AscendOptions(**options)).run(gm, ctx)
-        return {n.meta["scheme"].name for n in linears(clone(gm))}
+        return {scheme_of(n).name for n in linears(clone(gm))}
 
     assert schemes() == {"W8A8_DYNAMIC"}
     assert schemes(allow_float=True) == {"FLOAT"}

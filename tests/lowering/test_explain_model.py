@@ -12,6 +12,7 @@ import pytest
 from panguq.cli import main
 from panguq.cli.explain import graph_of
 from panguq.ir.edit import label
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import parse_scheme
 from panguq.lowering.explain_model import ModelExplanation, _critical_path, explain_model
 from panguq.lowering.explain_model_text import render
@@ -135,8 +136,8 @@ def test_every_matmul_falls_back_where_the_target_refuses(folder) -> None:
     graph = graph_of(folder, parse_scheme("w4a16"), "float16")
     gm, interface = graph
     for node in linears(gm):  # a k of one group: more than k - 1
-        if not node.meta["scheme"].is_float:
-            node.meta["scheme"] = parse_scheme("w4a16-g32")
+        if not scheme_of(node).is_float:
+            annotate(node, scheme=parse_scheme("w4a16-g32"))
     target = find_target("ascend910b1")
     result = explain_model(gm, interface, target, "float16", "W4A16", weight_format="NZ")
     noted = [row for row in result.matmuls if row.note]

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, label, op_name
 from panguq.ir.interpret import run, values
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.verify import verify
@@ -293,7 +294,7 @@ def fitted(model: nn.Module, k: int, scheme: str):
 
 def test_a_matmul_that_does_not_fit_falls_back_and_says_why() -> None:
     gm, result = fitted(One(64, 320, True), 320, "W4A8")
-    assert linears(gm)[0].meta["scheme"].name == "W8A8_DYNAMIC"
+    assert scheme_of(linears(gm)[0]).name == "W8A8_DYNAMIC"
     assert result.skipped[0].node == "fc:linear"
     assert "W4A8 -> W8A8_DYNAMIC" in result.skipped[0].reason
     assert "256" in result.skipped[0].reason
@@ -312,7 +313,7 @@ class Uneven(nn.Module):
 
 def test_siblings_fall_back_together() -> None:
     gm, result = fitted(Uneven(), 256, "W4A16")
-    assert {n.meta["scheme"].name for n in linears(gm)} == {"W8A16"}
+    assert {scheme_of(n).name for n in linears(gm)} == {"W8A16"}
     assert len(result.skipped) == 2
     assert all("two:linear (n=12, k=256)" in skip.reason for skip in result.skipped)
 
@@ -320,12 +321,12 @@ def test_siblings_fall_back_together() -> None:
 def test_what_fits_is_left_alone() -> None:
     gm, result = fitted(One(64, 256, True), 256, "W4A8")
     assert result.changed == 0 and result.skipped == []
-    assert linears(gm)[0].meta["scheme"].name == "W4A8"
+    assert scheme_of(linears(gm)[0]).name == "W4A8"
 
 
 def test_lowered_graphs_keep_labels_and_properties() -> None:
     before, gm = lowered(64, 256, "W8A8")
-    assert find_label(gm, "fc:linear").meta["scheme"].name == "W8A8"
+    assert scheme_of(find_label(gm, "fc:linear")).name == "W8A8"
     assert label(find_label(before, "fc:linear")) == "fc:linear"
     assert source_of(find_label(before, "fc:linear")).target == "x"
     assert operator.getitem not in {n.target for n in gm.graph.nodes}

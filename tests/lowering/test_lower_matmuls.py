@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, label, op_name
 from panguq.ir.interpret import run, values
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.verify import verify
@@ -236,7 +237,7 @@ def test_4_bit_weights_with_integer_activations_are_dequantized_on_a_cpu(scheme)
 
 def test_lowered_graphs_keep_labels_schemes_and_properties() -> None:
     before, gm, _ = lowered(64, 96, "W8A8")
-    assert find_label(gm, "fc:linear").meta["scheme"].name == "W8A8"
+    assert scheme_of(find_label(gm, "fc:linear")).name == "W8A8"
     assert label(find_label(before, "fc:linear")) == "fc:linear"
     verify(gm, {Property.LOWERED, Property.CANONICAL, Property.WEIGHT_CODES}, after="it")
 
@@ -245,14 +246,14 @@ def test_two_bit_weights_with_quantized_inputs_run_dequantized() -> None:
     gm, _ = trace_tiny(One(8, 64, True), torch.randn(3, 64))
     int2 = QuantSpec(2, "per_group", group_size=32)
     token = QuantSpec(8, "per_token", dynamic=True)
-    linears(gm)[0].meta["scheme"] = Scheme("W2A8", int2, token)
+    annotate(linears(gm)[0], scheme=Scheme("W2A8", int2, token))
     check_lowerable(gm, find_target("cpu"), "bfloat16")
 
 
 def test_grouped_int8_weights_with_int8_activations_are_refused() -> None:
     gm, _ = trace_tiny(One(8, 64, True), torch.randn(3, 64))
     grouped = QuantSpec(8, "per_group", group_size=32)
-    linears(gm)[0].meta["scheme"] = Scheme("W8A8-g32", grouped, QuantSpec(8, "per_token"))
+    annotate(linears(gm)[0], scheme=Scheme("W8A8-g32", grouped, QuantSpec(8, "per_token")))
     with pytest.raises(LoweringError, match="weights must be per channel"):
         check_lowerable(gm, find_target("cpu"), "bfloat16")
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
+from panguq.ir.node_meta import scheme_of
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.base import PassResult, linears
 from tests.models import canonical, family_context, tiny_context, trace_tiny
@@ -16,7 +17,7 @@ from tests.models import canonical, family_context, tiny_context, trace_tiny
 def assigned(*schemes: tuple[str, str], family: str = "llama") -> tuple[dict[str, str], PassResult]:
     gm, _ = canonical(family)
     result = AssignSchemes(schemes=schemes).run(gm, family_context(family, 1, 8))
-    return {module_path(n): n.meta["scheme"].name for n in linears(gm)}, result
+    return {module_path(n): scheme_of(n).name for n in linears(gm)}, result
 
 
 def test_the_default_takes_all_but_the_logits() -> None:
@@ -102,7 +103,7 @@ def test_group_sizes_fall_back_and_say_so(scheme, k, assigned_as, reason) -> Non
     schemes = (("*", "FLOAT"), ("layers.0", scheme))
     result = AssignSchemes(schemes=schemes).run(gm, tiny_context(interface))
     node = linears(gm)[0]
-    assert node.meta["scheme"].name == assigned_as
+    assert scheme_of(node).name == assigned_as
     said = {s.node: s.reason for s in result.skipped}
     assert said.get(label(node)) == reason
     rows = {row[0]: row[1:] for row in result.tables["schemes"].rows}

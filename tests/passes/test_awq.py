@@ -15,6 +15,7 @@ from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.channels import find_scale_sites
 from panguq.ir.edit import clone, finish, get_tensor, weights_of
 from panguq.ir.interpret import run
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.passes.awq import Awq, awq_scale
 from panguq.passes.base import PassContext, PassResult, linears
@@ -60,7 +61,7 @@ def prepared(
     example = torch.zeros(2, 3, 64, dtype=batches[0].dtype)
     gm, interface = trace_tiny(module or NormLinear(), example)
     for node in linears(gm):
-        node.meta["scheme"] = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        annotate(node, scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme)
     return gm, tiny_context(interface, *batches)
 
 
@@ -121,7 +122,7 @@ def test_the_error_is_that_of_all_tokens(tokens: int) -> None:
     error = MatmulError(weight, linear, seen)
     for _ in range(3):
         scale = torch.rand(64, generator=generator) + 0.5
-        slow = slow_error(weight, values[0][0], scale, linear.meta["scheme"])
+        slow = slow_error(weight, values[0][0], scale, scheme_of(linear))
         assert error(scale) == pytest.approx(slow, rel=1e-4)
     assert error.signal == pytest.approx(signal(weight, values[0][0]), rel=1e-4)
 
@@ -138,7 +139,7 @@ def test_the_search_finds_what_brute_force_finds() -> None:
         relative = 0.0
         for node in linears(before):
             weight = get_tensor(before, str(node.args[1].target))
-            noise = slow_error(weight, y, scale, node.meta["scheme"])
+            noise = slow_error(weight, y, scale, scheme_of(node))
             relative += noise / signal(weight, y) / 2
         errors.append(relative)
     best = min(range(20), key=errors.__getitem__)
@@ -207,7 +208,7 @@ def test_float_linears_are_left_alone() -> None:
 def test_a_float_neighbour_is_no_hindrance() -> None:
     """A router that stays float beside quantized experts takes up the scale as well."""
     gm, ctx = prepared()
-    linears(gm)[1].meta["scheme"] = parse_scheme("FLOAT")
+    annotate(linears(gm)[1], scheme=parse_scheme("FLOAT"))
     alone, _ = prepared()
     assert Awq().run(gm, ctx).changed == 1
     assert not torch.equal(get_tensor(gm, "second.weight"), get_tensor(alone, "second.weight"))

@@ -8,6 +8,7 @@ import torch
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.edit import find_label, get_tensor, set_tensor, weights_of
 from panguq.ir.interpret import values
+from panguq.ir.node_meta import meta_of, range_of, scheme_of, statistics_of
 from panguq.ir.printer import Hasher, print_graph
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import PassContext, linears
@@ -29,17 +30,17 @@ def calibrated(family: str, scheme: str, *options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranges_are_those_of_a_plain_run(family) -> None:
     gm, ctx, result = calibrated(family, "W8A8")
-    matmuls = [n for n in linears(gm) if not n.meta["scheme"].is_float]
+    matmuls = [n for n in linears(gm) if not scheme_of(n).is_float]
     inputs = {n.args[0] for n in matmuls}
     seen = [values(gm, batch, inputs) for batch in ctx.batches]
     for node in matmuls:
         every = torch.cat([v[node.args[0]].flatten(0, -2) for v in seen])
-        statistics = node.meta["input_statistics"]
+        statistics = statistics_of(node)
         assert statistics.tokens == len(every) == 128
         assert torch.equal(statistics.channel_amax, every.abs().amax(0))
         torch.testing.assert_close(statistics.mean_square, every.square().mean(0))
         if statistics.plain_tokens == statistics.tokens:
-            assert node.meta["input_range"] == (float(every.min()), float(every.max()))
+            assert range_of(node) == (float(every.min()), float(every.max()))
     assert result.changed == len(matmuls)
     assert len(result.tables["ranges"].rows) == len(inputs)
 
@@ -48,25 +49,25 @@ def test_ranges_are_those_of_a_plain_run(family) -> None:
 def test_the_chosen_observer_reads_the_range(observer) -> None:
     gm, _, _ = calibrated("llama", "W8A8", observer, 99.0)
     for node in linears(gm):
-        if node.meta["scheme"].is_float:
+        if scheme_of(node).is_float:
             continue
-        histogram = node.meta["input_statistics"].histogram
-        spec = node.meta["scheme"].activation
-        assert node.meta["input_range"] == OBSERVERS[observer](histogram, spec, 99.0)
+        histogram = statistics_of(node).histogram
+        spec = scheme_of(node).activation
+        assert range_of(node) == OBSERVERS[observer](histogram, spec, 99.0)
 
 
 def test_siblings_share_what_was_seen() -> None:
     gm, _, _ = calibrated("llama", "W8A8")
-    q, k, v = (find_label(gm, f"model.layers.0.self_attn.{x}_proj:linear").meta for x in "qkv")
-    assert q["input_statistics"] is k["input_statistics"] is v["input_statistics"]
-    assert q["input_range"] == k["input_range"] == v["input_range"]
+    q, k, v = (find_label(gm, f"model.layers.0.self_attn.{x}_proj:linear") for x in "qkv")
+    assert statistics_of(q) is statistics_of(k) is statistics_of(v)
+    assert range_of(q) == range_of(k) == range_of(v)
 
 
 def test_values_count_by_the_weights_they_meet() -> None:
     gm, _, _ = calibrated("llama", "W8A8")
     node = find_label(gm, "model.layers.0.mlp.down_proj:linear")
     weight = get_tensor(gm, str(node.args[1].target))
-    energy = node.meta["input_statistics"].column_energy
+    energy = statistics_of(node).column_energy
     torch.testing.assert_close(energy, weight.square().sum(0))
 
 
@@ -74,9 +75,9 @@ def test_values_count_by_the_weights_they_meet() -> None:
 def test_what_is_not_static_gets_statistics_and_no_range(scheme) -> None:
     gm, _, result = calibrated("llama", scheme)
     for node in linears(gm):
-        quantized = not node.meta["scheme"].is_float
-        assert ("input_statistics" in node.meta) == quantized
-        assert "input_range" not in node.meta
+        quantized = not scheme_of(node).is_float
+        assert (meta_of(node).input_statistics is not None) == quantized
+        assert meta_of(node).input_range is None
     assert result.changed == 14
     assert all(row[6:] == ("", "", "") for row in result.tables["ranges"].rows)
 

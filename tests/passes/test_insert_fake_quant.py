@@ -12,6 +12,7 @@ from torch.nn import functional
 from panguq.errors import NumericsError
 from panguq.ir.edit import find_label, get_tensor, set_tensor
 from panguq.ir.interpret import run, values
+from panguq.ir.node_meta import annotate, range_of
 from panguq.ir.printer import print_graph
 from panguq.ir.quant_spec import SCHEMES, QuantSpec
 from panguq.kernels.quantize import dequantize, quantize_per_tensor
@@ -96,9 +97,7 @@ def test_two_matmuls_of_one_module_keep_their_own_ranges() -> None:
         for n in gm.graph.nodes
         if n.target is panguq.quantize_per_tensor.default
     ]
-    expected = [
-        affine(*node.meta["input_range"], SCHEMES["W8A8"].activation)[0] for node in linears_of(gm)
-    ]
+    expected = [affine(*range_of(node), SCHEMES["W8A8"].activation)[0] for node in linears_of(gm)]
     assert scales == pytest.approx(expected)
     assert scales[1] > 30 * scales[0]
     plain, interface = trace_tiny(Tied(), torch.randn(3, 32))
@@ -147,7 +146,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 def assigned(gm: fx.GraphModule, ctx, scheme: str) -> fx.GraphModule:
     for node in linears(gm):
-        node.meta["scheme"] = SCHEMES[scheme]
+        annotate(node, scheme=SCHEMES[scheme])
     return gm
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from panguq.errors import RecipeError
 from panguq.ir.edit import call, find_label, get_tensor, label, tensor_node, weights_of
 from panguq.ir.interpret import run, values
+from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.printer import print_graph
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import parse_scheme
@@ -93,7 +94,7 @@ def test_every_output_keeps_its_numbers(scheme, dtype) -> None:
             assert torch.equal(tensor, torch.cat([before[f"gate.{leaf}"], before[f"up.{leaf}"]]))
     matmul = next(n for n in gm.graph.nodes if n.target is linear)
     assert tuple(matmul.meta["val"].shape[-1:]) == (48,)
-    assert matmul.meta["scheme"] == parse_scheme(scheme)
+    assert scheme_of(matmul) == parse_scheme(scheme)
     new = [find_label(gm, name) for name in names]
     now = values(gm, {"x": x}, [*new, matmul.args[1]])
     weights = [read[weight] for weight in read_weights]
@@ -235,7 +236,7 @@ def test_a_shared_weight_is_not_stored_twice(scheme) -> None:
 
 def test_schemes_must_agree() -> None:
     gm, ctx, _ = fake_quant(Gated(), "W8A16")
-    find_label(gm, "up:linear").meta["scheme"] = parse_scheme("W4A16")
+    annotate(find_label(gm, "up:linear"), scheme=parse_scheme("W4A16"))
     assert merge(gm, ctx) == (0, ["their schemes differ: W8A16 and W4A16"])
 
 

@@ -12,6 +12,7 @@ import panguq
 from panguq.errors import RecipeError
 from panguq.evaluate import weight_figures
 from panguq.ir.edit import label, module_path
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.printer import Hasher, print_graph
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
@@ -40,13 +41,13 @@ def assigned(
 
 
 def chosen(gm: fx.GraphModule) -> dict[str, str]:
-    return {module_path(n): n.meta["scheme"].name for n in linears(gm)}
+    return {module_path(n): scheme_of(n).name for n in linears(gm)}
 
 
 def mean_bits(gm: fx.GraphModule) -> float:
     nodes = [n for n in linears(gm) if not gives_logits(n)]
     weights = sum(n.args[1].meta["val"].numel() for n in nodes)
-    return sum(stored_bits(n, n.meta["scheme"]) for n in nodes) / weights
+    return sum(stored_bits(n, scheme_of(n)) for n in nodes) / weights
 
 
 def rows(result: PassResult, name: str) -> list[dict[str, object]]:
@@ -183,9 +184,7 @@ def test_a_budget_of_predicted_time() -> None:
     assert float(budget["used"]) == pytest.approx(mean_bits(gm) / 32, abs=1e-4)
     table = rows(result, "allocation")
     first = next(n for n in linears(gm) if label(n).endswith("o_proj:linear"))
-    assert float(table[1]["predicted_us"]) == round(
-        Rules().predicted_us(first, first.meta["scheme"])
-    )
+    assert float(table[1]["predicted_us"]) == round(Rules().predicted_us(first, scheme_of(first)))
     with pytest.raises(RecipeError, match=r"smallest possible is relative_time: 0\.14"):
         assigned(MixedPrecision(choices=CHOICES, relative_time=0.1), matmul_rules=Rules())
     with pytest.raises(RecipeError, match="needs a target"):

@@ -8,16 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from panguq.ir.input_statistics import BINS, Histogram, InputStatistics
 from panguq.ir.quant_spec import SCHEMES, QuantSpec
 from panguq.passes.insert_fake_quant import affine
-from panguq.passes.observers import (
-    BINS,
-    OBSERVERS,
-    Histogram,
-    InputStatistics,
-    mean_squared_error,
-    sqnr_db,
-)
+from panguq.passes.observers import OBSERVERS, mean_squared_error, sqnr_db
 
 STATIC = SCHEMES["W8A8"].activation
 SYMMETRIC = QuantSpec(8, "per_tensor")

@@ -10,6 +10,7 @@ from torch.nn import functional
 from panguq.errors import RecipeError
 from panguq.ir.edit import find_label, label, weights_of
 from panguq.ir.interpret import run, values
+from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.printer import Hasher, print_graph
 from panguq.passes.base import PassResult, linears
 from panguq.passes.calibrate import Calibrate
@@ -18,6 +19,7 @@ from panguq.passes.outliers import Outliers
 from panguq.passes.pipeline import PassRecord
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
+from panguq.passes.weigh_tokens import WeighTokens
 from tests.models import run_passes, tiny_context, trace_tiny
 
 
@@ -57,7 +59,7 @@ def rows(result: PassResult, name: str) -> list[dict[str, object]]:
 
 
 def schemes(gm: fx.GraphModule) -> dict[str, str]:
-    return {label(n): n.meta["scheme"].name for n in linears(gm)}
+    return {label(n): scheme_of(n).name for n in linears(gm)}
 
 
 # --- split --------------------------------------------------------------------------------------
@@ -68,8 +70,8 @@ def test_planted_channels_are_found_and_split() -> None:
     split = rows(records[-1].result, "split")
     assert [(row["value"], row["which"]) for row in split if row["value"] == "x"] == [("x", "3 17")]
     side = find_label(gm, "q:linear.outliers")
-    assert side.meta["scheme"].is_float and side.meta["split_from"] == "q:linear"
-    assert find_label(gm, "q:linear.main").meta["scheme"].name == "W8A8"
+    assert scheme_of(side).is_float and meta_of(side).split_from == "q:linear"
+    assert scheme_of(find_label(gm, "q:linear.main")).name == "W8A8"
     found = weights_of(gm)
     weight = Net().q.weight.detach()
     assert torch.equal(found["q.weight_outliers"], weight[:, [3, 17]])
@@ -85,6 +87,19 @@ def test_the_split_is_exact() -> None:
     plain, _ = trace_tiny(Net(), torch.randn(3, 32))
     x = torch.randn(9, 32) * 100
     torch.testing.assert_close(run(gm, {"x": x})[0], run(plain, {"x": x})[0], rtol=1e-5, atol=1e-3)
+
+
+def test_the_rest_of_a_split_matmul_keeps_all_that_passes_know() -> None:
+    """Token weights too: GPTQ counts tokens by them when it solves the rest."""
+    gm, _ = treated(data(channels=(3, 17)), WeighTokens(), Outliers())
+    q, k = (meta_of(find_label(gm, f"{name}:linear.main")) for name in "qk")
+    assert q.scheme is k.scheme and q.scheme is not None and not q.scheme.is_float
+    assert q.input_statistics is k.input_statistics is not None
+    assert q.input_range is k.input_range is not None
+    assert q.token_weights is k.token_weights is not None
+    assert len(q.token_weights[0]) == 96
+    side = meta_of(find_label(gm, "q:linear.outliers"))
+    assert side.token_weights is side.input_statistics is None
 
 
 def test_without_outliers_nothing_happens() -> None:
@@ -149,7 +164,7 @@ def test_a_split_matmul_goes_on_through_all_passes() -> None:
         QuantizeWeights(),
     )  # fmt: skip
     assert records[-1].step.name == "quantize-weights"
-    assert find_label(gm, "q:linear.outliers").meta["scheme"].is_float
+    assert scheme_of(find_label(gm, "q:linear.outliers")).is_float
 
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "FLOAT"])

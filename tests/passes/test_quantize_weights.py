@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from panguq.errors import RecipeError
 from panguq.ir.edit import find_label, get_tensor, weights_of
 from panguq.ir.interpret import run, values
+from panguq.ir.node_meta import scheme_of, statistics_of
 from panguq.ir.printer import print_graph
 from panguq.kernels.packing import unpack_int4
 from panguq.passes.calibrate import Calibrate
@@ -107,7 +108,7 @@ def test_the_search_weighs_by_activations() -> None:
     gm = quantized("W4A16", QuantizeWeights(clip_search=True))
     step = QuantizeWeights(clip_search=True)
     matmul = find_label(gm, "fc:linear")
-    statistics, spec = matmul.meta["input_statistics"], matmul.meta["scheme"].weight
+    statistics, spec = statistics_of(matmul), scheme_of(matmul).weight
     weight = One().fc.weight.detach()
     wanted, _ = search_scale(weight, 128, spec, statistics.mean_square, step.ratios())
     assert torch.equal(weights_of(gm)["fc.weight_scale"], wanted)

@@ -15,6 +15,7 @@ from panguq.errors import RecipeError
 from panguq.evaluate import weight_figures
 from panguq.ir.edit import find_label, weights_of
 from panguq.ir.interpret import run
+from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import parse_scheme
 from panguq.kernels.mixed_packing import unpack_mixed_codes
 from panguq.passes.gptq import Gptq
@@ -277,7 +278,7 @@ def test_k_that_no_group_divides_stays_float():
     gm, interface = trace_tiny(One(100), torch.randn(3, 100))
     records = run_passes(gm, tiny_context(interface), "W2A16", InsertFakeQuant())
     assert "divides k = 100" in records[1].result.skipped[0].reason
-    assert find_label(gm, "fc:linear").meta["scheme"].is_float
+    assert scheme_of(find_label(gm, "fc:linear")).is_float
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from panguq.ir.channels import KINDS
 from panguq.ir.edit import clone, find_label, get_tensor, weights_of
 from panguq.ir.interface import Interface
 from panguq.ir.interpret import run, values
+from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
@@ -74,7 +75,7 @@ def chain(
     name = ctx.interface.inputs[0]
     batches = [{name: torch.randn(3, 5, 8).to(dtype)} for _ in range(2)]
     for node in linears(gm):  # the second one gives the graph's output and would stay float
-        node.meta["scheme"] = SCHEMES[scheme]
+        annotate(node, scheme=SCHEMES[scheme])
     return gm, replace(ctx, batches=batches)
 
 
@@ -258,7 +259,7 @@ def _evaluate(
     environment: dict[fx.Node, object] = {}
     wanted: dict[str, Tensor] = {}
     for node in gm.graph.nodes:
-        value, name = node.meta.get("val"), node.meta.get("label")
+        value, name = node.meta.get("val"), meta_of(node).label
         if isinstance(value, torch.SymInt):
             environment[node] = size(value)
         elif name in inputs and node.op != "get_attr":
@@ -295,8 +296,8 @@ def test_float_activations_are_left_alone(scheme: str) -> None:
 def test_a_site_with_one_float_reader_is_left_alone() -> None:
     _, gm, ctx = language_model("llama")
     for node in gm.graph.nodes:
-        if node.meta.get("label") == "model.layers.1.mlp.down_proj:linear":
-            node.meta["scheme"] = SCHEMES["FLOAT"]
+        if meta_of(node).label == "model.layers.1.mlp.down_proj:linear":
+            annotate(node, scheme=SCHEMES["FLOAT"])
     result = SmoothQuant().run(gm, ctx)
     sites = [row["site"] for row in table(result)]
     assert "model.layers.0.mlp.up_proj:linear" in sites

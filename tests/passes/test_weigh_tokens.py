@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import label
+from panguq.ir.node_meta import meta_of
 from panguq.passes.base import linears
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
@@ -38,7 +39,7 @@ def batches(scale: float = 1.0) -> list[Tensor]:
 def weights_by_label(power: float = 1.0) -> dict[str, tuple[Tensor, ...]]:
     gm, interface = trace_tiny(Two(), torch.randn(3, 32))
     run_passes(gm, tiny_context(interface, *batches()), SCHEME, WeighTokens(power=power))
-    return {label(node): node.meta["token_weights"] for node in linears(gm)}
+    return {label(node): meta_of(node).token_weights for node in linears(gm)}
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
@@ -77,7 +78,7 @@ def test_siblings_share_weights_and_runs_agree() -> None:
         gm, _ = canonical("llama")
         context = family_context("llama")
         run_passes(gm, context, SCHEME, WeighTokens())
-        found.append({label(n): n.meta.get("token_weights") for n in linears(gm)})
+        found.append({label(n): meta_of(n).token_weights for n in linears(gm)})
     one, other = found
     quantized = [name for name, weights in one.items() if weights is not None]
     assert len(quantized) == 15  # the head, too

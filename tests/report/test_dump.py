@@ -27,6 +27,8 @@ from panguq.ir.trace import trace_causal_lm
 from panguq.ir.weight_store import WeightStore
 from panguq.passes import quantize_weights
 from panguq.passes.base import PassContext
+from panguq.passes.gptq import Gptq
+from panguq.passes.solve_weights import Solution, WeightProblem
 from panguq.recipe import Recipe
 from panguq.report import dump as dump_module
 from panguq.report import dump_files, stage_writer
@@ -346,6 +348,23 @@ def test_a_failure_can_be_seen_again(dump_into: Any, tmp_path: Path, monkeypatch
     monkeypatch.undo()
     result = run_stage(reader, stage)
     assert result.output_sqnr_db > 30 and "did not fail now" in result.render()
+
+
+def test_a_failure_is_seen_again_with_the_weights_of_tokens(
+    dump_into: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What weigh-tokens found scales the inputs of GPTQ's problems."""
+
+    def fail(self: Gptq, problem: WeightProblem) -> Solution:
+        energy = sum(x.double().square().sum().item() for x in problem.inputs)
+        raise NumericsError(f"inputs {energy!r} of {problem.names}")
+
+    monkeypatch.setattr(Gptq, "solve", fail)
+    with pytest.raises(NumericsError, match="inputs") as first:
+        dump_into(tmp_path / "dump", "w4a16-gptq")
+    with pytest.raises(NumericsError) as again:
+        run_stage(DumpReader(tmp_path / "dump"), "gptq")
+    assert again.value.message == first.value.message
 
 
 def test_a_failure_before_calibration(traced: Any, tmp_path: Path) -> None:

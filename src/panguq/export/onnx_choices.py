@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import op_name
+from panguq.ir.node_meta import meta_of
 from panguq.ir.opset import name_of
 from panguq.ir.quant_spec import Scheme
 from panguq.kernels.ascend.npu_int4pack import CODES_PER_WORD
@@ -85,8 +86,9 @@ def _source(node: fx.Node) -> fx.Node:
 def _scheme(node: fx.Node) -> Scheme | None:
     """The scheme of the matmul; of a kernel's call, that of the view or sum that ends it."""
     for _ in range(4):
-        if "scheme" in node.meta:
-            return cast(Scheme, node.meta["scheme"])
+        scheme = meta_of(node).scheme
+        if scheme is not None:
+            return scheme
         if not node.users:
             return None
         node = next(iter(node.users))

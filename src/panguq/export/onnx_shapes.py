@@ -12,6 +12,7 @@ from torch import fx
 from panguq.export.onnx_builder import Value
 from panguq.export.onnx_step import Emitter, Step
 from panguq.export.onnx_types import NARROW, known_size
+from panguq.ir.edit import label
 
 _TO_THE_END = 2**63 - 1
 
@@ -33,14 +34,9 @@ def _item(step: Step) -> Value:
     assert isinstance(source, fx.Node) and isinstance(index, int)
     values = step.builder.value(source)
     if isinstance(values, str):
-        raise step.error(f"takes a part of {label_of(source)}, which is a single tensor")
+        raise step.error(f"takes a part of {label(source)}, which is a single tensor")
     found: Value = values[index]
     return found
-
-
-def label_of(node: fx.Node) -> str:
-    """The label of a node, for messages."""
-    return str(node.meta.get("label", node.name))
 
 
 def _same(step: Step) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from panguq.errors import PanguqError
 from panguq.ir.edit import get_tensor
+from panguq.ir.node_meta import meta_of
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
 
@@ -96,7 +97,7 @@ def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear
     bias = rest[0] if rest else None
     linear = QuantizedLinear(
         path=path,
-        scheme=node.meta.get("scheme", SCHEMES["FLOAT"]),
+        scheme=meta_of(node).scheme or SCHEMES["FLOAT"],
         stored=_stored(gm, codes),
         weight_scale=_stored(gm, scale),
         weight_zero_point=None if zero_point is None else _stored(gm, zero_point),

@@ -88,10 +88,12 @@ class SiteInfo(_Strict):
 
 
 class NodeMetadata(_Strict):
-    """What calibration left on nodes: the number of each node's statistics, and its origin."""
+    """What passes left on nodes, by label: the numbers of statistics and token weights, origins."""
 
     statistics: dict[str, int]
     split_from: dict[str, str]
+    token_weights: dict[str, int] = {}
+    merged: dict[str, tuple[str, ...]] = {}
 
 
 class StageInfo(_Strict):

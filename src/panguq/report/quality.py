@@ -11,6 +11,7 @@ from torch import fx
 from panguq.ir import interpret
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.interpret import ancestors
+from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.base import Pass, PassContext
 from panguq.passes.pipeline import PassRecord
@@ -96,12 +97,12 @@ def summarize_matmuls(
     gm: fx.GraphModule, fake_quant: fx.GraphModule, quality: Mapping[str, float]
 ) -> list[MatmulSummary]:
     """Every matmul with a scheme: kernel from the lowered graph, bytes from what it stores."""
-    kernels = {name: n for n in gm.graph.nodes for name in (label(n), *n.meta.get("merged", ()))}
+    kernels = {name: n for n in gm.graph.nodes for name in (label(n), *meta_of(n).merged)}
     rows = []
     for node in fake_quant.graph.nodes:
-        if node.target is not torch.ops.aten.linear.default or "scheme" not in node.meta:
+        if node.target is not torch.ops.aten.linear.default or meta_of(node).scheme is None:
             continue
-        scheme, name = node.meta["scheme"], label(node)
+        scheme, name = scheme_of(node), label(node)
         n, k = (int(size) for size in node.args[1].meta["val"].shape)
         stored = ancestors([node.args[1]])
         tensors = [get_tensor(fake_quant, str(s.target)) for s in stored if s.op == "get_attr"]
@@ -114,7 +115,7 @@ def summarize_matmuls(
                 group_size=scheme.weight.group_size_for(k) if scheme.weight else None,
                 kernel=str(_kernel_behind(kernels[name]).target).removesuffix(".default"),
                 gives_logits=gives_logits(node),
-                is_side="split_from" in node.meta,
+                is_side=meta_of(node).split_from is not None,
                 stored_bytes=sum(t.numel() * t.element_size() for t in tensors),
                 local_sqnr_db=finite(quality.get(name)),
             )
