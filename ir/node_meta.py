@@ -47,6 +47,11 @@ class NodeMeta:
     input_range: tuple[float, float] | None = None
     token_weights: tuple[Tensor, ...] | None = None
 
+    def filled(self) -> dict[str, Any]:
+        """The fields that are not empty, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value not in (None, "", ())}
+
 
 _NOTHING = NodeMeta()
 _OWN = ("label", "module_path", "stored_type")
@@ -70,13 +75,9 @@ def carry(old: fx.Node, new: fx.Node) -> None:
     What calibration saw of the input goes along where both are calls of one op.
     """
     left = (*_OWN, *(() if new.target is old.target else _OF_THE_INPUT))
-    source, target = meta_of(old), meta_of(new)
-    found = {
-        field.name: getattr(source, field.name)
-        for field in fields(NodeMeta)
-        if field.name not in left and getattr(target, field.name) is field.default
-    }
-    annotate(new, **found)
+    known = meta_of(new).filled()
+    found = meta_of(old).filled().items()
+    annotate(new, **{name: v for name, v in found if name not in left and name not in known})
 
 
 def carry_merged(parts: Sequence[fx.Node], new: fx.Node) -> None:

@@ -298,7 +298,8 @@ def _unlift(exported: ExportedProgram, strip: str, split: dict[str, str]) -> fx.
             name = sources[node.name].removeprefix(strip)
             set_tensor(root, name, tensors[sources[node.name]].detach())
             mapping[node] = graph.get_attr(name)
-            mapping[node].meta.update(val=node.meta["val"], module_path=name.rpartition(".")[0])
+            mapping[node].meta["val"] = node.meta["val"]
+            annotate(mapping[node], module_path=name.rpartition(".")[0])
         elif node in mapping or node in stacks or node in unbinds:
             continue
         elif node.args and node.args[0] in stacks:  # a size of the stack is one of its parts'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from panguq.report.node_metadata import collect, restore
 from tests.models import trace_tiny
 
 aten = torch.ops.aten
+ROOT = Path(__file__).parents[2]
 ABOUT_THE_INPUT = ("input_statistics", "input_range", "token_weights")
 
 
@@ -49,12 +52,8 @@ def graph() -> tuple[fx.GraphModule, fx.Node]:
 
 def known(meta: NodeMeta) -> dict[str, object]:
     """What is known beside the node's own name, place and type."""
-    return {
-        field.name: getattr(meta, field.name)
-        for field in fields(meta)
-        if field.name not in ("label", "module_path", "stored_type")
-        and getattr(meta, field.name) != field.default
-    }
+    own = ("label", "module_path", "stored_type")
+    return {name: value for name, value in meta.filled().items() if name not in own}
 
 
 def test_the_example_fills_every_field() -> None:
@@ -152,6 +151,24 @@ def test_values_of_one_calibration_are_stored_once() -> None:
     assert [name for name in tensors if name.startswith("token_weights")] == [
         "token_weights/0/000000", "token_weights/0/000001",
     ]  # fmt: skip
+
+
+def test_no_field_is_spelled_as_a_key_of_meta() -> None:
+    """`node.meta["scheme"]` would be another place for the same thing."""
+    names = "|".join(field.name for field in fields(NodeMeta))
+    key = re.compile(
+        rf"""meta(\[|\.\w+\()["']({names})["']|["']({names})["'] (not )?in \S*\.meta\b"""
+    )
+    assert key.search('x = n.meta["scheme"]') and key.search('if "scheme" not in n.meta:')
+    assert key.search('n.meta.get("label")') and key.search("n.meta.pop('merged')")
+    folders = ("ir", "kernels", "lowering", "passes", "src", "tests")
+    found = {
+        str(path.relative_to(ROOT)): match[0]
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if path != Path(__file__) and (match := key.search(path.read_text()))
+    }
+    assert not found
 
 
 def test_what_is_not_known_is_named() -> None:

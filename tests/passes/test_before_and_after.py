@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from panguq.inputs import prepare
 from panguq.ir.edit import clone, find_label, get_tensor, set_tensor, weights_of
 from panguq.ir.interface import Interface
+from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.printer import print_graph
 from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.trace import trace_causal_lm, trace_module
@@ -48,7 +49,7 @@ from tests.conftest import GOLDEN
 from tests.models import TinyModel, token_ids
 
 NPU = "ascend910b1"
-SHOWN = {"val", "label", "module_path", "scheme"}  # by print_graph, or by no listing
+SHOWN = {"label", "module_path", "scheme"}  # by print_graph, or by no listing
 OUTLIER_TOKEN = 5
 
 
@@ -127,8 +128,8 @@ def test_a_listing_shows_what_a_pass_changed() -> None:
     assert not changes(before, gm)
     run_pipeline(gm, start("W8A8"), ctx)
     canonical = clone(gm)
-    find_label(gm, "gate:linear").meta["scheme"] = parse_scheme("W4A16")
-    find_label(gm, "up:linear").meta["split_from"] = "gate:linear"
+    annotate(find_label(gm, "gate:linear"), scheme=parse_scheme("W4A16"))
+    annotate(find_label(gm, "up:linear"), split_from="gate:linear")
     set_tensor(gm, "norm.weight", get_tensor(gm, "norm.weight") * 2)
     removed, added = ([line[2:] for line in changes(canonical, gm) if line[0] == s] for s in "-+")
     assert [line.split(" : ")[0] for line in removed] == [line.split(" : ")[0] for line in added]
@@ -192,7 +193,7 @@ def lines(gm: fx.GraphModule, before: fx.GraphModule) -> list[str]:
     for node, line in zip(gm.graph.nodes, print_graph(gm).splitlines(), strict=True):
         text, _, scheme = line.partition("  # ")
         notes = [scheme] if scheme else []
-        notes += sorted(key for key in node.meta if key not in SHOWN)
+        notes += sorted(key for key in meta_of(node).filled() if key not in SHOWN)
         name = str(node.target)
         if node.op == "get_attr" and name in old and not torch.equal(old[name], new[name]):
             notes.append("other values")
