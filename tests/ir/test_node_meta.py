@@ -158,9 +158,11 @@ def test_no_field_is_spelled_as_a_key_of_meta() -> None:
     names = "|".join(field.name for field in fields(NodeMeta))
     key = re.compile(
         rf"""meta(\[|\.\w+\()["']({names})["']|["']({names})["'] (not )?in \S*\.meta\b"""
+        rf"""|\.meta\.update\(.*\b({names})="""
     )
     assert key.search('x = n.meta["scheme"]') and key.search('if "scheme" not in n.meta:')
     assert key.search('n.meta.get("label")') and key.search("n.meta.pop('merged')")
+    assert key.search("n.meta.update(val=val, module_path='a')")
     folders = ("ir", "kernels", "lowering", "passes", "src", "tests")
     found = {
         str(path.relative_to(ROOT)): match[0]
