@@ -15,6 +15,7 @@ from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
 from panguq.passes.base import Pass, PassContext, PassResult, Property, Table, linears
+from panguq.passes.module_globs import check_globs
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class AssignSchemes(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
         rows = []
-        self._check_globs_match(gm)
+        check_globs("the recipe's scheme for", self.globs, gm, ctx.allow_unmatched)
         for node in linears(gm):
             scheme, reason = self.choose(node)
             if scheme.weight is not None:
@@ -59,6 +60,10 @@ class AssignSchemes(Pass):
         return result
 
     @property
+    def globs(self) -> tuple[str, ...]:
+        return tuple(glob for glob, _ in self.schemes)
+
+    @property
     def has_static_activation(self) -> bool:
         """Whether any glob asks for statically quantized activations."""
         activations = [parse_scheme(name).activation for _, name in self.schemes]
@@ -78,15 +83,6 @@ class AssignSchemes(Pass):
         if glob == "*" and gives_logits(node):
             return SCHEMES["FLOAT"], "it gives the logits; name it in the recipe to quantize it"
         return parse_scheme(name), ""
-
-    def _check_globs_match(self, gm: fx.GraphModule) -> None:
-        paths = [module_path(n) for n in linears(gm)]
-        for glob, _ in self.schemes:
-            if glob != "*" and not any(fnmatchcase(path, glob) for path in paths):
-                raise RecipeError(
-                    f"the recipe's scheme for {glob!r} matches no matmul of this model",
-                    f"the matmuls are {', '.join(paths[:8])} … ({len(paths)} in all)",
-                )
 
 
 def gives_logits(node: fx.Node) -> bool:

@@ -84,7 +84,8 @@ class PassContext:
     `batches` are calibration inputs by input name, as the front door prepares them; `probe` is
     one small such batch; `store` takes the tensors that passes make; `matmul_rules` speak for the
     target, if there is one. `stage` names the pass that is running, by its place in the pipeline.
-    `reference` is the float model's graph, which no pass changes.
+    `reference` is the float model's graph, which no pass changes. `allow_unmatched` says which
+    globs over module paths may match nothing (`module_globs.py`).
     """
 
     interface: Interface
@@ -96,6 +97,7 @@ class PassContext:
     matmul_rules: MatmulRules | None = None
     stage: str = ""
     reference: fx.GraphModule | None = None
+    allow_unmatched: bool | tuple[str, ...] = False
 
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
         """What `compute` yields for this unit of the running pass, its tensors in the store.
@@ -123,6 +125,11 @@ class Pass:
     breaks: ClassVar[frozenset[Property]] = frozenset()
     exact: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """The globs over module paths among its options, each of which is to match a matmul."""
+        return ()
 
     @property
     def has_static_activation(self) -> bool:

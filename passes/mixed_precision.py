@@ -30,6 +30,7 @@ from panguq.passes.base import (
     Table,
     linears,
 )
+from panguq.passes.module_globs import check_globs
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.sensitivity import measure
 from panguq.passes.weight_scales import scale_dtype
@@ -86,6 +87,10 @@ class MixedPrecision(Pass):
         return tuple(parse_scheme(name) for name in self.choices)
 
     @property
+    def globs(self) -> tuple[str, ...]:
+        return self.keep
+
+    @property
     def has_static_activation(self) -> bool:
         """Whether a choice quantizes activations statically."""
         activations = [scheme.activation for scheme in self.schemes]
@@ -105,6 +110,7 @@ class MixedPrecision(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
+        check_globs(f"{self.name}: keep", self.globs, gm, ctx.allow_unmatched)
         groups, others = self._groups(gm)
         options = {g: self._fitting(g, ctx.matmul_rules, result) for g in groups}
         options = {g: schemes for g, schemes in options.items() if schemes}
@@ -131,13 +137,6 @@ class MixedPrecision(Pass):
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in linears(gm):
             readers[node.args[0]].append(node)
-        paths = [module_path(node) for node in linears(gm)]
-        for glob in self.keep:
-            if not any(fnmatchcase(path, glob) for path in paths):
-                raise RecipeError(
-                    f"mixed-precision: the glob {glob!r} of keep matches no matmul of this model",
-                    f"the matmuls are {', '.join(paths[:8])} … ({len(paths)} in all)",
-                )
         groups, others = [], []
         for siblings in readers.values():
             if any(self._is_kept(node) for node in siblings):

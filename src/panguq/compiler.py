@@ -35,10 +35,13 @@ from panguq.lowering.lower_matmuls import check_lowerable
 from panguq.lowering.scheme_costs import TargetRules
 from panguq.lowering.stages import default_dtype, fitting, lowering_passes
 from panguq.lowering.targets import TargetKind, find_target
-from panguq.passes.base import PassContext, Progress
-from panguq.passes.pipeline import Instrument, check_order, run_pipeline
+from panguq.passes.assign_schemes import AssignSchemes
+from panguq.passes.base import Pass, PassContext, Progress
+from panguq.passes.module_globs import check_globs
+from panguq.passes.pipeline import Instrument, PassRecord, check_order, run_pipeline
 from panguq.recipe import Recipe, RecipeLike
 from panguq.report.dump import Dump, chosen_folder
+from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
 
@@ -75,6 +78,7 @@ def compile(
     example_inputs: Sequence[Tensor] | None = None,
     target: str = "cpu",
     dtype: torch.dtype | None = None,
+    allow_unmatched: bool = False,
     dump_dir: str | Path | None = None,
     work_dir: str | Path | UnitFolder | None = None,
     seed: int = 0,
@@ -94,6 +98,8 @@ def compile(
     target: `cpu`, `ascend910b1` … `ascend910b4`, or the path of a target file.
     dtype: what the model is cast to before anything else. By default a model keeps its own on a
         CPU and becomes bfloat16 for an Ascend target, whose kernels take 16-bit floats.
+    allow_unmatched: let globs of the recipe match no matmul of the model, which otherwise is an
+        error; a built-in recipe's own may.
     dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
     work_dir: a folder for finished parts. Where a compile was killed, the same one goes on from
         them, with the bits of one that was not; another one starts anew. A model saved on the same
@@ -110,7 +116,7 @@ def compile(
     return_large_blocks()
     if sampled < 0:
         raise InputError(f"sampled {sampled}: a number of sequences is not negative")
-    recipe = Recipe.of(recipe)
+    recipe = Recipe.of(recipe, allow_unmatched=allow_unmatched)
     passes = [*recipe.build()]
     dump_folder = chosen_folder(dump_dir)
     fit = fitting(target, recipe.ascend)
@@ -123,7 +129,12 @@ def compile(
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
     rules = TargetRules(find_target(target), recipe.precision, recipe.ascend)
     ctx = PassContext(
-        interface, WeightStore(units=units), seed=seed, progress=progress, matmul_rules=rules
+        interface,
+        WeightStore(units=units),
+        seed=seed,
+        progress=progress,
+        matmul_rules=rules,
+        allow_unmatched=recipe.allow_unmatched,
     )
     quality = Quality(ctx)
     dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries)
@@ -133,7 +144,10 @@ def compile(
 
     count = 2 + len(fit)  # what is decided without data comes first
     described, rest = passes[:count], passes[count:]
-    _, held = run_pipeline(gm, described, ctx, instruments)
+    records, held = run_pipeline(gm, described, ctx, instruments)
+    for step in rest:
+        check_globs(step.name, step.globs, gm, ctx.allow_unmatched)
+    quality.known = _left_in_float(gm, described, records)
     ctx.reference = clone(gm)
     check_lowerable(gm, find_target(target), recipe.precision)
     calibrated = any(step.needs_calibration for step in passes)
@@ -160,7 +174,8 @@ def compile(
     if dump:
         dump.close(report)
     for warning in report.warnings:
-        logger.warning(warning)
+        if warning not in quality.known:  # said when it was known
+            logger.warning(warning)
     stages = {"fake-quant": fake_quant, "lowered": gm}
     if interface.kind != "causal_lm":
         return CompiledModule(stages, interface, recipe, target, report)
@@ -174,6 +189,17 @@ def compile(
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
         tokenizer=tokenizer,
     )
+
+
+def _left_in_float(
+    gm: fx.GraphModule, described: Sequence[Pass], records: Sequence[PassRecord]
+) -> tuple[str, ...]:
+    """Warnings of matmuls that stay float against the recipe's wish, said before the long work."""
+    assign = next(step for step in described if isinstance(step, AssignSchemes))
+    found = left_in_float(gm, assign, [record.result for record in records])
+    for warning in found:
+        logger.warning(warning)
+    return tuple(found)
 
 
 def trace(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -23,13 +22,15 @@ from panguq.lowering.select_kernel import Choice
 from panguq.lowering.stages import default_dtype, fitting, lowering_passes
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
-from panguq.passes.base import Pass, PassContext, linears
+from panguq.passes.base import Pass, PassContext, PassResult, linears
 from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.module_globs import check_globs, matches
 from panguq.passes.pipeline import check_order
 from panguq.passes.smoothquant import SmoothQuant
 from panguq.plan_costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
 from panguq.plan_report import MatmulPlan, Plan
 from panguq.recipe import Recipe
+from panguq.report.left_in_float import left_in_float
 
 __all__ = ["Plan", "plan"]
 
@@ -61,7 +62,7 @@ def plan(
         model = skeleton(model)
     started = time.perf_counter()
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
-    ctx = PassContext(interface=interface, store=WeightStore())
+    ctx = PassContext(interface, WeightStore(), allow_unmatched=recipe.allow_unmatched)
     Canonicalize().run(gm, ctx)  # its proof would need the weights
     finish(gm)
     trace_seconds = time.perf_counter() - started
@@ -70,11 +71,14 @@ def plan(
     fit = fitting(target, recipe.ascend)
     passes[2:2] = fit
     refusals = _order_refusals([*passes, *lowering])
-    notes, refused = _assign(gm, ctx, recipe)
-    refusals += refused
+    assigned, refused = _assign(gm, ctx, recipe)
+    results = [assigned]
+    notes = {skip.node: skip.reason for skip in assigned.skipped}
+    refusals += [*refused, *_glob_refusals(gm, recipe)]
     for step in fit:
         try:
-            notes |= {skip.node: skip.reason for skip in step.run(gm, ctx).skipped}
+            results.append(step.run(gm, ctx))
+            notes |= {skip.node: skip.reason for skip in results[-1].skipped}
         except LoweringError as error:
             refusals.append(_with_hint(error))
     matmuls = []
@@ -98,6 +102,7 @@ def plan(
         smoothing_sites=sites,
         smoothing_blocked=blocked,
         refusals=tuple(refusals),
+        warnings=() if refused else tuple(left_in_float(gm, _assign_pass(recipe), results)),
         calibration_tokens=windows * window,
         weight_bytes=weight_bytes(gm),
         disk_bytes=disk_bytes(gm),
@@ -115,17 +120,15 @@ def _order_refusals(passes: Sequence[Pass]) -> list[str]:
     return []
 
 
-def _assign(
-    gm: fx.GraphModule, ctx: PassContext, recipe: Recipe
-) -> tuple[dict[str, str], list[str]]:
-    """Assign schemes; the notes by matmul, and what was refused.
+def _assign(gm: fx.GraphModule, ctx: PassContext, recipe: Recipe) -> tuple[PassResult, list[str]]:
+    """Assign schemes; what the pass said, and what was refused.
 
     Globs that match nothing are refused one by one, so that the rest can still be planned.
     """
     paths = [module_path(node) for node in linears(gm)]
     used, refusals = [], []
     for glob, scheme in recipe.schemes.items():
-        if glob == "*" or any(fnmatchcase(path, glob) for path in paths):
+        if glob == "*" or matches(glob, paths):
             used.append((glob, scheme))
             continue
         try:
@@ -133,10 +136,24 @@ def _assign(
         except RecipeError as error:
             refusals.append(_with_hint(error))
     try:
-        skipped = AssignSchemes(schemes=tuple(used)).run(gm, ctx).skipped
+        return AssignSchemes(schemes=tuple(used)).run(gm, ctx), refusals
     except RecipeError as error:  # matmuls that read one tensor disagree: each has its scheme
-        return {}, [*refusals, _with_hint(error)]
-    return {skip.node: skip.reason for skip in skipped}, refusals
+        return PassResult(), [*refusals, _with_hint(error)]
+
+
+def _assign_pass(recipe: Recipe) -> AssignSchemes:
+    return AssignSchemes(schemes=tuple(recipe.schemes.items()))
+
+
+def _glob_refusals(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
+    """What the recipe's passes say of their own globs."""
+    refusals = []
+    for step in recipe.passes:
+        try:
+            check_globs(step.name, step.globs, gm, recipe.allow_unmatched)
+        except RecipeError as error:
+            refusals.append(_with_hint(error))
+    return refusals
 
 
 def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:

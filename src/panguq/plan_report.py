@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from pydantic import BaseModel, ConfigDict
+
+from panguq.report.left_in_float import any_layer
 
 
 class MatmulPlan(BaseModel):
@@ -40,6 +40,7 @@ class Plan(BaseModel):
     smoothing_sites: dict[str, int]
     smoothing_blocked: dict[str, str]
     refusals: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     calibration_tokens: int
     weight_bytes: int
     disk_bytes: int
@@ -62,6 +63,7 @@ class Plan(BaseModel):
             f"{self.calibration_tokens} calibration tokens, of which the trace took "
             f"{self.trace_seconds:.0f} s; peak memory about {_size(self.peak_bytes)} (estimates)",
         ]
+        lines += [f"warning: {warning}" for warning in self.warnings]
         if self.refusals:
             lines += ["", "refused:", *(f"  {refusal}" for refusal in _grouped(self.refusals))]
         return "\n".join(lines)
@@ -96,7 +98,7 @@ class Plan(BaseModel):
 def _cells(row: MatmulPlan) -> tuple[str, ...]:
     groups = f" g{row.group_size}" if row.group_size else ""
     costs = [f"{us:.0f}" if us is not None else "-" for us in (row.decode_us, row.prefill_us)]
-    name = _any_layer(row.name)
+    name = any_layer(row.name)
     return (name, str(row.n), str(row.k), row.scheme + groups, row.kernel or "-", *costs, row.note)
 
 
@@ -107,14 +109,9 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _any_layer(text: str) -> str:
-    """`model.layers.7.mlp` as `model.layers.*.mlp`."""
-    return re.sub(r"(?<=\.)\d+(?=[.:])", "*", text)
-
-
 def _grouped(texts: tuple[str, ...]) -> list[str]:
     counts: dict[str, int] = {}
-    for text in map(_any_layer, texts):
+    for text in map(any_layer, texts):
         counts[text] = counts.get(text, 0) + 1
     return [f"{text} ({count} times)" if count > 1 else text for text, count in counts.items()]
 

@@ -44,6 +44,7 @@ from panguq.pass_options import pass_from_entry, pass_to_entry
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass
 from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.module_globs import AllowUnmatched
 from panguq.plain_yaml import at, dump_yaml, parse_yaml, read_yaml
 from panguq.suggest import did_you_mean
 
@@ -86,6 +87,10 @@ def _build_passes(entries: object, info: ValidationInfo) -> object:
     return tuple(pass_from_entry(e, f"{source}: passes[{i}]") for i, e in enumerate(entries))
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _ascend_options(value: object, info: ValidationInfo) -> object:
     """The options that a mapping spells; unknown names and values are refused by name."""
     if not isinstance(value, Mapping):
@@ -111,7 +116,8 @@ class Recipe(BaseModel):
     """Schemes by module glob and passes in order. In Python, `passes` may hold Pass instances.
 
     `precision` is the least that lowered weight-only matmuls of a float32 model may multiply in on
-    a CPU; `ascend` holds the options of Ascend targets.
+    a CPU; `ascend` holds the options of Ascend targets. A glob that matches no matmul of a model is
+    an error there, unless `allow_unmatched` is true or lists it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -122,6 +128,7 @@ class Recipe(BaseModel):
     passes: Annotated[tuple[InstanceOf[Pass], ...], BeforeValidator(_build_passes)] = ()
     precision: Precision = "bfloat16"
     ascend: Annotated[AscendOptions, BeforeValidator(_ascend_options)] = AscendOptions()
+    allow_unmatched: Annotated[AllowUnmatched, BeforeValidator(_as_tuple)] = False
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -132,16 +139,23 @@ class Recipe(BaseModel):
 
     @classmethod
     def named(cls, name: str) -> Recipe:
-        """A built-in recipe."""
+        """A built-in recipe. It is for all models, so its own globs may match nothing in some."""
         if name not in preset_names():
             hint = did_you_mean(name, preset_names(), "presets")
             raise RecipeError(f"unknown recipe {name!r}", f"{hint}; a path must end in .yaml")
         file = resources.files("panguq.recipes") / f"{name}.yaml"
-        return cls._from_data(parse_yaml(file.read_bytes(), file.name), file.name, name)
+        recipe = cls._from_data(parse_yaml(file.read_bytes(), file.name), file.name, name)
+        own = tuple(glob for step in recipe.build() for glob in step.globs if glob != "*")
+        return recipe.model_copy(update={"allow_unmatched": own}) if own else recipe
 
     @classmethod
-    def of(cls, recipe: RecipeLike) -> Recipe:
-        """The recipe that a preset's name, a path, a mapping or a recipe stands for."""
+    def of(cls, recipe: RecipeLike, *, allow_unmatched: bool = False) -> Recipe:
+        """The recipe that a preset's name, a path, a mapping or a recipe stands for.
+
+        `allow_unmatched` lets each of its globs match nothing.
+        """
+        if allow_unmatched:
+            return cls.of(recipe).model_copy(update={"allow_unmatched": True})
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Mapping):
@@ -192,15 +206,26 @@ class Recipe(BaseModel):
         return (Canonicalize(), AssignSchemes(schemes=tuple(self.schemes.items())), *self.passes)
 
     def with_schemes(self, schemes: Mapping[str, str]) -> Recipe:
-        """A copy in which these globs come last and so win; "*" replaces the default."""
+        """A copy in which these globs come last and so win; "*" replaces the default.
+
+        Each is to match a matmul, unless all globs may match nothing.
+        """
         kept = {glob: name for glob, name in self.schemes.items() if glob not in schemes}
         fields = dict(self) | {"schemes": kept | dict(schemes)}
+        if isinstance(self.allow_unmatched, tuple):
+            fields["allow_unmatched"] = tuple(g for g in self.allow_unmatched if g not in schemes)
         return type(self).model_validate(fields, context=f"recipe {self.name}")
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as plain data, with every option of every pass."""
         passes = [pass_to_entry(step) for step in self.passes]
-        return {**dict(self), "passes": passes, "ascend": to_jsonable_python(self.ascend)}
+        others = to_jsonable_python({"ascend": self.ascend, "allow": self.allow_unmatched})
+        return {
+            **dict(self),
+            "passes": passes,
+            "ascend": others["ascend"],
+            "allow_unmatched": others["allow"],
+        }
 
     def to_yaml(self) -> str:
         """The recipe as a file, with every option of every pass, so that it keeps its meaning

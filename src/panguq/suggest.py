@@ -11,9 +11,15 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
 
     Case does not count, nor whether words are joined by `-` or `_`.
     """
+    near = nearest_names(given, known, 1)
+    return near[0] if near else None
+
+
+def nearest_names(given: str, known: Iterable[str], most: int) -> list[str]:
+    """At most so many known names that are like the given one, the most like first."""
     by_folded = {_fold(name): name for name in known}
-    near = difflib.get_close_matches(_fold(given), by_folded, n=1, cutoff=0.6)
-    return by_folded[near[0]] if near else None
+    near = difflib.get_close_matches(_fold(given), by_folded, n=most, cutoff=0.6)
+    return [by_folded[name] for name in near]
 
 
 def did_you_mean(given: str, known: Iterable[str], kind: str) -> str:

@@ -78,6 +78,11 @@ def add(commands: Commands) -> None:
         help="override the recipe for some modules, as in '*.down_proj=W8A16'; may be repeated",
     )
     command.add_argument(
+        "--allow-unmatched",
+        action="store_true",
+        help="let globs of the recipe and of --scheme match nothing, which is an error otherwise",
+    )
+    command.add_argument(
         "--dry-run", action="store_true", help="only say what would happen, without the weights"
     )
     command.add_argument(
@@ -144,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
 def _recipe(options: argparse.Namespace) -> Any:
     from panguq.recipe import Recipe
 
-    recipe = Recipe.of(options.recipe)
+    recipe = Recipe.of(options.recipe, allow_unmatched=options.allow_unmatched)
     overrides = {}
     for entry in options.scheme:
         glob, equals, scheme = entry.rpartition("=")

@@ -36,6 +36,7 @@ class Quality:
         self.logits: torch.Tensor | None = None
         self.latest: dict[str, float] = {}
         self.summaries: list[PassSummary] = []
+        self.known: tuple[str, ...] = ()  # warnings that the compile has given already
 
     def before_pass(self, index: int, step: Pass, gm: fx.GraphModule) -> None:
         """In front of the first lossy pass, note what the float graph computes."""
@@ -80,7 +81,7 @@ class Quality:
             target=target,
             passes=tuple(self.summaries),
             matmuls=tuple(summarize_matmuls(gm, fake_quant, self.latest)),
-            warnings=tuple(warnings),
+            warnings=(*self.known, *warnings),
             calibration=calibration,
             logits_sqnr_db=finite(logits_db),
         )

@@ -12,6 +12,7 @@ from panguq.lowering.stages import LOWERING_PASSES
 from panguq.pass_options import make_pass
 from panguq.passes import pipeline
 from panguq.passes.base import Pass, PassContext
+from panguq.passes.module_globs import AllowUnmatched
 from panguq.report import node_metadata
 from panguq.report.dump_files import COMPILE_AGAIN, PROBE, STAGE_JSON, StageInfo
 from panguq.report.dump_reader import DumpReader
@@ -34,10 +35,16 @@ def rerun_failed(reader: DumpReader, stage: str) -> fx.GraphModule:
         probe=reader.probe() if (reader.path / PROBE).exists() else None,
         seed=reader.info.seed,
         reference=traced,
+        allow_unmatched=_allow_unmatched(reader),
     )
     held = frozenset(held for held in Property if held.name in info.holds)
     pipeline.run_pipeline(gm, [step], ctx, first_index=info.index, held=held)
     return gm
+
+
+def _allow_unmatched(reader: DumpReader) -> AllowUnmatched:
+    found = reader.info.recipe.get("allow_unmatched", False)
+    return tuple(map(str, found)) if isinstance(found, list) else found is True
 
 
 def _pass_of(reader: DumpReader, stage: str, info: StageInfo) -> Pass:
