@@ -36,10 +36,10 @@ def _operands(node: fx.Node) -> Operands | None:
     args: tuple[Any, ...] = node.args
     if node.target is panguq.dispatch_matmul.default:
         return Operands(*args[:8])
-    if node.target in (own.w8a8_data_parallel.default, own.w8a8_split_k.default):
+    if node.target is own.w8a8.default:
         x, weight, scale, pertoken_scale, bias, dtype = args[:6]
         return Operands(x, weight, scale, None, pertoken_scale, bias, 0, dtype)
-    if node.target in (own.w4a16_data_parallel.default, own.w4a16_split_k.default):
+    if node.target is own.w4a16.default:
         x, weight, scale, offset, bias, group_size = args[:6]
         dtype = x.meta["val"].dtype
         return Operands(x, weight, scale, offset, None, bias, group_size, dtype)

@@ -11,6 +11,7 @@ else: what is not listed here cannot be reached from a file.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,30 +21,74 @@ from torch._ops import OpOverload
 
 Body = Callable[..., Any]
 
+# What the dispatcher runs for tensors of a device that an extension adds, as torch_npu does.
+DEVICE = "PrivateUse1"
+
 _libraries: dict[str, torch.library.Library] = {}
 _own_ops: dict[str, OpOverload] = {}
 _bodies: dict[OpOverload, Body] = {}
 
 
-def define_op(schema: str, fake: Body, namespace: str = "panguq") -> Callable[[Body], OpOverload]:
-    """Register an op; the decorated function becomes its body and the name its OpOverload.
+def define_op(
+    schema: str,
+    fake: Body,
+    namespace: str = "panguq",
+    check: Body | None = None,
+    npu: Body | None = None,
+) -> Callable[[Body], OpOverload]:
+    """Declare an op; the decorated function becomes its body and the name its OpOverload.
 
-    `schema` is PyTorch's, without a namespace: `"swiglu(Tensor gate, Tensor up) -> Tensor"`.
-    `fake` takes the same arguments and returns empty tensors of the right shape, dtype and strides,
-    for inputs in any layout: torch.compile plans memory by them.
+    `schema` is PyTorch's, without a namespace: `"swiglu(Tensor gate, Tensor up) -> Tensor"`. It and
+    the body have the whole signature; the others name those of the arguments that they read.
+    `fake` returns empty tensors of the right shape, dtype and strides, for inputs in any layout:
+    torch.compile plans memory by them. `check` raises for a call that breaks the op's contract,
+    before the body, the fake and `npu`, which is what runs for tensors on an NPU.
     """
     library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    arguments = torch._C.parse_schema(f"{namespace}::{schema}").arguments
+    checked = None if check is None else by_name(check, arguments)
+
+    def after_check(function: Body) -> Body:
+        named = by_name(function, arguments)
+        if checked is None:
+            return named
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            checked(*args, **kwargs)
+            return named(*args, **kwargs)
+
+        return run
 
     def register(body: Body) -> OpOverload:
         name = schema.split("(", 1)[0]
         library.define(schema)
-        library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        library.impl(name, after_check(body), "CompositeExplicitAutograd")
+        if npu is not None:
+            library.impl(name, after_check(npu), DEVICE)
+        torch.library.register_fake(f"{namespace}::{name}", after_check(fake), lib=library)
         op: OpOverload = getattr(getattr(torch.ops, namespace), name).default
         _bodies[op] = body
         return admit(op)
 
     return register
+
+
+def by_name(function: Body, arguments: list[Any]) -> Body:
+    """`function`, to be called with all of an op's `arguments`, of which it gets those it names."""
+    names = [argument.name for argument in arguments]
+    wanted = list(inspect.signature(function).parameters)
+    if wanted == names:
+        return function
+    assert set(wanted) <= set(names), f"{function} wants {wanted}, the op has {names}"
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+    @functools.wraps(function)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs
+        return function(**{name: given[name] for name in wanted})
+
+    return named
 
 
 def body_of(target: Callable[..., Any]) -> Callable[..., Any]:

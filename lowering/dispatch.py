@@ -91,18 +91,13 @@ def _weight_quant(kernel: Candidate, given: Operands) -> Call:
 
 def _own_w8a8(kernel: Candidate, given: Operands) -> Call:
     args = (given.x, given.weight, given.scale, given.pertoken_scale, given.bias)
-    dtype, tile = given.output_dtype, list(kernel.tile or ())
-    if kernel.kernel == "w8a8_data_parallel":
-        return own.w8a8_data_parallel.default, (*args, dtype, tile), {}
-    return own.w8a8_split_k.default, (*args, dtype, kernel.splits, tile), {}
+    how = (given.output_dtype, kernel.splits, list(kernel.tile or ()))
+    return own.w8a8.default, (*args, *how), {}
 
 
 def _own_w4a16(kernel: Candidate, given: Operands) -> Call:
     args = (given.x, given.weight, given.scale, given.offset, given.bias, given.group_size)
-    tile = list(kernel.tile or ())
-    if kernel.kernel == "w4a16_data_parallel":
-        return own.w4a16_data_parallel.default, (*args, tile), {}
-    return own.w4a16_split_k.default, (*args, kernel.splits, tile), {}
+    return own.w4a16.default, (*args, kernel.splits, list(kernel.tile or ())), {}
 
 
 _CALLS = {

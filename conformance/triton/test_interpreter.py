@@ -21,7 +21,7 @@ from panguq.errors import LoweringError
 from panguq.kernels.ascend.own_dynamic_quant import dynamic_quant
 from panguq.kernels.ascend.triton import launch
 from panguq.kernels.ascend.triton.launch import launch_dynamic_quant, launch_w4a16, launch_w8a8
-from panguq.kernels.ascend.w8a8 import w8a8_data_parallel
+from panguq.kernels.ascend.w8a8 import w8a8
 
 pytest.importorskip("triton", reason="triton is not installed: run python -m conformance.triton")
 
@@ -60,7 +60,7 @@ def test_w8a8_scales_and_bias_are_bit_equal_to_the_reference(dtype, bias, per_to
     added = {"float": torch.randn(70), "int32": torch.arange(70, dtype=torch.int32), None: None}
     rest = (scale, token_scale, added[bias], dtype)
     result = launch_w8a8(x, weight, *rest, splits, W8A8_TILE)
-    assert torch.equal(result, w8a8_data_parallel(x, weight, *rest, [16, 64, 512]))
+    assert torch.equal(result, w8a8(x, weight, *rest, 1, [16, 64, 512]))
 
 
 @given(

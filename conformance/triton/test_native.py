@@ -12,7 +12,7 @@ from conformance.triton.native import NativeKernel, mlir_folder, random_int8
 from conformance.triton.variants import Variant, variant
 from panguq.kernels.ascend.own_dynamic_quant import dynamic_quant
 from panguq.kernels.ascend.triton.launch import grid_of
-from panguq.kernels.ascend.w8a8 import int32_sums, w8a8_data_parallel
+from panguq.kernels.ascend.w8a8 import int32_sums, w8a8
 
 if mlir_folder() is None:
     pytest.skip("MLIR 19 is not there: run python -m conformance.triton", True)
@@ -127,9 +127,7 @@ def test_w8a8_is_bit_equal_to_the_reference(build, tile, dtype, bias, per_token)
         added = None
         if bias is not None:
             added = torch.randn(n) if bias == "float" else torch.randint(-999, 999, (n,)).int()
-        expected = w8a8_data_parallel(
-            x, weight, scale, token_scale, added, DTYPES[dtype], [16, 64, 512]
-        )
+        expected = w8a8(x, weight, scale, token_scale, added, DTYPES[dtype], 1, [16, 64, 512])
         finish = [tensor for tensor in (scale, token_scale, added) if tensor is not None]
         result = torch.empty_like(expected)
         data_parallel(grid_of(m, n, list(tile)), x, weight, *finish, result, m, n, k)

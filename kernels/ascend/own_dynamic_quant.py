@@ -10,7 +10,7 @@ from torch import Tensor
 
 from panguq.errors import LoweringError
 from panguq.ir.opset import define_op
-from panguq.kernels.ascend.triton.launch import NAMESPACE, NPU, launch_dynamic_quant
+from panguq.kernels.ascend.triton.launch import NAMESPACE, launch_dynamic_quant
 
 LARGEST_CODE = 127
 SMALLEST_NORMAL = 2.0**-126
@@ -32,12 +32,15 @@ def _check(x: Tensor) -> None:
 
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check(x)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @define_op(
-    "dynamic_quant(Tensor x) -> (Tensor codes, Tensor scale)", fake=_fake, namespace=NAMESPACE
+    "dynamic_quant(Tensor x) -> (Tensor codes, Tensor scale)",
+    fake=_fake,
+    namespace=NAMESPACE,
+    check=_check,
+    npu=launch_dynamic_quant,
 )
 def dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     """scale = max|x| / 127 of each token, code = x / scale rounded to nearest, ties to even.
@@ -45,17 +48,8 @@ def dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     x float [..., k]; returns int8 [..., k] and float32 [...]. Computed in float32; a token whose
     scale is 0 or subnormal has codes 0. Raises LoweringError.
     """
-    _check(x)
     values = x.contiguous().to(torch.float32)
     scale = values.abs().amax(dim=-1).div_(LARGEST_CODE)
     # A subnormal scale has few digits: a quotient could be beyond 127.
     divisor = torch.where(scale >= SMALLEST_NORMAL, scale, torch.inf).unsqueeze(-1)
     return torch.round(values / divisor).to(torch.int8), scale
-
-
-def _npu_dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check(x)
-    return launch_dynamic_quant(x)
-
-
-NPU.impl("dynamic_quant", _npu_dynamic_quant)

@@ -1,8 +1,9 @@
 """W4A16 by panguq's own kernel: 16-bit activations times 4-bit weights with one scale per group.
 
-A vector core turns codes into 16-bit weights, the cube core multiplies. `w4a16_data_parallel` gives
-each core whole outputs; `w4a16_split_k` also divides k, for shapes with too few outputs to keep
-every core busy. The bodies here are what the Triton kernels in `triton/w4a16.py` compute.
+A vector core turns codes into 16-bit weights, the cube core multiplies. With one split
+(data-parallel) each core computes whole outputs; with more, k is divided, too (Split-K), for shapes
+with too few outputs to keep every core busy. The body here is what the Triton kernels in
+`triton/w4a16.py` compute.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from panguq.errors import LoweringError
 from panguq.ir.opset import define_op
 from panguq.kernels.ascend.tiles import split_bounds, tile_refusal
-from panguq.kernels.ascend.triton.launch import NAMESPACE, NPU, launch_w4a16
+from panguq.kernels.ascend.triton.launch import NAMESPACE, launch_w4a16
 from panguq.kernels.packing import unpack_int4
 
 CODES_PER_WORD = 8
@@ -50,7 +51,6 @@ def refusal(
 
 
 def _check(
-    op: str,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -64,7 +64,7 @@ def _check(
 
     def require(condition: bool, message: str) -> None:
         if not condition:
-            raise LoweringError(f"{NAMESPACE}.{op}: {message}")
+            raise LoweringError(f"{NAMESPACE}.w4a16: {message}")
 
     require(x.dtype in BIAS_DTYPE, f"x is {x.dtype}, not float16 or bfloat16")
     require(weight.dtype == torch.int32, f"weight is {weight.dtype}, not int32")
@@ -106,43 +106,26 @@ def dequantize(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size:
     return values.to(scale.dtype)
 
 
-def _finish(total: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """float32 sums [m, n] -> the result [..., n] in x's dtype."""
-    if bias is not None:
-        total = total.add_(bias)
-    return total.to(x.dtype).view(*x.shape[:-1], total.shape[1])
-
-
-def _result(x: Tensor, weight: Tensor) -> Tensor:
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1] * CODES_PER_WORD))
 
 
-def _fake_data_parallel(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    tile: list[int],
-) -> Tensor:
-    _check("w4a16_data_parallel", x, weight, scale, offset, bias, group_size, 1, tile)
-    return _result(x, weight)
-
-
 @define_op(
-    "w4a16_data_parallel(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? bias,"
-    " int group_size, int[] tile) -> Tensor",
-    fake=_fake_data_parallel,
+    "w4a16(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? bias,"
+    " int group_size, int splits, int[] tile) -> Tensor",
+    fake=_fake,
     namespace=NAMESPACE,
+    check=_check,
+    npu=launch_w4a16,
 )
-def w4a16_data_parallel(
+def w4a16(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     offset: Tensor | None,
     bias: Tensor | None,
     group_size: int,
+    splits: int,
     tile: list[int],
 ) -> Tensor:
     """x @ ((code + offset) * scale) + bias: float16 or bfloat16 [..., n].
@@ -150,84 +133,18 @@ def w4a16_data_parallel(
     x float16 or bfloat16 [..., k]; weight int32 [k, n / 8], 8 codes of [-8, 7] in a word, the
     lowest nibble first; scale and offset [ceil(k / group_size), n] in x's dtype, or [n] with
     `group_size` 0; bias [n], float32 for bfloat16 and float16 for float16. Weights are rounded to
-    x's dtype, sums are float32, the result is rounded once. Raises LoweringError.
+    x's dtype, sums are float32, the result is rounded once. With `splits` above 1, k is divided
+    into so many parts of whole blocks, whose sums are added in the order of k, so that the same
+    input gives the same bits in every run. Raises LoweringError.
     """
-    _check("w4a16_data_parallel", x, weight, scale, offset, bias, group_size, 1, tile)
-    values = dequantize(weight, scale, offset, group_size)
-    total = x.reshape(-1, x.shape[-1]).to(torch.float32) @ values.to(torch.float32)
-    return _finish(total, x, bias)
-
-
-def _fake_split_k(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    splits: int,
-    tile: list[int],
-) -> Tensor:
-    _check("w4a16_split_k", x, weight, scale, offset, bias, group_size, splits, tile)
-    return _result(x, weight)
-
-
-@define_op(
-    "w4a16_split_k(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? bias,"
-    " int group_size, int splits, int[] tile) -> Tensor",
-    fake=_fake_split_k,
-    namespace=NAMESPACE,
-)
-def w4a16_split_k(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    splits: int,
-    tile: list[int],
-) -> Tensor:
-    """As `w4a16_data_parallel`, with k divided into `splits` parts of whole blocks of k.
-
-    The float32 sums of the parts are added in the order of k, so the same input gives the same
-    bits in every run. Raises LoweringError.
-    """
-    _check("w4a16_split_k", x, weight, scale, offset, bias, group_size, splits, tile)
     values = dequantize(weight, scale, offset, group_size).to(torch.float32)
     tokens = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    total = tokens.new_zeros((tokens.shape[0], values.shape[1]))
-    for start, stop in split_bounds(x.shape[-1], tile[2], splits):
-        total += tokens[:, start:stop] @ values[start:stop]
-    return _finish(total, x, bias)
-
-
-def _npu_data_parallel(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    tile: list[int],
-) -> Tensor:
-    _check("w4a16_data_parallel", x, weight, scale, offset, bias, group_size, 1, tile)
-    return launch_w4a16(x, weight, scale, offset, bias, group_size, 1, tile)
-
-
-def _npu_split_k(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    splits: int,
-    tile: list[int],
-) -> Tensor:
-    _check("w4a16_split_k", x, weight, scale, offset, bias, group_size, splits, tile)
-    return launch_w4a16(x, weight, scale, offset, bias, group_size, splits, tile)
-
-
-NPU.impl("w4a16_data_parallel", _npu_data_parallel)
-NPU.impl("w4a16_split_k", _npu_split_k)
+    if splits == 1:
+        total = tokens @ values
+    else:
+        total = tokens.new_zeros((tokens.shape[0], values.shape[1]))
+        for start, stop in split_bounds(x.shape[-1], tile[2], splits):
+            total += tokens[:, start:stop] @ values[start:stop]
+    if bias is not None:
+        total.add_(bias)
+    return total.to(x.dtype).view(*x.shape[:-1], total.shape[1])

@@ -1,8 +1,8 @@
 """W8A8 by panguq's own kernel: int8 codes times int8 weights, exact int32 sums, then scales.
 
-`w8a8_data_parallel` gives each core whole outputs; `w8a8_split_k` also divides k. As int32 sums are
-exact in any order, both give the same bits. The bodies here are what the Triton kernels in
-`triton/w8a8.py` compute.
+With one split (data-parallel) each core computes whole outputs; with more, k is divided, too
+(Split-K). As int32 sums are exact in any order, both give the same bits. The body here is what the
+Triton kernels in `triton/w8a8.py` compute.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from panguq.errors import LoweringError
 from panguq.ir.opset import define_op
 from panguq.kernels.ascend.tiles import tile_refusal
-from panguq.kernels.ascend.triton.launch import NAMESPACE, NPU, launch_w8a8
+from panguq.kernels.ascend.triton.launch import NAMESPACE, launch_w8a8
 from panguq.kernels.cpu.int8_linear import _int32_matmul
 
 # |code| <= 128 and |weight| <= 128, and the sum must fit int32.
@@ -43,7 +43,6 @@ def refusal(
 
 
 def _check(
-    op: str,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -57,7 +56,7 @@ def _check(
 
     def require(condition: bool, message: str) -> None:
         if not condition:
-            raise LoweringError(f"{NAMESPACE}.{op}: {message}")
+            raise LoweringError(f"{NAMESPACE}.w8a8: {message}")
 
     require(x.dtype == torch.int8, f"x is {x.dtype}, not int8")
     require(weight.dtype == torch.int8, f"weight is {weight.dtype}, not int8")
@@ -92,14 +91,36 @@ def int32_sums(x: Tensor, weight: Tensor) -> Tensor:
     return _int32_matmul(x, weight.t())
 
 
-def _compute(
+def _fake(x: Tensor, weight: Tensor, output_dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=output_dtype)
+
+
+@define_op(
+    "w8a8(Tensor x, Tensor weight, Tensor scale, Tensor? pertoken_scale, Tensor? bias,"
+    " ScalarType output_dtype, int splits, int[] tile) -> Tensor",
+    fake=_fake,
+    namespace=NAMESPACE,
+    check=_check,
+    npu=launch_w8a8,
+)
+def w8a8(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     pertoken_scale: Tensor | None,
     bias: Tensor | None,
     output_dtype: torch.dtype,
+    splits: int,
+    tile: list[int],
 ) -> Tensor:
+    """(sum_k x * weight + int32 bias) * scale * pertoken_scale + float32 bias: [..., n].
+
+    x int8 [..., k]; weight int8 [k, n]; scale float32 [n]; pertoken_scale float32 [...] or None;
+    bias [n], float32, or int32 without pertoken_scale. Sums are exact int32, the rest is float32
+    in the written order, rounded once to `output_dtype`. With `splits` above 1, a kernel divides k
+    into so many parts of whole blocks; the bits are the same. Raises LoweringError.
+    """
+    # int32 sums are the same in any order, so there is nothing to divide here.
     total = int32_sums(x.reshape(-1, x.shape[-1]), weight)
     if bias is not None and bias.dtype == torch.int32:
         total.add_(bias)
@@ -109,111 +130,3 @@ def _compute(
     if bias is not None and bias.dtype == torch.float32:
         result.add_(bias)
     return result.to(output_dtype).view(*x.shape[:-1], weight.shape[1])
-
-
-def _fake_data_parallel(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-    tile: list[int],
-) -> Tensor:
-    _check("w8a8_data_parallel", x, weight, scale, pertoken_scale, bias, output_dtype, 1, tile)
-    return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=output_dtype)
-
-
-@define_op(
-    "w8a8_data_parallel(Tensor x, Tensor weight, Tensor scale, Tensor? pertoken_scale,"
-    " Tensor? bias, ScalarType output_dtype, int[] tile) -> Tensor",
-    fake=_fake_data_parallel,
-    namespace=NAMESPACE,
-)
-def w8a8_data_parallel(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-    tile: list[int],
-) -> Tensor:
-    """(sum_k x * weight + int32 bias) * scale * pertoken_scale + float32 bias: [..., n].
-
-    x int8 [..., k]; weight int8 [k, n]; scale float32 [n]; pertoken_scale float32 [...] or None;
-    bias [n], float32, or int32 without pertoken_scale. Sums are exact int32, the rest is float32
-    in the written order, rounded once to `output_dtype`. Raises LoweringError.
-    """
-    _check("w8a8_data_parallel", x, weight, scale, pertoken_scale, bias, output_dtype, 1, tile)
-    return _compute(x, weight, scale, pertoken_scale, bias, output_dtype)
-
-
-def _fake_split_k(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-    splits: int,
-    tile: list[int],
-) -> Tensor:
-    _check("w8a8_split_k", x, weight, scale, pertoken_scale, bias, output_dtype, splits, tile)
-    return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=output_dtype)
-
-
-@define_op(
-    "w8a8_split_k(Tensor x, Tensor weight, Tensor scale, Tensor? pertoken_scale, Tensor? bias,"
-    " ScalarType output_dtype, int splits, int[] tile) -> Tensor",
-    fake=_fake_split_k,
-    namespace=NAMESPACE,
-)
-def w8a8_split_k(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-    splits: int,
-    tile: list[int],
-) -> Tensor:
-    """As `w8a8_data_parallel`, bit for bit, with k divided into `splits` parts of whole blocks.
-
-    Raises LoweringError.
-    """
-    _check("w8a8_split_k", x, weight, scale, pertoken_scale, bias, output_dtype, splits, tile)
-    # int32 sums are the same in any order, so there is nothing to divide here.
-    return _compute(x, weight, scale, pertoken_scale, bias, output_dtype)
-
-
-def _npu_data_parallel(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-    tile: list[int],
-) -> Tensor:
-    _check("w8a8_data_parallel", x, weight, scale, pertoken_scale, bias, output_dtype, 1, tile)
-    return launch_w8a8(x, weight, scale, pertoken_scale, bias, output_dtype, 1, tile)
-
-
-def _npu_split_k(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-    splits: int,
-    tile: list[int],
-) -> Tensor:
-    _check("w8a8_split_k", x, weight, scale, pertoken_scale, bias, output_dtype, splits, tile)
-    return launch_w8a8(x, weight, scale, pertoken_scale, bias, output_dtype, splits, tile)
-
-
-NPU.impl("w8a8_data_parallel", _npu_data_parallel)
-NPU.impl("w8a8_split_k", _npu_split_k)

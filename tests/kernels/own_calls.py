@@ -92,7 +92,7 @@ def int4(m: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def own_w4a16(m: int, **rest: Any) -> dict[str, Any]:
+def own_w4a16(m: int, splits: int = 1) -> dict[str, Any]:
     return {
         "x": floats(2, m, K, dtype=BF16),
         "weight": words(K, N // 8),
@@ -100,12 +100,12 @@ def own_w4a16(m: int, **rest: Any) -> dict[str, Any]:
         "offset": floats(K // GROUP, N, dtype=BF16),
         "bias": floats(N),
         "group_size": GROUP,
-        **rest,
+        "splits": splits,
         "tile": TILE,
     }
 
 
-def own_w8a8(m: int, **rest: Any) -> dict[str, Any]:
+def own_w8a8(m: int, splits: int = 1) -> dict[str, Any]:
     return {
         "x": codes(2, m, K),
         "weight": codes(K, N),
@@ -113,7 +113,7 @@ def own_w8a8(m: int, **rest: Any) -> dict[str, Any]:
         "pertoken_scale": scales(2, m),
         "bias": floats(N),
         "output_dtype": BF16,
-        **rest,
+        "splits": splits,
         "tile": TILE,
     }
 
@@ -283,9 +283,9 @@ OWN: dict[str, Call] = {
         lambda m: {"packed": pack_int4(codes(N, K, bits=4))},
     ),
     "dynamic_quant": (own_dynamic_quant.dynamic_quant, lambda m: {"x": floats(2, m, K)}),
-    "w4a16_data_parallel": (w4a16.w4a16_data_parallel, own_w4a16),
-    "w4a16_split_k": (w4a16.w4a16_split_k, lambda m: own_w4a16(m, splits=2)),
-    "w8a8_data_parallel": (w8a8.w8a8_data_parallel, own_w8a8),
-    "w8a8_split_k": (w8a8.w8a8_split_k, lambda m: own_w8a8(m, splits=2)),
+    "w4a16": (w4a16.w4a16, own_w4a16),
+    "w4a16_split_k": (w4a16.w4a16, lambda m: own_w4a16(m, splits=2)),
+    "w8a8": (w8a8.w8a8, own_w8a8),
+    "w8a8_split_k": (w8a8.w8a8, lambda m: own_w8a8(m, splits=2)),
     "dispatch_matmul": (dispatch.dispatch_matmul, dispatched),
 }

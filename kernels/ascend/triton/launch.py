@@ -18,8 +18,6 @@ from panguq.extras import missing
 from panguq.kernels.ascend.tiles import legal_tiles
 
 NAMESPACE = "panguq_npu"
-# What the dispatcher runs for tensors of a device that an extension adds, as torch_npu does.
-NPU = torch.library.Library(NAMESPACE, "IMPL", "PrivateUse1")
 # triton-ascend refuses a grid of more programs than a 16-bit number holds.
 LARGEST_GRID = 65535
 LARGEST_PLACE = 2**31 - 1
@@ -91,7 +89,7 @@ def launch_w4a16(
     splits: int,
     tile: list[int],
 ) -> Tensor:
-    """w4a16_data_parallel for one split, w4a16_split_k for more."""
+    """w4a16: the data-parallel kernel for one split, Split-K for more."""
     w4a16 = _kernels("w4a16")
     k = x.shape[-1]
     tokens = x.reshape(-1, k).contiguous()
@@ -134,7 +132,7 @@ def launch_w8a8(
     splits: int,
     tile: list[int],
 ) -> Tensor:
-    """w8a8_data_parallel for one split, w8a8_split_k for more."""
+    """w8a8: the data-parallel kernel for one split, Split-K for more."""
     w8a8 = _kernels("w8a8")
     k, n = weight.shape
     tokens = x.reshape(-1, k).contiguous()

@@ -311,8 +311,6 @@ EMITTERS: dict[str, Emitter] = {
     "npu.npu_weight_quant_batchmatmul.default": _weight_quant_matmul,
     "panguq.dispatch_matmul.default": _dispatch,
     "panguq_npu.int4_weight.default": _in_kernel_layout,
-    "panguq_npu.w4a16_data_parallel.default": _own_w4a16,
-    "panguq_npu.w4a16_split_k.default": _own_w4a16,
-    "panguq_npu.w8a8_data_parallel.default": _own_w8a8,
-    "panguq_npu.w8a8_split_k.default": _own_w8a8,
+    "panguq_npu.w4a16.default": _own_w4a16,
+    "panguq_npu.w8a8.default": _own_w8a8,
 }

@@ -22,10 +22,7 @@ from panguq.lowering.targets import Target, find_target
 
 TOKENS = (1, 16, 512)  # decoding one and several sequences, and a prompt
 _DISPATCH = "panguq.dispatch_matmul.default"
-_OWN = (
-    "panguq_npu.w4a16_data_parallel.default", "panguq_npu.w4a16_split_k.default",
-    "panguq_npu.w8a8_data_parallel.default", "panguq_npu.w8a8_split_k.default",
-)  # fmt: skip
+_OWN = ("panguq_npu.w4a16.default", "panguq_npu.w8a8.default")
 _VENDOR = ("npu.npu_quant_matmul.default", "npu.npu_weight_quant_batchmatmul.default")
 _CPU = (
     "panguq_cpu.dequantized_linear.default", "panguq_cpu.int4_linear.default",
@@ -104,11 +101,10 @@ def _table(node: fx.Node, op: str | None) -> list[tuple[int, Candidate]]:
         last_m, kernels = cast(list[Any], node.args[-2:])
         return [(m, _with_schedule(parse_kernel(k))) for m, k in zip(last_m, kernels, strict=True)]
     if op in _OWN:
-        splits = node.args[-2] if op_name(node).endswith("split_k") else 1
+        splits = cast(int, node.args[-2])
         block_m, block_n, block_k = cast(list[int], node.args[-1])
-        candidate = Candidate(
-            op_name(node), splits=cast(int, splits), tile=(block_m, block_n, block_k)
-        )
+        kernel = f"{op_name(node)}_{'split_k' if splits > 1 else 'data_parallel'}"
+        candidate = Candidate(kernel, splits=splits, tile=(block_m, block_n, block_k))
         return [(NO_LIMIT, _with_schedule(candidate))]
     return [(NO_LIMIT, Candidate(op_name(node)))] if op in _VENDOR else []
 

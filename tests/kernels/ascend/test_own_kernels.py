@@ -11,10 +11,8 @@ from panguq.kernels.ascend import own_dynamic_quant, w4a16, w8a8
 from panguq.kernels.ascend.triton import launch
 
 OPS = (
-    w4a16.w4a16_data_parallel,
-    w4a16.w4a16_split_k,
-    w8a8.w8a8_data_parallel,
-    w8a8.w8a8_split_k,
+    w4a16.w4a16,
+    w8a8.w8a8,
     own_dynamic_quant.dynamic_quant,
 )
 

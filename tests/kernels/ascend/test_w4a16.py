@@ -12,8 +12,7 @@ from panguq.kernels.ascend.w4a16 import (
     BIAS_DTYPE,
     dequantize,
     refusal,
-    w4a16_data_parallel,
-    w4a16_split_k,
+    w4a16,
 )
 
 TILE = [16, 128, 64]
@@ -81,9 +80,9 @@ def test_both_ops_are_within_the_summation_bound(m, words, k, splits, dtype, bia
     additions = (k + splits + 1) * 2.0**-24
     summed = additions / (1 - additions) * magnitude
     rounded = torch.finfo(dtype).eps / 2 * (exact.abs() + summed) + 2.0**-25
-    results = [w4a16_data_parallel(*arguments, TILE)]
+    results = [w4a16(*arguments, 1, TILE)]
     if splits <= -(-k // TILE[2]):
-        results.append(w4a16_split_k(*arguments, splits, TILE))
+        results.append(w4a16(*arguments, splits, TILE))
     for result in results:
         assert ((result.double() - exact).abs() <= summed + rounded).all()
 
@@ -94,7 +93,7 @@ def test_partial_sums_are_of_whole_blocks_and_added_in_their_order():
     total = torch.zeros(3, 8)
     for start, stop in split_bounds(200, 64, 3):
         total += x.float()[:, start:stop] @ weight[start:stop]
-    result = w4a16_split_k(x, packed(codes), scale, None, None, 64, 3, TILE)
+    result = w4a16(x, packed(codes), scale, None, None, 64, 3, TILE)
     assert torch.equal(result, total.bfloat16())
 
 
@@ -104,9 +103,9 @@ def test_partial_sums_are_of_whole_blocks_and_added_in_their_order():
 def test_fakes(tokens, dtype, group_size):
     x, codes, scale, zero, bias = problem(*tokens, dtype=dtype, group_size=group_size)
     arguments = (x, packed(codes), scale, zero, bias, group_size)
-    opcheck(w4a16_data_parallel, (*arguments, TILE))
-    opcheck(w4a16_split_k, (*arguments, 2, TILE))
-    assert w4a16_split_k(*arguments, 2, TILE).shape == (*tokens, 40)
+    opcheck(w4a16, (*arguments, 1, TILE))
+    opcheck(w4a16, (*arguments, 2, TILE))
+    assert w4a16(*arguments, 2, TILE).shape == (*tokens, 40)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_wrong_arguments_are_refused(changed, message):
     arguments = {"x": x, "weight": packed(codes), "scale": scale, "offset": zero, "bias": bias}
     arguments |= {"group_size": 64, "splits": 2, "tile": TILE} | changed
     with pytest.raises(LoweringError, match=message):
-        w4a16_split_k(**arguments)
+        w4a16(**arguments)
 
 
 def test_refusal_without_a_tile():

@@ -7,13 +7,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from panguq.errors import LoweringError
-from panguq.kernels.ascend.w8a8 import (
-    LARGEST_K,
-    int32_sums,
-    refusal,
-    w8a8_data_parallel,
-    w8a8_split_k,
-)
+from panguq.kernels.ascend.w8a8 import LARGEST_K, int32_sums, refusal, w8a8
 
 TILE = [16, 256, 256]
 KINDS = st.sampled_from(["random", "lowest", "highest"])
@@ -48,8 +42,8 @@ def test_output_fake_and_split_k(assert_close, dtype, bias, per_token, tokens):
     token_scale = torch.rand(tokens) if per_token else None
     added = {"float": torch.randn(33), "int32": torch.arange(33, dtype=torch.int32), None: None}
     arguments = (x, weight, scale, token_scale, added[bias], dtype)
-    result = w8a8_data_parallel(*arguments, TILE)
-    assert torch.equal(result, w8a8_split_k(*arguments, 3, TILE))
+    result = w8a8(*arguments, 1, TILE)
+    assert torch.equal(result, w8a8(*arguments, 3, TILE))
 
     total = (x.long() @ weight.long()).double()
     if bias == "int32":
@@ -60,8 +54,8 @@ def test_output_fake_and_split_k(assert_close, dtype, bias, per_token, tokens):
     least_db = {torch.bfloat16: 48, torch.float16: 65, torch.float32: 120}[dtype]
     assert_close(expected.to(dtype), result, least_db)
 
-    opcheck(w8a8_data_parallel, (*arguments, TILE))
-    opcheck(w8a8_split_k, (*arguments, 3, TILE))
+    opcheck(w8a8, (*arguments, 1, TILE))
+    opcheck(w8a8, (*arguments, 3, TILE))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +79,7 @@ def test_wrong_arguments_are_refused(changed, message):
     arguments |= {"scale": torch.ones(33), "pertoken_scale": torch.ones(3), "bias": None}
     arguments |= {"output_dtype": torch.bfloat16, "splits": 2, "tile": TILE} | changed
     with pytest.raises(LoweringError, match=message):
-        w8a8_split_k(**arguments)
+        w8a8(**arguments)
 
 
 def test_the_largest_k_is_the_last_that_fits_int32():
