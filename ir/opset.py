@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,19 +74,45 @@ def define_op(
     return register
 
 
+def bind(arguments: list[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of an op by name, as this call gives it or by default.
+
+    Raises TypeError for a call that does not fit the schema.
+    """
+    positional = [a.name for a in arguments if not a.kwarg_only]
+    if len(args) > len(positional):
+        raise TypeError(f"{len(args)} positional arguments given, {len(positional)} taken")
+    given = dict(zip(positional, args, strict=False))
+    names = {a.name for a in arguments}
+    for name in kwargs:
+        if name not in names or name in given:
+            raise TypeError(f"{'unknown' if name not in names else 'doubled'} argument {name!r}")
+    given |= kwargs
+    for argument in arguments:
+        if argument.name not in given:
+            if not argument.has_default_value():
+                raise TypeError(f"missing a required argument: {argument.name!r}")
+            given[argument.name] = argument.default_value
+    return given
+
+
+def read_by(function: Body, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an op's arguments that `function` names; all of them if it takes `**rest`."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(given)
+    return {name: given[name] for name in parameters}
+
+
 def by_name(function: Body, arguments: list[Any]) -> Body:
     """`function`, to be called with all of an op's `arguments`, of which it gets those it names."""
-    names = [argument.name for argument in arguments]
-    wanted = list(inspect.signature(function).parameters)
-    if wanted == names:
+    names = [argument.name for argument in arguments if not argument.has_default_value()]
+    if len(names) == len(arguments) and list(inspect.signature(function).parameters) == names:
         return function
-    assert set(wanted) <= set(names), f"{function} wants {wanted}, the op has {names}"
-    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
 
     @functools.wraps(function)
     def named(*args: Any, **kwargs: Any) -> Any:
-        given = defaults | dict(zip(names, args, strict=False)) | kwargs
-        return function(**{name: given[name] for name in wanted})
+        return function(**read_by(function, bind(arguments, args, kwargs)))
 
     return named
 

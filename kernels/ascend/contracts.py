@@ -1,13 +1,12 @@
 """What a call of a torch_npu op must satisfy, checked before anything is sent to an NPU.
 
-Each op's file holds its contract: a generator with the op's own parameters that yields one
-`Finding` per rule the call breaks. Sizes may be symbolic: a rule then speaks only where it is
-broken whatever the size turns out to be, and never adds a guard.
+Each op's file holds its contract: a generator that names the op's parameters that it reads and
+yields one `Finding` per rule the call breaks. Sizes may be symbolic: a rule then speaks only where
+it is broken whatever the size turns out to be, and never adds a guard.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from panguq.errors import LoweringError
+from panguq.ir.opset import bind, read_by
 
 Size = int | torch.SymInt
 
@@ -118,10 +118,11 @@ def violations(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
             f"{op} has no contract", "import panguq.kernels.ascend.npu_ops, which has them all"
         )
     try:
-        inspect.signature(contract).bind(*args, **kwargs)
+        given = bind(op._schema.arguments, args, kwargs)
     except TypeError as error:
         return [Violation(str(op), f"the arguments must fit the schema: {error}", str(op._schema))]
-    return [Violation(str(op), rule, source) for rule, source in contract(*args, **kwargs)]
+    found = contract(**read_by(contract, given))
+    return [Violation(str(op), rule, source) for rule, source in found]
 
 
 def check_call(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from panguq.ir.opset import admit
+from panguq.ir.opset import admit, by_name
 from panguq.kernels.ascend.contracts import Contract, register_contract
 
 NAMESPACE = "npu"
@@ -49,12 +49,14 @@ def define_npu_op(
 ) -> Callable[[Function], OpOverload]:
     """Register an op of torch_npu; the decorated function is its body for CPU tensors.
 
-    `schema` is torch_npu's without the namespace. The name becomes the OpOverload, as with
-    `panguq.ir.opset.define_op`. Results are contiguous, unless `keeps_strides`: then they are what
-    the body makes.
+    `schema` is torch_npu's without the namespace. It and the body have the whole signature; `fake`
+    and `contract` name those of the arguments that they read. The name becomes the OpOverload, as
+    with `panguq.ir.opset.define_op`. Results are contiguous, unless `keeps_strides`: then they are
+    what the body makes.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
+    named_fake = by_name(fake, torch._C.parse_schema(f"{NAMESPACE}::{schema}").arguments)
 
     def register(body: Function) -> OpOverload:
         defined_here = not torch._C._jit_get_schemas_for_operator(qualified)
@@ -62,10 +64,10 @@ def define_npu_op(
             _library.define(schema)
         _library.impl(name, body if keeps_strides else _contiguous(body), "CPU")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta"):
-            torch.library.register_fake(qualified, fake, lib=_library)
+            torch.library.register_fake(qualified, named_fake, lib=_library)
         op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
         register_contract(op, contract)
-        _npu_ops[op] = NpuOp(op, schema, fake, body, contract, defined_here)
+        _npu_ops[op] = NpuOp(op, schema, named_fake, body, contract, defined_here)
         return admit(op)
 
     return register

@@ -141,9 +141,7 @@ def _mask(
     yield from wrong_shape("atten_mask", atten_mask, shapes, _DOCS)
 
 
-def _fake(
-    query: Tensor, key: Tensor, value: Tensor, *, softmax_lse_flag: bool = False, **rest: object
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, value: Tensor, softmax_lse_flag: bool) -> tuple[Tensor, Tensor]:
     result = query.new_empty((*query.shape[:-1], value.shape[-1]))
     shape = (*query.shape[:-1], 1) if softmax_lse_flag else (0,)
     return result, query.new_empty(shape, dtype=torch.float32)

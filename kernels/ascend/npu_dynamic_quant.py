@@ -28,12 +28,11 @@ _LARGEST_CODE: dict[torch.dtype | None, int] = {torch.int8: 127, torch.quint4x2:
 
 def _contract(
     input: Tensor,
-    *,
-    smooth_scales: Tensor | None = None,
-    group_index: Tensor | None = None,
-    dst_type: int | None = None,
-    quant_mode: str = "pertoken",
-    dst_type_max: float = 0.0,
+    smooth_scales: Tensor | None,
+    group_index: Tensor | None,
+    dst_type: int | None,
+    quant_mode: str,
+    dst_type_max: float,
 ) -> Iterator[Finding]:
     yield from wrong_dtype("input", input, (torch.float16, torch.bfloat16), _ACLNN)
     if not 2 <= input.dim() <= 8:
@@ -57,15 +56,7 @@ def _contract(
         yield Finding(f"dst_type_max must be 0, not {dst_type_max}", _DOCS)
 
 
-def _fake(
-    input: Tensor,
-    *,
-    smooth_scales: Tensor | None = None,
-    group_index: Tensor | None = None,
-    dst_type: int | None = None,
-    quant_mode: str = "pertoken",
-    dst_type_max: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _fake(input: Tensor, dst_type: int | None) -> tuple[Tensor, Tensor]:
     scale = input.new_empty(input.shape[:-1], dtype=torch.float32)
     if dtype_of(dst_type, torch.int8) == torch.quint4x2:
         shape = (*input.shape[:-1], input.shape[-1] // CODES_PER_WORD)

@@ -15,11 +15,7 @@ FRACTAL_NZ = 29
 
 
 def _contract(
-    input: Tensor,
-    acl_format: int,
-    *,
-    customize_dtype: int | None = None,
-    input_dtype: int | None = None,
+    input: Tensor, acl_format: int, customize_dtype: int | None, input_dtype: int | None
 ) -> Iterator[Finding]:
     if acl_format not in (ND, FRACTAL_NZ):
         yield Finding(
@@ -33,13 +29,7 @@ def _contract(
     yield from not_given({"customize_dtype": customize_dtype, "input_dtype": input_dtype}, PANGUQ)
 
 
-def _fake(
-    input: Tensor,
-    acl_format: int,
-    *,
-    customize_dtype: int | None = None,
-    input_dtype: int | None = None,
-) -> Tensor:
+def _fake(input: Tensor) -> Tensor:
     return torch.empty_like(input)
 
 

@@ -37,7 +37,7 @@ def unpack_words(packed: Tensor) -> Tensor:
     return unpack_int4(rows).view(*packed.shape[:-1], packed.shape[-1] * CODES_PER_WORD)
 
 
-def _contract(weight: Tensor, inner_k_tiles: int = 0) -> Iterator[Finding]:
+def _contract(weight: Tensor) -> Iterator[Finding]:
     yield from wrong_dtype("weight", weight, (torch.int32, torch.float32), _HOST)
     if weight.dim() != 2:
         yield Finding(f"weight must have 2 dimensions, not {weight.dim()}", _DOCS)
@@ -48,7 +48,7 @@ def _contract(weight: Tensor, inner_k_tiles: int = 0) -> Iterator[Finding]:
     yield from not_contiguous("weight", weight, _HOST)
 
 
-def _fake(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
+def _fake(weight: Tensor) -> Tensor:
     shape = (weight.shape[0], weight.shape[1] // CODES_PER_WORD)
     return weight.new_empty(shape, dtype=torch.int32)
 

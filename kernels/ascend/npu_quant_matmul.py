@@ -33,9 +33,7 @@ def int32_matmul(codes: Tensor, weight: Tensor) -> Tensor:
     return _int32_matmul(codes.contiguous(), weight.t())
 
 
-def _fake(
-    x1: Tensor, x2: Tensor, scale: Tensor, *, output_dtype: int | None = None, **rest: object
-) -> Tensor:
+def _fake(x1: Tensor, x2: Tensor, output_dtype: int | None) -> Tensor:
     n = x2.shape[-1] * (CODES_PER_WORD if x2.dtype == torch.int32 else 1)
     return x1.new_empty((*x1.shape[:-1], n), dtype=dtype_of(output_dtype, torch.int8))
 

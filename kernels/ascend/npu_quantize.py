@@ -45,12 +45,7 @@ def _quantized_axis(input: Tensor, axis: int, div_mode: bool) -> int:
 
 
 def _contract(
-    input: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    dtype: int,
-    axis: int = 1,
-    div_mode: bool = True,
+    input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
 ) -> Iterator[Finding]:
     outputs = _DIVIDING if div_mode else _MULTIPLYING
     output = dtype_of(dtype, torch.qint8)
@@ -87,14 +82,7 @@ def _contract(
         )
 
 
-def _fake(
-    input: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    dtype: int,
-    axis: int = 1,
-    div_mode: bool = True,
-) -> Tensor:
+def _fake(input: Tensor, dtype: int, div_mode: bool) -> Tensor:
     output = dtype_of(dtype, torch.qint8)
     if output == torch.quint4x2:
         shape = (*input.shape[:-1], input.shape[-1] // CODES_PER_WORD)

@@ -51,7 +51,7 @@ def _rstd_like(x: Tensor, gamma: Tensor) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
-def _contract(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Iterator[Finding]:
+def _contract(input: Tensor, gamma: Tensor) -> Iterator[Finding]:
     yield from wrong_dtype("input", input, FLOATS, _ACLNN)
     if not 1 <= input.dim() <= 8:
         yield Finding(f"input must have 1 to 8 dimensions, not {input.dim()}", _ACLNN)
@@ -61,7 +61,7 @@ def _contract(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Iterator[F
     yield from gamma_findings(input, gamma, _ACLNN)
 
 
-def _fake(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _fake(input: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     return input.new_empty(input.shape), _rstd_like(input, gamma)
 
 
@@ -90,9 +90,7 @@ def add_findings(x1: Tensor, x2: Tensor, gamma: Tensor, source: str) -> Iterator
             yield Finding(f"{what} must have x1's dtype {names([x1.dtype])}, not {found}", source)
 
 
-def _add_contract(
-    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
-) -> Iterator[Finding]:
+def _add_contract(x1: Tensor, x2: Tensor, gamma: Tensor) -> Iterator[Finding]:
     yield from wrong_dtype("x1", x1, FLOATS, _ADD_DOCS)
     if not 1 <= x1.dim() <= 8:
         yield Finding(f"x1 must have 1 to 8 dimensions, not {x1.dim()}", _ADD_DOCS)
@@ -100,9 +98,7 @@ def _add_contract(
     yield from gamma_findings(x1, gamma, _ADD_DOCS)
 
 
-def _add_fake(
-    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
+def _add_fake(x1: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x1.new_empty(x1.shape), _rstd_like(x1, gamma), x1.new_empty(x1.shape)
 
 

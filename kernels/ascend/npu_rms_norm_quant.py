@@ -42,14 +42,11 @@ def _contract(
     gamma: Tensor,
     scales1: Tensor,
     zero_points1: Tensor | None,
-    beta: Tensor | None = None,
-    scales2: Tensor | None = None,
-    zero_points2: Tensor | None = None,
-    *,
-    axis: int = -1,
-    epsilon: float = 1e-6,
-    div_mode: bool = True,
-    dst_type: int | None = None,
+    beta: Tensor | None,
+    scales2: Tensor | None,
+    zero_points2: Tensor | None,
+    axis: int,
+    dst_type: int | None,
 ) -> Iterator[Finding]:
     if not 1 <= x1.dim() <= 8:
         yield Finding(f"x1 must have 1 to 8 dimensions, not {x1.dim()}", _DOCS)
@@ -79,7 +76,7 @@ def _contract(
         yield from wrong_shape(what, tensor, [x1.shape[-1:]], _DOCS)
 
 
-def _fake(x1: Tensor, *rest: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y1 = x1.new_empty(x1.shape, dtype=torch.int8)
     return y1, torch.empty_like(y1), x1.new_empty(x1.shape)
 
@@ -156,13 +153,11 @@ def _dynamic_contract(
     x1: Tensor,
     x2: Tensor,
     gamma: Tensor,
-    *,
-    smooth_scale1: Tensor | None = None,
-    smooth_scale2: Tensor | None = None,
-    beta: Tensor | None = None,
-    epsilon: float = 1e-6,
-    output_mask: Sequence[bool] | None = None,
-    y_dtype: int | None = None,
+    smooth_scale1: Tensor | None,
+    smooth_scale2: Tensor | None,
+    beta: Tensor | None,
+    output_mask: Sequence[bool] | None,
+    y_dtype: int | None,
 ) -> Iterator[Finding]:
     if not 2 <= x1.dim() <= 8:
         yield Finding(f"x1 must have 2 to 8 dimensions, not {x1.dim()}", _DYNAMIC_DOCS)
@@ -206,14 +201,10 @@ def _dynamic_contract(
 
 def _dynamic_fake(
     x1: Tensor,
-    x2: Tensor,
-    gamma: Tensor,
-    *,
-    smooth_scale1: Tensor | None = None,
-    smooth_scale2: Tensor | None = None,
-    output_mask: Sequence[bool] | None = None,
-    y_dtype: int | None = None,
-    **rest: object,
+    smooth_scale1: Tensor | None,
+    smooth_scale2: Tensor | None,
+    output_mask: Sequence[bool] | None,
+    y_dtype: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     packed = dtype_of(y_dtype, torch.int8) == torch.quint4x2
     last = x1.shape[-1] // CODES_PER_WORD if packed else x1.shape[-1]

@@ -30,11 +30,7 @@ _ACLNN = "aclnnRotaryPositionEmbedding"
 
 
 def _contract(
-    input: Tensor,
-    r1: Tensor,
-    r2: Tensor,
-    rotary_mode: str = "half",
-    rotate: Tensor | None = None,
+    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tensor | None
 ) -> Iterator[Finding]:
     yield from not_given({"rotate": rotate}, PANGUQ)
     if rotary_mode not in ("half", "interleave"):
@@ -112,13 +108,7 @@ def _sizes(input: Tensor, batch: Size, heads: Size, sequence: Size | None) -> It
         )
 
 
-def _fake(
-    input: Tensor,
-    r1: Tensor,
-    r2: Tensor,
-    rotary_mode: str = "half",
-    rotate: Tensor | None = None,
-) -> Tensor:
+def _fake(input: Tensor) -> Tensor:
     return input.new_empty(input.shape)
 
 

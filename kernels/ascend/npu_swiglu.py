@@ -19,7 +19,7 @@ from panguq.kernels.ascend.library import define_npu_op
 _DOCS = OP_PLUGIN.format("npu_swiglu")
 
 
-def _contract(input: Tensor, dim: int = -1) -> Iterator[Finding]:
+def _contract(input: Tensor, dim: int) -> Iterator[Finding]:
     yield from wrong_dtype("input", input, (torch.float32, torch.float16, torch.bfloat16), _DOCS)
     if not 1 <= input.dim() <= 8:
         yield Finding(f"input must have 1 to 8 dimensions, not {input.dim()}", _DOCS)
@@ -33,7 +33,7 @@ def _contract(input: Tensor, dim: int = -1) -> Iterator[Finding]:
         yield Finding(f"input must have elements, not shape {list(input.shape)}", _DOCS)
 
 
-def _fake(input: Tensor, dim: int = -1) -> Tensor:
+def _fake(input: Tensor, dim: int) -> Tensor:
     shape = list(input.shape)
     shape[dim] = shape[dim] // 2
     return input.new_empty(shape)

@@ -63,9 +63,7 @@ def round_offset(offset: Tensor) -> Tensor:
     return rounded.clamp_(*OFFSET_RANGE).to(torch.int32)
 
 
-def _contract(
-    scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0
-) -> Iterator[Finding]:
+def _contract(scale: Tensor, offset: Tensor | None, round_mode: int | None) -> Iterator[Finding]:
     yield from wrong_dtype("scale", scale, (torch.float32,), _DOCS)
     yield from wrong_dtype("offset", offset, (torch.float32,), _DOCS)
     is_row = scale.dim() == 2 and not surely(scale.shape[0] != 1)
@@ -82,7 +80,7 @@ def _contract(
     yield from wrong_shape("offset", offset, legal, _META)
 
 
-def _fake(scale: Tensor, offset: Tensor | None = None, round_mode: int | None = 0) -> Tensor:
+def _fake(scale: Tensor, offset: Tensor | None) -> Tensor:
     shape = scale.shape if offset is None else torch.broadcast_shapes(scale.shape, offset.shape)
     return scale.new_empty(shape, dtype=torch.int64)
 

@@ -34,13 +34,13 @@ def _contract(
     x: Tensor,
     weight: Tensor,
     antiquant_scale: Tensor,
-    antiquant_offset: Tensor | None = None,
-    quant_scale: Tensor | None = None,
-    quant_offset: Tensor | None = None,
-    bias: Tensor | None = None,
-    antiquant_group_size: int = 0,
-    inner_precise: int = 0,
-    weight_dtype: int | None = None,
+    antiquant_offset: Tensor | None,
+    quant_scale: Tensor | None,
+    quant_offset: Tensor | None,
+    bias: Tensor | None,
+    antiquant_group_size: int,
+    inner_precise: int,
+    weight_dtype: int | None,
 ) -> Iterator[Finding]:
     unused = {"quant_scale": quant_scale, "quant_offset": quant_offset}
     yield from not_given({**unused, "weight_dtype": weight_dtype}, PANGUQ)
@@ -89,18 +89,7 @@ def _contract(
         yield from not_contiguous("bias", bias, _DOCS)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    antiquant_scale: Tensor,
-    antiquant_offset: Tensor | None = None,
-    quant_scale: Tensor | None = None,
-    quant_offset: Tensor | None = None,
-    bias: Tensor | None = None,
-    antiquant_group_size: int = 0,
-    inner_precise: int = 0,
-    weight_dtype: int | None = None,
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
     n = weight.shape[1] * (CODES_PER_WORD if weight.dtype == torch.int32 else 1)
     return x.new_empty((x.shape[0], n))
 
