@@ -129,7 +129,7 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
         outputs=("logits", *cache),
         input_shapes=_name_symbols(gm),
         float_dtype=str(dtype).removeprefix("torch."),
-        vocab_size=int(config.vocab_size),
+        vocab_size=int(skeleton.get_input_embeddings().weight.shape[0]),
         max_positions=min(filter(None, (_learned_positions(gm), _window(config))), default=None),
         positions_from_mask=_numbers_real_tokens(skeleton),
         cache=tuple(

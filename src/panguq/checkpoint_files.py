@@ -1,23 +1,28 @@
-"""The weight files of a transformers checkpoint, looked at before anything is loaded."""
+"""The weight files of a transformers checkpoint: looked at first, then read, and no others."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from panguq.errors import InputError, StorageError
 from panguq.strict_json import parse_json
 from panguq.weight_files import DTYPES
+
+logger = logging.getLogger("panguq")
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
 _WEIGHT_DTYPES = ("F64", "F32", "BF16", "F16")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -48,24 +53,74 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     return tensors
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with a PEFT adapter, alone or beside a model's weights.
+
+    It would be left out, or joined by a loader that knows of it. Raises InputError.
+    """
+    found = next((name for name in _ADAPTER if (folder / name).is_file()), None)
+    if found is None:
+        return
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{folder}: holds an adapter ({found}), not a model",
+            f"load the model that it was trained for with peft, {_MERGE}",
+        )
+    raise InputError(
+        f"{folder}: holds an adapter ({found}) beside the model's weights",
+        f"load both with peft, {_MERGE}; or move the adapter's files away, if the model is meant "
+        "without it",
+    )
+
+
+def warn_of_other_files(folder: Path, tensors: list[StoredTensor]) -> None:
+    """Name the safetensors files that are not read, such as a single file beside an index."""
+    read = {tensor.file.name for tensor in tensors}
+    others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in read)
+    if others and read:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        logger.warning(
+            "%s: the weights are read from %s%s, and not from %s%s",
+            folder, min(read), f" and {len(read) - 1} more" if len(read) > 1 else "",
+            ", ".join(others[:4]), more,
+        )  # fmt: skip
+
+
+def open_tensors(tensors: list[StoredTensor]) -> dict[str, Tensor]:
+    """The tensors themselves by name, memory-mapped."""
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in dict.fromkeys(tensor.file for tensor in tensors):
+        with safe_open(str(file), framework="pt", device="cpu") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
 def stored_dtype(tensors: list[StoredTensor]) -> torch.dtype | None:
     """The floating point dtype that most of the weights are stored in; None without any.
 
-    Raises InputError, naming the tensor, for a weight or bias that is not stored as ordinary
-    floating point numbers: integers and 8-bit floats mean nothing without their scales.
+    Raises InputError, naming the tensor, for one that is not stored as ordinary floating point
+    numbers: 8-bit floats, and integers as weight or bias, mean nothing without their scales.
     """
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        is_weight = tensor.name.endswith((".weight", ".bias"))
-        if is_weight and tensor.dtype not in _WEIGHT_DTYPES:
+        if tensor.name.endswith((".weight", ".bias")) or tensor.dtype.startswith("F"):
+            refuse_unweighted([tensor])
+        if tensor.dtype in _FLOATS:
+            counts[_FLOATS[tensor.dtype]] += tensor.elements
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def refuse_unweighted(tensors: Iterable[StoredTensor]) -> None:
+    """Refuse weights that are not stored as ordinary floating point numbers. Raises InputError."""
+    for tensor in tensors:
+        if tensor.dtype not in _WEIGHT_DTYPES:
             raise InputError(
                 f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}, which is no dtype of a "
                 "float model's weights",
                 f"give the float checkpoint ({', '.join(_WEIGHT_DTYPES)}) that it was made from",
             )
-        if tensor.dtype in _FLOATS:
-            counts[_FLOATS[tensor.dtype]] += tensor.elements
-    return counts.most_common(1)[0][0] if counts else None
 
 
 def refuse_pointer(path: Path) -> None:
@@ -143,5 +198,11 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 _AGAIN = "the checkpoint is incomplete; download the file again"
 
 
+_MERGE = "merge_and_unload() it, and save_pretrained() the result"
+
+
 def _is_plain(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name
+    """Whether this is a file's name and no path."""
+    if not isinstance(name, str) or "\0" in name or len(name.encode(errors="replace")) > 255:
+        return False
+    return Path(name).name == name

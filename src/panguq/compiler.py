@@ -44,6 +44,7 @@ from panguq.report.dump import Dump, chosen_folder
 from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
+from panguq.tokenizer_files import source_tokenizer
 
 logger = logging.getLogger("panguq")
 _P = ParamSpec("_P")
@@ -92,6 +93,8 @@ def compile(
     calibration: texts (with `tokenizer`), token ids, or batches; for other modules an iterable
         of inputs. Without it, a recipe that needs data samples sequences from the model itself
         (other modules: takes the example inputs), and says so.
+    tokenizer: the model's; it is saved along. None: the one in the local folder that the model was
+        loaded from, if there is one.
     sampled: this many more sequences, as long as the longest of `calibration`, that a causal
         language model writes itself. GPTQ and its relatives fit the text that they see; some of
         the model's own keeps what they choose from being good for `calibration` alone.
@@ -125,6 +128,8 @@ def compile(
     check_order([*passes, *lowering])
     progress = progress or terminal_progress()
     units = work_dir if isinstance(work_dir, UnitFolder) else None
+    if tokenizer is None:
+        tokenizer = source_tokenizer(model)
 
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
     rules = TargetRules(find_target(target), recipe.precision, recipe.ascend)
@@ -171,6 +176,8 @@ def compile(
     run_pipeline(gm, lowering, ctx, instruments, first + len(rest), held)
 
     report = quality.report(target, gm, fake_quant, source)
+    unused = tuple(getattr(model, "panguq_unused_weights", ()))
+    report = report.model_copy(update={"unused_weights": unused})
     if dump:
         dump.close(report)
     for warning in report.warnings:
@@ -185,7 +192,7 @@ def compile(
         recipe,
         target,
         report,
-        config=copy.deepcopy(model.config),
+        config=_config_of(model, interface),
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
         tokenizer=tokenizer,
     )
@@ -221,6 +228,13 @@ def trace(
             "pass example_inputs=, a tuple of tensors with every size at least 2",
         )
     return trace_module(model, example_inputs)
+
+
+def _config_of(model: nn.Module, interface: Interface) -> Any:
+    """The model's configuration, with the vocabulary that its embedding has."""
+    config: Any = copy.deepcopy(model.config)
+    config.get_text_config(decoder=True).vocab_size = interface.vocab_size
+    return config
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

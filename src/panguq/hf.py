@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,29 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from panguq import openpangu_config
-from panguq.checkpoint_files import CONFIG, stored_dtype, stored_tensors
+from panguq.checkpoint_files import (
+    CONFIG,
+    refuse_adapter,
+    stored_dtype,
+    stored_tensors,
+    warn_of_other_files,
+)
 from panguq.errors import InputError, StorageError
 from panguq.gguf_files import find_gguf, gguf_config, load_gguf
 from panguq.gguf_tokenizer import read_gguf_tokenizer
+from panguq.load_weights import load_weights, name_groups
+from panguq.model_config import (
+    build_config,
+    build_generation_config,
+    read_object,
+    refuse_quantized,
+)
 from panguq.openpangu_chat import chat_inputs, chat_prompt, split_thinking
-from panguq.strict_json import parse_json
 from panguq.tokenizer_files import read_tokenizer
+
+logger = logging.getLogger("panguq")
+
+GENERATION_CONFIG = "generation_config.json"
 
 __all__ = [
     "chat_inputs",
@@ -31,47 +48,42 @@ _SERVED = "panguq compiles decoder-only causal language models that transformers
 
 
 def load_pretrained(folder: str | Path) -> Any:
-    """The transformers model in a local folder, in the dtype in which its weights are stored.
+    """The transformers model in a local folder, in the dtype in which most weights are stored.
 
-    Weights are memory-mapped where transformers does that. openPangu's dense models (model type
+    Weights are memory-mapped. `model.panguq_unused_weights` names those of the checkpoint that the
+    architecture does not use (layers that predict further tokens, a vision tower); a warning does
+    so, too. Of config.json and generation_config.json only what transformers' classes know counts,
+    and nothing that chooses code or files. openPangu's dense models (model type
     `PanguEmbedded`), which come with code of their own, load as the Llama architecture; see
     `openpangu_config`. A GGUF file, or a folder with one and no config.json, loads as float32.
 
     Raises InputError for a folder that is missing, has no config or no weights, or holds
-    another kind of model; StorageError, naming the file, for a damaged checkpoint.
+    another kind of model, a quantized one or an adapter; StorageError, naming the file, for a
+    damaged checkpoint.
     """
-    from transformers import AutoModelForCausalLM
-
     path = _existing(folder)
     gguf = find_gguf(path)
+    refuse_adapter(path if gguf is None else gguf.parent)
     if gguf is not None:
-        return load_gguf(gguf, _gguf_config(gguf))
+        model = load_gguf(gguf, _gguf_config(gguf))
+        model.config.name_or_path = str(gguf)
+        return model
     data = _config_data(path)
     config = _config(data, path)
-    dtype = stored_dtype(stored_tensors(path)) or torch.float32
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise StorageError(
-            f"{path}: the weights do not fit {CONFIG}: {_first_line(error)}",
-            "the checkpoint is damaged or belongs to another config; download it again",
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would go on with random numbers
-        raise StorageError(
-            f"{path}: {len(missing)} weights are missing: {', '.join(missing[:4])}",
-            "the checkpoint is incomplete; download it again",
-        )
+    tensors = stored_tensors(path)
+    warn_of_other_files(path, tensors)
+    dtype = stored_dtype(tensors) or torch.float32
+    model, unused = load_weights(path, config, tensors, dtype)
     if data.get("model_type") == openpangu_config.MODEL_TYPE:
-        openpangu_config.check_no_other_weights(path, info["unexpected_keys"])
+        openpangu_config.check_no_other_weights(path, unused)
+    if unused:
+        logger.warning(
+            "%s: %s has no use for %d weights, which are left out: %s",
+            path, type(model).__name__, len(unused), name_groups(model, unused),
+        )  # fmt: skip
+    model.panguq_unused_weights = unused
+    model.generation_config = _generation_config(path, data)
+    model.config.name_or_path = model.name_or_path = str(path)
     return model.eval()
 
 
@@ -99,6 +111,7 @@ def skeleton(folder: str | Path) -> nn.Module:
 
     path = _existing(folder)
     gguf = find_gguf(path)
+    refuse_adapter(path if gguf is None else gguf.parent)
     config = read_config(path) if gguf is None else _gguf_config(gguf)
     dtype = torch.float32 if gguf is not None else _dtype_if_stored(path)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
@@ -134,43 +147,39 @@ def _config_data(folder: Path) -> dict[str, Any]:
             f"{folder}: there is no {CONFIG}",
             "give a folder as transformers' save_pretrained writes it",
         )
-    data = parse_json(path.read_bytes(), str(path))
-    if not isinstance(data, dict):
-        raise StorageError(f"{path}: not an object", "download the file again")
-    return data
+    return read_object(path)
 
 
 def _config(data: dict[str, Any], folder: Path) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    path = folder / CONFIG
     model_type = str(data.get("model_type", ""))
-    if "quantization_config" in data:
-        raise InputError(
-            f"{folder}: the model is quantized already",
-            "give the float checkpoint that it was made from",
-        )
+    refuse_quantized(data, folder)
     if model_type == openpangu_config.MODEL_TYPE:
         data = openpangu_config.as_llama(data)
     elif model_type not in CONFIG_MAPPING:
         own_code = "; it needs code of its own, which is not run" if "auto_map" in data else ""
         raise InputError(f"{folder}: unknown model type {model_type!r}{own_code}", _SERVED)
-    settings = {key: value for key, value in data.items() if key not in ("auto_map", "model_type")}
-    try:
-        config = AutoConfig.for_model(data["model_type"], **settings)
-    except Exception as error:  # each configuration class checks its values in its own way
-        raise StorageError(
-            f"{path}: {_first_line(error)}", "the file is damaged; download it again"
-        ) from error
+    config = build_config(data, folder / CONFIG)
     _check_causal_lm(config, folder)
     return config
+
+
+def _generation_config(folder: Path, data: dict[str, Any]) -> Any:
+    """What the folder says about generation, in older ones in config.json."""
+    path = folder / GENERATION_CONFIG
+    if path.is_file():
+        return build_generation_config(read_object(path), path)
+    return build_generation_config(data, folder / CONFIG, from_model=True)
 
 
 def _check_causal_lm(config: Any, folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    given = list(getattr(config, "architectures", None) or [])
+    given = getattr(config, "architectures", None) or []
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        raise StorageError(f"{folder / CONFIG}: architectures is no list of names", "correct it")
     encodes = getattr(config, "is_encoder_decoder", False)
     if not isinstance(name, str) or encodes or (given and name not in given):
         what = ", ".join(given) or f"model type {config.model_type}"
@@ -189,8 +198,3 @@ def _existing(folder: str | Path) -> Path:
     if not path.is_dir() and path.suffix != ".gguf":
         raise InputError(f"{folder}: not a folder", "give the folder that holds config.json")
     return path.resolve()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:300] if lines else type(error).__name__

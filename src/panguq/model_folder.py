@@ -31,6 +31,7 @@ from panguq.ir.interface import Interface
 from panguq.ir.serialize import from_text, to_text
 from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that files name)
 from panguq.manifest import SAVE_AGAIN
+from panguq.model_config import build_config, build_generation_config, plain_settings
 from panguq.plain_yaml import parse_yaml
 from panguq.recipe import Recipe
 from panguq.report.compile_report import CompileReport
@@ -161,26 +162,22 @@ def _read_stages(folder: Folder, interface: Interface) -> dict[str, fx.GraphModu
 
 def _read_config(folder: Folder) -> Any:
     """The configuration; of a model type that transformers does not know, its plain values."""
-    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+    from transformers import CONFIG_MAPPING, PretrainedConfig
 
     data = _object(folder, "config.json")
-    model_type = data.pop("model_type", "")
+    model_type = str(data.get("model_type", ""))
+    if model_type in CONFIG_MAPPING:
+        return build_config({**data, "model_type": model_type}, folder.path / "config.json")
     try:
-        if model_type in CONFIG_MAPPING:
-            return AutoConfig.for_model(model_type, **data)
-        plain: Any = type("PlainConfig", (PretrainedConfig,), {"model_type": str(model_type)})
-        return plain.from_dict(data)
+        plain: Any = type("PlainConfig", (PretrainedConfig,), {"model_type": model_type})
+        return plain.from_dict(plain_settings(data))
     except Exception as error:  # each configuration class checks its values in its own way
         raise _damaged(folder, "config.json", _first_line(error)) from error
 
 
 def _read_generation_config(folder: Folder) -> Any:
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_dict(_object(folder, "generation_config.json"))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise _damaged(folder, "generation_config.json", _first_line(error)) from error
+    name = "generation_config.json"
+    return build_generation_config(_object(folder, name), folder.path / name)
 
 
 def _read_tokenizer(folder: Folder) -> Any:

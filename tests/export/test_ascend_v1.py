@@ -14,10 +14,11 @@ from torch import Tensor
 import panguq
 from panguq.check import check_folder
 from panguq.errors import PanguqError, StorageError
-from panguq.export.ascend_v1 import DESCRIPTION, save_ascend_v1, served_config
+from panguq.export.ascend_v1 import DESCRIPTION, save_ascend_v1
 from panguq.export.ascend_v1_tensors import pack_rows, unpack_rows
 from panguq.export.checkpoint_graph import read_checkpoint_graph
 from panguq.export.quantized_linear import ExportError
+from panguq.export.served_files import served_config
 from panguq.hf import read_config
 from panguq.ir.edit import find_label, get_tensor
 from tests.model_folders import make_model, make_tokenizer

@@ -23,8 +23,8 @@ from panguq.export.ascend_v1_tensors import FLOAT, TYPES, Entry, float_entry, li
 from panguq.export.checkpoint_folder import SHARD_BYTES, marked, write_checkpoint
 from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
 from panguq.export.quantized_linear import ExportError, QuantizedLinear
+from panguq.export.served_files import config_of, served_files
 from panguq.export.server_rules import W4A8_GROUP, Server, support, too_large
-from panguq.tokenizer_files import tokenizer_files
 
 logger = logging.getLogger("panguq")
 
@@ -53,15 +53,11 @@ def save_ascend_v1(
     graph = read_checkpoint_graph(model)
     _refuse(graph, model)
     entries = list(checkpoint_entries(graph))
-    config = marked(served_config(model.config, model.dtype), model.recipe.name)
-    config["tie_word_embeddings"] = graph.is_tied  # a quantized lm_head is no embedding any more
     files: dict[str, bytes | str] = {
         DESCRIPTION: _json_text(description(entries)),
-        "config.json": _json_text(config),
-        "generation_config.json": model.generation_config.to_json_string(use_diff=True),
+        "config.json": _json_text(marked(config_of(model, graph.is_tied), model.recipe.name)),
+        **served_files(model),
     }
-    if model.tokenizer is not None:
-        files |= tokenizer_files(model.tokenizer)
     tensors = {entry.name: entry.output for entry in entries}
     write_checkpoint(path, files, tensors, overwrite, STEM, shard_bytes)
 
@@ -89,33 +85,6 @@ def description(entries: list[Entry]) -> dict[str, Any]:
         "optional": {},
         **{entry.name: entry.type for entry in sorted(entries, key=lambda entry: entry.name)},
     }
-
-
-def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json in the words of transformers 5 and, beside them, of 4, which servers may have.
-
-    A reader of the one ignores the other's: `dtype` and `torch_dtype`, `rope_parameters` and
-    `rope_theta` with `rope_scaling`. Without the older ones, transformers 4 would silently take
-    the default rotary base. Servers choose a model by `architectures`.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    for key in ("quantization_config", "_name_or_path", "auto_map"):
-        data.pop(key, None)
-    name = str(dtype).removeprefix("torch.")
-    data |= {"dtype": name, "torch_dtype": name}
-    if not data.get("architectures"):
-        data["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    rope = data.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        is_plain = scaling.get("rope_type") == "default"
-        data |= {
-            "rope_theta": rope["rope_theta"],
-            "rope_scaling": None if is_plain else scaling,
-        }
-    return data
 
 
 # --- what is refused ----------------------------------------------------------------------------

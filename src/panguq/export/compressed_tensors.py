@@ -41,8 +41,8 @@ from panguq.export.checkpoint_folder import SHARD_BYTES, Output, marked, write_c
 from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
 from panguq.export.compressed_tensors_config import group_of, quantization_config
 from panguq.export.quantized_linear import ExportError, QuantizedLinear
+from panguq.export.served_files import config_of, served_files
 from panguq.export.server_rules import Format, Server, support
-from panguq.tokenizer_files import tokenizer_files
 
 logger = logging.getLogger("panguq")
 
@@ -74,10 +74,8 @@ def save_compressed_tensors(
     tensors = dict(_tensors(graph, model.dtype))
     files = {
         "config.json": _json(marked(_config(model, graph), model.recipe.name)),
-        "generation_config.json": model.generation_config.to_json_string(use_diff=True),
+        **served_files(model),
     }
-    if model.tokenizer is not None:
-        files |= _tokenizer_files(model.tokenizer)
     write_checkpoint(path, files, tensors, overwrite, shard_bytes=shard_bytes)
 
 
@@ -186,42 +184,10 @@ def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _config(model: CompiledCausalLM, graph: CheckpointGraph) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
-    data["architectures"] = [_architecture(model.config)]
-    data["dtype"] = str(model.dtype).removeprefix("torch.")
-    if data.get("tie_word_embeddings", model.config.tie_word_embeddings) and not graph.is_tied:
-        data["tie_word_embeddings"] = False
-    _name_rope_for_old_releases(data)
+    data = config_of(model, graph.is_tied)
     quantized = list(graph.quantized.values())
     data["quantization_config"] = quantization_config(quantized, graph.float_linears)
     return data
-
-
-def _architecture(config: Any) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
-
-
-def _name_rope_for_old_releases(data: dict[str, Any]) -> None:
-    """transformers before 5, which vLLM uses too, reads `rope_theta` and `rope_scaling` alone."""
-    rope = data.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return
-    data["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        data["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
-
-
-def _tokenizer_files(tokenizer: Any) -> dict[str, bytes | str]:
-    """The tokenizer's files, its class under the name that transformers before 5 knows, too."""
-    files = tokenizer_files(tokenizer)
-    name = "tokenizer_config.json"
-    settings = json.loads(files[name])
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        files[name] = _json(settings)
-    return files
 
 
 def _json(data: Any) -> str:

@@ -38,12 +38,16 @@ class MatmulSummary(BaseModel):
 
 
 class CompileReport(BaseModel):
-    """The passes in order, the matmuls, and what the user should know."""
+    """The passes in order, the matmuls, and what the user should know.
+
+    `unused_weights`: names in the source checkpoint of weights that are not part of the model.
+    """
 
     model_config = ConfigDict(frozen=True)
     target: str
     passes: tuple[PassSummary, ...] = ()
     matmuls: tuple[MatmulSummary, ...] = ()
     warnings: tuple[str, ...] = ()
+    unused_weights: tuple[str, ...] = ()
     calibration: str = "none"
     logits_sqnr_db: float | None = None
