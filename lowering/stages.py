@@ -32,7 +32,3 @@ def lowering_passes(target: str, precision: Precision, options: AscendOptions) -
     if find_target(target).kind != "ascend":
         return [lower]
     return [MergeGateUp(), lower, FuseAscend(options.allow_inexact)]
-
-
-LOWERING_PASSES: tuple[type[Pass], ...] = (FitSchemes, MergeGateUp, LowerMatmuls, FuseAscend)
-"""What this module adds to the passes of a recipe."""

@@ -1,4 +1,4 @@
-"""The registry of passes, the check of their order, and the runner that every pass goes through."""
+"""The check of the order of passes, and the runner that every pass goes through."""
 
 from __future__ import annotations
 
@@ -16,48 +16,9 @@ from panguq.ir.memory import release_free_memory
 from panguq.ir.printer import print_graph
 from panguq.ir.properties import Property
 from panguq.ir.verify import verify
-from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.awq import Awq
 from panguq.passes.base import Pass, PassContext, PassResult
-from panguq.passes.billm import BiLlm
-from panguq.passes.calibrate import Calibrate
-from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.gptaq import Gptaq
-from panguq.passes.gptq import Gptq
-from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.learned_rounding import LearnedRounding
-from panguq.passes.mixed_precision import MixedPrecision
-from panguq.passes.outliers import Outliers
-from panguq.passes.quantize_kv_cache import QuantizeKvCache
-from panguq.passes.quantize_weights import QuantizeWeights
-from panguq.passes.rotate import Rotate
-from panguq.passes.slim_llm import SlimLlm
-from panguq.passes.smoothquant import SmoothQuant
-from panguq.passes.tune_scales import TuneScales
-from panguq.passes.weigh_tokens import WeighTokens
 
 WORTH_RELEASING_BYTES = 64 << 20  # looking for garbage costs half a second in a large process
-
-PASSES: tuple[type[Pass], ...] = (
-    Canonicalize,
-    AssignSchemes,
-    Rotate,
-    SmoothQuant,
-    Awq,
-    MixedPrecision,
-    WeighTokens,
-    Calibrate,
-    Outliers,
-    InsertFakeQuant,
-    QuantizeWeights,
-    Gptq,
-    Gptaq,
-    SlimLlm,
-    BiLlm,
-    LearnedRounding,
-    TuneScales,
-    QuantizeKvCache,
-)
 
 
 @dataclass(frozen=True)
@@ -89,14 +50,21 @@ class Instrument(Protocol):
         """Called instead of `after_pass` when a pass, its proof or its check raises."""
 
 
-def check_order(passes: Sequence[Pass], have: frozenset[Property] = frozenset()) -> None:
-    """Raises RecipeError if a pass needs a property that nothing before it has established."""
+def check_order(
+    passes: Sequence[Pass],
+    have: frozenset[Property] = frozenset(),
+    known: Sequence[type[Pass]] = (),
+) -> None:
+    """Raises RecipeError if a pass needs a property that nothing before it has established.
+
+    `known` are the passes of which the hint names those that establish it.
+    """
     held, broken_by = set(have), dict[Property, str]()
     for index, step in enumerate(passes, start=1):
         for needed in sorted(step.needs(passes[: index - 1]) - held, key=lambda p: p.name):
             culprit = broken_by.get(needed)
             cause = f", and {culprit} broke it" if culprit else ""
-            makers = [p.name for p in PASSES if needed in p.establishes]
+            makers = [p.name for p in known if needed in p.establishes]
             raise RecipeError(
                 f"pass {index:02d} {step.name} needs {needed.name}{cause}",
                 f"put {' or '.join(makers)} before it" if makers else "",
@@ -105,54 +73,64 @@ def check_order(passes: Sequence[Pass], have: frozenset[Property] = frozenset())
         broken_by.update({p: f"pass {index:02d} {step.name}" for p in step.breaks})
 
 
-def run_pipeline(
-    gm: fx.GraphModule,
-    passes: Sequence[Pass],
-    ctx: PassContext,
-    instruments: Sequence[Instrument] = (),
-    first_index: int = 1,
-    held: frozenset[Property] = frozenset(),
-) -> tuple[list[PassRecord], frozenset[Property]]:
-    """Run passes in order on `gm`, proving exact ones and verifying after each.
+class Runner:
+    """Runs passes in order on a graph, proving exact ones and verifying after each.
 
-    Returns a record of every pass and the properties that hold at the end. Raises RecipeError
-    before anything has run if the order is wrong.
+    `held` are the properties that hold and `next_index` is the next pass's place; a run goes on
+    where the one before it stopped. Without `prove` no exact pass is proved: a proof reads weights,
+    which a skeleton has not.
     """
-    check_order(passes, held)
-    records = []
-    properties = set(held)
-    for index, step in enumerate(passes, start=first_index):
-        for instrument in instruments:
+
+    def __init__(
+        self,
+        ctx: PassContext,
+        instruments: Sequence[Instrument] = (),
+        held: frozenset[Property] = frozenset(),
+        first_index: int = 1,
+        prove: bool = True,
+    ) -> None:
+        self.ctx = ctx
+        self.instruments = instruments
+        self.held = held
+        self.next_index = first_index
+        self.prove = prove
+
+    def run(self, gm: fx.GraphModule, passes: Sequence[Pass]) -> list[PassRecord]:
+        """A record of every pass. Raises RecipeError, before any has run, if the order is wrong."""
+        check_order(passes, self.held)
+        return [self._run_one(gm, step) for step in passes]
+
+    def _run_one(self, gm: fx.GraphModule, step: Pass) -> PassRecord:
+        index = self.next_index
+        for instrument in self.instruments:
             instrument.before_pass(index, step, gm)
         try:
-            record = _run_one(index, step, gm, ctx, properties)
+            record = self._rewrite(index, step, gm)
         except BaseException as error:
-            for instrument in instruments:
+            for instrument in self.instruments:
                 instrument.failed_pass(index, step, error)
             if isinstance(error, NumericsError):
                 seen = f"{error.message}; first seen by pass {index:02d} {step.name}"
                 raise NumericsError(seen, error.hint) from error
             raise
-        properties = (properties - step.breaks) | step.establishes
-        records.append(record)
-        for instrument in instruments:
+        self.held = (self.held - step.breaks) | step.establishes
+        self.next_index += 1
+        for instrument in self.instruments:
             instrument.after_pass(record, gm)
-    return records, frozenset(properties)
+        return record
 
-
-def _run_one(
-    index: int, step: Pass, gm: fx.GraphModule, ctx: PassContext, held: set[Property]
-) -> PassRecord:
-    ctx.stage = f"{index:02d}_{step.name}"
-    before = clone(gm) if step.exact else None
-    started = time.perf_counter()
-    result = step.run(gm, ctx)
-    finish(gm)
-    proved = None if before is None else _prove(before, gm, result, ctx)
-    verify(gm, (held - step.breaks) | step.establishes, after=f"pass {index:02d} {step.name}")
-    if sum(t.nbytes for t in weights_of(gm).values()) >= WORTH_RELEASING_BYTES:
-        release_free_memory()
-    return PassRecord(index, step, result, time.perf_counter() - started, proved)
+    def _rewrite(self, index: int, step: Pass, gm: fx.GraphModule) -> PassRecord:
+        self.ctx.stage = f"{index:02d}_{step.name}"
+        before = clone(gm) if step.exact and self.prove else None
+        started = time.perf_counter()
+        result = step.run(gm, self.ctx)
+        finish(gm)
+        proved = None if before is None else _prove(before, gm, result, self.ctx)
+        holds = (self.held - step.breaks) | step.establishes
+        verify(gm, holds, after=f"pass {index:02d} {step.name}")
+        if sum(t.nbytes for t in weights_of(gm).values()) >= WORTH_RELEASING_BYTES:
+            release_free_memory()
+        return PassRecord(index, step, result, time.perf_counter() - started, proved)
 
 
 def _prove(

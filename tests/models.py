@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,12 +14,13 @@ from torch.nn import functional
 from panguq.inputs import prepare, takes_empty_mask
 from panguq.ir.edit import clone, module_path
 from panguq.ir.interface import Interface
+from panguq.ir.properties import Property
 from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.pipeline import PassRecord, run_pipeline
+from panguq.passes.pipeline import Instrument, PassRecord, Runner
 
 VOCAB = 96
 GROUPED = dict(
@@ -166,6 +168,19 @@ def trace_tiny(module: nn.Module, *examples: Tensor) -> tuple[fx.GraphModule, In
     gm, interface = trace_module(module.eval(), examples)
     Canonicalize().run(gm, PassContext(interface, WeightStore()))
     return gm, interface
+
+
+def run_pipeline(
+    gm: fx.GraphModule,
+    passes: Sequence[Pass],
+    ctx: PassContext,
+    instruments: Sequence[Instrument] = (),
+    first_index: int = 1,
+    held: frozenset[Property] = frozenset(),
+) -> tuple[list[PassRecord], frozenset[Property]]:
+    """The record of every pass, and what holds after the last."""
+    runner = Runner(ctx, instruments, held, first_index)
+    return runner.run(gm, passes), runner.held
 
 
 def run_passes(

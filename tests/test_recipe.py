@@ -9,14 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from pydantic import Field
 
+from panguq import registry
 from panguq.errors import RecipeError
 from panguq.pass_options import make_pass, pass_to_entry
-from panguq.passes import pipeline
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass
 from panguq.passes.canonicalize import Canonicalize
 from panguq.plain_yaml import MAX_BYTES
 from panguq.recipe import Recipe, preset_names
+from panguq.schedule import check_passes
 from panguq.suggest import did_you_mean, nearest
 
 PRESETS = (
@@ -59,8 +60,9 @@ class Fussy(Pass):
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES, Smooth, Plain, Fussy))
+def more_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    extended = (*registry.RECIPE_PASSES, Smooth, Plain, Fussy)
+    monkeypatch.setattr(registry, "RECIPE_PASSES", extended)
 
 
 def with_passes(*passes: Any) -> Recipe:
@@ -160,7 +162,7 @@ def test_a_preset_loads_describes_itself_and_round_trips(name: str, tmp_path: Pa
     assert len(recipe.description) > 80
     assert Recipe.from_yaml(write(tmp_path, recipe.to_yaml())) == recipe
     assert recipe.build()[0] == Canonicalize()
-    pipeline.check_order(recipe.build())
+    check_passes(recipe.build())
 
 
 def test_float_quantizes_nothing() -> None:
@@ -168,7 +170,7 @@ def test_float_quantizes_nothing() -> None:
     assert Recipe.named("float").passes == ()
 
 
-@pytest.mark.parametrize("cls", pipeline.PASSES, ids=lambda cls: cls.name)
+@pytest.mark.parametrize("cls", registry.RECIPE_PASSES, ids=lambda cls: cls.name)
 def test_every_registered_pass_has_options_that_a_recipe_can_write(cls: type[Pass]) -> None:
     default = cls()
     entry = pass_to_entry(default)

@@ -33,17 +33,18 @@ from panguq.ir.unit_folder import Finished, UnitFolder
 from panguq.ir.weight_store import WeightStore, store_folded
 from panguq.lowering.lower_matmuls import check_lowerable
 from panguq.lowering.scheme_costs import TargetRules
-from panguq.lowering.stages import default_dtype, fitting, lowering_passes
+from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import TargetKind, find_target
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, Progress
 from panguq.passes.module_globs import check_globs
-from panguq.passes.pipeline import Instrument, PassRecord, check_order, run_pipeline
+from panguq.passes.pipeline import Instrument, PassRecord, Runner
 from panguq.recipe import Recipe, RecipeLike
 from panguq.report.dump import Dump, chosen_folder
 from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
+from panguq.schedule import Schedule
 from panguq.tokenizer_files import source_tokenizer
 
 logger = logging.getLogger("panguq")
@@ -120,12 +121,9 @@ def compile(
     if sampled < 0:
         raise InputError(f"sampled {sampled}: a number of sequences is not negative")
     recipe = Recipe.of(recipe, allow_unmatched=allow_unmatched)
-    passes = [*recipe.build()]
     dump_folder = chosen_folder(dump_dir)
-    fit = fitting(target, recipe.ascend)
-    passes[2:2] = fit
-    lowering = lowering_passes(target, recipe.precision, recipe.ascend)
-    check_order([*passes, *lowering])
+    schedule = Schedule.of(recipe, target)
+    schedule.check_order()
     progress = progress or terminal_progress()
     units = work_dir if isinstance(work_dir, UnitFolder) else None
     if tokenizer is None:
@@ -147,15 +145,14 @@ def compile(
     if dump:
         dump.traced(gm, model)
 
-    count = 2 + len(fit)  # what is decided without data comes first
-    described, rest = passes[:count], passes[count:]
-    records, held = run_pipeline(gm, described, ctx, instruments)
-    for step in rest:
+    runner = Runner(ctx, instruments)
+    records = runner.run(gm, schedule.described)
+    for step in schedule.calibrated:
         check_globs(step.name, step.globs, gm, ctx.allow_unmatched)
-    quality.known = _left_in_float(gm, described, records)
+    quality.known = _left_in_float(gm, schedule.described, records)
     ctx.reference = clone(gm)
     check_lowerable(gm, find_target(target), recipe.precision)
-    calibrated = any(step.needs_calibration for step in passes)
+    calibrated = schedule.needs_calibration
     sampled = sampled if calibrated else 0
     kind = find_target(target).kind
     given, source = _given_batches(
@@ -168,12 +165,11 @@ def compile(
         given, source = [*(given or ()), *own], f"{source}; {said}".removeprefix("; ")
     ctx.batches = given
     ctx.probe = probe_of(ctx.batches, interface)
-    first = len(described) + 1
-    _, held = run_pipeline(gm, rest, ctx, instruments, first, held)
+    runner.run(gm, schedule.calibrated)
     interface = ctx.interface  # a pass may have given the cache another dtype
     store_folded(gm, ctx.store)
     fake_quant = clone(gm)
-    run_pipeline(gm, lowering, ctx, instruments, first + len(rest), held)
+    runner.run(gm, schedule.lowering)
 
     report = quality.report(target, gm, fake_quant, source)
     unused = tuple(getattr(model, "panguq_unused_weights", ()))

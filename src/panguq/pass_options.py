@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
+from panguq import registry
 from panguq.errors import RecipeError
-from panguq.passes import pipeline
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass
 from panguq.passes.canonicalize import Canonicalize
@@ -25,7 +25,7 @@ IMPLIED: tuple[type[Pass], ...] = (Canonicalize, AssignSchemes)
 
 def passes_by_name() -> dict[str, type[Pass]]:
     """The passes that a recipe may list."""
-    return {cls.name: cls for cls in pipeline.PASSES if cls not in IMPLIED}
+    return {cls.name: cls for cls in registry.RECIPE_PASSES if cls not in IMPLIED}
 
 
 def pass_from_entry(entry: object, where: str) -> Pass:

@@ -13,24 +13,25 @@ from panguq.calibration import WINDOW, WINDOWS
 from panguq.compiler import trace
 from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.channels import find_scale_sites
-from panguq.ir.edit import finish, label, module_path
+from panguq.ir.edit import label, module_path
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import Choices
 from panguq.lowering.select_kernel import Choice
-from panguq.lowering.stages import default_dtype, fitting, lowering_passes
+from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.base import Pass, PassContext, PassResult, linears
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.module_globs import check_globs, matches
-from panguq.passes.pipeline import check_order
+from panguq.passes.pipeline import Runner
 from panguq.passes.smoothquant import SmoothQuant
 from panguq.plan_costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
 from panguq.plan_report import MatmulPlan, Plan
 from panguq.recipe import Recipe
 from panguq.report.left_in_float import left_in_float
+from panguq.schedule import Schedule
 
 __all__ = ["Plan", "plan"]
 
@@ -55,7 +56,7 @@ def plan(
     LoweringError for an unknown target, TraceError and InputError for a model that has no graph.
     """
     recipe = Recipe.of(recipe)
-    lowering = lowering_passes(target, recipe.precision, recipe.ascend)
+    schedule = Schedule.of(recipe, target)
     if isinstance(model, str | Path):
         from panguq.hf import skeleton
 
@@ -63,19 +64,16 @@ def plan(
     started = time.perf_counter()
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
     ctx = PassContext(interface, WeightStore(), allow_unmatched=recipe.allow_unmatched)
-    Canonicalize().run(gm, ctx)  # its proof would need the weights
-    finish(gm)
+    runner = Runner(ctx, prove=False)  # a proof would need the weights
+    runner.run(gm, [Canonicalize()])
     trace_seconds = time.perf_counter() - started
 
-    passes = [*recipe.build()]
-    fit = fitting(target, recipe.ascend)
-    passes[2:2] = fit
-    refusals = _order_refusals([*passes, *lowering])
+    refusals = _order_refusals(schedule)
     assigned, refused = _assign(gm, ctx, recipe)
     results = [assigned]
     notes = {skip.node: skip.reason for skip in assigned.skipped}
     refusals += [*refused, *_glob_refusals(gm, recipe)]
-    for step in fit:
+    for step in schedule.fitting:
         try:
             results.append(step.run(gm, ctx))
             notes |= {skip.node: skip.reason for skip in results[-1].skipped}
@@ -91,11 +89,12 @@ def plan(
             refusals.append(f"{label(node)}: {error.message}")
             row = _describe(node, None, f"refused: {error.message}")
         matmuls.append(row)
-    sites, blocked = _smoothing(gm, interface, passes)
+    sites, blocked = _smoothing(gm, interface, schedule.passes)
+    seconds = compile_seconds(gm, schedule.passes, windows * window)
     return Plan(
         recipe=recipe.name,
         target=target,
-        passes=tuple(p.name for p in (*passes, *lowering)),
+        passes=tuple(step.name for step in schedule.passes),
         inputs={name: list(interface.input_shapes[name]) for name in interface.inputs},
         nodes=len(gm.graph.nodes),
         matmuls=tuple(matmuls),
@@ -108,13 +107,13 @@ def plan(
         disk_bytes=disk_bytes(gm),
         peak_bytes=peak_bytes(gm, windows, window),
         trace_seconds=round(trace_seconds, 1),
-        compile_seconds=round(trace_seconds + compile_seconds(gm, passes, windows * window), 1),
+        compile_seconds=round(trace_seconds + seconds, 1),
     )
 
 
-def _order_refusals(passes: Sequence[Pass]) -> list[str]:
+def _order_refusals(schedule: Schedule) -> list[str]:
     try:
-        check_order(passes)
+        schedule.check_order()
     except RecipeError as error:
         return [_with_hint(error)]
     return []

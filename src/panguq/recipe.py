@@ -201,9 +201,13 @@ class Recipe(BaseModel):
             raise RecipeError(f"{_source(info)}: {key} = {given}", first["msg"]) from None
         return recipe
 
+    def implied(self) -> tuple[Pass, ...]:
+        """The two passes that every compile starts with."""
+        return (Canonicalize(), AssignSchemes(schemes=tuple(self.schemes.items())))
+
     def build(self) -> tuple[Pass, ...]:
         """All passes in order, with the two that every compile starts with."""
-        return (Canonicalize(), AssignSchemes(schemes=tuple(self.schemes.items())), *self.passes)
+        return (*self.implied(), *self.passes)
 
     def with_schemes(self, schemes: Mapping[str, str]) -> Recipe:
         """A copy in which these globs come last and so win; "*" replaces the default.

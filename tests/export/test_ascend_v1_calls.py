@@ -25,9 +25,8 @@ from panguq.kernels.ascend.npu_weight_quant_matmul import BIAS_DTYPE
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.pipeline import run_pipeline
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
 
 npu = torch.ops.npu
 DTYPES = [torch.bfloat16, torch.float16]

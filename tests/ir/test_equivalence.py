@@ -18,8 +18,7 @@ from panguq.ir.equivalence import _difference, prove_site, prove_whole
 from panguq.ir.interpret import first_non_finite
 from panguq.passes.base import Pass, PassContext, PassResult, Site
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.pipeline import run_pipeline
-from tests.models import canonical, family_context, tiny_context, trace_tiny
+from tests.models import canonical, family_context, run_pipeline, tiny_context, trace_tiny
 
 
 class Chain(nn.Module):

@@ -20,9 +20,8 @@ from panguq.passes.base import Pass, PassContext, PassResult
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.fuse_ascend import FuseAscend
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.pipeline import run_pipeline
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq

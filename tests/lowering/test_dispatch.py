@@ -30,9 +30,8 @@ from panguq.lowering.targets import find_target
 from panguq.passes.base import linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.pipeline import run_pipeline
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 HELD = frozenset({Property.CANONICAL, Property.SCHEMES, Property.QDQ, Property.WEIGHT_CODES})

@@ -23,9 +23,9 @@ from panguq.lowering.targets import find_target
 from panguq.passes.base import PassContext, linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.pipeline import PassRecord, run_pipeline
+from panguq.passes.pipeline import PassRecord
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 INTEGER = ("W8A8", "W8A8_DYNAMIC")

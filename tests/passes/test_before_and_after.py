@@ -22,7 +22,6 @@ from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.ir.weight_store import WeightStore
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
-from panguq.lowering.stages import LOWERING_PASSES
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.awq import Awq
 from panguq.passes.base import Pass, PassContext
@@ -37,7 +36,6 @@ from panguq.passes.learned_rounding import LearnedRounding
 from panguq.passes.merge_gate_up import MergeGateUp
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.outliers import Outliers
-from panguq.passes.pipeline import PASSES, run_pipeline
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.rotate import Rotate
@@ -45,8 +43,9 @@ from panguq.passes.slim_llm import SlimLlm
 from panguq.passes.smoothquant import SmoothQuant
 from panguq.passes.tune_scales import TuneScales
 from panguq.passes.weigh_tokens import WeighTokens
+from panguq.registry import ALL_PASSES
 from tests.conftest import GOLDEN
-from tests.models import TinyModel, token_ids
+from tests.models import TinyModel, run_pipeline, token_ids
 
 NPU = "ascend910b1"
 SHOWN = {"label", "module_path", "scheme"}  # by print_graph, or by no listing
@@ -115,7 +114,7 @@ def test_before_and_after(golden: Callable[[str, str], None], example: Example) 
 
 def test_every_pass_has_an_example() -> None:
     """A pass without one is no pass that a reader can see at work: add it to EXAMPLES."""
-    registered = {step.name for step in (*PASSES, *LOWERING_PASSES)}
+    registered = {step.name for step in ALL_PASSES}
     assert {example.step.name for example in EXAMPLES} == registered
     files = {path.stem for path in (GOLDEN / "passes").glob("*.txt")}
     assert files == registered

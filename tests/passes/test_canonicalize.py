@@ -19,8 +19,7 @@ from panguq.ir.verify import verify
 from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import PassContext
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.pipeline import run_pipeline
-from tests.models import FAMILIES, canonical, traced
+from tests.models import FAMILIES, canonical, run_pipeline, traced
 
 X = (3, 5, 8)
 

@@ -37,8 +37,9 @@ from panguq.kernels.ascend.contracts import violations
 from panguq.passes.base import PassContext
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.fuse_ascend import FuseAscend
-from panguq.passes.pipeline import PassRecord, check_order, run_pipeline
-from tests.models import FAMILIES, make_model, token_ids, trace_tiny
+from panguq.passes.pipeline import PassRecord
+from panguq.schedule import check_passes
+from tests.models import FAMILIES, make_model, run_pipeline, token_ids, trace_tiny
 
 aten = torch.ops.aten
 npu = torch.ops.npu
@@ -824,4 +825,4 @@ def test_what_an_npu_does_not_know_is_found() -> None:
 
 def test_it_waits_for_lowering() -> None:
     with pytest.raises(RecipeError, match="fuse-ascend needs LOWERED"):
-        check_order([FuseAscend()], frozenset({Property.CANONICAL}))
+        check_passes([FuseAscend()], frozenset({Property.CANONICAL}))

@@ -22,9 +22,16 @@ from panguq.passes.base import Pass, PassContext
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.merge_gate_up import MergeGateUp
-from panguq.passes.pipeline import check_order, run_pipeline
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import canonical, family_context, run_passes, tiny_context, trace_tiny
+from panguq.schedule import check_passes
+from tests.models import (
+    canonical,
+    family_context,
+    run_passes,
+    run_pipeline,
+    tiny_context,
+    trace_tiny,
+)
 
 linear = torch.ops.aten.linear.default
 SCHEMES = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16-g32", "W4A16_ASYM-g32")
@@ -311,9 +318,9 @@ def test_it_waits_for_the_codes() -> None:
     schemes: list[Pass] = [AssignSchemes(schemes=(("*", "W8A16"),))]
     held = frozenset({Property.CANONICAL})
     with pytest.raises(RecipeError, match="merge-gate-up needs WEIGHT_CODES"):
-        check_order([*schemes, InsertFakeQuant(), MergeGateUp()], held)
-    check_order([*schemes, InsertFakeQuant(), QuantizeWeights(), MergeGateUp()], held)
-    check_order([AssignSchemes(), MergeGateUp()], held)
+        check_passes([*schemes, InsertFakeQuant(), MergeGateUp()], held)
+    check_passes([*schemes, InsertFakeQuant(), QuantizeWeights(), MergeGateUp()], held)
+    check_passes([AssignSchemes(), MergeGateUp()], held)
 
 
 def test_large_tensors_go_into_files() -> None:

@@ -23,7 +23,7 @@ from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.mixed_precision import MixedPrecision, stored_bits
-from panguq.passes.pipeline import check_order
+from panguq.schedule import check_passes
 from tests.models import canonical, family_context, shared_model, token_ids
 
 CHOICES = ("W4A16-g32", "W6A16-g32", "W8A16")
@@ -295,11 +295,11 @@ def test_static_activations_among_the_choices_need_ranges() -> None:
     start = (Canonicalize(), AssignSchemes(schemes=(("*", "W8A16"),)))
     static = MixedPrecision(choices=("W8A8", "W8A16"), bits=9.0)
     with pytest.raises(RecipeError, match="CALIBRATED"):
-        check_order([*start, static, InsertFakeQuant()])
-    check_order([*start, static, Calibrate(), InsertFakeQuant()])
-    check_order([*start, MixedPrecision(bits=5.0), InsertFakeQuant()])
+        check_passes([*start, static, InsertFakeQuant()])
+    check_passes([*start, static, Calibrate(), InsertFakeQuant()])
+    check_passes([*start, MixedPrecision(bits=5.0), InsertFakeQuant()])
     with pytest.raises(RecipeError, match="mixed-precision broke it"):
-        check_order([*start, Calibrate(), static, InsertFakeQuant()])
+        check_passes([*start, Calibrate(), static, InsertFakeQuant()])
     assert Property.CALIBRATED in MixedPrecision.breaks
 
 
@@ -316,7 +316,7 @@ def test_options_that_are_none() -> None:
         with pytest.raises(RecipeError, match=message):
             MixedPrecision(**wrong)
     with pytest.raises(RecipeError, match="no budget"):
-        check_order([Canonicalize(), AssignSchemes(), MixedPrecision()])
+        check_passes([Canonicalize(), AssignSchemes(), MixedPrecision()])
     with pytest.raises(RecipeError, match="matches no matmul"):
         assigned(MixedPrecision(bits=5.0, keep=("*.no_proj",)))
 

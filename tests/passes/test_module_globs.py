@@ -12,8 +12,8 @@ from torch import nn
 
 import panguq
 from panguq import recipe as recipe_module
+from panguq import registry
 from panguq.errors import RecipeError
-from panguq.passes import pipeline
 from panguq.passes.base import Pass, PassContext, PassResult
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.module_globs import check_globs, hint
@@ -124,7 +124,7 @@ def test_a_built_in_recipe_is_for_all_models(tmp_path: Path, monkeypatch: Any) -
     """
     (tmp_path / "built-in.yaml").write_text(text)
     monkeypatch.setattr(recipe_module.resources, "files", lambda package: tmp_path)
-    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES, Spare))
+    monkeypatch.setattr(registry, "RECIPE_PASSES", (*registry.RECIPE_PASSES, Spare))
     recipe = Recipe.named("built-in")
     assert recipe.allow_unmatched == ("*.experts.*", "*.router")
     assert set(compiled(recipe).values()) == {"W8A16"}

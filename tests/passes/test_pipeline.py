@@ -19,11 +19,13 @@ from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.outliers import Outliers
-from panguq.passes.pipeline import PASSES, PassRecord, check_order, run_pipeline
+from panguq.passes.pipeline import PassRecord
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
 from panguq.recipe import Recipe, preset_names
-from tests.models import run_passes, tiny_context, trace_tiny
+from panguq.registry import RECIPE_PASSES
+from panguq.schedule import check_passes
+from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
 
 STATIC = AssignSchemes(schemes=(("*", "W8A8"),))
 DYNAMIC = AssignSchemes(schemes=(("*", "W8A8_DYNAMIC"),))
@@ -43,7 +45,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_is_in_order(preset) -> None:
-    check_order([*Recipe.named(preset).build(), LowerMatmuls()])
+    check_passes([*Recipe.named(preset).build(), LowerMatmuls()])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_every_preset_is_in_order(preset) -> None:
     ],
 )  # fmt: skip
 def test_orders_that_need_no_more(passes) -> None:
-    check_order(passes)
+    check_passes(passes)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_orders_that_need_no_more(passes) -> None:
 )  # fmt: skip
 def test_wrong_orders_are_refused(passes, message, hint) -> None:
     with pytest.raises(RecipeError) as caught:
-        check_order(passes)
+        check_passes(passes)
     assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
@@ -102,12 +104,12 @@ def test_nothing_runs_when_the_order_is_wrong() -> None:
 
 
 def test_names_are_unique_and_kebab_case() -> None:
-    names = [cls.name for cls in PASSES]
+    names = [cls.name for cls in RECIPE_PASSES]
     assert len(set(names)) == len(names)
     assert all(name == name.lower() and "_" not in name for name in names)
 
 
-@pytest.mark.parametrize("cls", PASSES)
+@pytest.mark.parametrize("cls", RECIPE_PASSES)
 def test_every_pass_says_before_and_after(cls) -> None:
     assert "Before" in cls.__doc__ and "After" in cls.__doc__
 

@@ -21,7 +21,6 @@ from panguq.ir.interpret import run, values
 from panguq.passes.base import PassContext
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.pipeline import run_pipeline
 from panguq.passes.quantize_kv_cache import QuantizeKvCache, channel_scale
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
@@ -30,6 +29,7 @@ from tests.models import (
     family_context,
     hand_written,
     run_passes,
+    run_pipeline,
     shared_model,
     token_ids,
 )

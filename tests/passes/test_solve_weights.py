@@ -20,10 +20,11 @@ from panguq.passes.base import PassContext
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.pipeline import PassRecord, check_order
+from panguq.passes.pipeline import PassRecord
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem, quantizer_of
 from panguq.passes.weight_scales import min_max_scale
+from panguq.schedule import check_passes
 from tests.models import canonical, family_context, run_passes, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
@@ -248,7 +249,7 @@ def test_without_calibration_data() -> None:
 
 def test_before_anything_is_quantized() -> None:
     with pytest.raises(RecipeError, match="needs QDQ"):
-        check_order([Gptq()])
+        check_passes([Gptq()])
 
 
 def test_an_input_that_is_not_finite_is_named() -> None:

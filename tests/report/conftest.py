@@ -17,11 +17,12 @@ from panguq.ir.trace import trace_causal_lm
 from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.base import Pass, PassContext
-from panguq.passes.pipeline import PassRecord, run_pipeline
+from panguq.passes.pipeline import PassRecord
 from panguq.recipe import Recipe
 from panguq.report.dump import Dump
 from panguq.report.dump_reader import DumpReader
 from panguq.report.quality import Quality
+from tests.models import run_pipeline
 
 torch.set_num_threads(1)
 Traced = tuple[LlamaForCausalLM, fx.GraphModule, Interface]

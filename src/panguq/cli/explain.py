@@ -136,17 +136,16 @@ def graph_of(folder: str | Path, scheme: Any, dtype: str) -> Any:
 
     from panguq.compiler import trace
     from panguq.hf import skeleton
-    from panguq.ir.edit import finish
     from panguq.ir.weight_store import WeightStore
     from panguq.passes.assign_schemes import AssignSchemes
     from panguq.passes.base import PassContext
     from panguq.passes.canonicalize import Canonicalize
+    from panguq.passes.pipeline import Runner
 
     gm, interface = trace(skeleton(folder), None, getattr(torch, dtype))
     ctx = PassContext(interface=interface, store=WeightStore())
-    Canonicalize().run(gm, ctx)  # its proof would need the weights
-    finish(gm)
-    AssignSchemes(schemes=(("*", scheme.name),)).run(gm, ctx)
+    described = [Canonicalize(), AssignSchemes(schemes=(("*", scheme.name),))]
+    Runner(ctx, prove=False).run(gm, described)  # a proof would need the weights
     return gm, interface
 
 

@@ -89,7 +89,6 @@ def run_recipes(options: argparse.Namespace) -> int:
 
 
 def _registry() -> tuple[Any, ...]:
-    from panguq.lowering.stages import LOWERING_PASSES
-    from panguq.passes.pipeline import PASSES
+    from panguq.registry import ALL_PASSES
 
-    return (*PASSES, *LOWERING_PASSES)
+    return ALL_PASSES

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import fx
 
+from panguq import registry
 from panguq.errors import StorageError
 from panguq.ir.properties import Property
 from panguq.ir.value_types import restore_types
 from panguq.ir.weight_store import WeightStore
-from panguq.lowering.stages import LOWERING_PASSES
 from panguq.pass_options import make_pass
-from panguq.passes import pipeline
 from panguq.passes.base import Pass, PassContext
 from panguq.passes.module_globs import AllowUnmatched
+from panguq.passes.pipeline import Runner
 from panguq.report import node_metadata
 from panguq.report.dump_files import COMPILE_AGAIN, PROBE, STAGE_JSON, StageInfo
 from panguq.report.dump_reader import DumpReader
@@ -38,7 +38,7 @@ def rerun_failed(reader: DumpReader, stage: str) -> fx.GraphModule:
         allow_unmatched=_allow_unmatched(reader),
     )
     held = frozenset(held for held in Property if held.name in info.holds)
-    pipeline.run_pipeline(gm, [step], ctx, first_index=info.index, held=held)
+    Runner(ctx, held=held, first_index=info.index).run(gm, [step])
     return gm
 
 
@@ -48,8 +48,7 @@ def _allow_unmatched(reader: DumpReader) -> AllowUnmatched:
 
 
 def _pass_of(reader: DumpReader, stage: str, info: StageInfo) -> Pass:
-    kinds: tuple[type[Pass], ...] = (*pipeline.PASSES, *LOWERING_PASSES)
-    known = {kind.name: kind for kind in kinds}
+    known = {kind.name: kind for kind in registry.ALL_PASSES}
     if info.name not in known:
         raise StorageError(
             f"{reader.path / stage / STAGE_JSON}: this panguq has no pass {info.name}",

@@ -1,0 +1,54 @@
+"""All passes: those that a recipe may list, and those by which a target lowers its graph."""
+
+from __future__ import annotations
+
+from panguq.lowering.fit_schemes import FitSchemes
+from panguq.lowering.lower_matmuls import LowerMatmuls
+from panguq.passes.assign_schemes import AssignSchemes
+from panguq.passes.awq import Awq
+from panguq.passes.base import Pass
+from panguq.passes.billm import BiLlm
+from panguq.passes.calibrate import Calibrate
+from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.fuse_ascend import FuseAscend
+from panguq.passes.gptaq import Gptaq
+from panguq.passes.gptq import Gptq
+from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.learned_rounding import LearnedRounding
+from panguq.passes.merge_gate_up import MergeGateUp
+from panguq.passes.mixed_precision import MixedPrecision
+from panguq.passes.outliers import Outliers
+from panguq.passes.quantize_kv_cache import QuantizeKvCache
+from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.passes.rotate import Rotate
+from panguq.passes.slim_llm import SlimLlm
+from panguq.passes.smoothquant import SmoothQuant
+from panguq.passes.tune_scales import TuneScales
+from panguq.passes.weigh_tokens import WeighTokens
+
+RECIPE_PASSES: tuple[type[Pass], ...] = (
+    Canonicalize,
+    AssignSchemes,
+    Rotate,
+    SmoothQuant,
+    Awq,
+    MixedPrecision,
+    WeighTokens,
+    Calibrate,
+    Outliers,
+    InsertFakeQuant,
+    QuantizeWeights,
+    Gptq,
+    Gptaq,
+    SlimLlm,
+    BiLlm,
+    LearnedRounding,
+    TuneScales,
+    QuantizeKvCache,
+)
+"""What recipes are made of. Every recipe begins with the first two, which it does not list."""
+
+LOWERING_PASSES: tuple[type[Pass], ...] = (FitSchemes, MergeGateUp, LowerMatmuls, FuseAscend)
+"""What targets add to the passes of a recipe."""
+
+ALL_PASSES: tuple[type[Pass], ...] = (*RECIPE_PASSES, *LOWERING_PASSES)
