@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from conformance.versions.environments import (
-    EXTRAS,
     TORCH,
     Failed,
     install_panguq,
@@ -25,15 +24,15 @@ from conformance.versions.environments import (
 )
 from conformance.versions.newest import try_newest
 from conformance.versions.requirements import (
+    CONSTRAINTS_OLDEST,
     ROOT,
+    TEST_EXTRAS,
     constraints_without,
-    requirements,
+    lower_bounds,
 )
 from conformance.versions.resolve import check_python, write_constraints
 from conformance.versions.wheel import try_wheel
 
-# Whose release another one's chooses: each pydantic wants one pydantic-core.
-COUPLED = ("pydantic-core",)
 OTHER_PYTHONS = ("3.12", "3.13")
 
 
@@ -52,20 +51,17 @@ def main() -> int:
 
 def try_oldest(torch: str, arguments: Sequence[str]) -> int:
     """The contract tests with the lower bounds; what those need in turn is as pinned."""
-    wanted = [one for one in requirements(*EXTRAS) if one.name != "torch"]
-    pins = constraints_without(["torch", *COUPLED, *(one.name for one in wanted)])
-    python = make_environment(
-        ROOT / ".venv-oldest", torch, [f"{one.name}=={one.lowest}" for one in wanted], pins
-    )
+    wanted = [f"{name}=={release}" for name, release in lower_bounds(*TEST_EXTRAS).items()]
+    pins = CONSTRAINTS_OLDEST.read_text(encoding="utf-8")
+    python = make_environment(ROOT / ".venv-oldest", torch, wanted, pins)
     install_panguq(python, "-e", ".")
     return run_contract_tests(python, arguments)
 
 
 def try_torch(torch: str, arguments: Sequence[str]) -> int:
     """The contract tests with another torch, within the bounds or not."""
-    names = [one.name for one in requirements(*EXTRAS) if one.name != "torch"]
     pins = constraints_without(["torch"])
-    python = make_environment(ROOT / ".venv-torch", torch, names, pins)
+    python = make_environment(ROOT / ".venv-torch", torch, list(lower_bounds(*TEST_EXTRAS)), pins)
     install_panguq(python, "-e", ".")
     return run_contract_tests(python, arguments)
 

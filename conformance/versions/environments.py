@@ -16,8 +16,6 @@ from packaging.version import Version
 
 from conformance.versions.requirements import ROOT, constraints
 
-# The contract tests need nothing else of `setup`'s extras.
-EXTRAS = ("test",)
 TORCH = f"torch=={constraints()['torch']}"
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from conformance.versions.environments import (
-    EXTRAS,
     install_panguq,
     installed,
     make_environment,
@@ -19,7 +18,9 @@ from conformance.versions.environments import (
 )
 from conformance.versions.requirements import (
     ROOT,
+    TEST_EXTRAS,
     constraints,
+    lower_bounds,
     requirements,
 )
 
@@ -30,11 +31,11 @@ def try_newest(torch: str, arguments: Sequence[str]) -> int:
     Upper bounds do not count. Prints each release that differs from constraints.txt, and where
     tests fail, which of them fail no more once that one release is put back.
     """
-    wanted = [one for one in requirements(*EXTRAS) if one.name != "torch"]
+    wanted = requirements(*TEST_EXTRAS)
     folder = ROOT / ".venv-newest"
     # "Newest" is another set every day: an environment of yesterday says nothing.
     (folder / ".made-of").unlink(missing_ok=True)
-    python = make_environment(folder, torch, [f"{one.name}>={one.lowest}" for one in wanted])
+    python = make_environment(folder, torch, list(lower_bounds(*TEST_EXTRAS)))
     install_panguq(python, "-e", ".")
     pins, found = constraints(), installed(python)
     beyond = {

@@ -13,8 +13,10 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
-# What `make setup` installs; the contract tests need `test`.
+CONSTRAINTS_OLDEST = ROOT / "constraints-oldest.txt"
+# What `make setup` installs, and as much of it as the contract tests need.
 SETUP_EXTRAS = ("demo", "test", "lint")
+TEST_EXTRAS = ("test",)
 _BOUNDS = re.compile(r"([\w.-]+)>=([\w.]+),<([\w.]+)")
 _OWN_EXTRAS = re.compile(r"panguq\[([\w,]+)\]")
 
@@ -52,6 +54,11 @@ def requirements(*extras: str) -> list[Requirement]:
             waiting += own[1].split(",") if own else []
             texts += [] if own else [text]
     return [_parse(text) for text in dict.fromkeys(texts)]
+
+
+def lower_bounds(*extras: str) -> dict[str, str]:
+    """The lowest release of each requirement but torch, which is chosen apart."""
+    return {one.name: one.lowest for one in requirements(*extras) if one.name != "torch"}
 
 
 def _parse(text: str) -> Requirement:

@@ -13,50 +13,70 @@ from packaging.version import Version
 from conformance.versions.environments import pip_install, say
 from conformance.versions.requirements import (
     CONSTRAINTS,
+    CONSTRAINTS_OLDEST,
     SETUP_EXTRAS,
+    TEST_EXTRAS,
     Requirement,
     constraints,
     constraints_without,
+    lower_bounds,
     requirements,
 )
 
-HEADER = """\
-# What `make setup` installs, exactly: the releases that panguq was tested with.
-# Written by `make constraints`, on Linux for Python 3.11. pip reads it with -c constraints.txt.
-"""
 # Parts of one build of torch for GPUs, which differ from machine to machine.
 TORCH_PARTS = ("nvidia-", "cuda-", "triton")
 # Pure Python that its authors publish as source alone, for any Python; lm-eval needs them.
 SOURCE_ONLY = ("rouge-score", "sqlitedict", "word2number")
+HEADER = """\
+# {what}
+# Written by `make constraints`, on Linux for Python 3.11.
+"""
+WHAT = "What `make setup` installs, exactly: the releases that panguq was tested with."
+WHAT_OLDEST = "What `make test-oldest` installs beside the lower bounds of pyproject.toml."
 
 
 def write_constraints(torch: str) -> None:
     """Pin the newest releases within the bounds, and say which bounds they do not reach.
 
+    Pins also what the lower bounds need in turn, so that neither set changes by itself.
     torch: a requirement as pip wants it; options after it do not count here.
     """
-    say("asking pip for the newest releases within the bounds")
+    torch = torch.split()[0]
+    pins = resolve(torch, f".[{','.join(SETUP_EXTRAS)}]")
+    _write(CONSTRAINTS, WHAT, pins)
+    for one in loose_bounds(pins):
+        print(f"{one.name}: {pins[canonicalize_name(one.name)]}, but the bound is <{one.below}")
+    lowest = lower_bounds(*TEST_EXTRAS)
+    direct = {canonicalize_name(name) for name in lowest}
+    found = resolve(torch, *(f"{name}=={release}" for name, release in lowest.items()))
+    beside = {name: r for name, r in found.items() if name not in {"torch", *direct}}
+    _write(CONSTRAINTS_OLDEST, WHAT_OLDEST, beside)
+
+
+def resolve(*wanted: str) -> dict[str, str]:
+    """What pip would install for these requirements in an empty environment, without panguq."""
+    say(f"asking pip for {' '.join(wanted)}")
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        wanted = (torch.split()[0], f".[{','.join(SETUP_EXTRAS)}]")
         look_only = ("--dry-run", "--ignore-installed", "--report", str(report))
         pip_install(Path(sys.executable), *look_only, *wanted)
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    before = constraints() if CONSTRAINTS.exists() else {}
-    pins = {canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"] for one in found}
-    del pins["panguq"]
-    pins = {
-        name: release.partition("+")[0]
-        for name, release in sorted(pins.items())
-        if not name.startswith(TORCH_PARTS)
+    metadata = [one["metadata"] for one in found]
+    pins = {canonicalize_name(one["name"]): one["version"].partition("+")[0] for one in metadata}
+    pins.pop("panguq", None)
+    return {
+        name: release for name, release in sorted(pins.items()) if not name.startswith(TORCH_PARTS)
     }
+
+
+def _write(path: Path, what: str, pins: dict[str, str]) -> None:
+    """Write a constraints file, and print what changes in it."""
+    before = constraints(path) if path.exists() else {}
     lines = [f"{name}=={release}\n" for name, release in pins.items()]
-    CONSTRAINTS.write_text(HEADER + "".join(lines), encoding="utf-8")
+    path.write_text(HEADER.format(what=what) + "".join(lines), encoding="utf-8")
     for name in sorted({*before, *pins}):
         if before.get(name) != pins.get(name):
-            print(f"{name}: {before.get(name, 'new')} -> {pins.get(name, 'gone')}")
-    for one in loose_bounds(pins):
-        print(f"{one.name}: {pins[canonicalize_name(one.name)]}, but the bound is <{one.below}")
+            print(f"{path.name}: {name} {before.get(name, 'new')} -> {pins.get(name, 'gone')}")
 
 
 def loose_bounds(pins: dict[str, str]) -> list[Requirement]:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from conformance.versions.environments import make_environment, pip_install, run, say
-from conformance.versions.requirements import ROOT, constraints_without, requirements
+from conformance.versions.requirements import ROOT, constraints_without, lower_bounds
 
 
 def try_wheel(torch: str) -> None:
@@ -20,9 +20,8 @@ def try_wheel(torch: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         wheel = build_wheel(folder)
-        names = [one.name for one in requirements() if one.name != "torch"]
         pins = constraints_without(["torch"])
-        python = make_environment(ROOT / ".venv-wheel", torch, names, pins)
+        python = make_environment(ROOT / ".venv-wheel", torch, list(lower_bounds()), pins)
         pip = (str(python), "-m", "pip")
         run(*pip, "uninstall", "-qq", "--yes", "panguq")
         pip_install(python, "-c", str(python.parents[1] / "constraints.txt"), str(wheel))
