@@ -28,8 +28,9 @@ class Interface(BaseModel):
     `[batch, 1, seq, past + seq]`), `position_ids` `[batch, seq]`, `logit_positions` `[kept]`
     (which positions' logits are wanted), then a key and a value per layer; it returns
     `logits` `[batch, kept, vocab]` and the grown keys and values. Any other module takes
-    and returns what its `forward` did when it was traced. `max_positions` is the size of a learned
-    position table or of a sliding attention window; `positions_from_mask` says that the model
+    and returns what its `forward` did when it was traced. `max_positions` is the most tokens, past
+    and new, for which the graph is right, and `max_positions_reason` says what changes beyond, as
+    a learned position table or a sliding window does; `positions_from_mask` says that the model
     numbers only real tokens; `size_limits` are the least and the largest value (None: any) of a
     named size for which the trace holds.
     """
@@ -42,6 +43,7 @@ class Interface(BaseModel):
     float_dtype: str
     vocab_size: int | None = None
     max_positions: int | None = None
+    max_positions_reason: str = ""
     positions_from_mask: bool = False
     size_limits: dict[str, tuple[int, int | None]] = {}
     cache: tuple[CacheLayer, ...] = ()

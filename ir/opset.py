@@ -146,9 +146,10 @@ _ATEN = """
     ge.Tensor gelu.default gt.Scalar gt.Tensor hardswish.default index.Tensor index_select.default
     le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default linear.default log.default
     log_softmax.int logical_and.default logical_not.default logical_or.default lt.Scalar lt.Tensor
-    masked_fill.Scalar masked_fill.Tensor matmul.default maximum.default mean.default mean.dim
-    minimum.default mm.default movedim.int mul.Scalar mul.Tensor narrow.default
-    native_layer_norm.default layer_norm.default ne.Scalar ne.Tensor neg.default new_full.default
+    masked_fill.Scalar masked_fill.Tensor matmul.default max.default maximum.default
+    mean.default mean.dim minimum.default mm.default movedim.int mul.Scalar mul.Tensor
+    narrow.default native_layer_norm.default layer_norm.default ne.Scalar ne.Tensor neg.default
+    new_full.default
     new_ones.default new_zeros.default ones.default ones_like.default outer.default pad.default
     permute.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor reciprocal.default relu.default
     relu6.default remainder.Scalar remainder.Tensor repeat.default repeat_interleave.self_int

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import get_tensor, label, op_name
+from panguq.ir.exported_graph import shape_of
 from panguq.ir.node_meta import meta_of
-from panguq.ir.trace import shape_of
 
 _DTYPES = {
     torch.float32: "f32",

@@ -21,12 +21,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from panguq.errors import TraceError
-from panguq.ir.edit import finish, set_tensor
+from panguq.ir.exported_graph import (
+    WHAT_TO_DO,
+    check_deterministic,
+    name_symbols,
+    results_of,
+    unlift,
+    writes_dropped,
+)
 from panguq.ir.interface import CacheLayer, Interface
-from panguq.ir.node_meta import annotate
+from panguq.ir.length_limits import (
+    LengthLimit,
+    check_causal,
+    keep_rotary_frequencies,
+    length_limits,
+    reset_rotary_frequencies,
+)
 
-_UNBIND = torch.ops.aten.unbind.int
-_SIZE = torch.ops.aten.sym_size.int
 BATCH, SEQ, PAST, KEPT = 3, 5, 7, 2  # all different, none of them 0 or 1
 
 
@@ -93,13 +104,14 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
     config = skeleton.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise TraceError(f"{type(model).__name__} is an encoder-decoder model", _WHAT_IS_SERVED)
-    skeleton.set_attn_implementation("sdpa")
-    layers = int(config.num_hidden_layers)
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    check_causal(skeleton, config)
+    limits = [*length_limits(model, config), *reset_rotary_frequencies(skeleton)]
+    keep_rotary_frequencies(skeleton)
+    _use_sdpa(skeleton)
+    layers, heads, head_dim = _cache_sizes(model, config)
     dtype = next(skeleton.parameters()).dtype
     with _fake_mode_of(model):
-        past = torch.zeros(layers, BATCH, heads, PAST, int(head_dim), dtype=dtype)
+        past = torch.zeros(layers, BATCH, heads, PAST, head_dim, dtype=dtype)
         positions = torch.arange(PAST, PAST + SEQ).expand(BATCH, SEQ)
         args = (
             torch.zeros(BATCH, SEQ, dtype=torch.long),
@@ -120,24 +132,67 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
         stack,
     )
     exported = _export(_CausalLM(skeleton), args, dynamic)
-    gm = _unlift(exported, strip="model.", split={"past_keys": "key", "past_values": "value"})
+    gm = _graph_of(exported, model, "model.", {"past_keys": "key", "past_values": "value"})
     cache = [f"{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
     named = ("input_ids", "attention_mask", "position_ids", "logit_positions")
+    table = _learned_positions(gm)
+    if table is not None:
+        limits.append(LengthLimit(table, "its table of learned positions ends there"))
+    limit = min(limits, key=lambda found: found.positions, default=None)
     interface = Interface(
         kind="causal_lm",
         inputs=(*named, *(f"past_{name}" for name in cache)),
         outputs=("logits", *cache),
-        input_shapes=_name_symbols(gm),
+        input_shapes=name_symbols(gm),
         float_dtype=str(dtype).removeprefix("torch."),
         vocab_size=int(skeleton.get_input_embeddings().weight.shape[0]),
-        max_positions=min(filter(None, (_learned_positions(gm), _window(config))), default=None),
+        max_positions=limit.positions if limit else None,
+        max_positions_reason=limit.reason if limit else "",
         positions_from_mask=_numbers_real_tokens(skeleton),
         cache=tuple(
-            CacheLayer(heads=heads, key_dim=int(head_dim), value_dim=int(head_dim))
-            for _ in range(layers)
+            CacheLayer(heads=heads, key_dim=head_dim, value_dim=head_dim) for _ in range(layers)
         ),
     )
     return gm, interface
+
+
+def _graph_of(
+    exported: ExportedProgram, model: nn.Module, strip: str, split: dict[str, str]
+) -> fx.GraphModule:
+    """The plain graph; what it leaves undone is told in `gm.meta["trace_warnings"]`."""
+    name = type(model).__name__
+    check_deterministic(exported, name)
+    results = results_of(exported, name)
+    gm = unlift(exported, results, strip, split)
+    gm.meta["trace_warnings"] = tuple(f"{name}: {w}" for w in writes_dropped(exported, results))
+    return gm
+
+
+def _use_sdpa(skeleton: Any) -> None:
+    """Raises TraceError for a model whose attention is more than scaled dot products."""
+    try:
+        skeleton.set_attn_implementation("sdpa")
+    except ValueError as error:
+        raise TraceError(
+            f"{type(skeleton).__name__} has no attention through scaled_dot_product_attention",
+            "its attention may cap its scores, have sinks, or be none; such models are not served. "
+            + _WHAT_IS_SERVED,
+        ) from error
+
+
+def _cache_sizes(model: nn.Module, config: Any) -> tuple[int, int, int]:
+    """Layers, heads and head size of the KV cache."""
+    try:
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        return int(config.num_hidden_layers), int(kept), int(head_dim)
+    except (AttributeError, TypeError) as error:
+        raise TraceError(
+            f"the config of {type(model).__name__} gives no sizes for a cache of keys and values: "
+            f"{error}",
+            _WHAT_IS_SERVED,
+        ) from error
 
 
 def _learned_positions(gm: fx.GraphModule) -> int | None:
@@ -162,15 +217,6 @@ def _numbers_real_tokens(model: nn.Module) -> bool:
     return any("attention_mask" in inspect.signature(t.forward).parameters for t in tables)
 
 
-def _window(config: Any) -> int | None:
-    """Tokens up to which attention over a sliding window is plain causal attention, if it has one.
-
-    The graph's mask is causal, so longer sequences would be computed wrongly and are refused.
-    """
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window and getattr(config, "use_sliding_window", True) else None
-
-
 def trace_module(
     model: nn.Module, example_inputs: Sequence[Tensor]
 ) -> tuple[fx.GraphModule, Interface]:
@@ -192,14 +238,14 @@ def trace_module(
         named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         dynamic = (*dynamic[:named], dynamic[named:])
     exported = _export(skeleton_of(model), tuple(example_inputs), dynamic)
-    gm = _unlift(exported, strip="", split={})
+    gm = _graph_of(exported, model, "", {})
     results = next(reversed(gm.graph.nodes)).args[0]
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     interface = Interface(
         kind="module",
         inputs=tuple(str(n.target) for n in gm.graph.nodes if n.op == "placeholder"),
         outputs=tuple(f"output_{i}" for i in range(len(results))),
-        input_shapes=_name_symbols(gm),
+        input_shapes=name_symbols(gm),
         float_dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
         returns="tensor" if exported.call_spec.out_spec.is_leaf() else "tuple",
         size_limits=_size_limits(gm, exported),
@@ -227,8 +273,6 @@ def _size_limits(
 _WHAT_IS_SERVED = (
     "panguq traces decoder-only transformers models, and any module given with example inputs"
 )
-WHAT_TO_DO = "docs/contributing/when-a-model-does-not-trace.md shows what to do about each cause"
-"""The hint of an error that is about the model's own code."""
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedProgram:
@@ -268,111 +312,3 @@ def _innermost_module(error: BaseException, root: nn.Module) -> str:
             found = f"module {name} ({type(owner).__name__})"
         frame = frame.tb_next
     return found
-
-
-def _unlift(exported: ExportedProgram, strip: str, split: dict[str, str]) -> fx.GraphModule:
-    """The exported graph with weights as get_attr and each stack in `split` as its parts."""
-    signature = exported.graph_signature
-    sources = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    tensors = {**exported.state_dict, **exported.constants}
-    root, graph = nn.Module(), fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    nodes = list(exported.graph_module.graph.nodes)
-    stacks = [n for n in nodes if n.op == "placeholder" and n.name in split]
-    unbinds = [u for stack in stacks for u in stack.users if u.target is _UNBIND]
-    items = {item: str(unbind.args[0]) for unbind in unbinds for item in unbind.users}
-    in_layer_order = sorted(items, key=lambda item: (item.args[1], items[item]))
-    for node in nodes:
-        if node.op == "placeholder" and node.name not in sources and node.name not in split:
-            mapping[node] = _placeholder(graph, node.name, node)
-    for item in in_layer_order:
-        mapping[item] = _placeholder(graph, f"past_{split[items[item]]}_{item.args[1]}", item)
-    for node in nodes:
-        if node.op == "placeholder" and node.name in sources:
-            if not node.users:
-                continue
-            name = sources[node.name].removeprefix(strip)
-            set_tensor(root, name, tensors[sources[node.name]].detach())
-            mapping[node] = graph.get_attr(name)
-            mapping[node].meta["val"] = node.meta["val"]
-            annotate(mapping[node], module_path=name.rpartition(".")[0])
-        elif node in mapping or node in stacks or node in unbinds:
-            continue
-        elif node.args and node.args[0] in stacks:  # a size of the stack is one of its parts'
-            part = mapping[in_layer_order[0]]
-            mapping[node] = graph.call_function(_SIZE, (part, int(node.args[1]) - 1))
-            mapping[node].meta = {"val": node.meta["val"]}
-        elif node.op == "output":
-            graph.output(tuple(mapping[n] for n in node.args[0]))
-        elif node.op == "get_attr":  # a graph of its own, for torch.cond, autocast and their like
-            user = next(iter(node.users))
-            path = _path_of(user, strip)
-            raise TraceError(
-                f"cannot trace {f'module {path}' if path else 'the model'}: {user.target} runs a "
-                "part of it as a graph of its own, and panguq makes one graph of a model",
-                WHAT_TO_DO,
-            )
-        elif node.op == "call_function":
-            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-            mapping[node].meta = {"val": node.meta.get("val")}
-            annotate(mapping[node], module_path=_path_of(node, strip))
-    gm = fx.GraphModule(root, graph)
-    finish(gm)
-    return gm
-
-
-def _path_of(node: fx.Node, strip: str) -> str:
-    """The path of the source module that an exported node came from; empty at the top."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0] if stack else ""
-    return path.removeprefix(strip.rstrip(".")).lstrip(".")
-
-
-def _placeholder(graph: fx.Graph, name: str, source: fx.Node) -> fx.Node:
-    node = graph.placeholder(name)
-    node.meta["val"] = source.meta["val"]
-    return node
-
-
-_KNOWN_SIZES = {
-    ("input_ids", 0): "batch",
-    ("input_ids", 1): "seq",
-    ("logit_positions", 0): "kept",
-    ("past_key_0", 2): "past",
-}
-
-
-def _name_symbols(gm: fx.GraphModule) -> dict[str, tuple[str | int, ...]]:
-    """Give each symbolic size a name, keep it in `gm.meta`, and return the inputs' shapes."""
-    names: dict[sympy.Symbol, str] = {}
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    causal = any(p.target == "input_ids" for p in placeholders)
-    for p in placeholders:
-        for d, size in enumerate(p.meta["val"].shape):
-            expr = size.node.expr if isinstance(size, torch.SymInt) else None
-            if isinstance(expr, sympy.Symbol) and (not causal or (p.target, d) in _KNOWN_SIZES):
-                names.setdefault(expr, _KNOWN_SIZES.get((str(p.target), d), f"{p.target}_{d}"))
-    gm.meta["symbol_names"] = names
-    gm.meta["spelled_sizes"] = {}
-    return {str(p.target): shape_of(gm, p) for p in placeholders}
-
-
-def shape_of(gm: fx.GraphModule, node: fx.Node) -> tuple[str | int, ...]:
-    """The node's shape with symbols under their names: `("batch", "past + seq", 576)`."""
-    names = gm.meta.get("symbol_names", {})
-    spelled: dict[sympy.Expr, str] = gm.meta.setdefault("spelled_sizes", {})
-
-    def spell(size: int | torch.SymInt) -> str | int:
-        if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
-            return int(size)
-        expr = size.node.expr
-        if expr not in spelled:
-            named = {s: sympy.Symbol(names[s]) for s in expr.free_symbols if s in names}
-            spelled[expr] = str(expr.subs(named))
-        return spelled[expr]
-
-    return tuple(spell(s) for s in node.meta["val"].shape)

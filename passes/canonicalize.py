@@ -25,9 +25,9 @@ from panguq.ir.edit import (
     retarget,
     tensor_node,
 )
+from panguq.ir.exported_graph import WHAT_TO_DO
 from panguq.ir.interpret import ensure_finite
 from panguq.ir.opset import is_allowed
-from panguq.ir.trace import WHAT_TO_DO
 from panguq.passes.base import Pass, PassContext, PassResult, Property, Table
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ class Canonicalize(Pass):
     """Before: the ATen ops of a trace.  After: the same function in canonical ops.
 
     - Casts to the same dtype, full slices, copies, dropout, products with 1 and assertions go;
-      `view` becomes `reshape`; sizes are read from the graph's inputs.
+      `view` and `_unsafe_view` become `reshape`; sizes are read from the graph's inputs.
     - `addmm` and `mm` with a stored weight `[k, n]` become `linear` with weight `[n, k]`.
     - `weight * (x * rsqrt(mean(x^2) + eps))` becomes `panguq.rms_norm`.
     - `x * cos + concat(-x2, x1) * sin` becomes `panguq.rotary`.
@@ -351,6 +351,7 @@ _REWRITES: list[tuple[Any, Rewrite]] = [
     (aten.slice.Tensor, _full_slice),
     (aten.mul.Tensor, _times_one),
     (aten.view.default, _view_as_reshape),
+    (aten._unsafe_view.default, _view_as_reshape),
     (aten.addmm.default, _addmm),
     (aten.mm.default, _mm),
     (aten.matmul.default, _mm),

@@ -46,6 +46,7 @@ from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
 from panguq.schedule import Schedule
 from panguq.tokenizer_files import source_tokenizer
+from panguq.trace_check import check_causal_lm, check_module, has_weights
 
 logger = logging.getLogger("panguq")
 _P = ParamSpec("_P")
@@ -130,6 +131,9 @@ def compile(
         tokenizer = source_tokenizer(model)
 
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
+    told = gm.meta.pop("trace_warnings", ())
+    for warning in told:
+        logger.warning(warning)
     rules = TargetRules(find_target(target), recipe.precision, recipe.ascend)
     ctx = PassContext(
         interface,
@@ -149,7 +153,7 @@ def compile(
     records = runner.run(gm, schedule.described)
     for step in schedule.calibrated:
         check_globs(step.name, step.globs, gm, ctx.allow_unmatched)
-    quality.known = _left_in_float(gm, schedule.described, records)
+    quality.known = (*told, *_left_in_float(gm, schedule.described, records))
     ctx.reference = clone(gm)
     check_lowerable(gm, find_target(target), recipe.precision)
     calibrated = schedule.needs_calibration
@@ -206,9 +210,15 @@ def _left_in_float(
 
 
 def trace(
-    model: nn.Module, example_inputs: Sequence[Tensor] | None, dtype: torch.dtype | None
+    model: nn.Module,
+    example_inputs: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+    compare: bool = True,
 ) -> tuple[fx.GraphModule, Interface]:
-    """The model's graph and interface. Raises InputError for what is no model."""
+    """The model's graph, by default compared with the model itself, and its interface.
+
+    Raises InputError for what is no model, TraceError for one whose graph would not be the model.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(
             f"the model is a {type(model).__name__}, not a torch.nn.Module",
@@ -216,14 +226,21 @@ def trace(
         )
     if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
         model = _cast(model, dtype)
+    compare = compare and has_weights(model)
     if is_causal_lm(model):
-        return trace_causal_lm(model)
+        gm, interface = trace_causal_lm(model)
+        if compare:
+            check_causal_lm(model, gm, interface)
+        return gm, interface
     if example_inputs is None:
         raise InputError(
             f"{type(model).__name__} is not a transformers causal language model",
             "pass example_inputs=, a tuple of tensors with every size at least 2",
         )
-    return trace_module(model, example_inputs)
+    gm, interface = trace_module(model, example_inputs)
+    if compare:
+        check_module(model, gm, interface, example_inputs)
+    return gm, interface
 
 
 def _config_of(model: nn.Module, interface: Interface) -> Any:

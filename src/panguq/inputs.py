@@ -81,7 +81,7 @@ def prepare(
     if interface.max_positions is not None and total > interface.max_positions:
         raise InputError(
             f"{length} past and {seq} new tokens are more than the model's "
-            f"{interface.max_positions} positions",
+            f"{interface.max_positions} positions{_reason(interface)}",
             "shorten the prompt, or generate fewer tokens",
         )
     real = _real_tokens(attention_mask, batch, total)
@@ -142,9 +142,13 @@ def _check_positions(interface: Interface, positions: Tensor, batch: int, seq: i
         )
     if interface.max_positions is not None and int(positions.max()) >= interface.max_positions:
         raise InputError(
-            f"position_ids go up to {int(positions.max())}, the model's table holds "
-            f"{interface.max_positions} positions"
+            f"position_ids go up to {int(positions.max())}, the model serves "
+            f"{interface.max_positions} positions{_reason(interface)}"
         )
+
+
+def _reason(interface: Interface) -> str:
+    return f" ({interface.max_positions_reason})" if interface.max_positions_reason else ""
 
 
 def _positions(

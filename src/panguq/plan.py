@@ -62,7 +62,8 @@ def plan(
 
         model = skeleton(model)
     started = time.perf_counter()
-    gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
+    dtype = dtype or default_dtype(target)
+    gm, interface = trace(model, example_inputs, dtype, compare=False)  # it would run the weights
     ctx = PassContext(interface, WeightStore(), allow_unmatched=recipe.allow_unmatched)
     runner = Runner(ctx, prove=False)  # a proof would need the weights
     runner.run(gm, [Canonicalize()])

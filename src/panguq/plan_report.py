@@ -52,7 +52,8 @@ class Plan(BaseModel):
         """The plan as text. Matmuls that differ in their layer alone share a line."""
         lines = [
             f"recipe {self.recipe}, target {self.target}: {' > '.join(self.passes)}",
-            f"graph: {self.nodes} nodes, {len(self.matmuls)} matmuls",
+            f"graph: {self.nodes} nodes, {len(self.matmuls)} matmuls; not compared with the model, "
+            "whose weights a plan does not run",
             *(f"  {name} {shape}" for name, shape in self._first_inputs().items()),
             "",
             *self._matmul_lines(),

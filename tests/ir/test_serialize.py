@@ -26,12 +26,13 @@ import panguq.kernels.quantize  # noqa: F401  (defines ops)
 from panguq.errors import StorageError
 from panguq.ir import opset
 from panguq.ir.edit import call, find_label, label, weights_of
+from panguq.ir.exported_graph import shape_of
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import annotate, meta_of, scheme_of
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from panguq.ir.serialize import from_dict, from_text, to_dict, to_text
 from panguq.ir.size_expression import evaluate, names_in
-from panguq.ir.trace import shape_of, trace_causal_lm, trace_module
+from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.ir.value_types import restore_types
 from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import PassContext

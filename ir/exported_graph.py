@@ -1,0 +1,246 @@
+"""A program of `torch.export` as a plain graph: the user's inputs, and the module's results.
+
+The exported program lists what the module wrote to beside what it returned, and hands weights over
+as inputs. Here only results remain outputs, and weights are read by `get_attr` under the names
+they have in the source model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, TensorArgument
+
+from panguq.errors import TraceError
+from panguq.ir.edit import finish, set_tensor
+from panguq.ir.interpret import ancestors
+from panguq.ir.node_meta import annotate
+
+WHAT_TO_DO = "docs/contributing/when-a-model-does-not-trace.md shows what to do about each cause"
+"""The hint of an error that is about the model's own code."""
+_UNBIND = torch.ops.aten.unbind.int
+_SIZE = torch.ops.aten.sym_size.int
+_STATE = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+
+
+def check_deterministic(exported: ExportedProgram, name: str) -> None:
+    """Raises TraceError, naming the module, for an op that draws random numbers."""
+    for node in exported.graph_module.graph.nodes:
+        if node.op == "call_function" and _draws(node):
+            path = _path_below(node)
+            raise TraceError(
+                f"{name} is random by itself: {path or 'its forward'} calls {node.target}",
+                "a compiled model gives one result for one input; switch the randomness off, "
+                "or compile the part of the model that has none",
+            )
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether this call reads the random generator, as dropout that is switched off does not."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    declared = target._schema.arguments
+    given = {a.name: a.default_value for a in declared if a.has_default_value()}
+    given.update(zip((a.name for a in declared), node.args, strict=False))
+    given.update(node.kwargs)
+    switches = [given[key] for key in ("train", "training") if key in given]
+    chances = [given[key] for key in ("p", "dropout_p") if key in given]
+    off = False in switches or None in switches or 0 in chances
+    return not off
+
+
+def results_of(exported: ExportedProgram, name: str) -> list[str]:
+    """The names of the nodes that hold what the module returned.
+
+    Raises TraceError for a result that is no tensor, and for one that an earlier call decides:
+    a graph has no state.
+    """
+    found: list[str] = []
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            continue
+        if not isinstance(spec.arg, TensorArgument):
+            value = getattr(spec.arg, "value", None)
+            what = repr(value) if spec.arg.name in ("", None) else "a size"
+            raise TraceError(
+                f"output {len(found)} of {name} is {what}, not a tensor",
+                "return tensors only; wrap the module in one that drops the rest",
+            )
+        found.append(spec.arg.name)
+    if not found:
+        raise TraceError(f"{name} returns nothing", "let its forward return its results")
+    _check_no_state(exported, name, found)
+    return found
+
+
+def _check_no_state(exported: ExportedProgram, name: str, results: list[str]) -> None:
+    read = _read_by(exported, results)
+    for buffer in _written(exported, *_STATE):
+        if buffer in read:
+            raise TraceError(
+                f"{name} has a state: its result reads {buffer}, which its forward writes to",
+                "a compiled graph gives the same result at every call; pass the state in and "
+                "return it, or let forward leave it alone",
+            )
+
+
+def writes_dropped(exported: ExportedProgram, results: list[str]) -> Iterator[str]:
+    """What the module writes to and the graph does not, as sentences for the user."""
+    for given in _written(exported, OutputKind.USER_INPUT_MUTATION):
+        yield f"forward writes to its input {given}; the compiled model leaves it as it is"
+    for buffer in _written(exported, *_STATE):
+        if buffer in _read_by(exported, _new_values(exported, buffer)):
+            yield (f"forward updates {buffer}, which no result reads; the compiled model does not")
+
+
+def _written(exported: ExportedProgram, *kinds: OutputKind) -> list[str]:
+    specs = exported.graph_signature.output_specs
+    return [str(spec.target) for spec in specs if spec.kind in kinds]
+
+
+def _new_values(exported: ExportedProgram, buffer: str) -> list[str]:
+    specs = exported.graph_signature.output_specs
+    return [str(spec.arg.name) for spec in specs if spec.target == buffer]
+
+
+def _read_by(exported: ExportedProgram, ends: list[str]) -> set[str]:
+    """The names of the parameters and buffers whose values these nodes follow from."""
+    nodes = {node.name: node for node in exported.graph_module.graph.nodes}
+    sources = _sources(exported)
+    needed = ancestors(nodes[name] for name in ends)
+    return {sources[node.name] for node in needed if node.name in sources}
+
+
+def _sources(exported: ExportedProgram) -> dict[str, str]:
+    signature = exported.graph_signature
+    return {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+
+
+def _path_below(node: fx.Node, strip: str = "") -> str:
+    """The path of the source module that an exported node came from; empty at the top."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.removeprefix(strip.rstrip(".")).lstrip(".")
+
+
+def unlift(
+    exported: ExportedProgram, results: list[str], strip: str, split: dict[str, str]
+) -> fx.GraphModule:
+    """The exported graph with weights as get_attr and each stack in `split` as its parts.
+
+    Raises TraceError for a module with an attribute that a graph has itself.
+    """
+    sources = _sources(exported)
+    tensors = {**exported.state_dict, **exported.constants}
+    root, graph = nn.Module(), fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    nodes = list(exported.graph_module.graph.nodes)
+    stacks = [n for n in nodes if n.op == "placeholder" and n.name in split]
+    unbinds = [u for stack in stacks for u in stack.users if u.target is _UNBIND]
+    items = {item: str(unbind.args[0]) for unbind in unbinds for item in unbind.users}
+    in_layer_order = sorted(items, key=lambda item: (item.args[1], items[item]))
+    for node in nodes:
+        if node.op == "placeholder" and node.name not in sources and node.name not in split:
+            mapping[node] = _placeholder(graph, node.name, node)
+    for item in in_layer_order:
+        mapping[item] = _placeholder(graph, f"past_{split[items[item]]}_{item.args[1]}", item)
+    for node in nodes:
+        if node.op == "placeholder" and node.name in sources:
+            if not node.users:
+                continue
+            name = sources[node.name].removeprefix(strip)
+            _check_free(name)
+            set_tensor(root, name, tensors[sources[node.name]].detach())
+            mapping[node] = graph.get_attr(name)
+            mapping[node].meta["val"] = node.meta["val"]
+            annotate(mapping[node], module_path=name.rpartition(".")[0])
+        elif node in mapping or node in stacks or node in unbinds:
+            continue
+        elif node.args and node.args[0] in stacks:  # a size of the stack is one of its parts'
+            part = mapping[in_layer_order[0]]
+            mapping[node] = graph.call_function(_SIZE, (part, int(node.args[1]) - 1))
+            mapping[node].meta = {"val": node.meta["val"]}
+        elif node.op == "output":
+            named = {n.name: n for n in node.args[0] if isinstance(n, fx.Node)}
+            graph.output(tuple(mapping[named[name]] for name in results))
+        elif node.op == "get_attr":  # a graph of its own, for torch.cond, autocast and their like
+            user = next(iter(node.users))
+            path = _path_below(user, strip)
+            raise TraceError(
+                f"cannot trace {f'module {path}' if path else 'the model'}: {user.target} runs a "
+                "part of it as a graph of its own, and panguq makes one graph of a model",
+                WHAT_TO_DO,
+            )
+        elif node.op == "call_function":
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = {"val": node.meta.get("val")}
+            annotate(mapping[node], module_path=_path_below(node, strip))
+    gm = fx.GraphModule(root, graph)
+    finish(gm)
+    return gm
+
+
+def _check_free(name: str) -> None:
+    first = name.split(".")[0]
+    if hasattr(fx.GraphModule, first) or first in ("graph", "meta", "training"):
+        raise TraceError(
+            f"{name}: an fx graph has an attribute {first!r} of its own",
+            f"rename the module's {first!r}",
+        )
+
+
+def _placeholder(graph: fx.Graph, name: str, source: fx.Node) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta["val"] = source.meta["val"]
+    return node
+
+
+_KNOWN_SIZES = {
+    ("input_ids", 0): "batch",
+    ("input_ids", 1): "seq",
+    ("logit_positions", 0): "kept",
+    ("past_key_0", 2): "past",
+}
+
+
+def name_symbols(gm: fx.GraphModule) -> dict[str, tuple[str | int, ...]]:
+    """Give each symbolic size a name, keep it in `gm.meta`, and return the inputs' shapes."""
+    names: dict[sympy.Symbol, str] = {}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    causal = any(p.target == "input_ids" for p in placeholders)
+    for p in placeholders:
+        for d, size in enumerate(p.meta["val"].shape):
+            expr = size.node.expr if isinstance(size, torch.SymInt) else None
+            if isinstance(expr, sympy.Symbol) and (not causal or (p.target, d) in _KNOWN_SIZES):
+                names.setdefault(expr, _KNOWN_SIZES.get((str(p.target), d), f"{p.target}_{d}"))
+    gm.meta["symbol_names"] = names
+    gm.meta["spelled_sizes"] = {}
+    return {str(p.target): shape_of(gm, p) for p in placeholders}
+
+
+def shape_of(gm: fx.GraphModule, node: fx.Node) -> tuple[str | int, ...]:
+    """The node's shape with symbols under their names: `("batch", "past + seq", 576)`."""
+    names = gm.meta.get("symbol_names", {})
+    spelled: dict[sympy.Expr, str] = gm.meta.setdefault("spelled_sizes", {})
+
+    def spell(size: int | torch.SymInt) -> str | int:
+        if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
+            return int(size)
+        expr = size.node.expr
+        if expr not in spelled:
+            named = {s: sympy.Symbol(names[s]) for s in expr.free_symbols if s in names}
+            spelled[expr] = str(expr.subs(named))
+        return spelled[expr]
+
+    return tuple(spell(s) for s in node.meta["val"].shape)

@@ -1,0 +1,164 @@
+"""What attention and rotary positions a graph can stand for, and up to which length.
+
+The graph's attention is plain causal attention with rotary frequencies that are the same at
+every length. A model that does something else from some length on is served up to there; one
+that never does it is refused before the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from panguq.errors import TraceError
+
+_PLAIN = ("full_attention", "attention", "dense", "sparse", "moe")
+_WINDOWS = ("sliding_window", "sliding_window_size")
+_OTHER_WINDOWS = ("keep_window_size", "attention_window_size", "local_attention_window_len")
+_LENGTH_WORDS = ("window", "chunk", "local")
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """The most tokens, past and new together, that a graph serves, and why no more."""
+
+    positions: int
+    reason: str
+
+
+def check_causal(model: Any, config: Any) -> None:
+    """Raises TraceError for a model whose attention is known not to be plain causal attention."""
+    name = type(model).__name__
+    told = []
+    for settings in {id(config): config, id(model.config): model.config}.values():
+        if getattr(settings, "is_causal", None) is False:
+            told.append("is_causal is False in its config")
+        both_ways = getattr(settings, "use_bidirectional_attention", None)
+        if both_ways in (True, "all"):
+            told.append(f"use_bidirectional_attention is {both_ways!r} in its config")
+    told += [
+        f"is_causal is False in {path}"
+        for path, module in _decoder(model).named_modules()
+        if getattr(module, "is_causal", None) is False
+    ]
+    if told:
+        raise TraceError(
+            f"the attention of {name} is not causal: {told[0]}",
+            "panguq computes each token from those before it; a bidirectional model is not served",
+        )
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The part that reads tokens: a vision tower beside it may attend in every direction."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return found if isinstance(found, nn.Module) else model
+
+
+def length_limits(model: nn.Module, config: Any) -> list[LengthLimit]:
+    """The lengths up to which windows and chunks hide nothing from plain causal attention.
+
+    Raises TraceError for layers that keep another state than keys and values.
+    """
+    types = list(getattr(config, "layer_types", None) or ())
+    found = list(_whole_model_windows(config, bool(types)))
+    for index, kind in enumerate(types):
+        if kind == "sliding_attention":
+            size = _first(config, _WINDOWS)
+            reason = "beyond its sliding window, attention hides tokens"
+        elif kind == "chunked_attention":
+            size = _first(config, ("attention_chunk_size",))
+            reason = "beyond its chunk, attention hides tokens"
+        elif kind in _PLAIN:
+            continue
+        else:
+            raise TraceError(
+                f"layer {index} of {type(model).__name__} is of type {kind!r}",
+                "panguq traces layers of full, sliding or chunked attention with a cache of "
+                "keys and values",
+            )
+        if size is None:
+            raise TraceError(
+                f"layer {index} of {type(model).__name__} is of type {kind!r}, and the config "
+                "gives it no size",
+                f"set {_WINDOWS[0] if 'sliding' in kind else 'attention_chunk_size'} in the config",
+            )
+        found.append(LengthLimit(size, reason))
+    return found
+
+
+def _whole_model_windows(config: Any, per_layer: bool) -> Iterator[LengthLimit]:
+    """Windows that no list of layer types hands out."""
+    keys = _OTHER_WINDOWS
+    if not per_layer and getattr(config, "use_sliding_window", True):
+        keys += _WINDOWS
+    size = _first(config, keys)
+    if size is not None:
+        yield LengthLimit(size, "beyond its sliding window, attention hides tokens")
+
+
+def _first(config: Any, keys: tuple[str, ...]) -> int | None:
+    sizes = [getattr(config, key, None) for key in keys]
+    return next((int(size) for size in sizes if size), None)
+
+
+def reset_rotary_frequencies(model: nn.Module) -> list[LengthLimit]:
+    """Give dynamic rotary embeddings the frequencies of short sequences, and say up to where.
+
+    transformers recomputes them on longer sequences and keeps those of the longest yet seen.
+    """
+    found = []
+    for module, layer, kind in _rotary_kinds(model):
+        if "dynamic" in kind:
+            prefix = f"{layer}_" if layer else ""
+            original = getattr(module, f"{prefix}original_inv_freq")
+            longest = int(module.original_max_seq_len)
+            module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", longest)
+            reason = "beyond, its dynamic rotary frequencies change with the length"
+            found.append(LengthLimit(longest, reason))
+    return found
+
+
+def keep_rotary_frequencies(skeleton: nn.Module) -> None:
+    """Let dynamic rotary embeddings never recompute: from a state, which a graph has not."""
+    for module, layer, kind in list(_rotary_kinds(skeleton)):
+        fixed = kind.replace("dynamic", "fixed")
+        module.rope_type = {**module.rope_type, layer: fixed} if layer else fixed
+
+
+def _rotary_kinds(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
+    """Every rotary embedding, the kind of layer it has frequencies for if it tells them apart,
+    and the kind of its frequencies."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in (kinds if isinstance(kinds, dict) else {"": kinds}).items():
+            if isinstance(kind, str):
+                yield module, layer, kind
+
+
+def changes_with_length(model: nn.Module) -> int | None:
+    """The largest length at which a rotary embedding of the model takes other frequencies."""
+    lengths = [0]
+    for module, layer, kind in _rotary_kinds(model):
+        if kind == "longrope":
+            rope = module.config.rope_parameters
+            lengths.append(
+                int((rope[layer] if layer else rope)["original_max_position_embeddings"])
+            )
+    return max(lengths) or None
+
+
+def window_like_sizes(config: Any) -> list[int]:
+    """The config's sizes by whose names a forward may branch on the length."""
+    found = []
+    stack = [config.get_text_config(decoder=True).to_dict()]
+    while stack:
+        for key, value in stack.pop().items():
+            if isinstance(value, dict):
+                stack.append(value)
+            elif isinstance(value, int) and any(word in str(key) for word in _LENGTH_WORDS):
+                found.append(value)
+    return found

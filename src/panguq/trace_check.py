@@ -1,0 +1,288 @@
+"""The traced graph against the model that it was traced from, on small random inputs.
+
+All other proofs compare one graph with another. This is the one that asks the model: it is called
+as its user calls it, so that it makes its own mask and its own positions, with no past, with
+padding, and with a past.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from panguq.errors import TraceError
+from panguq.inputs import prepare
+from panguq.ir import interpret
+from panguq.ir.edit import module_path
+from panguq.ir.interface import Interface
+from panguq.ir.length_limits import (
+    changes_with_length,
+    reset_rotary_frequencies,
+    window_like_sizes,
+)
+from panguq.kv_cache import cache_argument, cache_of
+
+TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Of the largest logit. bfloat16's is eight of its epsilons (2**-7 each, as much as reordered sums
+make in a deep model), float16's the same number of its own; float32 and float64 take 1e-4."""
+TOLERANCE = 1e-4
+BATCH, PADDING, TOKENS = 2, 3, 24
+SMALL_THRESHOLD = 128
+LARGE_BYTES = 4 << 30
+"""A model of more weights is run once instead of three times: each run reads all of them."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the model, and the same one of its graph. `real` `[batch, seq]` is False where
+    a token is padding, whose logits may be anything."""
+
+    what: str
+    given: Mapping[str, Any]
+    inputs: Mapping[str, Tensor]
+    real: Tensor | None = None
+
+    def eager(self, model: nn.Module) -> Any:
+        """What the model returns. The arguments are copied, since a call may write to them."""
+        with torch.no_grad():
+            return model(**copy.deepcopy(dict(self.given)))
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Whether the model can run: a skeleton's tensors are fake."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+
+
+def check_causal_lm(model: Any, gm: fx.GraphModule, interface: Interface) -> None:
+    """Raises TraceError, naming the first module that differs, unless the logits are the model's.
+
+    A prompt without a mask, one with left padding, and a step that follows it; where the rotary
+    frequencies depend on the length, positions at which they change, too.
+    """
+    eager = _copy(model)
+    tokens = _tokens(model, interface)
+    past = tokens // 2
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, interface.vocab_size or 2, (BATCH, tokens), generator=generator)
+    mask = torch.ones(BATCH, tokens, dtype=torch.long)
+    mask[1, : min(PADDING, past - 1)] = 0
+    with torch.random.fork_rng(devices=[]):
+        if _weight_bytes(model) <= LARGE_BYTES:
+            plain = _Call("a prompt", {"input_ids": ids}, prepare(interface, ids))
+            _compare_logits(plain, eager, gm)
+        given = {"input_ids": ids[:, :past], "attention_mask": mask[:, :past], "use_cache": True}
+        real = mask[:, :past].bool()
+        inputs = prepare(interface, ids[:, :past], mask[:, :past])
+        padded = _Call("a padded prompt", given, inputs, real)
+        output, grown = _compare_logits(padded, eager, gm)
+        if _weight_bytes(model) <= LARGE_BYTES:
+            given = {"input_ids": ids[:, past:], "attention_mask": mask, "use_cache": True}
+            given[cache_argument(model.forward)] = cache_of(output)
+            inputs = prepare(interface, ids[:, past:], mask, past=grown)
+            _compare_logits(_Call("tokens after a past", given, inputs), eager, gm)
+        change = changes_with_length(model)
+        if change is not None:
+            positions = torch.arange(change - past, change - past + tokens).expand(BATCH, tokens)
+            given = {"input_ids": ids, "position_ids": positions}
+            inputs = prepare(interface, ids, position_ids=positions)
+            _compare_logits(_Call(f"positions beyond {change}", given, inputs), eager, gm)
+
+
+def check_module(
+    model: nn.Module, gm: fx.GraphModule, interface: Interface, examples: Sequence[Tensor]
+) -> None:
+    """As `check_causal_lm`, for any module on its example inputs. It runs twice: no result may
+    follow from the call before."""
+    eager = _copy(model)
+    inputs = dict(zip(interface.inputs, (x.clone() for x in examples), strict=True))
+    name = type(model).__name__
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            calls = [tree_leaves(eager(*(x.clone() for x in examples))) for _ in range(2)]
+        except Exception as error:
+            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+            raise TraceError(
+                f"{name} itself fails on the example inputs: {_first_line(error)}",
+                f"its weights are {', '.join(dtypes)}, after a cast for the target or dtype=; "
+                "give example inputs that it takes",
+            ) from error
+    actual = interpret.run(gm, inputs)
+    for results in calls:
+        worst = max((_difference(x, y) for x, y in zip(results, actual, strict=True)), default=0.0)
+        if worst <= _tolerance(model):
+            continue
+        if any(_difference(x, y) > 0 for x, y in zip(*calls, strict=True)):
+            raise _not_deterministic(name)
+        positional = _Positional(eager)
+        call = _Call("the example inputs", {"inputs": list(examples)}, inputs)
+        raise _differs(call, positional, gm, worst, name)
+
+
+class _Positional(nn.Module):
+    """A module whose inputs come as one list, so that every call has named arguments."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: list[Tensor]) -> Any:
+        return self.model(*inputs)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, with buffers of its own: a forward may write to them."""
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    reset_rotary_frequencies(copied)
+    return copied
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def _tokens(model: Any, interface: Interface) -> int:
+    """Long enough to cross the small thresholds in the config, at which a forward may branch."""
+    crossed = [size + 8 for size in window_like_sizes(model.config) if size <= SMALL_THRESHOLD]
+    names = ("max_position_embeddings", "max_seq_len")
+    ends = [interface.max_positions, *(getattr(model.config, name, None) for name in names)]
+    return min([max([TOKENS, *crossed]), *(int(end) for end in ends if end)])
+
+
+def _tolerance(model: nn.Module) -> float:
+    return max((TOLERANCES.get(p.dtype, TOLERANCE) for p in model.parameters()), default=TOLERANCE)
+
+
+def _compare_logits(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> tuple[Any, list[Tensor]]:
+    """What the model returned, and the cache that the graph did."""
+    name = type(eager).__name__
+    try:
+        output = call.eager(eager)
+    except Exception as error:
+        raise TraceError(
+            f"{name} itself fails on {call.what}: {_first_line(error)}",
+            "compile a model that runs; panguq compares its graph with it",
+        ) from error
+    logits, *grown = interpret.run(gm, call.inputs)
+    worst = _difference(_real(output.logits, call), _real(logits, call))
+    if worst > _tolerance(eager):
+        again = call.eager(eager)
+        if _difference(_real(output.logits, call), _real(again.logits, call)) > 0:
+            raise _not_deterministic(name)
+        raise _differs(call, eager, gm, worst, name)
+    return output, grown
+
+
+def _real(value: Tensor, call: _Call) -> Tensor:
+    """The value at real tokens, if it has one for each token."""
+    if call.real is None or value.shape[:2] != call.real.shape:
+        return value
+    return value[call.real]
+
+
+def _difference(expected: Any, actual: Any) -> float:
+    """The largest difference, of the largest expected value; of whole numbers, the share that
+    differs. Infinities must be the same. Where the model itself yields NaN, there is nothing to
+    compare."""
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return math.inf
+    if expected.shape != actual.shape:
+        return math.inf
+    if not expected.is_floating_point() and not expected.is_complex():
+        return float((expected != actual).double().mean()) if expected.numel() else 0.0
+    finite = expected.isfinite()
+    if bool(expected.isnan().any()):
+        return 0.0
+    if not torch.equal(expected[~finite], actual[~finite]):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.0
+    scale = expected[finite].abs().max().item() or 1.0
+    worst = (expected[finite] - actual[finite]).abs().max().item() / scale
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _not_deterministic(name: str) -> TraceError:
+    return TraceError(
+        f"{name} gives two results for one input: it is random, or keeps a state between calls",
+        "a compiled graph gives the same result at every call; switch that off, or pass the state "
+        "in and return it",
+    )
+
+
+def _differs(
+    call: _Call, eager: nn.Module, gm: fx.GraphModule, worst: float, name: str
+) -> TraceError:
+    first = _first_module(call, eager, gm)
+    return TraceError(
+        f"the graph of {name} does not compute what {name} does: on {call.what} it differs by "
+        f"{worst:.2g} of the largest value; the first module that differs is "
+        f"{first or 'its own forward'}",
+        "the module may read its mask, its cache or its inputs in a way that a trace does not "
+        "show; panguq does not serve it",
+    )
+
+
+def _first_module(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> str | None:
+    """The first module, in the order in which they finish, none of whose values is its output."""
+    computed: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            path = module_path(node)
+            while path:
+                computed.setdefault(path, []).append(node)
+                path = path.rpartition(".")[0]
+    outputs = _module_outputs(call, eager)
+    wanted = {node for path, _, _ in outputs for node in computed.get(path, ())}
+    values = interpret.values(gm, call.inputs, wanted)
+    tolerance = _tolerance(eager)
+    for path, kind, output in outputs:
+        expected = _real(output, call)
+        candidates = [values[node] for node in computed.get(path, ())]
+        alike = (_difference(*_same_rank(expected, _real(x, call))) for x in candidates)
+        if candidates and not any(difference <= tolerance for difference in alike):
+            return f"{path} ({kind})"
+    return None
+
+
+def _same_rank(expected: Tensor, actual: Any) -> tuple[Tensor, Any]:
+    """Both, each expanded to the other's sizes where it has 1: the model may share over the batch
+    what the graph computes for each row."""
+    try:
+        return tuple(torch.broadcast_tensors(expected, actual))
+    except RuntimeError:
+        return expected, actual
+
+
+def _module_outputs(call: _Call, eager: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """Path, class and first tensor of every module's output, in the order in which they finish."""
+    outputs: list[tuple[str, str, Tensor]] = []
+    hooks = []
+    root = eager.model if isinstance(eager, _Positional) else eager
+    for path, module in root.named_modules():
+
+        def keep(module: nn.Module, _: Any, output: Any, path: str = path) -> None:
+            first = next((x for x in tree_leaves(output) if isinstance(x, Tensor)), None)
+            if path and first is not None:
+                outputs.append((path, type(module).__name__, first.clone()))
+
+        hooks.append(module.register_forward_hook(keep))
+    try:
+        call.eager(eager)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"

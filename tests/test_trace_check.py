@@ -1,0 +1,289 @@
+"""A compile asks the model itself: what its graph does not compute is refused by name."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+import panguq
+from panguq.compiler import trace
+from panguq.errors import InputError, TraceError
+from panguq.ir.edit import get_tensor, set_tensor
+from panguq.trace_check import check_causal_lm, check_module
+from tests.models import GROUPED, make_model, shared_model, token_ids, traced
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(8, 8)
+
+
+# --- writes -------------------------------------------------------------------------------------
+
+
+class Counts(Base):
+    """Writes to a buffer that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x)
+
+
+class Scratch(Counts):
+    """Overwrites a buffer before it reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.copy_(x.sum())
+        return self.inner(x) + self.calls
+
+
+class Accumulates(Counts):
+    """Every call sees what the calls before left."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x) * self.calls
+
+
+class WritesInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"), [(Counts, "updates calls"), (Scratch, None), (WritesInput, "its input x")]
+)
+def test_a_write_does_not_change_which_tensor_comes_back(module, said) -> None:
+    model = module().eval()
+    compiled = panguq.compile(model, "float", example_inputs=(X.clone(),))
+    expected, given = module().eval()(X.clone()), X.clone()
+    assert torch.allclose(compiled(given), expected, atol=1e-6)
+    assert torch.equal(given, X)
+    assert not hasattr(model, "calls") or model.calls == 0  # the caller's model is unchanged
+    warnings = " ".join(compiled.report.warnings)
+    assert said in warnings if said else not warnings
+
+
+def test_a_state_between_calls_is_refused_by_name() -> None:
+    with pytest.raises(TraceError, match="Accumulates has a state: its result reads calls"):
+        panguq.compile(Accumulates().eval(), "float", example_inputs=(X,))
+
+
+# --- randomness ---------------------------------------------------------------------------------
+
+
+class AlwaysDrops(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(self.inner(x), 0.5)
+
+
+class Noise(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + torch.rand_like(x)
+
+
+class Holder(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x) + 1
+
+
+@pytest.mark.parametrize(("module", "op"), [(AlwaysDrops, "dropout"), (Noise, "rand_like")])
+def test_a_random_module_is_refused_by_name(module, op) -> None:
+    with pytest.raises(TraceError, match=rf"Holder is random by itself: part calls aten.{op}"):
+        panguq.compile(Holder(module()).eval(), "float", example_inputs=(X,))
+
+
+def test_dropout_that_is_off_is_not_random() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    compiled = panguq.compile(model.train(), "float", example_inputs=(X,))
+    assert torch.allclose(compiled(X), model.eval()(X), atol=1e-6)
+
+
+class RandomInPython(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * random.random()
+
+
+class StateInPython(Base):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x) * self.calls
+
+
+@pytest.mark.parametrize("module", [RandomInPython, StateInPython])
+def test_what_no_op_shows_is_found_by_running_twice(module) -> None:
+    with pytest.raises(TraceError, match=f"{module.__name__} gives two results for one input"):
+        panguq.compile(module().eval(), "float", example_inputs=(X,))
+
+
+# --- what is no tensor --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("extra", "said"), [(None, "None"), (3, "3"), ("size", "a size")])
+def test_a_result_that_is_no_tensor_is_refused(extra, said) -> None:
+    class Extra(Base):
+        def forward(self, x: Tensor):
+            return self.inner(x), x.shape[0] if extra == "size" else extra
+
+    with pytest.raises(TraceError, match=f"output 1 of Extra is {said}, not a tensor"):
+        panguq.compile(Extra().eval(), "float", example_inputs=(X,))
+
+
+def test_an_attribute_that_a_graph_has_itself_is_refused() -> None:
+    model = nn.Module()
+    model.graph = nn.Linear(8, 8)
+    model.forward = model.graph.forward  # type: ignore[method-assign]
+    with pytest.raises(TraceError, match="an attribute 'graph' of its own"):
+        panguq.compile(model.eval(), "float", example_inputs=(X,))
+
+
+def test_examples_that_the_module_does_not_take_are_refused() -> None:
+    with pytest.raises(TraceError, match="itself fails on the example inputs"):
+        panguq.compile(Base().inner, "float", example_inputs=(X,), dtype=torch.bfloat16)
+
+
+# --- the comparison with the model --------------------------------------------------------------
+
+
+def shift(gm, name: str) -> None:
+    set_tensor(gm, name, get_tensor(gm, name) * 1.01)
+
+
+def test_a_graph_of_other_values_names_the_first_module() -> None:
+    gm, interface = traced("llama")
+    check_causal_lm(shared_model("llama"), gm, interface)
+    shift(gm, "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(TraceError, match=r"is model\.layers\.1\.mlp\.up_proj \(Linear\)"):
+        check_causal_lm(shared_model("llama"), gm, interface)
+
+
+def test_a_module_of_other_values_is_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    gm, interface = trace(model, (X,), None)
+    check_module(model, gm, interface, (X,))
+    shift(gm, "1.weight")
+    with pytest.raises(TraceError, match=r"on the example inputs .* is 1 \(Linear\)"):
+        check_module(model, gm, interface, (X,))
+
+
+def test_a_mask_that_is_read_the_other_way_is_found() -> None:
+    """MPT hides where others attend, so the mask of the trace means the opposite to it."""
+    config = transformers.MptConfig(
+        d_model=64, n_heads=4, n_layers=2, vocab_size=96, max_seq_len=64
+    )
+    torch.manual_seed(0)
+    with pytest.raises(TraceError, match=r"first module that differs is transformer\.blocks\.0"):
+        panguq.compile(transformers.MptForCausalLM(config).eval(), "float")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_graph_of_a_narrow_model_is_its_own(dtype) -> None:
+    model = make_model("llama").to(dtype)
+    gm, _ = trace(model, None, dtype)
+    assert get_tensor(gm, "lm_head.weight").dtype == dtype
+
+
+# --- attention that is not plain causal ---------------------------------------------------------
+
+
+def build(kind: str, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**GROUPED, **settings})
+    name = kind.removesuffix("Text") + "ForCausalLM"
+    return getattr(transformers, name)(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("Llama", {"is_causal": False}, "is_causal is False in its config"),
+        ("Gemma3Text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_bidirectional_attention_is_refused(kind, settings, said) -> None:
+    with pytest.raises(TraceError, match=f"{kind[:4]}.* is not causal: {said}"):
+        panguq.compile(build(kind, **settings), "float")
+
+
+def test_a_module_that_attends_both_ways_is_refused() -> None:
+    model = make_model("llama")
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(TraceError, match=r"is_causal is False in layers\.1\.self_attn"):
+        panguq.compile(model, "float")
+
+
+def test_attention_without_sdpa_is_refused() -> None:
+    with pytest.raises(TraceError, match="Gemma2ForCausalLM has no attention through"):
+        panguq.compile(build("Gemma2", head_dim=16, layer_types=["full_attention"] * 2), "float")
+
+
+def test_layers_with_another_state_are_refused() -> None:
+    config = dict(layer_types=["conv", "full_attention"], full_attn_idxs=[1])
+    with pytest.raises(TraceError, match="layer 0 of Lfm2ForCausalLM is of type 'conv'"):
+        panguq.compile(build("Lfm2", **config), "float")
+
+
+def equal_to_eager(model, compiled, tokens: int) -> None:
+    ids = token_ids(1, tokens)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert (compiled(ids).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_window_limits_the_length_only_where_a_layer_has_it() -> None:
+    settings = dict(use_sliding_window=True, sliding_window=8)
+    windowed = build("Qwen2", **settings, max_window_layers=1)
+    compiled = panguq.compile(windowed, "float")
+    equal_to_eager(windowed, compiled, 8)
+    with pytest.raises(InputError, match=r"8 positions \(beyond its sliding window"):
+        compiled(token_ids(1, 9))
+    plain = build("Qwen2", **settings, max_window_layers=2)
+    equal_to_eager(plain, panguq.compile(plain, "float"), 20)
+
+
+# --- rotary frequencies that depend on the length -----------------------------------------------
+
+
+def test_dynamic_frequencies_are_served_up_to_where_they_change() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = build("Llama", max_position_embeddings=32, rope_parameters=rope)
+    with torch.no_grad():
+        model(token_ids(1, 48))  # now the model holds the frequencies of 48 tokens
+    compiled = panguq.compile(model, "float")
+    equal_to_eager(model, compiled, 31)
+    equal_to_eager(build("Llama", max_position_embeddings=32, rope_parameters=rope), compiled, 32)
+    with pytest.raises(InputError, match=r"32 positions \(beyond, its dynamic rotary"):
+        compiled(token_ids(1, 33))
+
+
+def test_frequencies_of_two_lengths_are_right_at_both() -> None:
+    """LongRoPE: one set up to the first length, another beyond."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 32, "short_factor": [1.0] * 8,
+        "long_factor": [float(i) for i in range(1, 9)],
+    }  # fmt: skip
+    model = build("Llama", max_position_embeddings=128, rope_parameters=rope)
+    compiled = panguq.compile(model, "float")
+    for tokens in (8, 32, 33, 64, 20):
+        equal_to_eager(model, compiled, tokens)
