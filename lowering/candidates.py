@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 FLOAT_OP = "linear"
+_MIXED = "the weight's groups have several widths"
 
 
 def candidates(
@@ -81,7 +82,9 @@ def ascend_candidates(
     except ValueError as error:
         found = [Candidate("none", str(error))]
     else:
-        if weight.bits not in (4, 8):
+        if problem.mixed:
+            found = [Candidate("none", _MIXED)]
+        elif weight.bits not in (4, 8):
             found = [Candidate("none", f"no NPU kernel reads {weight.bits}-bit weights")]
         elif activation is not None:
             storage: Storage = "int8" if weight.bits == 8 else "int4"
@@ -159,7 +162,7 @@ def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
     if activation is not None:
         return [Candidate("dequantized_linear")]  # of the dequantized activations
     rounds = "it multiplies in bfloat16, the recipe asks for float32"
-    rounded = rounds if problem.precision == "float32" else None
+    rounded = rounds if problem.precision == "float32" else _MIXED if problem.mixed else None
     fallback = Candidate("dequantized_linear")
     if weight.bits == 8:
         grouped = None if weight.granularity == "per_channel" else "weights must be per channel"

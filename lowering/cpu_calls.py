@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from panguq.ir.edit import call
+from panguq.errors import LoweringError
+from panguq.ir.edit import call, label, op_name
 from panguq.kernels import binary
 from panguq.kernels.cpu import (  # noqa: F401  (registers torch.ops.panguq_cpu.*)
     binary_linear,
@@ -52,6 +53,11 @@ def _int8_weight(node: fx.Node, choice: Choice) -> fx.Node:
 
 def _int4(node: fx.Node, choice: Choice) -> fx.Node:
     unpacked, scale, zero_point, group_size, _ = node.args[1].args
+    if unpacked.target is not panguq.unpack_int4.default:
+        raise LoweringError(
+            f"{label(node)}: its codes come from {op_name(unpacked)}, which int4_linear cannot read",
+            "this is a defect of the choice of kernels; please report it",
+        )
     packed = unpacked.args[0]
     weight = call(
         node, cpu.int4_kernel_weight.default, (packed,), origin=node, suffix=".kernel_weight"

@@ -8,6 +8,7 @@ from torch import fx
 
 from panguq.ir.quant_spec import Scheme
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.kernels.mixed_packing import unpack_mixed_codes
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
 
 PART_MULTIPLE = 64
@@ -32,4 +33,11 @@ def matmul_problem(
         part = output_parts(node)[0]
         n = n if part.start is None else part.stop - part.start
     dtype = cast(Dtype, str(node.args[0].meta["val"].dtype).removeprefix("torch."))
-    return MatmulProblem(None, n, k, scheme, precision, dtype)
+    return MatmulProblem(None, n, k, scheme, precision, dtype, mixed=_has_mixed_codes(node))
+
+
+def _has_mixed_codes(node: fx.Node) -> bool:
+    """Whether the weight's codes are stored group by group, each in a width of its own."""
+    weight = node.args[1]
+    sources = weight.all_input_nodes if isinstance(weight, fx.Node) else []
+    return any(source.target is unpack_mixed_codes for source in sources)

@@ -22,7 +22,8 @@ class MatmulProblem:
     `precision` is the least that weight-only matmuls of a float32 model may multiply in on a CPU.
     `dtype` is the model's and `weight_format` that of stored integer weights, for Ascend targets:
     ND is `[k, n]` row by row, NZ the cube's own order of blocks (npu_format_cast). `own_kernels`
-    says whether panguq's own kernels may do it.
+    says whether panguq's own kernels may do it. `mixed` says that groups of the weight have other
+    widths than the scheme's, so that the bytes are no plain codes.
     """
 
     m: int | None
@@ -33,6 +34,7 @@ class MatmulProblem:
     dtype: Dtype = "bfloat16"
     weight_format: WeightFormat = "ND"
     own_kernels: bool = True
+    mixed: bool = False
 
     @property
     def group_size(self) -> int:

@@ -97,7 +97,13 @@ class SlimLlm(SolveWeights):
     def store(
         self, gm: fx.GraphModule, store: WeightStore, node: fx.Node, solution: Solution
     ) -> None:
-        """`unpack_mixed_codes(packed, bits)` in place of the codes that `node` computes."""
+        """`unpack_mixed_codes(packed, bits)` in place of the codes that `node` computes.
+
+        Where all groups kept 4 bits, the codes are stored as 4-bit kernels read them.
+        """
+        if bool((solution.shared["bits"] == 4).all()):
+            super().store(gm, store, node, solution)
+            return
         weight, scale_node, zero_node, group_size = node.args[:4]
         assert isinstance(weight, fx.Node) and isinstance(scale_node, fx.Node)
         assert isinstance(group_size, int)

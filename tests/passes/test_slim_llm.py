@@ -233,10 +233,10 @@ def test_options_out_of_range_are_refused():
 
 
 class One(nn.Module):
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, n: int = 10) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.fc = nn.Linear(k, 10)
+        self.fc = nn.Linear(k, n)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x)
@@ -272,6 +272,25 @@ def test_groups_of_several_widths_are_stored_and_read():
     x = torch.randn(5, 256)
     expected = x @ weight.flatten(1).T + stored["fc.bias"]
     assert torch.allclose(run(gm, {"x": x})[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [6.0, 1.0])
+def test_widths_around_four_bits_are_not_read_as_plain_nibbles(spread):
+    """As many bytes as 4-bit codes have; a kernel that takes them for such multiplies other codes."""
+    gain = torch.ones(128)
+    gain[:32], gain[-32:] = spread, 1 / spread
+    inputs = random_inputs(128, 120, 0, gain)
+    recipe = {
+        "schemes": {"*": "W4A16-g32"},
+        "passes": ["insert-fake-quant", {"slim-llm": {"least_gain_db": 0.0}}],
+    }
+    compiled = panguq.compile(One(128, 32), recipe, example_inputs=inputs[:1], calibration=inputs)
+    bits = weights_of(compiled.stages["fake-quant"]).get("fc.weight_bits")
+    assert (set(bits.tolist()) == {3, 4, 5}) if spread > 1 else bits is None
+    kernel = "dequantized_linear" if spread > 1 else "int4_linear"
+    assert compiled.report.matmuls[0].kernel == f"panguq_cpu.{kernel}"
+    fake = compiled.at_stage("fake-quant")(inputs[0])
+    assert (compiled(inputs[0]) - fake).norm() < 0.02 * fake.norm()
 
 
 def test_k_that_no_group_divides_stays_float():
