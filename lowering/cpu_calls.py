@@ -55,7 +55,7 @@ def _int4(node: fx.Node, choice: Choice) -> fx.Node:
     unpacked, scale, zero_point, group_size, _ = node.args[1].args
     if unpacked.target is not panguq.unpack_int4.default:
         raise LoweringError(
-            f"{label(node)}: its codes come from {op_name(unpacked)}, which int4_linear cannot read",
+            f"{label(node)}: int4_linear cannot read what {op_name(unpacked)} does",
             "this is a defect of the choice of kernels; please report it",
         )
     packed = unpacked.args[0]

@@ -77,7 +77,7 @@ class LowerMatmuls(Pass):
             scheme = meta_of(node).scheme
             if scheme is None or scheme.is_float:
                 continue
-            choice = choices.choose(node)
+            choice = _choice(choices, node)
             if choice.kernel == "dequantized_linear":
                 others = "; ".join(f"{kernel}: {why}" for kernel, why in choice.losers)
                 result.skip(node, f"no integer kernel: {others or scheme.name}")
@@ -133,10 +133,14 @@ def check_lowerable(gm: fx.GraphModule, target: Target, precision: Precision) ->
     for node in linears(gm):
         scheme = meta_of(node).scheme
         if scheme is not None and not scheme.is_float:
-            try:
-                choices.choose(node)
-            except LoweringError as error:
-                raise LoweringError(f"{label(node)}: {error.message}", error.hint) from None
+            _choice(choices, node)
+
+
+def _choice(choices: Choices, node: fx.Node) -> Choice:
+    try:
+        return choices.choose(node)
+    except LoweringError as error:
+        raise LoweringError(f"{label(node)}: {error.message}", error.hint) from None
 
 
 def _row(node: fx.Node, choice: Choice) -> tuple[object, ...]:

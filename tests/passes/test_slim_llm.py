@@ -276,7 +276,7 @@ def test_groups_of_several_widths_are_stored_and_read():
 
 @pytest.mark.parametrize("spread", [6.0, 1.0])
 def test_widths_around_four_bits_are_not_read_as_plain_nibbles(spread):
-    """As many bytes as 4-bit codes have; a kernel that takes them for such multiplies other codes."""
+    """They have as many bytes as 4-bit codes; a kernel for those would multiply other codes."""
     gain = torch.ones(128)
     gain[:32], gain[-32:] = spread, 1 / spread
     inputs = random_inputs(128, 120, 0, gain)
