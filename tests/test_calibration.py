@@ -93,7 +93,7 @@ def test_texts_with_a_tokenizer() -> None:
 
 def test_one_long_text_is_cut_into_windows() -> None:
     batches = batches_of("x" * 3000, Characters())
-    assert [b["input_ids"].shape for b in batches] == [(1, 512)] * 5
+    assert [b["input_ids"].shape for b in batches] == [(1, 512)] * 5 + [(1, 446)]
     assert all(int(b["input_ids"][0, 0]) == 1 for b in batches)
 
 
@@ -126,18 +126,21 @@ def test_a_text_that_says_nothing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "empty or too short: 0 tokens in 0 sequences"),
-        (torch.zeros(0, 5, dtype=torch.long), "input_ids have shape|empty or too short"),
-        ([[1, 2, 3], [4, 5]], "empty or too short: 5 tokens in 2 sequences"),
-        ([[]], "input_ids"),
+        ([], "the calibration data is empty: no tokens\n"),
+        (torch.zeros(0, 5, dtype=torch.long), "the calibration data is empty"),
+        ([[], [], torch.zeros(2, 0)], "empty: no tokens, 4 empty rows skipped"),
         (7, "calibration data is a int"),
         (None, "calibration data is a NoneType"),
-        ([3.5], "input_ids are torch.float32"),
+        ([3.5], "calibration item 0 is a float, not text or token ids"),
+        ([[3, 4], [3.5, 2]], "calibration item 1 is a list of numbers that are no ids"),
         ([object()], "calibration item 0 is a object, not text or token ids"),
-        ([[1, 2], ["a", "b"]], "calibration item 1 is a list"),
-        ([{"ids": [1, 2]}], r"calibration batch 0 has no input_ids: \['ids'\]"),
-        (torch.rand(2, 9), "input_ids are torch.float32"),
-        (torch.full((2, 9), VOCAB), "another model's tokenizer"),
+        ([[1, 2], ["a", "b"]], "calibration item 1, row 0: calibration texts need a tokenizer"),
+        ([{"ids": [1, 2]}], "calibration item 0 has no input_ids, text or messages, but ids"),
+        (torch.rand(2, 9), "calibration item 0: token ids are torch.float32"),
+        (torch.ones(2, 9) > 0, "calibration item 0: token ids are torch.bool"),
+        (torch.ones(2, 2, 9).long(), r"calibration item 0: token ids have shape \[1, 2, 9\]"),
+        (torch.full((2, 9), VOCAB), "calibration item 0: .*\n.*another model's tokenizer"),
+        ([IDS, [4, -1]], r"calibration item 1: token ids lie in \[-1, 4\]"),
         ([{"input_ids": IDS, "attention_mask": torch.ones(3, 11)}], "attention_mask has shape"),
         (["a text without its tokenizer"], "calibration texts need a tokenizer"),
         ("a text without its tokenizer", "calibration texts need a tokenizer"),

@@ -171,7 +171,7 @@ def test_compiling_twice_gives_the_same_bits(caplog) -> None:
     assert torch.equal(first(ids).logits, second(ids).logits)
     said = [r.message for r in caplog.records if r.name == "panguq"]
     assert "sampled from the model itself" in said[0] and "seed 0" in said[0]
-    assert "sampled from the model itself" in first.report.calibration
+    assert first.report.calibration.source == "sampled from the model itself"
 
 
 def test_another_seed_gives_other_data() -> None:
@@ -182,7 +182,9 @@ def test_another_seed_gives_other_data() -> None:
 
 def test_given_data_is_said(caplog) -> None:
     model = panguq.compile(make_model("llama"), "w8a8", calibration=token_ids(3, 16))
-    assert model.report.calibration == "given by the caller: 3 sequences, 48 tokens"
+    used = model.report.calibration
+    assert str(used) == "given by the caller: 3 sequences, 48 tokens"
+    assert (used.source, used.sequences, used.tokens) == ("given by the caller", 3, 48)
     assert not [r for r in caplog.records if "sampled" in r.message]
 
 
@@ -192,8 +194,8 @@ def test_own_text_beside_given_data(tmp_path) -> None:
     one = panguq.compile(
         make_model("llama"), "w8a8", calibration=given, sampled=2, work_dir=tmp_path / "work"
     )
-    said = "given by the caller: 2 sequences, 40 tokens; sampled from the model itself: 2 sequences"
-    assert one.report.calibration == f"{said} of 24 tokens"
+    said = "given by the caller: 4 sequences, 88 tokens (2 of them sampled from the model itself)"
+    assert str(one.report.calibration) == said
     assert key_of(tmp_path / "work")["sampled sequences"] == "2"
     other = panguq.compile(make_model("llama"), "w8a8", calibration=given)
     assert not torch.equal(one(token_ids(1, 20)).logits, other(token_ids(1, 20)).logits)
@@ -205,7 +207,7 @@ def key_of(work_dir: Path) -> dict[str, str]:
 
 def test_no_text_is_written_where_none_is_needed() -> None:
     model = panguq.compile(make_model("llama"), "float", calibration=token_ids(1, 16), sampled=2)
-    assert "sampled" not in model.report.calibration
+    assert model.report.calibration.sampled_sequences == 0
 
 
 def test_who_writes_no_text() -> None:
@@ -260,7 +262,7 @@ def test_any_module_with_example_inputs(preset) -> None:
 
 def test_example_inputs_serve_where_no_calibration_data_is_given(caplog) -> None:
     compiled = panguq.compile(hand_written(), "w8a8", example_inputs=(token_ids(2, 16),))
-    assert compiled.report.calibration == "the example inputs"
+    assert str(compiled.report.calibration) == "the example inputs"
     assert "example inputs" in caplog.text
     assert compiled(token_ids(3, 9)).shape[:2] == (3, 9)
 
@@ -326,7 +328,7 @@ def test_the_report_has_every_pass_and_matmul() -> None:
         ({"recipe": "w8a9"}, RecipeError, "did you mean w8a"),
         ({"recipe": "w8a8", "target": "cpuu"}, LoweringError, "did you mean cpu"),
         ({"recipe": {"schemes": {"*": "FLOAT", "*.q_prj": "FLOAT"}}}, RecipeError, "matches no"),
-        ({"recipe": "w8a8", "calibration": []}, InputError, "empty or too short"),
+        ({"recipe": "w8a8", "calibration": []}, InputError, "the calibration data is empty"),
         ({"recipe": "w8a8", "calibration": ["text"]}, InputError, "need a tokenizer"),
         ({"recipe": "w8a8", "calibration": torch.full((2, 16), VOCAB)}, InputError, "vocabulary"),
         ({"recipe": {"schemes": {"*": "W8A8"}, "passes": ["insert-fake-quant"]}}, RecipeError,
@@ -408,7 +410,7 @@ def test_padding_is_not_observed() -> None:
     compiled = panguq.compile(
         make_model("llama"), "w8a8", calibration=[{"input_ids": ids, "attention_mask": mask}]
     )
-    assert compiled.report.calibration == "given by the caller: 2 sequences, 10 tokens"
+    assert str(compiled.report.calibration) == "given by the caller: 2 sequences, 10 tokens"
 
 
 def test_scaled_logits_are_logits_too() -> None:

@@ -1,150 +1,64 @@
-"""Calibration data: texts, token ids or batches from the user, or sampled from the model."""
+"""The graph's inputs for calibration, from the user's data or sampled from the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import InputError
+from panguq.calibration_data import WINDOW, WINDOWS, read_calibration
+from panguq.calibration_modules import module_batches
+from panguq.calibration_rows import Ids
+from panguq.calibration_tokens import bos_prefix, token_windows
+from panguq.errors import InputError, NumericsError
 from panguq.inputs import empty_past, prepare, takes_empty_mask
 from panguq.ir import interpret
 from panguq.ir.interface import Interface
 
-WINDOWS, WINDOW = 16, 512
 SAMPLED_SEQUENCES, SAMPLED_TOKENS = 8, 256
-SHORTEST = 8
 
 Batches = list[dict[str, Tensor]]
 
-
-def token_windows(text: str, tokenizer: Any, window: int, windows: int) -> Tensor:
-    """The first `windows` non-overlapping windows of a text's tokens, `[windows, window]`.
-
-    A tokenizer that puts BOS first does so in every window. Raises InputError if the text is
-    too short for one window of at least 8 tokens.
-    """
-    if window < SHORTEST or windows < 1:
-        raise InputError(
-            f"{windows} windows of {window} tokens say nothing",
-            f"take at least one window of at least {SHORTEST} tokens",
-        )
-    limit = window * windows * 12  # characters: more than enough, and a bound on the work
-    ids = tokenizer(text[:limit], add_special_tokens=False).input_ids
-    bos = bos_prefix(tokenizer)
-    body = window - len(bos)
-    count = min(windows, len(ids) // body)
-    if count == 0:
-        if len(ids) < SHORTEST:
-            raise InputError(
-                f"the text has {len(ids)} tokens; {SHORTEST} are the least that says anything",
-                "give a longer text",
-            )
-        return torch.tensor([[*bos, *ids]])
-    rows = [[*bos, *ids[i * body : (i + 1) * body]] for i in range(count)]
-    return torch.tensor(rows)
-
-
-def bos_prefix(tokenizer: Any) -> list[int]:
-    """[BOS] if this tokenizer's habit is to start with it, else []."""
-    start = tokenizer("a").input_ids[:1]
-    return start if tokenizer.bos_token_id is not None and start == [tokenizer.bos_token_id] else []
+__all__ = [
+    "SAMPLED_SEQUENCES",
+    "SAMPLED_TOKENS",
+    "WINDOW",
+    "WINDOWS",
+    "Batches",
+    "bos_prefix",
+    "causal_lm_batches",
+    "module_batches",
+    "probe_of",
+    "sample_sequences",
+    "token_windows",
+]
 
 
 def causal_lm_batches(
     data: Any, interface: Interface, tokenizer: Any = None, empty_mask: bool = True
 ) -> Batches:
-    """Graph inputs for every sequence in `data`.
+    """Graph inputs for every sequence in `data`, which `read_calibration` reads.
 
-    `data` may be a text, an iterable of texts (with a `tokenizer`), a tensor of token ids
-    `[sequences, seq]`, or an iterable of such tensors, of lists of ids, or of mappings with
-    `input_ids` and perhaps `attention_mask`. Raises InputError for anything else, and where
-    nothing usable is left.
+    Raises InputError, naming the item, for what is no calibration data, and for token ids that the
+    model does not have or more of them than it has positions.
     """
-    if isinstance(data, str):
-        return causal_lm_batches(
-            token_windows(data, _needed(tokenizer), WINDOW, WINDOWS), interface, None, empty_mask
-        )
-    if isinstance(data, Tensor):
-        data = [data] if data.dim() < 2 else list(data.split(1))
-    if isinstance(data, Mapping):
-        data = [data]
-    if not isinstance(data, Iterable):
-        raise InputError(
-            f"calibration data is a {type(data).__name__}",
-            "give texts with a tokenizer, token ids, or batches with input_ids",
-        )
-    batches = []
-    for index, item in enumerate(data):
-        for ids in _without_padding(*_ids_and_mask(item, index, tokenizer), index):
-            batches.append(prepare(interface, ids, empty_mask=empty_mask, logits_to_keep=1))
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    if tokens < SHORTEST:
-        raise InputError(
-            f"the calibration data is empty or too short: {tokens} tokens in {len(batches)} "
-            "sequences",
-            f"give at least {SHORTEST} tokens; {WINDOWS} sequences of {WINDOW} are a good start",
-        )
-    return batches
+    read = read_calibration(data, tokenizer, longest=interface.max_positions)
+    return [_prepared(row, interface, empty_mask) for row in read.sequences]
 
 
-def _needed(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise InputError("calibration texts need a tokenizer", "pass tokenizer=")
-    return tokenizer
-
-
-def _ids_and_mask(item: Any, index: int, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
-    if isinstance(item, str):
-        ids = _needed(tokenizer)(item, return_tensors="pt").input_ids[:, : WINDOW * 4]
-        return ids, None
-    mask = None
-    if isinstance(item, Mapping):
-        if "input_ids" not in item:
-            raise InputError(f"calibration batch {index} has no input_ids: {sorted(item)}")
-        mask = item.get("attention_mask")
-        item = item["input_ids"]
+def _prepared(row: Ids, interface: Interface, empty_mask: bool) -> dict[str, Tensor]:
     try:
-        ids = item if isinstance(item, Tensor) else torch.tensor(item)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"calibration item {index} is a {type(item).__name__}, not text or token ids"
-        ) from error
-    return (ids[None] if ids.dim() == 1 else ids), mask
-
-
-def _without_padding(ids: Tensor, mask: Tensor | None, index: int) -> list[Tensor]:
-    """The sequences of a batch, each `[1, its real tokens]`: padding must not be observed."""
-    if mask is None:
-        return [ids]
-    mask = torch.as_tensor(mask).reshape(ids.shape[0], -1).bool()
-    if mask.shape != ids.shape:
-        raise InputError(
-            f"calibration batch {index}: attention_mask has shape {list(mask.shape)}, "
-            f"input_ids {list(ids.shape)}"
-        )
-    if bool(mask.all()):
-        return [ids]
-    rows = [row[real][None] for row, real in zip(ids, mask, strict=True)]
-    return [row for row in rows if row.numel()]
-
-
-def module_batches(data: Any, interface: Interface) -> Batches:
-    """Graph inputs from an iterable of input tuples (or single tensors) of any module."""
-    batches = []
-    for index, item in enumerate(data):
-        tensors = (item,) if isinstance(item, Tensor) else tuple(item)
-        if len(tensors) != len(interface.inputs):
+        return prepare(interface, row.ids, empty_mask=empty_mask, logits_to_keep=1)
+    except InputError as error:
+        length, most = row.ids.shape[1], interface.max_positions
+        if most is not None and length > most:
             raise InputError(
-                f"calibration item {index} has {len(tensors)} tensors, the module takes "
-                f"{len(interface.inputs)}"
-            )
-        batches.append(dict(zip(interface.inputs, tensors, strict=True)))
-    if not batches:
-        raise InputError("the calibration data is empty", "give at least one input")
-    return batches
+                f"{row.where} has {length} tokens, the model takes {most}",
+                "cut it; files are cut to windows (--window)",
+            ) from None
+        raise InputError(f"{row.where}: {error.message}", error.hint) from None
 
 
 def sample_sequences(
@@ -168,8 +82,6 @@ def sample_sequences(
         logits, *past = interpret.run(gm, inputs)
         if not torch.isfinite(logits).all():
             culprit = interpret.first_non_finite(gm, inputs)
-            from panguq.errors import NumericsError
-
             raise NumericsError(
                 f"the model yields NaN or Inf: first at {culprit}",
                 "check the checkpoint's weights, or give calibration data it can process",

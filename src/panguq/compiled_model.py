@@ -132,7 +132,7 @@ class CompiledModule(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the graph on the inputs that the source module took when it was traced."""
-        _check_module_inputs(self.interface, inputs)
+        check_module_inputs(self.interface, inputs)
         with torch.no_grad():
             results = self.executable(*(x.to(self._device) for x in inputs))
         return results[0] if self.interface.returns == "tensor" else results
@@ -299,7 +299,8 @@ def _on_cpu(given: Any) -> Any:
     return given.cpu() if isinstance(given, Tensor) else given
 
 
-def _check_module_inputs(interface: Interface, inputs: tuple[Tensor, ...]) -> None:
+def check_module_inputs(interface: Interface, inputs: tuple[Tensor, ...]) -> None:
+    """Raises InputError for another number or other shapes of tensors than the graph takes."""
     if len(inputs) != len(interface.inputs):
         raise InputError(
             f"{len(inputs)} inputs given, the module takes {len(interface.inputs)}",

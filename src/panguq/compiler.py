@@ -21,6 +21,7 @@ from panguq.calibration import (
     probe_of,
     sample_sequences,
 )
+from panguq.calibration_data import GIVEN, CalibrationData, decoded, read_calibration
 from panguq.compile_key import compile_key
 from panguq.compiled_model import CompiledCausalLM, CompiledModule
 from panguq.errors import InputError
@@ -40,6 +41,7 @@ from panguq.passes.base import Pass, PassContext, Progress
 from panguq.passes.module_globs import check_globs
 from panguq.passes.pipeline import Instrument, PassRecord, Runner
 from panguq.recipe import Recipe, RecipeLike
+from panguq.report.compile_report import CalibrationSummary
 from panguq.report.dump import Dump, chosen_folder
 from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
@@ -92,9 +94,10 @@ def compile(
     model: a transformers causal language model, or any nn.Module together with
         `example_inputs`. It is never changed; tensors that no pass rewrites are shared.
     recipe: a built-in recipe's name (`panguq.recipes()`), a YAML file, a mapping, or a Recipe.
-    calibration: texts (with `tokenizer`), token ids, or batches; for other modules an iterable
-        of inputs. Without it, a recipe that needs data samples sequences from the model itself
-        (other modules: takes the example inputs), and says so.
+    calibration: the path of a file, texts or conversations (with `tokenizer`), token ids, or
+        batches (docs/calibration.md has all forms); for other modules an iterable of inputs.
+        Without it, a recipe that needs data samples sequences from the model itself (other modules:
+        takes the example inputs), and says so. `report.calibration` says what was used.
     tokenizer: the model's; it is saved along. None: the one in the local folder that the model was
         loaded from, if there is one.
     sampled: this many more sequences, as long as the longest of `calibration`, that a causal
@@ -130,6 +133,9 @@ def compile(
     if tokenizer is None:
         tokenizer = source_tokenizer(model)
 
+    if calibration is not None and is_causal_lm(model):  # what cannot be read is refused at once
+        longest = getattr(model.config, "max_position_embeddings", None)
+        calibration = read_calibration(calibration, tokenizer, longest=longest)
     gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
     told = gm.meta.pop("trace_warnings", ())
     for warning in told:
@@ -159,14 +165,14 @@ def compile(
     calibrated = schedule.needs_calibration
     sampled = sampled if calibrated else 0
     kind = find_target(target).kind
-    given, source = _given_batches(
-        gm, ctx, calibration, sampled, tokenizer, example_inputs, calibrated, kind
-    )
+    given, used = _given_batches(gm, ctx, calibration, sampled, example_inputs, calibrated, kind)
     if units:
         _open_units(units, compile_key(gm, given, sampled, recipe, target, seed))
     if given is None or sampled:
-        own, said = _sampled_batches(gm, ctx, model, given, sampled, calibrated, kind)
-        given, source = [*(given or ()), *own], f"{source}; {said}".removeprefix("; ")
+        own, ids = _sampled_batches(gm, ctx, model, given, sampled, calibrated, kind)
+        used = used.with_sampled(len(ids), ids.shape[1], decoded(tokenizer, ids[0]))
+        given = [*(given or ()), *own]
+    logger.info("calibration data: %s", used)
     ctx.batches = given
     ctx.probe = probe_of(ctx.batches, interface)
     runner.run(gm, schedule.calibrated)
@@ -175,7 +181,7 @@ def compile(
     fake_quant = clone(gm)
     runner.run(gm, schedule.lowering)
 
-    report = quality.report(target, gm, fake_quant, source)
+    report = quality.report(target, gm, fake_quant, used)
     unused = tuple(getattr(model, "panguq_unused_weights", ()))
     report = report.model_copy(update={"unused_weights": unused})
     if dump:
@@ -194,7 +200,7 @@ def compile(
         report,
         config=_config_of(model, interface),
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
-        tokenizer=tokenizer,
+        tokenizer=_savable(tokenizer),
     )
 
 
@@ -207,6 +213,17 @@ def _left_in_float(
     for warning in found:
         logger.warning(warning)
     return tuple(found)
+
+
+def _savable(tokenizer: Any) -> Any:
+    """The tokenizer if it can be saved along with the model, else None and a warning."""
+    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
+        return tokenizer
+    logger.warning(
+        "the tokenizer, a %s, is not saved with the model: only those of transformers are",
+        type(tokenizer).__name__,
+    )
+    return None
 
 
 def trace(
@@ -264,12 +281,11 @@ def _given_batches(
     ctx: PassContext,
     data: Any,
     sampled: int,
-    tokenizer: Any,
     example_inputs: Sequence[Tensor] | None,
     calibrated: bool,
     kind: TargetKind,
-) -> tuple[Batches | None, str]:
-    """Batches for calibration and the probe, and a sentence that says where they came from.
+) -> tuple[Batches | None, CalibrationSummary]:
+    """Batches for calibration and the probe, and where they came from.
 
     None where they are to be sampled from the model.
     """
@@ -277,16 +293,15 @@ def _given_batches(
     if interface.kind != "causal_lm":
         if sampled:
             raise InputError("sampled: only a causal language model writes text of its own")
-        if data is not None:
-            return module_batches(data, interface), "given by the caller"
-        if calibrated:
+        source = GIVEN if data is not None else "the example inputs"
+        if data is None and calibrated:
             logger.warning("calibration data: none given, so the example inputs serve for it")
-        return module_batches([example_inputs or ()], interface), "the example inputs"
-    if data is None:
-        return None, ""
-    batches = causal_lm_batches(data, interface, tokenizer, _empty_mask(gm, kind))
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    return batches, f"given by the caller: {len(batches)} sequences, {tokens} tokens"
+        inputs = [tuple(example_inputs or ())] if data is None else data
+        batches = module_batches(inputs, interface, example_inputs)
+        return batches, CalibrationSummary(source=source, sequences=len(batches))
+    if not isinstance(data, CalibrationData):
+        return None, CalibrationSummary()
+    return causal_lm_batches(data, interface, None, _empty_mask(gm, kind)), data.summary
 
 
 def _sampled_batches(
@@ -297,8 +312,8 @@ def _sampled_batches(
     sampled: int,
     calibrated: bool,
     kind: TargetKind,
-) -> tuple[Batches, str]:
-    """As `_given_batches`, from a causal language model itself."""
+) -> tuple[Batches, Tensor]:
+    """Batches of a causal language model's own, and their token ids `[sequences, tokens]`."""
     if given is not None:
         count, length = sampled, max(batch["input_ids"].shape[1] for batch in given)
     else:
@@ -311,10 +326,14 @@ def _sampled_batches(
         return Finished({"ids": ids})
 
     ids = ctx.store.once("calibration/sampled", compute).tensors["ids"]
-    said = f"sampled from the model itself: {count} sequences of {ids.shape[1]} tokens"
     if calibrated and not sampled:
-        logger.warning("calibration data: none given, so %s (seed %d)", said, ctx.seed)
-    return causal_lm_batches(ids, ctx.interface, None, _empty_mask(gm, kind)), said
+        logger.warning(
+            "calibration data: none given, so sampled from the model itself: %d sequences of %d "
+            "tokens (seed %d)",
+            *ids.shape,
+            ctx.seed,
+        )
+    return causal_lm_batches(ids, ctx.interface, None, _empty_mask(gm, kind)), ids
 
 
 def _empty_mask(gm: fx.GraphModule, kind: TargetKind) -> bool:

@@ -59,28 +59,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def read_text(path: Path, what: str) -> str:
-    """A text file. Raises InputError, naming the file, if it is missing, empty or not text."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", f"give {what}, a text file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder", f"give {what}, a text file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error.reason}", f"give {what}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", f"give {what}") from error
-    if not text.strip():
+def text_windows(
+    path: Path, what: str, tokenizer: Any, window: int, windows: int, chat: bool = False
+) -> Any:
+    """Token windows `[windows, window]` of a file's texts, one after another.
+
+    The file is read as calibration data is; with `chat` each of its lines is a conversation.
+    Raises InputError that names the file and `what` it should have been.
+    """
+    from panguq.calibration_data import file_text
+    from panguq.calibration_tokens import token_windows
+
+    text = file_text(path, tokenizer, window, windows, chat)
+    if not text:
         raise InputError(f"{path}: empty", f"give {what} with some pages of text")
-    return text
-
-
-def text_windows(path: Path, what: str, tokenizer: Any, window: int, windows: int) -> Any:
-    """Token windows `[windows, window]` of a text file. Raises InputError that names the file."""
-    from panguq.calibration import token_windows
-
-    text = read_text(path, what)
     try:
         return token_windows(text, tokenizer, window, windows)
     except InputError as error:

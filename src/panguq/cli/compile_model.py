@@ -16,7 +16,6 @@ from panguq.cli.command import (
     positive,
     print_json,
     quiet_transformers,
-    text_windows,
 )
 from panguq.cli.compile_places import check_out, held_places
 from panguq.errors import InputError, RecipeError
@@ -41,7 +40,12 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--recipe", required=True, help="a built-in recipe's name (panguq recipes) or a YAML file"
     )
-    command.add_argument("--calibration", metavar="FILE", type=Path, help="a text file")
+    command.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="text, or a .jsonl, .json or .parquet file of texts or conversations",
+    )
     command.add_argument("--windows", type=positive, default=16, help="pieces of text to take")
     command.add_argument("--window", type=positive, default=512, help="tokens in each of them")
     command.add_argument(
@@ -111,23 +115,24 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(options, recipe, dtype)
 
+    from panguq.calibration_data import read_calibration
     from panguq.compiler import compile
     from panguq.hf import load_pretrained, load_tokenizer
     from panguq.lowering.targets import find_target
 
     find_target(options.target)
-    tokenizer, windows = None, None
+    calibration = None
     if options.calibration is not None:
         tokenizer = load_tokenizer(options.model)
         sizes = (options.window, options.windows)
-        windows = text_windows(options.calibration, "calibration text", tokenizer, *sizes)
+        calibration = read_calibration(options.calibration, tokenizer, *sizes)
     else:
         tokenizer = _tokenizer_if_any(options.model)
     with held_places(options.out, options.work_dir) as places:
         compiled = compile(
             load_pretrained(options.model),
             recipe,
-            calibration=windows,
+            calibration=calibration,
             sampled=options.sampled,
             tokenizer=tokenizer,
             target=options.target,

@@ -14,11 +14,11 @@ from panguq.cli.command import (
     positive,
     print_json,
     quiet_transformers,
-    read_text,
     text_windows,
 )
-from panguq.errors import InputError, StorageError
+from panguq.errors import InputError
 
+_TEXT = "text, or a .jsonl, .json or .parquet file of texts or conversations"
 STAGES = ("lowered", "fake-quant", "float")
 
 
@@ -36,12 +36,12 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--against", metavar="MODEL_DIR", type=Path, required=True, help="the float model's folder"
     )
-    command.add_argument("--text", metavar="FILE", type=Path, required=True, help="a text file")
+    command.add_argument("--text", metavar="FILE", type=Path, required=True, help=_TEXT)
     command.add_argument(
         "--chat",
         action="store_true",
-        help='the text is conversations, one a line, as {"messages": [{"role": …, "content": …}]}; '
-        "they are written in the model's chat format",
+        help='each line is a conversation, {"messages": [{"role": …, "content": …}]}, whatever the '
+        "file's name; all are written in the model's chat format",
     )
     command.add_argument("--window", type=positive, default=512, help="tokens in a window")
     command.add_argument("--windows", type=positive, default=16, help="how many windows at most")
@@ -60,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
     if compiled.interface.kind != "causal_lm":
         raise InputError(f"{options.compiled}: not a language model", "evaluate it yourself")
     tokenizer = _tokenizer(options, compiled)
-    windows = _windows(options, tokenizer)
+    what = "conversations" if options.chat else "a text"
+    sizes = (options.window, options.windows)
+    windows = text_windows(options.text, what, tokenizer, *sizes, options.chat)
     model = load_pretrained(options.against)
     result = measure(compiled, model, windows, is_float)
     if options.json:
@@ -105,40 +107,6 @@ def measure(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> 
     elif not is_float and figures["perplexity"] > COLLAPSED * figures["float_perplexity"]:
         figures["first_broken"] = worst_matmul(compiled)
     return figures
-
-
-def _windows(options: argparse.Namespace, tokenizer: Any) -> Any:
-    """Token windows `[windows, window]` of the text, or of the conversations one after another."""
-    sizes = (options.window, options.windows)
-    if not options.chat:
-        return text_windows(options.text, "a text", tokenizer, *sizes)
-    from panguq.calibration import token_windows
-
-    try:
-        return token_windows(_conversations(options.text, tokenizer), tokenizer, *sizes)
-    except InputError as error:
-        raise InputError(f"{options.text}: {error.message}", error.hint) from None
-
-
-def _conversations(path: Path, tokenizer: Any) -> str:
-    from panguq.openpangu_chat import chat_text
-    from panguq.strict_json import parse_json
-
-    texts = []
-    for number, line in enumerate(read_text(path, "conversations").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = parse_json(line, f"line {number}")
-        except StorageError as error:
-            raise InputError(error.message, "write one JSON object a line") from None
-        if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-            raise InputError(f"line {number} has no list of messages", "see panguq eval --help")
-        try:
-            texts.append(chat_text(tokenizer, value["messages"]))
-        except InputError as error:
-            raise InputError(f"line {number}: {error.message}", error.hint) from None
-    return "".join(texts)
 
 
 def _tokenizer(options: argparse.Namespace, compiled: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class PassSummary(BaseModel):
@@ -37,6 +39,67 @@ class MatmulSummary(BaseModel):
     local_sqnr_db: float | None = None
 
 
+SAMPLED = "sampled from the model itself"
+
+
+class CalibrationSummary(BaseModel):
+    """What a compile was calibrated on.
+
+    source: where it came from. sequences, tokens: what was used, the `sampled_sequences` that the
+        model wrote itself among them; other modules than language models have inputs and no tokens.
+    skipped_empty: rows that held nothing. cut_rows: rows longer than a sequence may be, taken in
+        pieces. dropped_tokens: what was read, and is in no sequence since less than 8 were left.
+    more_left: whether the source goes on behind what was taken.
+    first_80_characters: how the first sequence begins, as text; "" where no tokenizer can say it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    source: str = "none"
+    sequences: int = 0
+    tokens: int = 0
+    sampled_sequences: int = 0
+    skipped_empty: int = 0
+    cut_rows: int = 0
+    dropped_tokens: int = 0
+    more_left: bool = False
+    first_80_characters: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_sentence(cls, value: Any) -> Any:
+        """Reports of folders that an earlier panguq saved say all of it in one sentence."""
+        return {"source": value} if isinstance(value, str) else value
+
+    def with_sampled(self, sequences: int, tokens: int, text: str) -> CalibrationSummary:
+        """This data and what the model wrote besides: so many sequences of so many tokens."""
+        alone = not self.sequences
+        return self.model_copy(
+            update={
+                "source": SAMPLED if alone else self.source,
+                "sequences": self.sequences + sequences,
+                "tokens": self.tokens + sequences * tokens,
+                "sampled_sequences": sequences,
+                "first_80_characters": text[:80] if alone else self.first_80_characters,
+            }
+        )
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if not self.sequences:
+            return self.source
+        counted = [f"{self.sequences} sequences", f"{self.tokens} tokens"]
+        said = f"{self.source}: {', '.join(counted)}" if self.tokens else self.source
+        rest = {
+            f"{{}} of them {SAMPLED}": self.source != SAMPLED and self.sampled_sequences,
+            "{} empty rows skipped": self.skipped_empty,
+            "{} long rows cut into pieces": self.cut_rows,
+            "{} tokens left over": self.dropped_tokens,
+            "more was there than was taken": self.more_left,
+        }
+        notes = [note.format(count) for note, count in rest.items() if count]
+        return f"{said} ({'; '.join(notes)})" if notes else said
+
+
 class CompileReport(BaseModel):
     """The passes in order, the matmuls, and what the user should know.
 
@@ -49,5 +112,5 @@ class CompileReport(BaseModel):
     matmuls: tuple[MatmulSummary, ...] = ()
     warnings: tuple[str, ...] = ()
     unused_weights: tuple[str, ...] = ()
-    calibration: str = "none"
+    calibration: CalibrationSummary = CalibrationSummary()
     logits_sqnr_db: float | None = None

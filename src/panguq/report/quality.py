@@ -15,7 +15,12 @@ from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.base import Pass, PassContext
 from panguq.passes.pipeline import PassRecord
-from panguq.report.compile_report import CompileReport, MatmulSummary, PassSummary
+from panguq.report.compile_report import (
+    CalibrationSummary,
+    CompileReport,
+    MatmulSummary,
+    PassSummary,
+)
 from panguq.report.local_sqnr import (
     MatmulReference,
     local_sqnr,
@@ -66,7 +71,11 @@ class Quality:
         """A failure says nothing about quality."""
 
     def report(
-        self, target: str, gm: fx.GraphModule, fake_quant: fx.GraphModule, calibration: str
+        self,
+        target: str,
+        gm: fx.GraphModule,
+        fake_quant: fx.GraphModule,
+        calibration: CalibrationSummary,
     ) -> CompileReport:
         """The whole compile's report; matmuls below 5 dB become warnings."""
         logits_db = None
