@@ -10,16 +10,15 @@ import torch
 from panguq.calibration import (
     bos_prefix,
     causal_lm_batches,
-    module_batches,
     probe_of,
     sample_sequences,
     token_windows,
 )
 from panguq.errors import InputError, NumericsError
 from panguq.ir.edit import clone, get_tensor, set_tensor
-from panguq.ir.interface import Interface
 from panguq.ir.interpret import run
 from panguq.passes.base import no_progress
+from panguq.report.compile_report import CompileReport
 from tests.models import VOCAB, canonical, token_ids
 
 
@@ -91,6 +90,14 @@ def test_texts_with_a_tokenizer() -> None:
     assert batches[0]["input_ids"][0, 0] == 1
 
 
+def test_a_sequence_longer_than_the_model_takes_is_refused_by_name() -> None:
+    interface = canonical("gpt2")[1]
+    with pytest.raises(InputError, match="item 1 has 300 tokens, the model takes 256"):
+        causal_lm_batches([IDS, token_ids(1, 300)], interface)
+    rows = causal_lm_batches(["x" * 600], interface, Characters())
+    assert [row["input_ids"].shape[1] for row in rows] == [256, 256, 91]
+
+
 def test_one_long_text_is_cut_into_windows() -> None:
     batches = batches_of("x" * 3000, Characters())
     assert [b["input_ids"].shape for b in batches] == [(1, 512)] * 5 + [(1, 446)]
@@ -152,17 +159,12 @@ def test_what_is_refused(data, message) -> None:
     assert re.search(message, str(caught.value))
 
 
-def test_inputs_of_any_module() -> None:
-    interface = Interface(
-        kind="module", inputs=("x", "y"), outputs=("z",), float_dtype="float32",
-        input_shapes={"x": ("n",), "y": ("n",)},
-    )  # fmt: skip
-    x, y = torch.zeros(2), torch.ones(2)
-    assert module_batches([(x, y)], interface) == [{"x": x, "y": y}]
-    with pytest.raises(InputError, match="item 1 has 1 tensors, the module takes 2"):
-        module_batches([(x, y), x], interface)
-    with pytest.raises(InputError, match="calibration data is empty"):
-        module_batches([], interface)
+def test_reports_of_earlier_folders_say_it_in_a_sentence() -> None:
+    text = '{"target": "cpu", "calibration": "given by the caller: 3 sequences, 48 tokens"}'
+    report = CompileReport.model_validate_json(text, strict=True)
+    assert str(report.calibration) == "given by the caller: 3 sequences, 48 tokens"
+    assert CompileReport.model_validate_json(report.model_dump_json(), strict=True) == report
+    assert str(CompileReport(target="cpu").calibration) == "none"
 
 
 # --- sampled from the model ---------------------------------------------------------------------

@@ -171,12 +171,17 @@ def test_compile_prints_a_summary_and_saves(
 
 
 def test_compile_as_json_with_overrides(
-    folder: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, "")))
     report = printed_json(
-        capsys, "compile", folder, "--recipe", "w8a8-dynamic", "--calibration", text, *SHORT,
+        capsys, "compile", folder, "--recipe", "w8a8-dynamic", "--calibration", rows, *SHORT,
         "--scheme", "*.down_proj=W8A16", "--json",
     )  # fmt: skip
+    used = {"source": str(rows), "sequences": 2, "tokens": 128, "more_left": True}
+    assert report["calibration"].items() >= used.items()
+    assert report["calibration"]["first_80_characters"] == TEXT[:80]
     schemes = {row["name"]: row["scheme"] for row in report["matmuls"]}
     assert schemes["model.layers.0.mlp.down_proj:linear"] == "W8A16"
     assert schemes["model.layers.0.mlp.up_proj:linear"] == "W8A8_DYNAMIC"

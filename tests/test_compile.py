@@ -18,7 +18,16 @@ from panguq.errors import InputError, LoweringError, NumericsError, PanguqError,
 from panguq.evaluate import evaluate, logits_of
 from panguq.ir.edit import label, op_name, weights_of
 from panguq.recipe import Recipe, preset_names
-from tests.models import FAMILIES, VOCAB, HandWritten, hand_written, make_model, token_ids
+from tests.model_folders import make_tokenizer
+from tests.models import (
+    FAMILIES,
+    VOCAB,
+    HandWritten,
+    hand_written,
+    make_model,
+    shared_model,
+    token_ids,
+)
 
 QUANTIZED = tuple(name for name in preset_names() if name != "float")
 KERNELS = {
@@ -442,3 +451,21 @@ def test_a_head_that_is_not_finite_is_named_by_every_recipe(preset) -> None:
         model.lm_head.weight[3, 3] = float("inf")
     with pytest.raises(NumericsError, match=r"weight lm_head\.weight"):
         panguq.compile(model, preset)
+
+
+def test_data_that_cannot_be_read_is_refused_before_the_trace(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("panguq.compiler.trace", lambda *_: pytest.fail("traced"))
+    with pytest.raises(InputError, match=r"a\.jsonl: no such file"):
+        panguq.compile(shared_model("llama"), "w8a8", calibration=str(tmp_path / "a.jsonl"))
+
+
+def test_a_tokenizer_that_cannot_be_saved_calibrates(caplog, tmp_path) -> None:
+    tokenizer = make_tokenizer().backend_tokenizer
+    (tmp_path / "a.txt").write_text("ab" * 40)
+    compiled = panguq.compile(
+        make_model("llama"), "float", calibration=tmp_path / "a.txt", tokenizer=tokenizer
+    )
+    assert compiled.report.calibration.source == str(tmp_path / "a.txt")
+    assert compiled.report.calibration.first_80_characters == "ab" * 40
+    assert "the tokenizer, a Tokenizer, is not saved with the model" in caplog.text
+    compiled.save(tmp_path / "out")

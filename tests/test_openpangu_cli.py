@@ -82,7 +82,7 @@ def test_conversations_that_eval_cannot_read(
     for line, message in {
         "plain words": "line 1: not JSON",
         '{"text": "no"}': "line 1 has no list of messages",
-        '{"messages": []}': "line 1: there are no messages",
+        '{"messages": []}': "empty",
         '{"messages": [{"role": "user"}]}': "line 1: message 0 is not a role and a content",
     }.items():
         chats.write_text(line, encoding="utf-8")

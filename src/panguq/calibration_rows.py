@@ -214,9 +214,9 @@ def _mapping_rows(item: Mapping[str, Any], where: str, tokenizer: Any) -> Iterat
     chat = next((name for name in CHAT_FIELDS if name in item), None)
     text = next((name for name in TEXT_FIELDS if name in item), None)
     if text is not None and not is_message(item):
-        yield from _text_rows(item[text], f"{where}: {text}")
+        yield from _text_rows(item[text], text, where)
     elif chat is not None:
-        yield from _chat_rows(item[chat], f"{where}: {chat}", tokenizer)
+        yield from _chat_rows(item[chat], chat, where, tokenizer)
     else:
         names = [str(name) for name in item]
         split = [name for name in _SPLITS if name in names]
@@ -224,27 +224,29 @@ def _mapping_rows(item: Mapping[str, Any], where: str, tokenizer: Any) -> Iterat
         raise InputError(message, f"give one split, such as {split[0]!r}" if split else FORMS)
 
 
-def _text_rows(value: Any, where: str) -> Iterator[Row]:
+def _text_rows(value: Any, name: str, where: str) -> Iterator[Row]:
     """The rows of a field that holds one text or a column of them."""
     value = _plain(value)
-    for index, text in enumerate(value if isinstance(value, list | tuple) else [value]):
-        place = f"{where}, row {index}" if isinstance(value, list | tuple) else where
+    is_column = isinstance(value, list | tuple)
+    for index, text in enumerate(value if is_column else [value]):
+        place = f"{where}, row {index}" if is_column else where
         if _is_nothing(text) or (isinstance(text, str) and not text.strip()):
             yield Empty(place)
         elif isinstance(text, str):
             yield Text(place, text)
         else:
-            raise InputError(f"{place} is a {type(text).__name__}, not a text", FORMS)
+            raise InputError(f"{place}: {name} is a {type(text).__name__}, not a text", FORMS)
 
 
-def _chat_rows(value: Any, where: str, tokenizer: Any) -> Iterator[Row]:
+def _chat_rows(value: Any, name: str, where: str, tokenizer: Any) -> Iterator[Row]:
     """The rows of a field that holds one conversation or a column of them."""
     value = _as_messages(value)
     if not isinstance(value, list | tuple | None):
-        raise InputError(f"{where} is a {type(value).__name__}, not a list of messages", FORMS)
+        said = f"{where}: {name} is a {type(value).__name__}, not a list of messages"
+        raise InputError(said, FORMS)
     for row in rows_of(value, where, tokenizer):
         if isinstance(row, Ids) or (isinstance(row, Text) and not row.is_chat):
-            raise InputError(f"{row.where} holds no messages", FORMS)
+            raise InputError(f"{row.where}: {name} holds no messages", FORMS)
         yield row
 
 

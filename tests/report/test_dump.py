@@ -127,7 +127,9 @@ def test_a_compile_writes_it(traced: Any, tmp_path: Path, monkeypatch: Any) -> N
     monkeypatch.setenv("PANGUQ_DUMP", str(tmp_path / "dump"))
     ids = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
     panguq.compile(traced[0], "float", calibration=ids)
-    assert run_stage(DumpReader(tmp_path / "dump")).output_sqnr_db == 999.0
+    reader = DumpReader(tmp_path / "dump")
+    assert run_stage(reader).output_sqnr_db == 999.0
+    assert "calibration data: given by the caller: 2 sequences, 32 tokens" in reader.summary()
 
 
 class Masked(nn.Module):

@@ -174,8 +174,8 @@ class Dump:
         self._release()
 
     def close(self, report: CompileReport) -> None:
-        """Add the report's warnings to the summary."""
-        self._attempt(lambda: self._write_summary(report.warnings))
+        """Add to the summary what the report says of the calibration data, and its warnings."""
+        self._attempt(lambda: self._write_summary(report))
         self._release()
 
     # --- parts ----------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ class Dump:
         replace_file(self.folder / PROBE, tensor_chunks(copies(self.ctx.probe)))
         self._has_probe = True
 
-    def _write_summary(self, warnings: Sequence[str] = ()) -> None:
-        text = summary_text(self.info, self._lines, self._failure, warnings)
+    def _write_summary(self, report: CompileReport | None = None) -> None:
+        text = summary_text(self.info, self._lines, self._failure, report)
         replace_file(self.folder / SUMMARY, [text.encode()])
 
     def _summary_of(self, record: PassRecord) -> PassSummary:

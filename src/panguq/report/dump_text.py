@@ -11,14 +11,14 @@ from pathlib import Path
 
 from panguq.errors import PanguqError
 from panguq.passes.base import Pass, Table
-from panguq.report.compile_report import PassSummary
+from panguq.report.compile_report import CompileReport, PassSummary
 from panguq.report.dump_files import DumpInfo
 
 
 def summary_text(
-    info: DumpInfo, lines: Sequence[PassSummary], failure: str, warnings: Sequence[str]
+    info: DumpInfo, lines: Sequence[PassSummary], failure: str, report: CompileReport | None
 ) -> str:
-    """`summary.txt`: one line a pass, then a failure, then the report's warnings."""
+    """`summary.txt`: one line a pass, then a failure, then what the report says at the end."""
     on = info.environment
     plural = "" if on.threads == 1 else "s"
     said = [
@@ -37,8 +37,10 @@ def summary_text(
     ]
     if failure:
         said += ["", failure]
-    if warnings:
-        said += ["", "warnings", *(f"- {warning}" for warning in warnings)]
+    if report is not None:
+        said += ["", f"calibration data: {report.calibration}"]
+    if report is not None and report.warnings:
+        said += ["", "warnings", *(f"- {warning}" for warning in report.warnings)]
     return "\n".join(said) + "\n"
 
 
