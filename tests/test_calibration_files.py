@@ -126,7 +126,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"with the package pyarrow\n.*panguq\[data\]"):
+    with pytest.raises(InputError, match=r"needs the package pyarrow.*\n.*panguq\[data\]"):
         read_calibration(tmp_path / "a.parquet", TOKENIZER)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from panguq.errors import InputError
+from panguq.extras import require
 
 logger = logging.getLogger("panguq")
 
@@ -151,14 +152,10 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[Located]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise InputError(
-            f"{path}: parquet files are read with the package pyarrow",
-            "pip install 'panguq[data]', or give .jsonl",
-        ) from None
+    require("pyarrow", f"{path}: a parquet file", "give .jsonl")
+    import pyarrow
+    from pyarrow import parquet
+
     if not path.exists():
         raise _missing(path)
     try:
