@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from conformance.versions import newest
 from conformance.versions import requirements as project
-from conformance.versions.environments import newer
+from conformance.versions.environments import Failed, newer
 from conformance.versions.requirements import (
     SETUP_EXTRAS,
     Requirement,
@@ -132,6 +134,7 @@ def test_tested_releases_are_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_warning_comes_once_from_an_import_and_imports_nothing() -> None:
     code = """
+from collections.abc import Sequence
 from importlib import metadata
 real = metadata.version
 metadata.version = lambda name: "99.0" if name == "transformers" else real(name)
@@ -143,3 +146,37 @@ print("transformers" in sys.modules)
     )
     assert done.stderr.count("transformers 99.0 is installed") == 1
     assert done.stdout.strip() == "False"
+
+
+def test_what_breaks_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One release at a time is put back; a test is broken by the one without which it passes."""
+    found, pins = {"numpy": "3.0", "transformers": "6.0"}, {"numpy": "2.4", "transformers": "5.24"}
+    there = dict(found)
+
+    def put_in(python: Path, *arguments: str) -> None:
+        name, release = arguments[-1].split("==")
+        there[name] = release
+
+    def failing(python: Path, tests: Sequence[str]) -> list[str]:
+        return [one for one in tests if one == "always" or there["transformers"] == "6.0"]
+
+    monkeypatch.setattr(newest, "pip_install", put_in)
+    monkeypatch.setattr(newest, "failing_tests", failing)
+    newest.blame(Path("python"), ["beams", "always"], ["numpy", "transformers"], found, pins)
+    assert capsys.readouterr().out.splitlines() == [
+        "transformers 6.0 breaks beams: with 5.24 it passes",
+        "always fails, whichever single release is put back",
+    ]
+    assert there == found, "each is put in again"
+
+
+def test_failing_tests_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "test_two.py"
+    file.write_text("def test_good(): pass\ndef test_bad(): assert 0\n", encoding="utf-8")
+    [name] = newest.failing_tests(Path(sys.executable), [str(file)])
+    assert name.endswith("test_two.py::test_bad")
+    assert newest.failing_tests(Path(sys.executable), [f"{file}::test_good"]) == []
+    with pytest.raises(Failed, match="pytest ended with 4"):
+        newest.failing_tests(Path(sys.executable), [str(tmp_path / "none.py")])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
 from conformance.versions.environments import (
+    Failed,
     install_panguq,
     installed,
     make_environment,
     newer,
     pip_install,
-    run_contract_tests,
     say,
 )
 from conformance.versions.requirements import (
@@ -26,10 +29,10 @@ from conformance.versions.requirements import (
 
 
 def try_newest(torch: str, arguments: Sequence[str]) -> int:
-    """Run the contract tests with the newest of everything but torch; pytest's exit code.
+    """Run the contract tests with the newest of everything but torch; 0 if all pass.
 
-    Upper bounds do not count. Prints each release that differs from constraints.txt, and where
-    tests fail, which of them fail no more once that one release is put back.
+    Upper bounds do not count. Prints each release that differs from constraints.txt, and for a test
+    that fails, with which of these put back it passes.
     """
     wanted = requirements(*TEST_EXTRAS)
     folder = ROOT / ".venv-newest"
@@ -47,25 +50,47 @@ def try_newest(torch: str, arguments: Sequence[str]) -> int:
         print(f"{name}: {pins[name]} is pinned, {found[name]} is the newest{bound}", flush=True)
     if not changed:
         print("constraints.txt has the newest releases already", flush=True)
-    code = run_contract_tests(python, arguments)
-    if code != 0:
-        # Direct dependencies first, those beyond their bounds before all others.
-        direct = {canonicalize_name(one.name) for one in wanted}
-        suspects = sorted(changed, key=lambda name: (name not in beyond, name not in direct))
-        _blame(python, suspects, found, pins)
-    return code
+    failed = failing_tests(python, ["tests/contract", *arguments])
+    # Direct dependencies first, those beyond their bounds before all others.
+    direct = {canonicalize_name(one.name) for one in wanted}
+    suspects = sorted(changed, key=lambda name: (name not in beyond, name not in direct))
+    blame(python, failed, suspects, found, pins)
+    return 1 if failed else 0
 
 
-def _blame(
-    python: Path, suspects: Sequence[str], found: dict[str, str], pins: dict[str, str]
+def blame(
+    python: Path,
+    failed: Sequence[str],
+    suspects: Sequence[str],
+    found: dict[str, str],
+    pins: dict[str, str],
 ) -> None:
-    """Put one release back at a time, and run what failed."""
-    for name in suspects:
+    """Put one release back at a time, run what failed, and print what passes then."""
+    left = list(failed)
+    for name in suspects if failed else ():
         say(f"trying the tests that failed with {name} {pins[name]}")
         pip_install(python, "--no-deps", f"{name}=={pins[name]}")
-        passed = run_contract_tests(python, ["--last-failed", "--last-failed-no-failures=none"])
+        still = failing_tests(python, left)
         pip_install(python, "--no-deps", f"{name}=={found[name]}")
-        if passed == 0:
-            print(f"{name} {found[name]} breaks them: with {pins[name]} they pass")
+        for test in left:
+            if test not in still:
+                print(f"{name} {found[name]} breaks {test}: with {pins[name]} it passes")
+        left = still
+        if not left:
             return
-    print("no single release that was put back makes all of them pass")
+    for test in left:
+        print(f"{test} fails, whichever single release is put back")
+
+
+def failing_tests(python: Path, tests: Sequence[str]) -> list[str]:
+    """Run tests, given by file or name, and return the names of those that fail.
+
+    Raises Failed where pytest itself cannot go on.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        command = (str(python), "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *tests)
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if code not in (0, 1):
+            raise Failed(f"pytest ended with {code}")
+        record = Path(cache) / "v" / "cache" / "lastfailed"
+        return list(json.loads(record.read_text(encoding="utf-8"))) if code == 1 else []
