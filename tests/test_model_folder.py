@@ -14,9 +14,10 @@ from torch import nn
 
 import panguq
 from panguq.errors import PanguqError, StorageError, VerifyError
+from panguq.frozen_module import shared_weights
 from panguq.ir.edit import set_tensor, weights_of
 from panguq.manifest import MANIFEST
-from panguq.model_folder import load, save_model, shared_weights
+from panguq.model_folder import load, save_model
 from panguq.storage import read_folder, write_folder
 from tests.model_folders import make_model, make_tokenizer, shake
 

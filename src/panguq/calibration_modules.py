@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from panguq.calibration_rows import items_of
-from panguq.compiled_model import check_module_inputs
 from panguq.errors import InputError
+from panguq.inputs import check_module_inputs
 from panguq.ir.interface import Interface
 
 logger = logging.getLogger("panguq")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, fx, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.cache_utils import DynamicCache
+from torch import Tensor, fx
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from panguq.errors import InputError, PanguqError
-from panguq.inputs import prepare, takes_empty_mask
+from panguq.frozen_module import FrozenModule, asked_of_to
+from panguq.generation import Generates
+from panguq.inputs import check_ids, check_module_inputs, prepare, takes_empty_mask
 from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
-from panguq.ir.size_expression import evaluate, names_in
 from panguq.kernels.ascend.device import require_device
-from panguq.kv_cache import cache_name, layer_tensors, make_cache, update_cache
+from panguq.kv_cache import cache_name, check_cache, held_tensors, make_cache, update_cache
 from panguq.lowering.on_device import on_device
 from panguq.lowering.prepack import prepack
 from panguq.lowering.specialize import specialize
@@ -28,9 +30,10 @@ from panguq.report.compile_report import CompileReport
 from panguq.suggest import did_you_mean
 
 LOWERED = "lowered"
+_MAKING = threading.RLock()
 
 
-class CompiledModule(nn.Module):
+class CompiledModule(FrozenModule):
     """The graphs of one compile and what is needed to run, inspect and save them.
 
     `stages` maps a stage's name (`fake-quant`, `lowered`) to its graph; the stages share
@@ -46,44 +49,68 @@ class CompiledModule(nn.Module):
         report: CompileReport,
         stage: str = LOWERED,
     ) -> None:
-        super().__init__()
         if stage not in stages:
             raise PanguqError(
                 f"there is no stage {stage!r} in this compiled model",
                 f"the stages are {', '.join(stages)}",
             )
-        object.__setattr__(self, "stages", dict(stages))
-        self.stages: dict[str, fx.GraphModule]
+        super().__init__(stages)
         self.interface = interface
         self.recipe = recipe
         self.target = target
         self.report = report
         self.stage = stage
-        self._executable: fx.GraphModule | None = None
         self._device = torch.device("cpu")
-        self.requires_grad_(False)
 
     @property
     def graph(self) -> fx.GraphModule:
         """The graph of this model's stage, as dumped and saved."""
         return self.stages[self.stage]
 
+    def _use(self, stages: dict[str, fx.GraphModule]) -> None:
+        super()._use(stages)
+        self._executable: fx.GraphModule | None = None
+
     @property
     def executable(self) -> fx.GraphModule:
         """The graph that runs: weights in the layouts that the kernels read. Made once."""
-        if self._executable is None:
-            on_npu = self._device.type != "cpu"
-            self._executable = prepack(clone(self.graph), keep_formats=on_npu)
-            if on_npu:
-                on_device(self._executable, self._device)
-        return self._executable
+        return self._executable or self._make_executable()
 
-    def to(self, device: str | torch.device) -> Self:  # type: ignore[override]
-        """This model, to be run on `device` from now on: `cpu`, or `npu` for Ascend targets.
+    @torch.compiler.disable
+    def _make_executable(self) -> fx.GraphModule:
+        with _MAKING:  # one thread makes it, the others wait
+            if self._executable is None:
+                on_npu = self._device.type != "cpu"
+                made = prepack(clone(self.graph), keep_formats=on_npu)
+                self._executable = on_device(made, self._device) if on_npu else made
+            return self._executable
 
-        Raises InputError for a device that the model's target does not run on, LoweringError if
-        torch_npu or an NPU is missing.
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating point type of the model's activations."""
+        return getattr(torch, self.interface.float_dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """This model, to be run on a device from now on: `cpu`, or `npu` for Ascend targets.
+
+        Takes what torch's `to` takes. Raises InputError for a device that the model's target does
+        not run on and for another dtype than the model's, LoweringError if torch_npu or an NPU is
+        missing.
         """
+        device, dtype = asked_of_to(args, kwargs)
+        if dtype is not None and dtype != self.dtype:
+            raise InputError(
+                f"the model is compiled for {self.dtype} and does not become {dtype}",
+                f"compile it again: panguq.compile(model.to({dtype}), ...), or with dtype=",
+            )
+        return self if device is None else self._to_device(device)
+
+    def _to_device(self, device: str | torch.device) -> Self:
         kind = str(device).partition(":")[0]
         if kind == "npu":
             if find_target(self.target).kind != "ascend":
@@ -104,28 +131,38 @@ class CompiledModule(nn.Module):
 
         Raises LoweringError for an m that is no positive integer.
         """
-        graphs = {name: specialize(graph, m) for name, graph in self.stages.items()}
-        return type(self)(
-            graphs,
-            self.interface,
-            self.recipe,
-            self.target,
-            self.report,
-            self.stage,
-            **self._extras(),
+        return self._with(
+            {name: specialize(graph, m) for name, graph in self.stages.items()}, self.stage
         )
 
     def at_stage(self, stage: str) -> Self:
         """The same compile, run at another stage."""
-        return type(self)(
-            self.stages,
+        return self._with(self.stages, stage)
+
+    def __copy__(self) -> Self:
+        """The same compile, as a second object."""
+        return self._with(self.stages, self.stage)
+
+    def _copied(self, stages: dict[str, fx.GraphModule], memo: dict[int, Any]) -> Self:
+        return self._with(stages, self.stage, lambda value: copy.deepcopy(value, memo))
+
+    def _with(
+        self,
+        stages: Mapping[str, fx.GraphModule],
+        stage: str,
+        taken: Callable[[Any], Any] = lambda value: value,
+    ) -> Self:
+        made = type(self)(
+            stages,
             self.interface,
             self.recipe,
             self.target,
-            self.report,
+            taken(self.report),
             stage,
-            **self._extras(),
+            **{name: taken(value) for name, value in self._extras().items()},
         )
+        made._device = self._device
+        return made
 
     def _extras(self) -> dict[str, Any]:
         return {}
@@ -161,13 +198,8 @@ class CompiledModule(nn.Module):
         return f"recipe={self.recipe.name}, target={self.target}, stage={self.stage}"
 
 
-class CompiledCausalLM(CompiledModule, GenerationMixin):
+class CompiledCausalLM(CompiledModule, Generates):
     """A compiled causal language model with transformers' calling convention and `generate`."""
-
-    main_input_name = "input_ids"
-    base_model_prefix = ""
-    _is_stateful = False
-    _supports_cache_class = True
 
     def __init__(
         self,
@@ -195,29 +227,6 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
             "tokenizer": self.tokenizer,
         }
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return self._device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating point type of the model's activations."""
-        return getattr(torch, self.interface.float_dtype)
-
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        """It is not; `generate` asks."""
-        return False
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        """There is none to switch; `generate` asks."""
-        return {}
-
-    def can_generate(self) -> bool:
-        """It can."""
-        return True
-
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
@@ -226,19 +235,44 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         cache: Any = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[batch, kept, vocab]` and the grown cache for token ids `[batch, seq]`.
 
         `cache` (`past_key_values` to transformers before 5.24; both names work) is what an earlier
-        call returned, and is updated in place, as transformers' models do; `attention_mask`
-        `[batch, past + seq]`. Raises InputError for what the graph cannot serve.
+        call returned, or transformers' DynamicCache or StaticCache, and is updated in place, as
+        transformers' models do; `attention_mask` `[batch, past + seq]`. Without `use_cache` and
+        `return_dict` the config decides. Raises InputError for what the graph cannot serve.
         """
         if cache is not None and past_key_values is not None:
             raise InputError("cache and past_key_values are both given", "they are one thing")
         given = past_key_values if cache is None else cache
+        inputs = self._prepared(
+            input_ids, attention_mask, position_ids, given, logits_to_keep, unused
+        )
+        with torch.no_grad():
+            logits, *grown = self.executable(*inputs)
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True)
+        held = self._kept(given, grown, input_ids.shape[1], bool(use_cache))
+        output = CausalLMOutputWithPast(**{"logits": logits, cache_name(): held})
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    @torch.compiler.disable  # it looks at values
+    def _prepared(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+        logits_to_keep: int | Tensor,
+        unused: dict[str, Any],
+    ) -> list[Tensor]:
+        """The graph's inputs in order, where the model runs."""
         refused = sorted(
             name for name, value in unused.items() if value is not None and value is not False
         )
@@ -247,12 +281,10 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
                 f"a compiled model does not take {', '.join(refused)}",
                 "its graph has token ids, mask, positions and cache as inputs",
             )
-        if given is not None and not isinstance(given, DynamicCache):
-            raise InputError(
-                f"{cache_name()} is a {type(given).__name__}",
-                "use transformers' DynamicCache, the default of generate",
-            )
-        past = layer_tensors(given) if given is not None else []
+        past: list[Tensor] = []
+        if cache is not None:
+            check_cache(cache, len(self.interface.cache))
+            past = held_tensors(cache, check_ids(self.interface, _on_cpu(input_ids)).shape[1])
         inputs = prepare(
             self.interface,
             _on_cpu(input_ids),
@@ -262,15 +294,14 @@ class CompiledCausalLM(CompiledModule, GenerationMixin):
             logits_to_keep,
             empty_mask=self.empty_mask,
         )
-        with torch.no_grad():
-            logits, *grown = self.executable(*(x.to(self._device) for x in inputs.values()))
-        held = None
-        if given is not None:
-            held = update_cache(given, grown)
-        elif use_cache is None or use_cache:
-            held = make_cache(grown)
-        output = CausalLMOutputWithPast(**{"logits": logits, cache_name(): held})
-        return output if return_dict else output.to_tuple()
+        return [x.to(self._device) for x in inputs.values()]
+
+    @torch.compiler.disable
+    def _kept(self, cache: Any, grown: list[Tensor], new: int, use_cache: bool) -> Any:
+        """The cache to return, which holds `grown`, the last `new` tokens of them new."""
+        if cache is not None:
+            return update_cache(cache, grown, new)
+        return make_cache(grown) if use_cache else None
 
 
 FORMATS = ("panguq", "compressed-tensors", "ascend")
@@ -297,36 +328,3 @@ def _writer(format: str) -> Callable[[Any, Path, bool], None]:
 def _on_cpu(given: Any) -> Any:
     """What a user passes is checked on the CPU, wherever the model runs."""
     return given.cpu() if isinstance(given, Tensor) else given
-
-
-def check_module_inputs(interface: Interface, inputs: tuple[Tensor, ...]) -> None:
-    """Raises InputError for another number or other shapes of tensors than the graph takes."""
-    if len(inputs) != len(interface.inputs):
-        raise InputError(
-            f"{len(inputs)} inputs given, the module takes {len(interface.inputs)}",
-            f"give {', '.join(interface.inputs)}",
-        )
-    sizes: dict[str, int] = {}
-    for name, tensor in zip(interface.inputs, inputs, strict=True):
-        shape = interface.input_shapes[name]
-        if tensor.dim() != len(shape):
-            raise InputError(f"input {name} has {tensor.dim()} dimensions, expected {len(shape)}")
-        for size, wanted in zip(tensor.shape, shape, strict=True):
-            sizes.setdefault(str(wanted), size)
-    for name, (least, largest) in interface.size_limits.items():
-        size = sizes.get(name, least)
-        if size < least or (largest is not None and size > largest):
-            raise InputError(
-                f"size {name} is {size}, the trace holds for {least} to {largest or 'any size'}",
-                "the module branches on this size; compile again with other example inputs",
-            )
-    for name, tensor in zip(interface.inputs, inputs, strict=True):
-        shape = interface.input_shapes[name]
-        for index, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):
-            known = all(part in sizes for part in names_in(str(wanted)))
-            expected = evaluate(str(wanted), sizes) if known else size
-            if size != expected:
-                raise InputError(
-                    f"dimension {index} of input {name} is {size}, the graph serves {expected}",
-                    f"the traced shape is {list(shape)}; compile again with other example inputs",
-                )

@@ -9,8 +9,42 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.interface import Interface
+from panguq.ir.size_expression import evaluate, names_in
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_module_inputs(interface: Interface, inputs: Sequence[Tensor]) -> None:
+    """Raise InputError unless these are the inputs, with sizes that the trace holds for."""
+    if len(inputs) != len(interface.inputs):
+        raise InputError(
+            f"{len(inputs)} inputs given, the module takes {len(interface.inputs)}",
+            f"give {', '.join(interface.inputs)}",
+        )
+    sizes: dict[str, int] = {}
+    for name, tensor in zip(interface.inputs, inputs, strict=True):
+        shape = interface.input_shapes[name]
+        if tensor.dim() != len(shape):
+            raise InputError(f"input {name} has {tensor.dim()} dimensions, expected {len(shape)}")
+        for size, wanted in zip(tensor.shape, shape, strict=True):
+            sizes.setdefault(str(wanted), size)
+    for name, (least, largest) in interface.size_limits.items():
+        size = sizes.get(name, least)
+        if size < least or (largest is not None and size > largest):
+            raise InputError(
+                f"size {name} is {size}, the trace holds for {least} to {largest or 'any size'}",
+                "the module branches on this size; compile again with other example inputs",
+            )
+    for name, tensor in zip(interface.inputs, inputs, strict=True):
+        shape = interface.input_shapes[name]
+        for index, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):
+            known = all(part in sizes for part in names_in(str(wanted)))
+            expected = evaluate(str(wanted), sizes) if known else size
+            if size != expected:
+                raise InputError(
+                    f"dimension {index} of input {name} is {size}, the graph serves {expected}",
+                    f"the traced shape is {list(shape)}; compile again with other example inputs",
+                )
 
 
 def takes_empty_mask(gm: fx.GraphModule) -> bool:
@@ -115,10 +149,10 @@ def _check_past(interface: Interface, past: Sequence[Tensor], batch: int) -> Non
                 f"cache tensor {index} has shape {list(tensor.shape)}, expected {list(wanted)}",
                 "the cache belongs to another batch or another model",
             )
-        if (tensor.dtype == torch.int8) != (dtype == torch.int8):
+        if tensor.dtype != dtype:
             raise InputError(
                 f"cache tensor {index} is {tensor.dtype}, expected {dtype}",
-                "the cache belongs to a model that was compiled with another recipe",
+                "the cache belongs to a model that was compiled with another recipe or dtype",
             )
 
 
@@ -131,7 +165,17 @@ def _real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tenso
             "give one entry for every past and new token, 1 where the token is real",
         )
     real = attention_mask.bool()
+    if not torch.equal(real.to(attention_mask.dtype), attention_mask):
+        raise InputError(
+            f"attention_mask holds other values than 0 and 1, such as {_other(attention_mask)}",
+            "give 1 where the token is real and 0 where it is padding; a mask that is added to "
+            "scores (0 and a large negative number) is not taken",
+        )
     return None if bool(real.all()) else real
+
+
+def _other(mask: Tensor) -> float:
+    return float(mask[(mask != 0) & (mask != 1)][0])
 
 
 def _check_positions(interface: Interface, positions: Tensor, batch: int, seq: int) -> None:
@@ -140,7 +184,16 @@ def _check_positions(interface: Interface, positions: Tensor, batch: int, seq: i
             f"position_ids have shape {list(positions.shape)}, expected {[batch, seq]}",
             "give one position for every new token, or leave them out",
         )
-    if interface.max_positions is not None and int(positions.max()) >= interface.max_positions:
+    if positions.dtype not in INTEGERS:
+        raise InputError(f"position_ids are {positions.dtype}", "give integers")
+    if interface.max_positions is None:
+        return
+    least = -1 if interface.positions_from_mask else 0
+    if int(positions.min()) < least:
+        raise InputError(
+            f"position_ids go down to {int(positions.min())}, the model's table begins at {least}"
+        )
+    if int(positions.max()) >= interface.max_positions:
         raise InputError(
             f"position_ids go up to {int(positions.max())}, the model serves "
             f"{interface.max_positions} positions{_reason(interface)}"
@@ -155,14 +208,15 @@ def _positions(
     interface: Interface, real: Tensor | None, past: int, batch: int, seq: int
 ) -> Tensor:
     if real is not None and interface.positions_from_mask:
-        return (real.long().cumsum(1) - 1)[:, past:]
+        return (real.long().cumsum(1) * real - 1)[:, past:]
     return torch.arange(past, past + seq).expand(batch, seq)
 
 
 def _mask(real: Tensor | None, past: int, seq: int, batch: int, empty_mask: bool) -> Tensor:
     """Boolean `[batch, 1, seq, past + seq]`: each token attends to the real ones up to itself.
 
-    A token that is padding attends to itself alone: a row without any True would give NaN.
+    A token before all real ones, which is padding, attends to itself: a row without any True would
+    give NaN.
     """
     if real is None and empty_mask:
         return torch.empty(0, dtype=torch.bool)
@@ -170,8 +224,9 @@ def _mask(real: Tensor | None, past: int, seq: int, batch: int, empty_mask: bool
     causal = torch.ones(seq, total, dtype=torch.bool).tril(past)
     if real is None:
         return causal.expand(batch, 1, seq, total)
+    mask = causal & real[:, None, None, :]
     itself = torch.ones(seq, total, dtype=torch.bool).tril(past).triu(past)
-    return (causal & real[:, None, None, :]) | itself
+    return mask | (itself & ~mask.any(-1, keepdim=True))
 
 
 def _kept(logits_to_keep: int | Tensor, seq: int) -> Tensor:

@@ -17,16 +17,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from torch import Tensor, fx
+from torch import fx
 
 from panguq.compiled_model import LOWERED, CompiledCausalLM, CompiledModule
-from panguq.errors import PanguqError, StorageError, VerifyError
-from panguq.ir.edit import weights_of
+from panguq.errors import PanguqError, StorageError
+from panguq.frozen_module import shared_weights
 from panguq.ir.interface import Interface
 from panguq.ir.serialize import from_text, to_text
 from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that files name)
@@ -90,27 +89,6 @@ def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
         generation_config=_read_generation_config(folder),
         tokenizer=_read_tokenizer(folder),
     )
-
-
-def shared_weights(stages: Mapping[str, fx.GraphModule]) -> dict[str, Tensor]:
-    """The weights of all stages by name. Raises VerifyError if a name means two tensors."""
-    weights: dict[str, Tensor] = {}
-    for stage, graph in stages.items():
-        for name, tensor in weights_of(graph).items():
-            known = weights.setdefault(name, tensor)
-            if not _is_same(known, tensor):
-                raise VerifyError(
-                    f"weight {name} of stage {stage} is not the one that another stage has",
-                    "a pass replaced it after the stages parted; it must take a new name",
-                )
-    return weights
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    if one is other:
-        return True
-    place = (one.data_ptr(), one.dtype, one.shape, one.stride())
-    return place == (other.data_ptr(), other.dtype, other.shape, other.stride())
 
 
 def _json_text(data: BaseModel) -> str:
