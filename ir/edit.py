@@ -115,6 +115,11 @@ def retarget(node: fx.Node, op: OpOverload) -> None:
     node.target = op
 
 
+def read_instead(node: fx.Node, position: int, value: fx.Node) -> None:
+    """Let `node` read `value` as its argument at this position."""
+    node.update_arg(position, value)
+
+
 def get_tensor(gm: fx.GraphModule, name: str) -> Tensor:
     """The weight called `name`."""
     owner, _, leaf = name.rpartition(".")

@@ -17,11 +17,12 @@ from torch import Tensor, fx
 from panguq.ir.edit import call, get_tensor, label, value_types
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import Scheme
+from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput, calls, operand
 from panguq.kernels.ascend import int4_weight, npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.contracts import check_call
 from panguq.kernels.ascend.npu_dtypes import dtype_number
 from panguq.kernels.ascend.npu_format_cast import FRACTAL_NZ
-from panguq.lowering.ascend_inputs import AscendInputs, source_of
+from panguq.lowering.ascend_inputs import AscendInputs
 from panguq.lowering.dispatch import (
     Operands,
     kernel_call,
@@ -56,7 +57,7 @@ class AscendCalls:
         `weight_format` is that of int8 weights of integer matmuls.
         """
         scheme = scheme_of(node)
-        source = source_of(node)
+        source = Linear.of(node).source
         dtype = node.meta["val"].dtype
         late_bias = None
         if scheme.activation is None:
@@ -92,36 +93,38 @@ class AscendCalls:
     # --- operands -------------------------------------------------------------------------------
 
     def _weight_only(self, node: fx.Node, rows: slice, dtype: torch.dtype) -> Operands:
-        codes, scale, zero_point, group_size, _ = node.args[1].args
-        scales = self._rows(scale, rows)
+        linear = Linear.of(node)
+        weight = DequantizedWeight.of(linear.weight)
+        scales = self._rows(weight.scale, rows)
         per_channel = scales.shape[1] == 1
         stored = _kernel_layout(scales, per_channel).to(dtype)
-        stem = _stem(scale)
+        stem = _stem(weight.scale)
         offset = None
-        if zero_point is not None:
-            minus = -_kernel_layout(self._rows(zero_point, rows), per_channel).to(dtype)
+        if weight.zero_point is not None:
+            minus = -_kernel_layout(self._rows(weight.zero_point, rows), per_channel).to(dtype)
             offset = self.inputs.small(node, f"{stem}antiquant_offset{_row_name(rows)}", minus)
         bias = self._bias(node, rows, torch.float32 if dtype == torch.bfloat16 else dtype)
         return Operands(
-            self.inputs.flat(node, node.args[0]),
-            self._weight(node, codes, rows),
+            self.inputs.flat(node, linear.input),
+            self._weight(node, weight, rows),
             self.inputs.small(node, f"{stem}antiquant_scale{_row_name(rows)}", stored),
             offset,
             None,
             bias,
-            0 if per_channel else group_size,
+            0 if per_channel else weight.group_size,
             dtype,
         )
 
     def _int8_dynamic(
         self, node: fx.Node, rows: slice, dtype: torch.dtype, weight_format: WeightFormat
     ) -> Operands:
-        codes, scale = node.args[1].args[:2]
+        given = DequantizedWeight.of(Linear.of(node).weight)
         x, pertoken_scale = self.inputs.quantize_dynamic(node, 8)
-        stored = self._rows(scale, rows).reshape(-1).float()
-        weight_scale = self.inputs.small(node, f"{_stem(scale)}npu_scale{_row_name(rows)}", stored)
+        stored = self._rows(given.scale, rows).reshape(-1).float()
+        name = f"{_stem(given.scale)}npu_scale{_row_name(rows)}"
+        weight_scale = self.inputs.small(node, name, stored)
         bias = self._bias(node, rows, torch.float32)
-        weight = self._weight(node, codes, rows, weight_format)
+        weight = self._weight(node, given, rows, weight_format)
         return Operands(x, weight, weight_scale, None, pertoken_scale, bias, 0, dtype)
 
     def _int8_static(
@@ -132,26 +135,27 @@ class AscendCalls:
         deq_scale = act_scale * weight_scale; bias_int32 = round(bias / deq_scale) -
         zero_point * sum_k codes.
         """
-        _, act_scale, zero_point, _ = node.args[0].args
-        codes, scale = node.args[1].args[:2]
+        linear = Linear.of(node)
+        read, weight = QuantizedInput.of(linear.input), DequantizedWeight.of(linear.weight)
+        assert read.zero_point is not None  # a static activation has one, be it 0
         x = self.inputs.quantize_static(node)
-        step = get_tensor(self.gm, str(act_scale.target)).double()
-        deq_scale = (step * self._rows(scale, rows).reshape(-1).double()).float()
-        sums = self._rows(codes, rows).sum(dim=1, dtype=torch.int32)
-        folded = -get_tensor(self.gm, str(zero_point.target)).long() * sums
+        step = get_tensor(self.gm, str(read.scale.target)).double()
+        deq_scale = (step * self._rows(weight.scale, rows).reshape(-1).double()).float()
+        sums = self._rows(weight.codes, rows).sum(dim=1, dtype=torch.int32)
+        folded = -get_tensor(self.gm, str(read.zero_point.target)).long() * sums
         late_bias = None
-        if _has_bias(node):
-            steps = (self._rows(node.args[2], rows).double() / deq_scale.double()).round()
+        if linear.bias is not None:
+            steps = (self._rows(linear.bias, rows).double() / deq_scale.double()).round()
             if bool(steps.abs().max() > LARGEST_INT32_BIAS):
                 late_bias = self._bias(node, rows, dtype)
             else:
                 folded = folded + steps.long()
-        stem = _stem(scale)
+        stem = _stem(weight.scale)
         if dtype == torch.float16:
             deq_scale = npu.npu_trans_quant_param(deq_scale)
         given = Operands(
             x,
-            self._weight(node, codes, rows, weight_format),
+            self._weight(node, weight, rows, weight_format),
             self.inputs.small(node, f"{stem}deq_scale{_row_name(rows)}", deq_scale),
             None,
             None,
@@ -169,10 +173,10 @@ class AscendCalls:
         W4A8 takes one scale per 256 inputs, which per-channel scales are repeated to, and
         `offset = 8 * sum_k(code * scale)`, as the op documents.
         """
-        codes, scale = node.args[1].args[:2]
-        weight = self._weight(node, codes, rows)
-        scales = self._rows(scale, rows).float()
-        stem = _stem(scale)
+        given = DequantizedWeight.of(Linear.of(node).weight)
+        weight = self._weight(node, given, rows)
+        scales = self._rows(given.scale, rows).float()
+        stem = _stem(given.scale)
         assert scheme.activation is not None
         x, pertoken_scale = self.inputs.quantize_dynamic(node, scheme.activation.bits)
         named: dict[str, Any] = {"output_dtype": dtype_number(dtype)}
@@ -182,7 +186,7 @@ class AscendCalls:
             )
             named |= {"pertoken_scale": pertoken_scale}
         else:
-            values = self._rows(codes, rows)
+            values = self._rows(given.codes, rows)
             groups = values.shape[1] // W4A8_GROUP
             scales = scales.repeat_interleave(groups // scales.shape[1], dim=1).t().contiguous()
             sums = values.reshape(values.shape[0], groups, W4A8_GROUP).sum(-1, dtype=torch.int32)
@@ -215,43 +219,46 @@ class AscendCalls:
     # --- weights --------------------------------------------------------------------------------
 
     def _weight(
-        self, node: fx.Node, codes: fx.Node, rows: slice, weight_format: WeightFormat = "ND"
+        self,
+        node: fx.Node,
+        weight: DequantizedWeight,
+        rows: slice,
+        weight_format: WeightFormat = "ND",
     ) -> fx.Node:
         """The stored codes `[n, k]` as the kernels read them."""
-        packed = codes.target is panguq.unpack_int4.default
-        stored: fx.Node = codes.args[0] if packed else codes
-        part = _part(rows)
+        stored, part = weight.packed, _part(rows)
 
         def make(op: Any, args: tuple[Any, ...], suffix: str, **named: Any) -> fx.Node:
             return call(node, op, args, named, origin=node, suffix=suffix + part)
 
         if rows.start is not None:
             stored = make(aten.slice.Tensor, (stored, 0, rows.start, rows.stop), ".weight_rows")
-        if packed:
+        if weight.is_packed:
             return make(own.int4_weight.default, (stored,), ".kernel_weight")
         turned = make(aten.t.default, (stored,), ".turned")
-        weight = make(
+        laid_out = make(
             aten.clone.default, (turned,), ".kernel_weight", memory_format=torch.contiguous_format
         )
         if weight_format == "ND":
-            return weight
-        return make(npu.npu_format_cast.default, (weight, FRACTAL_NZ), ".kernel_weight_nz")
+            return laid_out
+        return make(npu.npu_format_cast.default, (laid_out, FRACTAL_NZ), ".kernel_weight_nz")
 
     def _rows(self, stored: fx.Node, rows: slice) -> Tensor:
-        if stored.target is panguq.unpack_int4.default:
-            packed = get_tensor(self.gm, str(stored.args[0].target))
+        if calls(stored, "panguq::unpack_int4"):
+            packed = get_tensor(self.gm, str(operand(stored, 0).target))
             return panguq.unpack_int4(packed[rows])
         return get_tensor(self.gm, str(stored.target))[rows]
 
     def _bias(self, node: fx.Node, rows: slice, dtype: torch.dtype | None = None) -> fx.Node | None:
-        if not _has_bias(node):
+        stored = Linear.of(node).bias
+        if stored is None:
             return None
-        bias = self._rows(node.args[2], rows)
+        bias = self._rows(stored, rows)
         dtype = dtype or node.meta["val"].dtype
         if rows.start is None and bias.dtype == dtype:
-            return node.args[2]
+            return stored
         kind = str(dtype).removeprefix("torch.")
-        name = f"{node.args[2].target}_{kind}{_row_name(rows)}"
+        name = f"{stored.target}_{kind}{_row_name(rows)}"
         return self.inputs.small(node, name, bias.to(dtype))
 
     def _finish(
@@ -263,10 +270,6 @@ class AscendCalls:
             result = call(node, aten.add.Tensor, (result, bias), origin=node, suffix=suffix)
         shape = [*self.inputs.leading_sizes(node, source), int(result.meta["val"].shape[-1])]
         return call(node, aten.view.default, (result, shape), origin=node, suffix=_part(rows))
-
-
-def _has_bias(node: fx.Node) -> bool:
-    return len(node.args) > 2 and node.args[2] is not None
 
 
 def _kernel_layout(scales: Tensor, per_channel: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import call, free_name, get_tensor, tensor_node
+from panguq.ir.views import Linear, QuantizedInput
 from panguq.ir.weight_store import WeightStore
 from panguq.kernels.ascend import npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.npu_dtypes import dtype_number
@@ -45,14 +46,15 @@ class AscendInputs:
 
     def quantize_static(self, node: fx.Node) -> fx.Node:
         """int8 codes `[m, k]` of the matmul's statically quantized input."""
-        quantize: fx.Node = node.args[0].args[0]
-        key = (quantize, "static")
+        given = QuantizedInput.of(Linear.of(node).input)
+        key = (given.quantizer, "static")
         if key not in self.made:
-            source, scale, zero_point = quantize.args[:3]
+            source, zero_point = given.source, given.zero_point
+            assert zero_point is not None  # a static activation has one, be it 0
             dtype = source.meta["val"].dtype
-            factor = get_tensor(self.gm, str(scale.target)).reciprocal().to(dtype)
+            factor = get_tensor(self.gm, str(given.scale.target)).reciprocal().to(dtype)
             zero = get_tensor(self.gm, str(zero_point.target)).to(dtype)
-            stem = str(scale.target).removesuffix("input_scale")
+            stem = str(given.scale.target).removesuffix("input_scale")
             args = (
                 source,
                 self.small(node, f"{stem}input_factor", factor),
@@ -69,10 +71,10 @@ class AscendInputs:
 
     def quantize_dynamic(self, node: fx.Node, bits: int) -> tuple[fx.Node, fx.Node]:
         """Codes `[m, k]` (int8, or int32 of eight 4-bit codes) and float32 scales `[m]`."""
-        quantize: fx.Node = node.args[0].args[0].args[0]
-        key = (quantize, "dynamic")
+        given = QuantizedInput.of(Linear.of(node).input)
+        key = (given.quantizer, "dynamic")
         if key not in self.made:
-            source = quantize.args[0]
+            source = given.source
             named = {} if bits == 8 else {"dst_type": dtype_number(torch.quint4x2)}
             pair = call(
                 node,
@@ -106,13 +108,3 @@ class AscendInputs:
                 for axis, size in enumerate(source.meta["val"].shape[:-1])
             )
         return self.made[key]
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    """The float value that a matmul reads, before it was quantized."""
-    x: fx.Node = node.args[0]
-    if x.target is not panguq.dequantize.default:
-        return x
-    codes: fx.Node = x.args[0]
-    quantize = codes.args[0] if codes.target is operator.getitem else codes
-    return quantize.args[0]

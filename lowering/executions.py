@@ -154,7 +154,7 @@ def _grids(target: Target, x_bytes: float) -> list[tuple[str, dict[str, float]]]
         for grid_m in range(1, used + 1):
             grid_n = used // grid_m
             pairs[used // grid_n, grid_n] = None  # with so many columns, so many rows fit
-    found = []
+    found: list[tuple[str, dict[str, float]]] = []
     for (grid_m, grid_n), (block_m, block_n) in product(pairs, VENDOR_BLOCKS):
         label = f"{grid_m}x{grid_n} cores, blocks {block_m}x{block_n}"
         blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}

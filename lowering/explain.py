@@ -131,7 +131,8 @@ def explain(
     here = any_m if target.kind == "cpu" else select_kernel(problem, target, mix, allow_float)
     found = all_candidates(problem, target, allow_float)
     rows = [Row(c, None if c.refusal else _cost(c, problem, target)) for c in found]
-    legal = sorted((r for r in rows if r.cost), key=lambda r: r.cost.total_us)
+    priced = [(row.cost.total_us, row) for row in rows if row.cost is not None]
+    legal = [row for _, row in sorted(priced, key=lambda entry: entry[0])]
     refused = [r for r in rows if r.cost is None]
     choice = replace(here, table=any_m.table, hysteresis=any_m.hysteresis)
     return Explanation(problem, target, (*legal, *refused), choice)
@@ -141,7 +142,7 @@ def why_dearer(winner: Row, other: Row) -> str:
     """Why `other` costs more than `winner`: the term that differs most."""
     assert winner.cost is not None and other.cost is not None
     extra_us = other.cost.total_us - winner.cost.total_us
-    parts = [_parts(row.cost) for row in (winner, other)]
+    parts = [_parts(cost) for cost in (winner.cost, other.cost)]
     differences = {name: parts[1].get(name, 0.0) - parts[0].get(name, 0.0) for name in parts[1]}
     name = max(differences, key=lambda part: differences[part])
     if differences[name] <= 0:
@@ -254,7 +255,8 @@ def render(found: Explanation) -> str:
     if second is not None:
         lines += ["", f"runner-up: {_headline(second)}", f"  lost by {found.why()}"]
         lines += _term_lines(second)
-    best = _best_of_each(legal, {winner.candidate.kernel, second and second.candidate.kernel})
+    shown = {row.candidate.kernel for row in (winner, second) if row is not None}
+    best = _best_of_each(legal, shown)
     if best:
         lines += ["", "other kernels, each at its best:"]
         lines += [f"  {_headline(row)}" for row in best]
@@ -305,7 +307,7 @@ def _list(terms: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
 
 
-def _best_of_each(legal: Sequence[Row], shown: set[str | None]) -> list[Row]:
+def _best_of_each(legal: Sequence[Row], shown: set[str]) -> list[Row]:
     best: dict[str, Row] = {}
     for row in legal:
         if row.candidate.kernel not in shown:

@@ -26,6 +26,7 @@ from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.ir.views import Linear
 from panguq.lowering.candidates import fallbacks, scheme_refusal
 from panguq.lowering.cost_model import total_us
 from panguq.lowering.executions import FLOAT_BYTES
@@ -148,7 +149,7 @@ def _choices(
     for node in gm.graph.nodes:
         if node.target is not _LINEAR:
             continue
-        n, k = (int(size) for size in node.args[1].meta["val"].shape)
+        n, k = Linear.of(node).shape
         scheme = scheme_of(node)
         key = (n, k, scheme)
         if key not in known:
@@ -191,16 +192,17 @@ def _phase(
             cost[node] = plain[node] = _other_us(node, target, values, dtype)
             continue
         entry = chosen[node]
-        m = int(np.prod(_shape(node.args[0], values)[:-1]))
+        x = Linear.of(node).input
+        m = int(np.prod(_shape(x, values)[:-1]))
         key = (entry.problem.n, entry.problem.k, entry.problem.scheme, m)
         if key not in costs:
             costs[key] = _matmul_us(entry, target, m)
         matmul_us[node] = costs[key]
         cost[node], plain[node] = costs[key][:2]
         if entry.choice.storage != "float" and entry.problem.scheme.activation is not None:
-            if node.args[0] not in quantized:
+            if x not in quantized:
                 cost[node] += m * entry.problem.k * (FLOAT_BYTES[dtype] + 1) / _hbm(target)
-            quantized.add(node.args[0])
+            quantized.add(x)
     path = _critical_path(compute, cost)
     total = sum(cost.values())
     matmuls = sum(us for us, _, _ in matmul_us.values())
@@ -336,7 +338,8 @@ def _weight_bytes(gm: fx.GraphModule, chosen: Mapping[fx.Node, _Chosen], dtype: 
         name = str(node.target)
         for user in node.users:
             entry = chosen.get(user)
-            if entry is not None and user.args[1] is node and entry.choice.storage != "float":
+            is_weight = entry is not None and Linear.of(user).weight is node
+            if entry is not None and is_weight and entry.choice.storage != "float":
                 quantized[name] = entry
             else:
                 kept.add(name)

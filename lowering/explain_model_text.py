@@ -25,7 +25,7 @@ def render(found: ModelExplanation) -> str:
         "float",
         "decode kernel",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for row in found.matmuls:
         times = (row.prefill_us, row.float_prefill_us, row.decode_us, row.float_decode_us)
         cells = (row.example, row.count, row.n, row.k, row.scheme, *(f"{us:.1f}" for us in times))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +9,10 @@ from torch import fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import label
-from panguq.ir.node_meta import annotate, scheme_of
+from panguq.ir.node_meta import annotate, is_quantized, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.ir.views import by_input
 from panguq.lowering.candidates import fallbacks, scheme_refusal
 from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
@@ -100,8 +100,4 @@ def fit(siblings: list[fx.Node], target: Target) -> tuple[Scheme, list[str]]:
 
 
 def _siblings(gm: fx.GraphModule) -> list[list[fx.Node]]:
-    readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node in linears(gm):
-        if not scheme_of(node).is_float:
-            readers[node.args[0]].append(node)
-    return list(readers.values())
+    return list(by_input(filter(is_quantized, linears(gm))).values())

@@ -7,8 +7,8 @@ from typing import cast
 from torch import fx
 
 from panguq.ir.quant_spec import Scheme
+from panguq.ir.views import DequantizedWeight, Linear
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
-from panguq.kernels.mixed_packing import unpack_mixed_codes
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
 
 PART_MULTIPLE = 64
@@ -16,7 +16,7 @@ PART_MULTIPLE = 64
 
 def output_parts(node: fx.Node) -> list[slice]:
     """The rows of the weight that one call computes: all of them where they are few enough."""
-    n = int(node.args[1].meta["val"].shape[0])
+    n = Linear.of(node).shape[0]
     if n <= LARGEST_DIMENSION:
         return [slice(None)]
     parts = -(-n // LARGEST_DIMENSION)
@@ -28,16 +28,15 @@ def matmul_problem(
     node: fx.Node, scheme: Scheme, precision: Precision = "bfloat16", whole: bool = True
 ) -> MatmulProblem:
     """This linear under a scheme, for any m; the first of its parts unless `whole`."""
-    n, k = (int(size) for size in node.args[1].meta["val"].shape)
+    n, k = Linear.of(node).shape
     if not whole:
         part = output_parts(node)[0]
         n = n if part.start is None else part.stop - part.start
-    dtype = cast(Dtype, str(node.args[0].meta["val"].dtype).removeprefix("torch."))
+    dtype = cast(Dtype, str(Linear.of(node).input.meta["val"].dtype).removeprefix("torch."))
     return MatmulProblem(None, n, k, scheme, precision, dtype, mixed=_has_mixed_codes(node))
 
 
 def _has_mixed_codes(node: fx.Node) -> bool:
     """Whether the weight's codes are stored group by group, each in a width of its own."""
-    weight = node.args[1]
-    sources = weight.all_input_nodes if isinstance(weight, fx.Node) else []
-    return any(source.target is unpack_mixed_codes for source in sources)
+    weight = DequantizedWeight.match(Linear.of(node).weight)
+    return weight is not None and weight.bits is None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import replace
+from panguq.ir.views import operand
 from panguq.lowering.prepack import FORMAT_CAST
 
 
@@ -22,10 +23,11 @@ def on_device(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
             object.__setattr__(gm, str(node.target), tensor.to(device))
         node.args = _moved(node.args, device)
         node.kwargs = _moved(node.kwargs, device)
-        if node.target is FORMAT_CAST and node.args[0].op == "get_attr":
-            name = str(node.args[0].target)
-            object.__setattr__(gm, name, FORMAT_CAST(getattr(gm, name), *node.args[1:]))
-            replace(node, node.args[0])
+        if node.target is FORMAT_CAST and operand(node, 0).op == "get_attr":
+            _, *rest = node.args
+            name = str(operand(node, 0).target)
+            object.__setattr__(gm, name, FORMAT_CAST(getattr(gm, name), *rest))
+            replace(node, operand(node, 0))
     gm.recompile()
     return gm
 

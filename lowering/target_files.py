@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from panguq.errors import LoweringError, PanguqError
 from panguq.lowering.targets import (
@@ -45,7 +46,7 @@ def load_target(path: Path) -> Target:
         raise LoweringError(
             f"{path}: name: {name!r} is a built-in target's", "give the target another name"
         )
-    kind = data.get("kind")
+    kind: Any = data.get("kind")  # check_target looks at it
     constants = {
         key: _constant(entry, f"{path}: constants.{key}", key)
         for key, entry in _mapping(data.get("constants", {}), f"{path}: constants").items()
@@ -87,7 +88,7 @@ def save_target(target: Target, path: Path) -> None:
         ) from error
 
 
-def _read(path: Path) -> Mapping[str, object]:
+def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".json" and path.is_file():
             data = parse_json(path.read_bytes(), str(path))
@@ -101,7 +102,7 @@ def _read(path: Path) -> Mapping[str, object]:
     return _mapping(data, str(path))
 
 
-def _mapping(data: object, where: str) -> Mapping[str, object]:
+def _mapping(data: object, where: str) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise LoweringError(f"{where}: is not a mapping", _HINT)
     return data

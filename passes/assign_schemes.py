@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -14,6 +13,7 @@ from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
+from panguq.ir.views import Linear, by_input, results_of
 from panguq.passes.base import Pass, PassContext, PassResult, Property, Table, linears
 from panguq.passes.module_globs import check_globs
 
@@ -40,14 +40,15 @@ class AssignSchemes(Pass):
         check_globs("the recipe's scheme for", self.globs, gm, ctx.allow_unmatched)
         for node in linears(gm):
             scheme, reason = self.choose(node)
-            if scheme.weight is not None:
-                k = node.args[1].meta["val"].shape[1]
+            weight = scheme.weight
+            if weight is not None:
+                k = Linear.of(node).shape[1]
                 try:
-                    group_size = scheme.weight.group_size_for(k)
+                    group_size = weight.group_size_for(k)
                 except ValueError as error:
                     scheme, reason = SCHEMES["FLOAT"], str(error)
                 else:
-                    wanted = scheme.weight.group_size
+                    wanted = weight.group_size
                     if wanted is not None and group_size != wanted:
                         reason = f"group_size {group_size}: {wanted} does not divide k = {k}"
             annotate(node, scheme=scheme)
@@ -90,8 +91,10 @@ def gives_logits(node: fx.Node) -> bool:
     graph = node.graph
     if not any(p.target == "logit_positions" for p in graph.nodes if p.op == "placeholder"):
         return False
-    result = next(reversed(graph.nodes)).args[0][0]
-    while result is not node and result.target is not torch.ops.aten.linear.default:
+    gm = graph.owning_module
+    assert gm is not None
+    result = results_of(gm)[0]
+    while result is not node and Linear.match(result) is None:
         inputs = [n for n in result.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         if len(inputs) != 1 or inputs[0].op != "call_function":
             return False
@@ -100,10 +103,7 @@ def gives_logits(node: fx.Node) -> bool:
 
 
 def _check_siblings(gm: fx.GraphModule) -> None:
-    readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    for node in linears(gm):
-        readers[node.args[0]].append(node)
-    for siblings in readers.values():
+    for siblings in by_input(linears(gm)).values():
         names = {module_path(n): scheme_of(n).name for n in siblings}
         if len(set(names.values())) > 1:
             listed = ", ".join(f"{path} {name}" for path, name in names.items())

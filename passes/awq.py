@@ -14,6 +14,7 @@ from panguq.ir.channels import ScaleSite
 from panguq.ir.edit import label
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import Linear
 from panguq.passes.scale_folding import Factors
 from panguq.passes.scale_search import SeenInput, SiteError, decibels
 from panguq.passes.scale_sites import ScaleSites, chosen, left_alone
@@ -101,7 +102,7 @@ def _mean_abs(site: ScaleSite, seen: Mapping[fx.Node, SeenInput]) -> Tensor:
     for consumer in site.consumers:
         scaled = consumer.channel >= 0
         which = consumer.channel[scaled]
-        values = seen[consumer.linear.args[0]].mean_abs.double()
+        values = seen[Linear.of(consumer.linear).input].mean_abs.double()
         total.index_add_(0, which, values[scaled])
         count.index_add_(0, which, torch.ones(len(which), dtype=torch.float64))
     return total / count.clamp_min(1)

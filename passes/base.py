@@ -14,6 +14,7 @@ from panguq.ir.interface import Interface
 from panguq.ir.properties import Property as Property
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import Linear
 from panguq.ir.weight_store import WeightStore
 
 
@@ -155,11 +156,8 @@ class Pass:
 
 def linears(gm: fx.GraphModule) -> list[fx.Node]:
     """Every `aten.linear` whose weight is a stored tensor, in graph order."""
-    return [
-        n
-        for n in gm.graph.nodes
-        if n.target is torch.ops.aten.linear.default and n.args[1].op == "get_attr"
-    ]
+    found = (Linear.match(node) for node in gm.graph.nodes)
+    return [linear.node for linear in found if linear is not None and linear.is_stored]
 
 
 def labels(nodes: Iterable[fx.Node]) -> str:

@@ -11,12 +11,14 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import call, replace, tensor_node
+from panguq.ir.views import QuantizedWeight
 from panguq.ir.weight_store import WeightStore
 from panguq.kernels.binary import MAGNITUDES_PER_BLOCK, dequantize_binary
 from panguq.kernels.packing import pack_codes, packed_columns, unpack_codes
 from panguq.passes.column_solver import solve_columns
 from panguq.passes.gram import gram, inverse_factor
 from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.stored_codes import stem_of
 
 CODE_BITS = 2  # a sign, and which of two magnitudes
 
@@ -110,11 +112,9 @@ class BiLlm(SolveWeights):
         self, gm: fx.GraphModule, store: WeightStore, node: fx.Node, solution: Solution
     ) -> None:
         """`dequantize_binary(unpack_codes(...), ...)` in place of the dequantized weight."""
-        scale_node = node.args[1]
-        assert isinstance(scale_node, fx.Node)
-        stem = str(scale_node.target).removesuffix("_scale")
+        stem, weight = stem_of(node), QuantizedWeight.of(node).dequantized
         k = solution.codes.shape[1]
-        dequantized = next(iter(node.users))
+        dequantized = weight.node
         packed = {
             "codes": pack_codes(solution.codes, CODE_BITS),
             "salient": pack_codes(-solution.shared["salient"], 1),
@@ -131,11 +131,8 @@ class BiLlm(SolveWeights):
                 ("salient", 1, ".salient"),
             )
         ]
-        args = (unpacked[0], stored["magnitudes"], unpacked[1], self.block_size)
-        dtype = dequantized.args[-1]
-        replace(
-            dequantized, call(dequantized, dequantize_binary, (*args, dtype), origin=dequantized)
-        )
+        args = (unpacked[0], stored["magnitudes"], unpacked[1], self.block_size, weight.dtype)
+        replace(dequantized, call(dequantized, dequantize_binary, args, origin=dequantized))
 
 
 def stored_bits(n: int, k: int, magnitudes: int, matrices: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,11 +11,12 @@ from torch import Tensor, fx
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.input_statistics import InputStatistics, fill_state, state_of
-from panguq.ir.node_meta import annotate, scheme_of
+from panguq.ir.node_meta import annotate, is_quantized, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.sweep import sweep
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import Linear, by_input
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 from panguq.passes.observers import OBSERVERS, sqnr_db
 
@@ -47,10 +47,7 @@ class Calibrate(Pass):
             raise RecipeError(f"calibrate: percentile {self.percentile} must lie in (50, 100]")
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in linears(gm):
-            if not scheme_of(node).is_float:
-                readers[node.args[0]].append(node)
+        readers = by_input(filter(is_quantized, linears(gm)))
         if readers and not ctx.batches:
             raise InputError("there is no calibration data", "give calibration=, or a text file")
         statistics = {
@@ -105,7 +102,7 @@ def _column_energy(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor | None:
     """What an error in each input channel costs its static readers: sum of w^2, `[k]`."""
     if static_spec(nodes) is None:
         return None
-    weights = [get_tensor(gm, str(n.args[1].target)) for n in nodes]
+    weights = [get_tensor(gm, Linear.of(n).weight_name) for n in nodes]
     energy = torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
     return energy if energy.any() else torch.ones_like(energy)
 

@@ -28,6 +28,7 @@ from panguq.ir.edit import (
 from panguq.ir.exported_graph import WHAT_TO_DO
 from panguq.ir.interpret import ensure_finite
 from panguq.ir.opset import is_allowed
+from panguq.ir.views import arguments, operand, operands_at
 from panguq.passes.base import Pass, PassContext, PassResult, Property, Table
 
 aten = torch.ops.aten
@@ -122,29 +123,32 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 
 def _same_value(node: fx.Node) -> fx.Node:
-    return node.args[0]
+    return operand(node, 0)
 
 
 def _cast_to_same_dtype(node: fx.Node) -> fx.Node | None:
-    source = node.args[0]
+    source = operand(node, 0)
     return source if _dtype(node) == _dtype(source) else None
 
 
 def _full_slice(node: fx.Node) -> fx.Node | None:
-    source, _, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]
-    whole = start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62))
-    return source if whole and step == 1 else None
+    given = arguments(node)
+    end = given["end"]
+    to_the_end = end is None or (isinstance(end, int) and end >= 2**62)
+    whole = given["start"] in (0, None) and to_the_end and given["step"] == 1
+    return operand(node, 0) if whole else None
 
 
 def _times_one(node: fx.Node) -> fx.Node | None:
-    left, right = node.args
+    left, right = _pair(node)
     if not isinstance(right, (int, float)) or right != 1.0 or _dtype(node) != _dtype(left):
         return None
     return left
 
 
 def _dropout(node: fx.Node) -> fx.Node | None:
-    return _same_value(node) if node.args[1] == 0 or not node.args[2] else None
+    given = arguments(node)
+    return _same_value(node) if given["p"] == 0 or not given["train"] else None
 
 
 def _erase_assertion(node: fx.Node) -> None:
@@ -195,12 +199,12 @@ def _linear(node: fx.Node, x: Any, weight: Any, bias: Any) -> fx.Node | None:
 
 
 def _addmm(node: fx.Node) -> fx.Node | None:
-    bias, x, weight = node.args[:3]
+    bias, x, weight = (operand(node, position) for position in range(3))
     return None if node.kwargs else _linear(node, x, weight, bias)
 
 
 def _mm(node: fx.Node) -> fx.Node | None:
-    return _linear(node, node.args[0], node.args[1], None)
+    return _linear(node, operand(node, 0), operand(node, 1), None)
 
 
 # --- patterns raised into one op --------------------------------------------------------------
@@ -212,28 +216,31 @@ def _is(node: Any, *targets: Any) -> bool:
 
 def _through_casts(node: Any) -> Any:
     while _is(node, aten.to.dtype, aten._to_copy.default):
-        node = node.args[0]
+        node = operand(node, 0)
     return node
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
+def _pair(node: fx.Node) -> tuple[Any, Any]:
+    """The two terms or factors of `aten.add.Tensor` or `aten.mul.Tensor`."""
+    given = arguments(node)
+    return given["self"], given["other"]
 
 
 def _rms_norm(node: fx.Node) -> fx.Node | None:
     """Anchored at the last product, `weight * normalized`."""
-    for weight, scaled in (node.args, node.args[::-1]):
+    for weight, scaled in (_pair(node), _pair(node)[::-1]):
         normalized = _through_casts(scaled)
         if not (_is(normalized, aten.mul.Tensor) and getattr(weight, "op", "") == "get_attr"):
             continue
-        x, rsqrt = normalized.args
-        if not _is(rsqrt, aten.rsqrt.default) or not _is(rsqrt.args[0], aten.add.Tensor):
+        x, rsqrt = _pair(normalized)
+        if not _is(rsqrt, aten.rsqrt.default) or not _is(operand(rsqrt, 0), aten.add.Tensor):
             continue
-        mean, eps = rsqrt.args[0].args
-        if not _is(mean, aten.mean.dim) or mean.args[1:] != ([-1], True):
+        mean, eps = _pair(operand(rsqrt, 0))
+        if not _is(mean, aten.mean.dim):
             continue
-        square = mean.args[0]
+        square, dims, keepdim, _ = arguments(mean).values()
+        if dims != [-1] or not keepdim:
+            continue
         squared = _is(square, aten.pow.Tensor_Scalar) and square.args == (x, 2)
         if not isinstance(eps, float) or not squared:
             continue
@@ -244,59 +251,61 @@ def _rms_norm(node: fx.Node) -> fx.Node | None:
 
 
 def _torch_rms_norm(node: fx.Node) -> fx.Node | None:
-    x, shape, weight, eps = (*node.args, None, None)[:4]
-    if weight is None or eps is None or len(shape) != 1:
+    given = arguments(node)
+    weight, eps = given["weight"], given["eps"]
+    if weight is None or eps is None or len(given["normalized_shape"]) != 1:
         return None
-    return call(node, panguq.rms_norm.default, (x, weight, eps), origin=node)
+    return call(node, panguq.rms_norm.default, (given["input"], weight, eps), origin=node)
 
 
 def _rotary(node: fx.Node) -> fx.Node | None:
     """Anchored at the sum `x * cos + rotate_half(x) * sin`."""
-    direct, rotated = node.args[:2]
+    direct, rotated = _pair(node)
     if node.kwargs or not (_is(direct, aten.mul.Tensor) and _is(rotated, aten.mul.Tensor)):
         return None
-    (x, cos), (halves, sin) = direct.args, rotated.args
+    (x, cos), (halves, sin) = _pair(direct), _pair(rotated)
     if len({n.meta["val"].dtype for n in (node, x, cos)}) > 1:
         return None  # the op yields x's dtype, a sum with wider tables does not
-    if not all(_is(t, aten.unsqueeze.default) and t.args[1] == 1 for t in (cos, sin)):
+    if not all(_is(t, aten.unsqueeze.default) and arguments(t)["dim"] == 1 for t in (cos, sin)):
         return None
-    if not _is(halves, aten.cat.default) or halves.args[1:] not in ((-1,), (3,)):
+    if not _is(halves, aten.cat.default) or arguments(halves)["dim"] not in (-1, 3):
         return None
-    if len(halves.args[0]) != 2:
+    if len(operands_at(halves, 0)) != 2:
         return None
-    negated, first = halves.args[0]
+    negated, first = operands_at(halves, 0)
     if not _is(negated, aten.neg.default):
         return None
-    second, half = negated.args[0], x.meta["val"].shape[-1] // 2
+    second, half = operand(negated, 0), x.meta["val"].shape[-1] // 2
     if not (_is(first, aten.slice.Tensor) and _is(second, aten.slice.Tensor)):
         return None
-    starts_right = first.args[:4] == (x, 3, 0, half) and second.args[:3] == (x, 3, half)
+    one, other = (tuple(arguments(n).values())[:4] for n in (first, second))
+    starts_right = one == (x, 3, 0, half) and other[:3] == (x, 3, half)
     if not starts_right or x.meta["val"].shape[-1] != 2 * half:
         return None
-    return call(node, panguq.rotary.default, (x, cos.args[0], sin.args[0]), origin=node)
+    return call(node, panguq.rotary.default, (x, operand(cos, 0), operand(sin, 0)), origin=node)
 
 
 def _swiglu(node: fx.Node) -> fx.Node | None:
-    for gate, up in (node.args, node.args[::-1]):
+    for gate, up in (_pair(node), _pair(node)[::-1]):
         if _is(gate, aten.silu.default) and isinstance(up, fx.Node):
             if gate.meta["val"].shape != up.meta["val"].shape or _dtype(gate) != _dtype(up):
                 return None
-            return call(node, panguq.swiglu.default, (gate.args[0], up), origin=node)
+            return call(node, panguq.swiglu.default, (operand(gate, 0), up), origin=node)
     return None
 
 
 def _repeats(node: Any) -> int:
     """How often each key or value head was repeated to give `node`; 1 if it was not."""
-    if _is(node, aten.repeat_interleave.self_int) and node.args[2:] == (1,):
-        return int(node.args[1])
-    if _is(node, aten.reshape.default) and _is(node.args[0], aten.expand.default):
-        expanded = node.args[0]
-        source = expanded.args[0]
-        if len(expanded.args[1]) == 5 and _is(source, aten.unsqueeze.default):
-            heads = source.args[0].meta["val"].shape[1]
+    if _is(node, aten.repeat_interleave.self_int) and arguments(node)["dim"] == 1:
+        return int(arguments(node)["repeats"])
+    if _is(node, aten.reshape.default) and _is(operand(node, 0), aten.expand.default):
+        expanded = operand(node, 0)
+        source = operand(expanded, 0)
+        if len(arguments(expanded)["size"]) == 5 and _is(source, aten.unsqueeze.default):
+            heads = operand(source, 0).meta["val"].shape[1]
             repeats = expanded.meta["val"].shape[2]
             whole = node.meta["val"].shape[1] == heads * repeats
-            return int(repeats) if source.args[1] == 2 and whole else 1
+            return int(repeats) if arguments(source)["dim"] == 2 and whole else 1
     return 1
 
 
@@ -305,24 +314,24 @@ def _unrepeated(node: Any, groups: int) -> Any:
     if _repeats(node) != groups:
         return None
     if _is(node, aten.repeat_interleave.self_int):
-        return node.args[0]
-    return node.args[0].args[0].args[0]
+        return operand(node, 0)
+    unsqueezed = operand(operand(node, 0), 0)  # behind the reshape and the expand
+    return operand(unsqueezed, 0)
 
 
 def _attention(node: fx.Node) -> fx.Node | None:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    query, key, value, mask = (given.get(name) for name in names[:4])
+    given = arguments(node)
+    query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
     q, k = query.meta["val"], key.meta["val"]
-    if given.get("dropout_p", 0.0) != 0.0 or q.dim() != 4:
+    if given["dropout_p"] != 0.0 or q.dim() != 4:
         return None
-    scale = given.get("scale")
+    scale = given["scale"]
     if scale is None and isinstance(q.shape[3], int):
         scale = q.shape[3] ** -0.5
     if not isinstance(scale, float):  # it follows from a dynamic size
         return None
     if mask is None:
-        if not given.get("is_causal") or q.shape[2] != k.shape[2]:
+        if not given["is_causal"] or q.shape[2] != k.shape[2]:
             return None
         name = f"{module_path(node) or 'attention'}.causal_mask"
         mask = tensor_node(node, name, torch.empty(0, dtype=torch.bool))

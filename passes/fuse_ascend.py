@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from panguq.ir import canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.edit import op_name, replace
 from panguq.ir.properties import Property
+from panguq.ir.views import operand
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import Pass, PassContext, PassResult, Table
 from panguq.passes.fuse_ascend_aten import SPELLINGS
@@ -86,11 +87,11 @@ class FuseAscend(Pass):
                     replace(node, outcome)
         state.erase_unread()
         for node in [n for n in gm.graph.nodes if n.target in _QUANTIZERS]:
-            outcome = fuse_quantizer(node, self.allow_inexact)
-            if isinstance(outcome, fx.Node):
-                counts[f"{op_name(node)} -> {op_name(outcome)}"] += 1
-            elif outcome is not None:
-                result.skip(node, outcome)
+            fused = fuse_quantizer(node, self.allow_inexact)
+            if isinstance(fused, fx.Node):
+                counts[f"{op_name(node)} -> {op_name(fused)}"] += 1
+            elif fused is not None:
+                result.skip(node, fused)
         result.changed = sum(counts.values())
         rows = tuple(sorted(counts.items()))
         result.tables["fusions"] = Table(("rewrite", "count"), rows)
@@ -112,6 +113,4 @@ _QUANTIZERS = (npu.npu_quantize.default, npu.npu_dynamic_quant.default)
 def _op_behind(node: fx.Node) -> str:
     """The vendor's op that gives this value, an item of its results or a transposition of one."""
     direct = isinstance(node.target, OpOverload) and node.target.namespace == "npu"
-    source = node if direct else node.args[0]
-    assert isinstance(source, fx.Node)
-    return op_name(source)
+    return op_name(node if direct else operand(node, 0))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from panguq.ir.canonical_views import Attention, RmsNorm, Rotary, SwiGlu
 from panguq.ir.edit import call
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.fuse_ascend_cache import spell_dequantize, spell_quantize_per_channel
@@ -23,7 +24,8 @@ panguq = torch.ops.panguq
 
 def spell_rms_norm(node: fx.Node, state: FusionState) -> fx.Node:
     """`weight * (x * rsqrt(mean(x^2) + eps))`, the norm in float32, rounded before the weight."""
-    x, weight, eps = node.args
+    given = RmsNorm.of(node)
+    x, weight, eps = given.x, given.weight, given.eps
     dtype = x.meta["val"].dtype
     narrow = dtype not in (torch.float32, torch.float64)
     wide = _step(node, aten.to.dtype, (x, torch.float32), "wide") if narrow else x
@@ -39,7 +41,7 @@ def spell_rms_norm(node: fx.Node, state: FusionState) -> fx.Node:
 
 def spell_rotary(node: fx.Node, state: FusionState) -> fx.Node:
     """`x * cos + concat(-x2, x1) * sin`."""
-    x, *tables = node.args
+    x, tables = Rotary.of(node).x, Rotary.of(node).tables
     half = x.meta["val"].shape[-1] // 2
     cos, sin = (
         state.call_once(node, aten.unsqueeze.default, (t, 1), suffix=".per_head") for t in tables
@@ -55,15 +57,15 @@ def spell_rotary(node: fx.Node, state: FusionState) -> fx.Node:
 
 def spell_swiglu(node: fx.Node, state: FusionState) -> fx.Node:
     """`silu(gate) * up`."""
-    gate, up = node.args
+    gate, up = SwiGlu.of(node).gate, SwiGlu.of(node).up
     activated = _step(node, aten.silu.default, (gate,), "silu")
     return call(node, aten.mul.Tensor, (activated, up), origin=node)
 
 
 def spell_attention(node: fx.Node, state: FusionState) -> fx.Node:
     """`scaled_dot_product_attention` with each key and value head repeated for its group."""
-    query, key, value, mask, scale = node.args
-    mask = attended_mask(node, state)
+    given, mask = Attention.of(node), attended_mask(node, state)
+    query, key, value = given.query, given.key, given.value
     heads, kv_heads = query.meta["val"].shape[1], key.meta["val"].shape[1]
     if size_key(heads) != size_key(kv_heads):
         groups = int(heads // kv_heads)
@@ -72,7 +74,7 @@ def spell_attention(node: fx.Node, state: FusionState) -> fx.Node:
         value = _step(node, repeat, (value, groups, 1), "values")
     args = (query, key, value, mask, 0.0, False)
     op = aten.scaled_dot_product_attention.default
-    return call(node, op, args, {"scale": scale}, origin=node)
+    return call(node, op, args, {"scale": given.scale}, origin=node)
 
 
 def _step(node: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], suffix: str) -> fx.Node:

@@ -7,7 +7,9 @@ import operator
 import torch
 from torch import fx
 
+from panguq.ir.canonical_views import Attention, Rotary
 from panguq.ir.edit import call, get_tensor, label
+from panguq.ir.views import arguments, operand, operands_at
 from panguq.kernels.ascend import npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.passes.fuse_ascend_masks import hidden_mask
 from panguq.passes.fuse_ascend_shared import FusionState, refusal
@@ -23,12 +25,12 @@ def fuse_rotary(node: fx.Node, state: FusionState) -> fx.Node | str:
     more than 8 heads, all sequences together, for each position, and a decoding step has one
     position (aclnnRotaryPositionEmbedding).
     """
-    x, *tables = node.args
+    x, tables = Rotary.of(node).x, Rotary.of(node).tables
     for table in tables:
         if not _within_one(table):
             return f"{label(table)} may leave [-1, 1], the range that npu_rotary_mul documents"
     if _swaps_heads(x):
-        tokens_first = x.args[0]
+        tokens_first = operand(x, 0)
     else:
         tokens_first = state.call_once(node, aten.transpose.int, (x, 1, 2), suffix=".tokens_first")
     for_heads = [
@@ -44,7 +46,10 @@ def fuse_rotary(node: fx.Node, state: FusionState) -> fx.Node | str:
 
 def _swaps_heads(x: fx.Node) -> bool:
     """Whether x is `transpose(y, 1, 2)`."""
-    return x.target is aten.transpose.int and {axis % 4 for axis in x.args[1:]} == {1, 2}
+    if x.target is not aten.transpose.int:
+        return False
+    given = arguments(x)
+    return {given["dim0"] % 4, given["dim1"] % 4} == {1, 2}
 
 
 _MOVES = (
@@ -65,14 +70,13 @@ def _within_one(table: fx.Node) -> bool:
         return True
     if table.target not in _MOVES:
         return False
-    source = table.args[0]
-    parts = source if isinstance(source, (list, tuple)) else [source]
-    return all(isinstance(part, fx.Node) and _within_one(part) for part in parts)
+    return all(_within_one(part) for part in operands_at(table, 0))
 
 
 def fuse_attention(node: fx.Node, state: FusionState) -> fx.Node | str:
     """`npu_fused_infer_attention_score` in layout BNSD with its mask in full, or why not."""
-    query, key, value, _, scale = node.args
+    given = Attention.of(node)
+    query, key, value = given.query, given.key, given.value
     heads, kv_heads = query.meta["val"].shape[1], key.meta["val"].shape[1]
     if isinstance(heads, torch.SymInt) or isinstance(kv_heads, torch.SymInt):
         return "the number of heads is not fixed"
@@ -82,7 +86,7 @@ def fuse_attention(node: fx.Node, state: FusionState) -> fx.Node | str:
     kwargs = {
         "atten_mask": hidden,
         "num_heads": heads,
-        "scale": scale,
+        "scale": given.scale,
         "input_layout": "BNSD",
         "num_key_value_heads": kv_heads,
     }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from panguq.ir.canonical_views import Attention
 from panguq.ir.edit import call, label
 from panguq.passes.fuse_ascend_shared import FusionState, size_key
 
@@ -20,8 +21,7 @@ def attended_mask(attention: fx.Node, state: FusionState) -> fx.Node:
     bool `[1, 1, seq, total]` for an empty one, True where query i may see key j:
     `j <= total - seq + i`.
     """
-    mask = attention.args[3]
-    assert isinstance(mask, fx.Node)
+    mask = Attention.of(attention).mask
     return _causal(attention, state, hidden=False) if _is_empty(mask) else mask
 
 
@@ -30,8 +30,8 @@ def hidden_mask(attention: fx.Node, state: FusionState) -> fx.Node | str:
 
     These shapes are npu_fused_infer_attention_score's, in full (op-plugin docs, `atten_mask`).
     """
-    query, key, _, mask = attention.args[:4]
-    assert isinstance(mask, fx.Node) and isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    given = Attention.of(attention)
+    query, key, mask = given.query, given.key, given.mask
     if _is_empty(mask):
         return _causal(attention, state, hidden=True)
     value = mask.meta["val"]
@@ -54,15 +54,13 @@ def _is_empty(mask: fx.Node) -> bool:
 
 def _causal(attention: fx.Node, state: FusionState, hidden: bool) -> fx.Node:
     """The causal mask of this attention's sizes, once for all that have the same."""
-    query, key = attention.args[:2]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    query, key = Attention.of(attention).query, Attention.of(attention).key
     sizes = tuple(size_key(n.meta["val"].shape[2]) for n in (query, key))
     return state.once((*sizes, hidden), lambda: _make_causal(attention, query, key, hidden))
 
 
 def _make_causal(attention: fx.Node, query: fx.Node, key: fx.Node, hidden: bool) -> fx.Node:
-    mask = attention.args[3]
-    assert isinstance(mask, fx.Node)
+    mask = Attention.of(attention).mask
 
     def make(op: Any, args: tuple[Any, ...], suffix: str, kwargs: Any = None) -> fx.Node:
         return call(attention, op, args, kwargs, origin=mask, suffix=suffix)

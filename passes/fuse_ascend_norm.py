@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from panguq.ir.canonical_views import RmsNorm
 from panguq.ir.edit import (
     call,
     erase_unused,
@@ -14,9 +15,11 @@ from panguq.ir.edit import (
     get_tensor,
     label,
     op_name,
+    read_instead,
     replace,
     tensor_node,
 )
+from panguq.ir.views import Item, arguments, operand, optional_operand
 from panguq.kernels.ascend import npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.passes.fuse_ascend_shared import FusionState, refusal, same_shape
 
@@ -33,7 +36,8 @@ def fuse_rms_norm(node: fx.Node, state: FusionState) -> fx.Node | str:
 
     The sum's other readers get the fused op's third result, so the sum is computed once.
     """
-    x, weight, eps = node.args
+    given = RmsNorm.of(node)
+    x, weight, eps = given.x, given.weight, given.eps
     if x.target is aten.add.Tensor:
         reason = _obstacle_to_sum(x, weight, eps)
         if reason is None:
@@ -49,9 +53,10 @@ def fuse_rms_norm(node: fx.Node, state: FusionState) -> fx.Node | str:
 
 def _obstacle_to_sum(x: fx.Node, weight: fx.Node, eps: float) -> str | None:
     """Why npu_add_rms_norm cannot compute this sum; None if it can."""
-    if x.kwargs or len(x.args) != 2 or any(not isinstance(n, fx.Node) for n in x.args):
+    terms = [optional_operand(x, 0), optional_operand(x, 1)]
+    if x.kwargs or len(x.args) != 2 or None in terms:
         return "it is not a plain sum of two tensors"
-    for term in x.args:
+    for term in filter(None, terms):
         value = term.meta["val"]
         if not isinstance(value, torch.Tensor) or value.dtype != x.meta["val"].dtype:
             return f"{label(term)} has another dtype than the sum"
@@ -59,11 +64,11 @@ def _obstacle_to_sum(x: fx.Node, weight: fx.Node, eps: float) -> str | None:
             return f"{label(term)} is broadcast"
     if x < weight and weight.op != "get_attr":
         return f"the weight {label(weight)} is computed after it"
-    return refusal(npu.npu_add_rms_norm.default, (*x.args, weight, eps))
+    return refusal(npu.npu_add_rms_norm.default, (*terms, weight, eps))
 
 
 def _fuse_with_sum(node: fx.Node, total: fx.Node) -> fx.Node:
-    _, weight, eps = node.args
+    weight, eps = RmsNorm.of(node).weight, RmsNorm.of(node).eps
     if total < weight:  # a stored weight, which can be read anywhere
         total.prepend(weight)
     args = (*total.args, weight, eps)
@@ -81,8 +86,11 @@ def fuse_quantizer(node: fx.Node, allow_inexact: bool) -> fx.Node | str | None:
 
     Returns the fused call, or why there is none; None for a quantizer that reads no such norm.
     """
-    norm = node.args[0]
-    if not _is_item(norm, NORM) or norm.args[0].target is not npu.npu_add_rms_norm.default:
+    item = Item.match(operand(node, 0))
+    if item is None or item.index != NORM:
+        return None
+    norm, fused = item.node, item.source
+    if fused.target is not npu.npu_add_rms_norm.default:
         return None
     value = norm.meta["val"]
     if not allow_inexact:
@@ -96,7 +104,6 @@ def fuse_quantizer(node: fx.Node, allow_inexact: bool) -> fx.Node | str | None:
         return f"{label(norm)} has other readers"
     if value.shape[-1] * value.element_size() % ALIGNMENT_BYTES:
         return f"rows of {label(norm)} are not aligned to {ALIGNMENT_BYTES} bytes"
-    fused = norm.args[0]
     made = (
         _fuse_static(node, fused)
         if node.target is npu.npu_quantize.default
@@ -104,29 +111,32 @@ def fuse_quantizer(node: fx.Node, allow_inexact: bool) -> fx.Node | str | None:
     )
     if isinstance(made, fx.Node):
         for size in sizes:  # the norm has the shape of what it normalizes
-            size.update_arg(0, made.args[0])
+            read_instead(size, 0, operand(made, 0))
         erase_unused([norm])
     return made
 
 
-def _is_item(node: object, index: int) -> bool:
-    return isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == index
+def _sum_and_norm(fused: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float]:
+    """The terms, the norm's weight and its eps that npu_add_rms_norm reads."""
+    given = arguments(fused)
+    return given["x1"], given["x2"], given["gamma"], given["epsilon"]
 
 
 def _fuse_static(node: fx.Node, fused: fx.Node) -> fx.Node | str:
     """`npu_quantize(norm, 1 / scale, zero, qint8, -1, False)` as npu_add_rms_norm_quant."""
-    axis = node.args[4] if len(node.args) > 4 else node.kwargs.get("axis", 1)
-    multiplies = (
-        node.args[5] if len(node.args) > 5 else node.kwargs.get("div_mode", True)
-    ) is False
-    if node.meta["val"].dtype != torch.int8 or axis != -1 or not multiplies:
+    given = arguments(node)
+    if (
+        node.meta["val"].dtype != torch.int8
+        or given["axis"] != -1
+        or given["div_mode"] is not False
+    ):
         return "only int8 codes of the last axis with multiplied scales can be fused"
-    scale, zero = node.args[1], node.args[2]
+    scale, zero = given["scales"], given["zero_points"]
     if any(
         n is not None and (n.op != "get_attr" or n.meta["val"].numel() != 1) for n in (scale, zero)
     ):
         return "its scale and zero point are not one stored number each"
-    *terms, gamma, eps = fused.args
+    *terms, gamma, eps = _sum_and_norm(fused)
     wide = gamma.meta["val"].dtype == torch.float16  # A2: float32 and int32, else all bfloat16
     scales = _per_column(fused, scale, torch.float32 if wide else torch.bfloat16)
     zeros = None
@@ -149,7 +159,7 @@ def _fuse_dynamic(node: fx.Node, fused: fx.Node) -> fx.Node | str:
     """`npu_dynamic_quant(norm)` as npu_add_rms_norm_dynamic_quant."""
     if node.meta["val"][0].dtype != torch.int8 or len(node.args) > 1 or node.kwargs:
         return "only plain int8 codes per token can be fused"
-    *terms, gamma, eps = fused.args
+    *terms, gamma, eps = _sum_and_norm(fused)
     args, kwargs = (*terms, gamma), {"epsilon": eps, "output_mask": [True, False]}
     op = npu.npu_add_rms_norm_dynamic_quant.default
     reason = refusal(op, args, kwargs)
@@ -158,7 +168,7 @@ def _fuse_dynamic(node: fx.Node, fused: fx.Node) -> fx.Node | str:
     made = call(fused, op, args, kwargs, origin=node, suffix=".fused")
     _take_over(fused, made)
     for item in list(node.users):
-        result = NORM if item.args[1] == 0 else DYNAMIC_SCALE
+        result = NORM if Item.of(item).index == 0 else DYNAMIC_SCALE
         replace(item, call(item, operator.getitem, (made, result), origin=item))
     return made
 
@@ -166,7 +176,7 @@ def _fuse_dynamic(node: fx.Node, fused: fx.Node) -> fx.Node | str:
 def _take_over(fused: fx.Node, made: fx.Node) -> None:
     """Let readers of the sum that `fused` gives read the one that `made` gives."""
     for item in list(fused.users):
-        if _is_item(item, SUM):
+        if Item.of(item).index == SUM:
             replace(item, call(item, operator.getitem, (made, SUM), origin=item))
 
 
@@ -174,7 +184,7 @@ def _per_column(before: fx.Node, stored: fx.Node, dtype: torch.dtype) -> fx.Node
     """One stored number for each column of the norm, as the fused op's shapes demand."""
     gm = before.graph.owning_module
     assert gm is not None
-    columns = before.args[2].meta["val"].shape[0]
+    columns = arguments(before)["gamma"].meta["val"].shape[0]
     name = free_name(gm, f"{stored.target}_per_column")
     values = get_tensor(gm, str(stored.target)).to(dtype).reshape(1).repeat(columns)
     return tensor_node(before, name, values)

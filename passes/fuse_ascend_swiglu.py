@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from panguq.ir.canonical_views import SwiGlu
 from panguq.ir.edit import call, label
+from panguq.ir.views import Item, arguments
 from panguq.kernels.ascend import npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.passes.fuse_ascend_shared import FusionState, refusal
 
@@ -17,7 +19,7 @@ npu = torch.ops.npu
 
 def fuse_swiglu(node: fx.Node, state: FusionState) -> fx.Node | str:
     """`swiglu(y[..., :f], y[..., f:])` as `npu_swiglu(y, -1)`, or why not."""
-    gate, up = (_part(n) for n in node.args)
+    gate, up = _part(SwiGlu.of(node).gate), _part(SwiGlu.of(node).up)
     if gate is None or up is None or gate.source is not up.source:
         return "gate and up are two tensors, and npu_swiglu reads the halves of one"
     last = gate.source.meta["val"].shape[-1]
@@ -44,28 +46,27 @@ class _Part(NamedTuple):
 def _part(node: fx.Node) -> _Part | None:
     """The columns that this node takes out of a tensor; None if it is something else."""
     value = node.meta["val"]
+    last = (-1, value.dim() - 1) if isinstance(value, torch.Tensor) else ()
     if node.target is aten.slice.Tensor:
-        source, dim, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]
-        if dim not in (-1, value.dim() - 1) or step != 1 or not _whole(start, end):
+        given = arguments(node)
+        start, end = given["start"], given["end"]
+        if given["dim"] not in last or given["step"] != 1 or not _whole(start, end):
             return None
-        return _columns(source, start or 0, value.shape[-1])
-    index = node.args[1] if len(node.args) > 1 else None
-    parts = node.args[0] if node.args else None
-    if not isinstance(parts, fx.Node) or not isinstance(index, int):
+        return _columns(given["self"], start or 0, value.shape[-1])
+    item = Item.match(node)
+    if item is None or item.source.target not in (aten.chunk.default, aten.split.Tensor):
         return None
-    if parts.target not in (aten.chunk.default, aten.split.Tensor) or len(parts.args) != 3:
-        return None
-    source, _, dim = parts.args
+    parts, index, given = item.source, item.index, arguments(item.source)
     widths = [item.shape[-1] for item in parts.meta["val"]]
-    if dim not in (-1, value.dim() - 1) or any(isinstance(w, torch.SymInt) for w in widths):
+    if given["dim"] not in last or any(isinstance(w, torch.SymInt) for w in widths):
         return None
-    return _columns(source, sum(widths[:index]), widths[index])
+    return _columns(given["self"], sum(widths[:index]), widths[index])
 
 
 def _whole(start: object, end: object) -> bool:
-    """Whether the ends of a slice are known and not negative."""
-    known = all(limit is None or isinstance(limit, int) for limit in (start, end))
-    return known and (start is None or start >= 0)
+    """Whether the ends of a slice are known, and the first is not negative."""
+    known = end is None or isinstance(end, int)
+    return known and (start is None or (isinstance(start, int) and start >= 0))
 
 
 def _columns(source: object, start: int, width: int | torch.SymInt) -> _Part | None:

@@ -16,6 +16,7 @@ from panguq.ir.interpret import ensure_finite
 from panguq.ir.node_meta import range_of, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.views import DequantizedWeight, Linear
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 from panguq.passes.weight_scales import min_max_scale
@@ -49,25 +50,25 @@ class InsertFakeQuant(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
         quantized: dict[tuple[fx.Node, QuantSpec], fx.Node] = {}
-        weights: dict[tuple[str, QuantSpec], fx.Node] = {}
+        weights: dict[tuple[str, QuantSpec], DequantizedWeight] = {}
         rows = []
         for node in linears(gm):
-            scheme = scheme_of(node)
-            if scheme.is_float:
+            scheme, matmul = scheme_of(node), Linear.of(node)
+            if scheme.weight is None:
                 continue
             if scheme.activation is not None:
-                source: fx.Node = node.args[0]
-                key = (source, scheme.activation)
+                key = (matmul.input, scheme.activation)
                 if key not in quantized:
-                    quantized[key] = _quantize_input(node, source, scheme.activation)
-                node.update_arg(0, quantized[key])
-            shared = (str(node.args[1].target), scheme.weight)
+                    quantized[key] = _quantize_input(matmul, scheme.activation)
+                matmul.read_input(quantized[key])
+            shared = (matmul.weight_name, scheme.weight)
             if shared not in weights:
                 clash = any(name == shared[0] for name, _ in weights)
                 stem = f"{shared[0]}.{scheme.name}" if clash else shared[0]
-                weights[shared] = _quantize_stored_weight(gm, ctx, node, scheme.weight, stem)
-            node.update_arg(1, weights[shared])
-            scale = get_tensor(gm, str(weights[shared].args[1].target))
+                made = _quantize_stored_weight(gm, ctx, matmul, scheme.weight, stem)
+                weights[shared] = DequantizedWeight.of(made)
+            matmul.read_weight(weights[shared].node)
+            scale = get_tensor(gm, str(weights[shared].scale.target))
             rows.append((label(node), scheme.name, float(scale.min()), float(scale.max())))
             result.changed += 1
         columns = ("matmul", "scheme", "smallest_weight_scale", "largest_weight_scale")
@@ -108,8 +109,9 @@ def _gain_error(scale: float, dtype: torch.dtype) -> float:
     return abs(scale * float(reciprocal) - 1.0)
 
 
-def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
-    """The dequantized value that stands for `source` from here on."""
+def _quantize_input(matmul: Linear, spec: QuantSpec) -> fx.Node:
+    """The dequantized value that stands for the matmul's input from here on."""
+    node, source = matmul.node, matmul.input
     dtype = source.meta["val"].dtype
     zero = None
     if spec.dynamic:
@@ -126,7 +128,9 @@ def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
         low, high = range_of(node)
         step, offset = affine(low, high, spec, dtype)
         path = module_path(node)
-        name = free_name(node.graph.owning_module, f"{path}.input_scale".lstrip("."))
+        gm = node.graph.owning_module
+        assert gm is not None
+        name = free_name(gm, f"{path}.input_scale".lstrip("."))
         scale = tensor_node(node, name, torch.tensor([step]))
         offset_tensor = torch.tensor([offset], dtype=torch.int32)
         zero = tensor_node(node, name.replace("input_scale", "input_zero_point"), offset_tensor)
@@ -147,12 +151,12 @@ def _quantize_input(node: fx.Node, source: fx.Node, spec: QuantSpec) -> fx.Node:
 
 
 def _quantize_stored_weight(
-    gm: fx.GraphModule, ctx: PassContext, node: fx.Node, spec: QuantSpec, stem: str
+    gm: fx.GraphModule, ctx: PassContext, matmul: Linear, spec: QuantSpec, stem: str
 ) -> fx.Node:
-    """The dequantized weight of `node`; `stem` names the scales that are stored for it."""
-    stored: fx.Node = node.args[1]
-    weight = materialized(get_tensor(gm, str(stored.target)))
-    ensure_finite(str(stored.target), weight)
+    """The dequantized weight of a matmul; `stem` names the scales that are stored for it."""
+    node, stored = matmul.node, matmul.weight
+    weight = materialized(get_tensor(gm, matmul.weight_name))
+    ensure_finite(matmul.weight_name, weight)
     group_size = spec.group_size_for(weight.shape[1])
     scale, zero_point = min_max_scale(weight, group_size, spec)
     scale_node = tensor_node(node, f"{stem}_scale", ctx.store.put(scale))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.canonical_views import SwiGlu
 from panguq.ir.edit import (
     call,
     free_name,
@@ -22,6 +23,7 @@ from panguq.ir.edit import (
 )
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.properties import Property
+from panguq.ir.views import Linear
 from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.passes.assign_schemes import AssignSchemes
@@ -60,12 +62,12 @@ class MergeGateUp(Pass):
         nodes = [n for n in gm.graph.nodes if n.target is panguq.swiglu.default]
         for done, node in enumerate(nodes):
             ctx.progress("merge gate and up", done, len(nodes))
-            gate, up = node.args
+            gate, up = SwiGlu.of(node).gate, SwiGlu.of(node).up
             reason = _obstacle(gate, up, node, readers)
             if reason is not None:
                 result.skip(node, reason)
                 continue
-            result.sites.append(Site((label(gate.args[0]),), (label(node),)))
+            result.sites.append(Site((label(Linear.of(gate).input),), (label(node),)))
             _merge(gm, ctx, node)
             result.changed += 1
         ctx.progress("merge gate and up", len(nodes), len(nodes))
@@ -75,38 +77,35 @@ class MergeGateUp(Pass):
 def _obstacle(gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str]) -> str | None:
     """Why these two cannot become one matmul; None if they can."""
     for name, node in (("gate", gate), ("up", up)):
-        if node.target is not aten.linear.default:
+        if Linear.match(node) is None:
             return f"{name} is {label(node)}, not a matmul"
         if set(node.users) != {swiglu}:
             return f"{name} {label(node)} has other readers"
     if gate is up:
         return "gate and up are one matmul"
-    if gate.args[0] is not up.args[0]:
-        return f"gate reads {label(gate.args[0])}, up reads {label(up.args[0])}"
+    one, other = Linear(gate), Linear(up)
+    if one.input is not other.input:
+        return f"gate reads {label(one.input)}, up reads {label(other.input)}"
     schemes = meta_of(gate).scheme, meta_of(up).scheme
     if schemes[0] != schemes[1]:
         names = " and ".join("none" if s is None else s.name for s in schemes)
         return f"their schemes differ: {names}"
-    sizes = [int(linear.args[1].meta["val"].shape[0]) for linear in (gate, up)]
+    sizes = [linear.shape[0] for linear in (one, other)]
     if schemes[0] is not None and not schemes[0].is_float and sum(sizes) > LARGEST_DIMENSION:
         return f"{sum(sizes)} outputs are more than the {LARGEST_DIMENSION} of a quantized matmul"
-    reason = _unlike(gate.args[1], up.args[1])
+    reason = _unlike(one.weight, other.weight)
     if reason is not None:
         return reason
-    biases = [b for b in (_bias(gate), _bias(up)) if b is not None]
+    biases = [b for b in (one.bias, other.bias) if b is not None]
     if len({b.meta["val"].dtype for b in biases}) > 1:
         return "their biases differ in dtype"
-    stored = [n for linear in (gate, up) for n in _weight_tensors(linear)]
+    stored = [n for linear in (one, other) for n in _weight_tensors(linear)]
     if any(n.op != "get_attr" for n in stored):
         return "a weight is computed, not stored"
     shared = [str(n.target) for n in stored if len(n.users) > 1 or readers[str(n.target)] > 1]
     if shared:
         return f"{shared[0]} has other readers, so that merging would store it twice"
     return None
-
-
-def _bias(linear: fx.Node) -> fx.Node | None:
-    return linear.args[2] if len(linear.args) > 2 else None
 
 
 def _unlike(gate: Any, up: Any) -> str | None:
@@ -132,10 +131,10 @@ def _unlike(gate: Any, up: Any) -> str | None:
     return None
 
 
-def _weight_tensors(linear: fx.Node) -> list[fx.Node]:
+def _weight_tensors(linear: Linear) -> list[fx.Node]:
     """The leaves below the linear's weight, and its bias."""
     leaves: list[fx.Node] = []
-    stack = [n for n in linear.args[1:] if isinstance(n, fx.Node)]
+    stack = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
     while stack:
         node = stack.pop()
         if node.all_input_nodes:
@@ -146,14 +145,14 @@ def _weight_tensors(linear: fx.Node) -> list[fx.Node]:
 
 
 def _merge(gm: fx.GraphModule, ctx: PassContext, swiglu: fx.Node) -> None:
-    gate, up = swiglu.args
-    assert isinstance(gate, fx.Node) and isinstance(up, fx.Node)
+    gate, up = SwiGlu.of(swiglu).gate, SwiGlu.of(swiglu).up
+    one, other = Linear.of(gate), Linear.of(up)
     stem = _common_stem(gate, up)
-    weight = _stack(gm, ctx, swiglu, gate, (gate.args[1], up.args[1]), stem)
-    args: tuple[Any, ...] = (gate.args[0], weight)
-    sizes = [int(n.args[1].meta["val"].shape[0]) for n in (gate, up)]
-    if _bias(gate) is not None or _bias(up) is not None:
-        parts = [_bias_values(gm, linear, gate, up) for linear in (gate, up)]
+    weight = _stack(gm, ctx, swiglu, gate, (one.weight, other.weight), stem)
+    args: tuple[Any, ...] = (one.input, weight)
+    sizes = [linear.shape[0] for linear in (one, other)]
+    if one.bias is not None or other.bias is not None:
+        parts = [_bias_values(gm, one, other), _bias_values(gm, other, one)]
         name = free_name(gm, f"{stem}.bias")
         args = (*args, tensor_node(swiglu, name, ctx.store.put(torch.cat(parts))))
     merged = call(swiglu, aten.linear.default, args, origin=gate, suffix=".gate_up")
@@ -196,12 +195,9 @@ def _stack(
     return call(before, gate.target, tuple(args), origin=origin, suffix=suffix)
 
 
-def _bias_values(gm: fx.GraphModule, linear: fx.Node, gate: fx.Node, up: fx.Node) -> Tensor:
+def _bias_values(gm: fx.GraphModule, linear: Linear, other: Linear) -> Tensor:
     """The linear's bias; zeros of the other's dtype if it has none."""
-    bias = _bias(linear)
-    if bias is not None:
-        return get_tensor(gm, str(bias.target))
-    other = _bias(up if linear is gate else gate)
-    assert other is not None
-    n = int(linear.args[1].meta["val"].shape[0])
-    return torch.zeros(n, dtype=other.meta["val"].dtype)
+    if linear.bias is not None:
+        return get_tensor(gm, str(linear.bias.target))
+    assert other.bias is not None
+    return torch.zeros(linear.shape[0], dtype=other.bias.meta["val"].dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import Linear, by_input
 from panguq.kernels.packing import packed_columns
 from panguq.passes.allocate import Allocation, Budget, allocate
 from panguq.passes.assign_schemes import gives_logits
@@ -134,9 +134,7 @@ class MixedPrecision(Pass):
 
     def _groups(self, gm: fx.GraphModule) -> tuple[list[Group], list[fx.Node]]:
         """What shares a choice, and the matmuls that keep their schemes but count as well."""
-        readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in linears(gm):
-            readers[node.args[0]].append(node)
+        readers = by_input(linears(gm))
         groups, others = [], []
         for siblings in readers.values():
             if any(self._is_kept(node) for node in siblings):
@@ -172,7 +170,7 @@ class MixedPrecision(Pass):
         nodes = [*others, *(node for group in options for node in group)]
         found: dict[str, tuple[Budget, float]] = {}
         if self.bits is not None:
-            weights = sum(math.prod(_shape(node)) for node in nodes)
+            weights = sum(math.prod(Linear.of(node).shape) for node in nodes)
             fixed = sum(stored_bits(node, scheme_of(node)) for node in others)
             found["bits"] = (_budget(options, stored_bits, fixed, self.bits * weights), weights)
         if self.relative_time is not None:
@@ -225,7 +223,7 @@ class MixedPrecision(Pass):
         rows = []
         for (group, schemes), index in zip(options.items(), solved.chosen, strict=True):
             chosen = schemes[index]
-            shapes = [_shape(node) for node in group]
+            shapes = [Linear.of(node).shape for node in group]
             bits = sum(stored_bits(n, chosen) for n in group) / sum(map(math.prod, shapes))
             time = (
                 "" if rules is None else f"{sum(rules.predicted_us(n, chosen) for n in group):.0f}"
@@ -250,25 +248,20 @@ class MixedPrecision(Pass):
 
 def stored_bits(node: fx.Node, scheme: Scheme) -> int:
     """Bits that this linear's weight takes under a scheme: codes, scales and zero points."""
-    n, k = _shape(node)
+    n, k = Linear.of(node).shape
     spec: QuantSpec | None = scheme.weight
     if spec is None:
-        return 8 * n * k * int(node.args[1].meta["val"].dtype.itemsize)
+        return 8 * n * k * int(Linear.of(node).weight.meta["val"].dtype.itemsize)
     row = k if spec.bits == 8 else k // 2 if spec.bits == 4 else packed_columns(k, spec.bits)
     zero_point = torch.int8.itemsize if not spec.symmetric else 0
     groups = k // spec.group_size_for(k)
     return 8 * n * (row + groups * (scale_dtype(spec).itemsize + zero_point))
 
 
-def _shape(node: fx.Node) -> tuple[int, int]:
-    n, k = node.args[1].meta["val"].shape
-    return int(n), int(k)
-
-
 def _refusal(node: fx.Node, scheme: Scheme, rules: MatmulRules | None) -> str | None:
     if scheme.weight is not None:
         try:
-            scheme.weight.group_size_for(_shape(node)[1])
+            scheme.weight.group_size_for(Linear.of(node).shape[1])
         except ValueError as error:
             return str(error)
     return None if rules is None else rules.refusal(node, scheme)

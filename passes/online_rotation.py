@@ -14,6 +14,7 @@ from panguq.ir.edit import call, tensor_node
 from panguq.ir.interpret import ancestors
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.rotations import RotationSite
+from panguq.ir.views import Linear, operand
 from panguq.passes.base import PassResult, linears
 from panguq.passes.rotation_matrices import Rotation, random_rotation
 
@@ -67,7 +68,7 @@ def find_online_sites(
     heads = {r: s.block for s in found if s.kind == "value" for r in s.readers}
     by_input: dict[tuple[fx.Node, str, int], list[fx.Node]] = defaultdict(list)
     for linear in linears(gm):
-        x, k = linear.args[0], int(linear.args[1].meta["val"].shape[1])
+        x, k = Linear.of(linear).input, Linear.of(linear).shape[1]
         kind, runs = ("heads", k // heads[linear]) if linear in heads else ("down", k)
         if kind not in kinds or (kind == "down" and not _is_pointwise(x)):
             continue
@@ -101,7 +102,7 @@ def _spread(rotation: Rotation, k: int) -> Rotation:
 def _is_pointwise(x: fx.Node) -> bool:
     """Whether x is an activation function's result, or a product of two activations."""
     while x.target in MOVES:
-        x = x.args[0]
+        x = operand(x, 0)
     return x.target in ACTIVATIONS or (
         x.target is aten.mul.Tensor
         and all(isinstance(f, fx.Node) and _is_activation(f, x) for f in x.args)

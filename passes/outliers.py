@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +14,7 @@ from panguq.ir.edit import call, free_name, get_tensor, label, split, tensor_nod
 from panguq.ir.node_meta import annotate, meta_of, range_of, scheme_of, statistics_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
+from panguq.ir.views import Linear, by_input
 from panguq.passes.base import Pass, PassContext, PassResult, Site, Table, linears
 from panguq.passes.calibrate import static_spec
 from panguq.passes.observers import sqnr_db
@@ -53,10 +54,7 @@ class Outliers(Pass):
             )
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in linears(gm):
-            if scheme_of(node).activation is not None:
-                readers[node.args[0]].append(node)
+        readers = by_input(n for n in linears(gm) if scheme_of(n).activation is not None)
         if self.treatment == "split":
             return self._split(gm, ctx, readers)
         return self._reassign(gm, readers)
@@ -130,13 +128,13 @@ class Outliers(Pass):
 
 
 def _weights(node: fx.Node) -> int:
-    return int(node.args[1].meta["val"].numel())
+    return math.prod(Linear.of(node).shape)
 
 
 def _split_channels(gm: fx.GraphModule, ctx: PassContext, node: fx.Node, channels: Tensor) -> None:
     """Replace `node` by itself without these input channels plus a float matmul of them."""
-    value, stored, *bias = node.args
-    name = str(stored.target)
+    matmul = Linear.of(node)
+    value, name = matmul.input, matmul.weight_name
     weight = get_tensor(gm, name)
     rest = weight.clone()
     rest[:, channels] = 0
@@ -148,7 +146,8 @@ def _split_channels(gm: fx.GraphModule, ctx: PassContext, node: fx.Node, channel
     linear, select = aten.linear.default, aten.index_select.default
     few = call(node, select, (value, -1, which), origin=node, suffix=".outlier_input")
     side_node = call(node, linear, (few, side), origin=node, suffix=".outliers")
-    main = call(node, linear, (value, rest_node, *bias), origin=node, suffix=".main")
+    rest_operands = matmul.operands_with(rest_node)
+    main = call(node, linear, rest_operands, origin=node, suffix=".main")
     total = call(node, aten.add.Tensor, (main, side_node), origin=node)
     annotate(side_node, scheme=SCHEMES["FLOAT"])
     split(node, main, side_node, total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +13,7 @@ from panguq.errors import InputError
 from panguq.ir.edit import call, erase_unused, fake_mode, label, tensor_node
 from panguq.ir.properties import Property
 from panguq.ir.sweep import sweep
+from panguq.ir.views import arguments, results_of
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import Pass, PassContext, PassResult, Table
 
@@ -106,19 +106,19 @@ class QuantizeKvCache(Pass):
 def find_cached(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> list[Cached]:
     """The cached tensors that grow by concatenation; the others are skipped with a reason."""
     inputs = {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
-    output = next(reversed(gm.graph.nodes))
+    output, results = next(reversed(gm.graph.nodes)), results_of(gm)
     pairs = ctx.interface.cache_pairs()
     if not pairs:
         result.skip(output, "the graph has no KV cache: it takes and returns no past keys")
     found = []
     for index, (taken, returned) in enumerate(pairs.items()):
-        past, grown = inputs[taken], output.args[0][ctx.interface.outputs.index(returned)]
+        past, grown = inputs[taken], results[ctx.interface.outputs.index(returned)]
         reason = _obstacle(past, grown)
         if reason is not None:
             result.skip(past, reason)
             continue
         part: Literal["key", "value"] = "value" if index % 2 else "key"
-        found.append(Cached(index // 2, part, past, grown.args[0][1], grown))
+        found.append(Cached(index // 2, part, past, arguments(grown)["tensors"][1], grown))
     return found
 
 
@@ -126,9 +126,9 @@ def _obstacle(past: fx.Node, grown: fx.Node) -> str | None:
     """Why this cached tensor cannot be quantized, if so."""
     if past.meta["val"].dtype == torch.int8:
         return "it holds codes already"
-    parts = grown.args[0] if grown.target is aten.cat.default else ()
-    axis = grown.args[1] % 4 if len(grown.args) > 1 else 0
-    if not isinstance(parts, Sequence) or len(parts) != 2 or parts[0] is not past or axis != TOKENS:
+    given = arguments(grown) if grown.target is aten.cat.default else {}
+    parts, axis = given.get("tensors", ()), given.get("dim", 0) % 4
+    if len(parts) != 2 or parts[0] is not past or axis != TOKENS:
         return f"{label(grown)}, which continues it, is not the past followed by new tokens"
     if parts[1].target is panguq.dequantize.default:
         return "what it takes is quantized already"

@@ -18,6 +18,7 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.row_slices import row_slices
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import QuantizedWeight, matmul_of
 from panguq.passes.base import Pass, PassContext, PassResult, Table
 from panguq.passes.stored_codes import codes_name, packed_codes, read_packed
 from panguq.passes.weight_scales import quantize_groups, search_scale
@@ -90,29 +91,31 @@ class QuantizeWeights(Pass):
         return result
 
     def _quantize(self, gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> tuple[object, ...]:
-        stored, scale_node, zero_node, group_size, *_ = node.args
-        matmul = next(iter(next(iter(node.users)).users))
+        quantizer, matmul = QuantizedWeight.of(node), matmul_of(node)
+        group_size = quantizer.group_size
+        scale_name = str(quantizer.scale.target)
+        zero_name = None if quantizer.zero_point is None else str(quantizer.zero_point.target)
         spec = weight_spec_of(matmul)
         importance = None
         if self.needs_statistics:
             importance = statistics_of(matmul).mean_square
 
         def compute() -> Finished:
-            weight = materialized(get_tensor(gm, str(stored.target)))
-            scale = get_tensor(gm, str(scale_node.target))
-            zero = None if zero_node is None else get_tensor(gm, str(zero_node.target))
+            weight = materialized(get_tensor(gm, quantizer.weight_name))
+            scale = get_tensor(gm, scale_name)
+            zero = None if zero_name is None else get_tensor(gm, zero_name)
             found = self._codes(weight, scale, zero, group_size, spec, importance)
             tensors = {codes_name(node): packed_codes(found.codes, spec.bits)}
             if self.clip_search:
-                tensors[str(scale_node.target)] = found.scale
-                if found.zero_point is not None:
-                    tensors[str(zero_node.target)] = found.zero_point
+                tensors[scale_name] = found.scale
+                if zero_name is not None and found.zero_point is not None:
+                    tensors[zero_name] = found.zero_point
             return Finished(tensors, {"clipped": found.clipped, "sqnr_db": found.sqnr_db})
 
         done = ctx.once(codes_name(node), compute)
-        for read in (scale_node, zero_node):
-            if read is not None and str(read.target) in done.tensors:
-                set_tensor(gm, str(read.target), done.tensors[str(read.target)])
+        for name in (scale_name, zero_name):
+            if name is not None and name in done.tensors:
+                set_tensor(gm, name, done.tensors[name])
         read_packed(node, done.tensors[codes_name(node)], spec.bits)
         return label(matmul), spec.bits, group_size, done.facts["clipped"], done.facts["sqnr_db"]
 
@@ -143,7 +146,7 @@ class QuantizeWeights(Pass):
             signal += float(groups.square().sum())  # may be the weight itself
             clipped += int((step.abs() < plain).sum())
             steps[rows] = step
-            if zeros is not None:
+            if zeros is not None and offset is not None:
                 zeros[rows] = offset
         sqnr_db = 10 * math.log10(max(signal / max(noise, 1e-30), 1e-30))
         share = clipped / max(scale.numel(), 1)

@@ -12,6 +12,7 @@ from panguq.errors import NumericsError
 from panguq.ir.edit import free_name, module_path, set_tensor, tensor_node, weights_of
 from panguq.ir.folded_weight import materialized
 from panguq.ir.rotations import Turn
+from panguq.ir.views import Linear, operand
 from panguq.passes.base import PassContext
 from panguq.passes.rotation_matrices import Rotation
 
@@ -48,19 +49,19 @@ class WeightPlan:
 
     def turn(self, turn: Turn, rotation: Rotation) -> None:
         """Add one turn that the analysis found."""
-        gain = None if turn.norm is None else str(_norm_weight(turn.norm).target)
+        gain = None if turn.norm is None else _norm_weight(turn.norm)
         step = Step(turn.axis, rotation, turn.start, turn.stop, gain)
         self._steps[turn.weight, turn.reader].append(step)
 
     def columns(self, linear: fx.Node, rotation: Rotation) -> None:
         """Rotate all columns of a linear's weight."""
-        size = int(linear.args[1].meta["val"].shape[1])
-        step = Step(1, rotation, 0, size)
-        self._steps[str(linear.args[1].target), linear].append(step)
+        matmul = Linear.of(linear)
+        step = Step(1, rotation, 0, matmul.shape[1])
+        self._steps[matmul.weight_name, linear].append(step)
 
     def empty_norm(self, norm: fx.Node) -> None:
         """Replace a norm's weight by ones."""
-        self._steps[str(_norm_weight(norm).target), norm] = [Ones()]
+        self._steps[_norm_weight(norm), norm] = [Ones()]
 
     def apply(self, gm: fx.GraphModule, ctx: PassContext) -> list[tuple[str, str]]:
         """Change the weights; returns (weight, its copy) for each that had to be copied because
@@ -84,10 +85,8 @@ class WeightPlan:
         return copies
 
 
-def _norm_weight(norm: fx.Node) -> fx.Node:
-    weight = norm.args[1]
-    assert isinstance(weight, fx.Node)
-    return weight
+def _norm_weight(norm: fx.Node) -> str:
+    return str(operand(norm, 1).target)
 
 
 def _readers(gm: fx.GraphModule, name: str) -> list[fx.Node]:
@@ -107,9 +106,9 @@ def _copy(gm: fx.GraphModule, name: str, tensor: Tensor, readers: list[fx.Node])
     stored = next(n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name)
     node = tensor_node(stored, copy, tensor)
     for reader in readers:
-        for operand in list(reader.all_input_nodes):
-            if operand.op == "get_attr" and operand.target == name:
-                reader.replace_input_with(operand, node)
+        for read in list(reader.all_input_nodes):
+            if read.op == "get_attr" and read.target == name:
+                reader.replace_input_with(read, node)
     return copy
 
 

@@ -14,6 +14,7 @@ from panguq.ir.edit import get_tensor
 from panguq.ir.input_statistics import InputStatistics, plain_tokens
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.views import Linear
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.gram import gram, output_error
 from panguq.passes.insert_fake_quant import affine
@@ -102,7 +103,7 @@ class MatmulError:
         rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).round().long()
         self.weight = weight[rows].float()
         self.weight_dtype = weight.dtype
-        self.input_dtype = linear.args[0].meta["val"].dtype
+        self.input_dtype = Linear.of(linear).input.meta["val"].dtype
         self.scheme = scheme_of(linear)
         self.seen = seen
         if seen.moment is None:
@@ -116,7 +117,7 @@ class MatmulError:
         if self.scheme.weight is None:
             return 0.0
         scale = scale.float()
-        weight = self._quantized_weight(scale)
+        weight = self._quantized_weight(scale, self.scheme.weight)
         if self.seen.moment is not None:
             return float(output_error(weight / scale - self.weight, self.seen.moment).sum())
         x = self.seen.tokens / scale
@@ -124,8 +125,7 @@ class MatmulError:
             x = quantized_input(x, self.scheme.activation, weight.square().sum(0), self.input_dtype)
         return float((x @ weight.T - self.output).square_().sum(1) @ self.seen.weights)
 
-    def _quantized_weight(self, scale: Tensor) -> Tensor:
-        spec = self.scheme.weight
+    def _quantized_weight(self, scale: Tensor, spec: QuantSpec) -> Tensor:
         scaled = (self.weight * scale).to(self.weight_dtype)
         size = spec.group_size_for(scaled.shape[1])
         ratios = CLIP_RATIOS if spec.bits < 8 else (1.0,)
@@ -178,7 +178,7 @@ class SiteError:
             weight = get_tensor(gm, consumer.weight)
             ones = torch.ones(weight.shape[1], dtype=torch.float64)
             so_far = factors.get(consumer.weight, {}).get(1, ones)
-            error = MatmulError(weight, consumer.linear, seen[consumer.linear.args[0]])
+            error = MatmulError(weight, consumer.linear, seen[Linear.of(consumer.linear).input])
             self.parts.append((consumer.channel, so_far, error))
 
     def __call__(self, scale: Tensor) -> float:

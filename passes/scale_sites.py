@@ -17,6 +17,7 @@ from panguq.ir.interpret import ensure_finite
 from panguq.ir.properties import Property
 from panguq.ir.sweep import solving_sweep
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import Linear
 from panguq.passes.base import Pass, PassContext, PassResult, Table
 from panguq.passes.scale_folding import (
     Factors,
@@ -121,7 +122,7 @@ def _visit(
     Raises InputError where there are no calibration tokens, NumericsError for values that are not
     finite.
     """
-    waiting = {site: {c.linear.args[0] for c in site.consumers} for site in sites}
+    waiting = {site: {Linear.of(c.linear).input for c in site.consumers} for site in sites}
     readers: dict[fx.Node, list[ScaleSite]] = defaultdict(list)
     for site, inputs in waiting.items():
         for value in inputs:
@@ -136,14 +137,14 @@ def _visit(
         if not sum(value.shape[:-1].numel() for value in values):
             raise InputError("there are no calibration tokens", "give calibration data")
         linears = [c.linear for site in readers[node] for c in site.consumers]
-        linears = [linear for linear in linears if linear.args[0] is node]
+        linears = [linear for linear in linears if Linear.of(linear).input is node]
         seen[node] = look_at(values, linears, ctx.generator(), samples)
         for site in readers[node]:
             waiting[site].discard(node)
             if not waiting[site]:
                 decide(site, seen)
-        for value in [v for v in seen if not any(waiting[site] for site in readers[v])]:
-            del seen[value]
+        for done in [v for v in seen if not any(waiting[site] for site in readers[v])]:
+            del seen[done]
         return {}
 
     solving_sweep(gm, ctx.batches, {n: partial(pause, n) for n in readers}, ctx.progress)

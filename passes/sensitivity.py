@@ -36,6 +36,7 @@ from panguq.ir.memory import return_free_pages
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.row_slices import row_slices
+from panguq.ir.views import Linear, results_of
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import PassContext
 from panguq.passes.insert_fake_quant import affine
@@ -67,7 +68,7 @@ class _Sums:
     def weight(self, gm: fx.GraphModule, node: fx.Node) -> Tensor:
         """The linear's weight `[n, k]`, computed once a block if it is a product not yet stored."""
         if node not in self.weights:
-            self.weights[node] = materialized(get_tensor(gm, str(node.args[1].target)))
+            self.weights[node] = materialized(get_tensor(gm, Linear.of(node).weight_name))
         return self.weights[node]
 
     def clear(self) -> None:
@@ -110,7 +111,9 @@ def measure(
     def block_done() -> None:
         for group in dict.fromkeys(group_of[node] for node in sums.matmuls):
             for index, scheme in enumerate(choices[group]):
-                total = sums.activation.get((group[0], scheme.activation), 0.0)
+                total = 0.0
+                if scheme.activation is not None:
+                    total = sums.activation.get((group[0], scheme.activation), 0.0)
                 for node in group:
                     if node in sums.matmuls and scheme.weight is not None:
                         weight = sums.weight(gm, node)
@@ -157,8 +160,7 @@ def scored_batch(batch: dict[str, Tensor], gm: fx.GraphModule) -> dict[str, Tens
     if "logit_positions" not in batch:
         return batch
     ids = batch["input_ids"]
-    results = next(reversed(gm.graph.nodes)).args[0]
-    vocabulary = int(results[0].meta["val"].shape[-1])
+    vocabulary = int(results_of(gm)[0].meta["val"].shape[-1])
     step = -(-ids.numel() * vocabulary // LOGITS_AT_ONCE)
     return batch | {"logit_positions": torch.arange(0, ids.shape[1], step)}
 

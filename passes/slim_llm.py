@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.edit import call, erase_unused, replace, set_tensor, tensor_node
+from panguq.ir.edit import call, erase_unused, replace, tensor_node
 from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.views import QuantizedWeight
 from panguq.ir.weight_store import WeightStore
 from panguq.kernels.mixed_packing import pack_mixed_codes, unpack_mixed_codes
 from panguq.passes.column_solver import solve_columns
 from panguq.passes.gram import gram, inverse_factor, output_error
 from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.stored_codes import set_grid, stem_of
 from panguq.passes.weight_scales import SMALLEST_SCALE, search_scale
 
 SCALE_DTYPE = torch.bfloat16  # for every width: the scales of a weight are one tensor
@@ -104,13 +106,9 @@ class SlimLlm(SolveWeights):
         if bool((solution.shared["bits"] == 4).all()):
             super().store(gm, store, node, solution)
             return
-        weight, scale_node, zero_node, group_size = node.args[:4]
-        assert isinstance(weight, fx.Node) and isinstance(scale_node, fx.Node)
-        assert isinstance(group_size, int)
-        set_tensor(gm, str(scale_node.target), store.put(solution.scale))
-        if isinstance(zero_node, fx.Node) and solution.zero_point is not None:
-            set_tensor(gm, str(zero_node.target), store.put(solution.zero_point))
-        stem = str(scale_node.target).removesuffix("_scale")
+        quantizer, stem = QuantizedWeight.of(node), stem_of(node)
+        weight, group_size = quantizer.weight, quantizer.group_size
+        set_grid(gm, node, store.put, solution.scale, solution.zero_point)
         bits = solution.shared["bits"]
         packed = pack_mixed_codes(solution.codes, bits, group_size)
         args = (

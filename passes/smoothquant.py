@@ -14,6 +14,7 @@ from panguq.ir.channels import ScaleSite
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import Linear
 from panguq.passes.scale_folding import Factors, check_kinds
 from panguq.passes.scale_search import SeenInput, SiteError, decibels
 from panguq.passes.scale_sites import ScaleSites, chosen, left_alone
@@ -78,16 +79,17 @@ class SmoothQuant(ScaleSites):
         seen: Mapping[fx.Node, SeenInput],
         factors: Factors,
     ) -> Finished:
-        alpha: float | str = dict(self.alphas).get(site.kind, self.alpha)
-        wanted = STATISTICS if alpha == "search" else (self.statistic,)
+        alpha = dict(self.alphas).get(site.kind, self.alpha)
+        wanted = STATISTICS if isinstance(alpha, str) else (self.statistic,)
         sizes = {s: _sizes(gm, site, seen, factors, s) for s in wanted}
-        choice = (self.statistic, alpha)
         quality: tuple[float | str, float | str] = ("", "")
-        if alpha == "search":
-            searched, *quality = _search(SiteError(gm, site, seen, factors), sizes)
+        if isinstance(alpha, str):
+            searched, before, after = _search(SiteError(gm, site, seen, factors), sizes)
             if searched is None:
                 return left_alone("no alpha lowers the error of the matmuls behind it")
-            choice = searched
+            choice, quality = searched, (before, after)
+        else:
+            choice = (self.statistic, alpha)
         act_size, weight_size = sizes[choice[0]]
         scale = smoothing_scale(act_size, weight_size, choice[1])
         row = (
@@ -147,7 +149,7 @@ def _sizes(
     """Sizes of the site's activations and of the weights that they meet, `[channels]` both."""
     act_size = torch.zeros(site.channels, dtype=torch.float64)
     for consumer in site.consumers:
-        statistics = seen[consumer.linear.args[0]].statistics
+        statistics = seen[Linear.of(consumer.linear).input].statistics
         rms = statistic == "rms"
         each = statistics.plain_mean_square.sqrt() if rms else statistics.plain_amax
         _scatter_amax(act_size, consumer.channel, each)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import InputError
-from panguq.ir.edit import get_tensor, label, set_tensor
+from panguq.ir.edit import get_tensor, label
 from panguq.ir.folded_weight import materialized
 from panguq.ir.interpret import ensure_finite
 from panguq.ir.node_meta import meta_of, weight_spec_of
@@ -20,9 +20,10 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.sweep import solving_sweep
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import DequantizedWeight, Linear, QuantizedWeight, by_input, matmul_of
 from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import Pass, PassContext, PassResult, Table
-from panguq.passes.stored_codes import store_codes
+from panguq.passes.stored_codes import set_grid, store_codes
 
 panguq = torch.ops.panguq
 
@@ -60,7 +61,7 @@ class Solution:
     zero_point: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     shared: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: tuple[object, ...] = ()
+    notes: tuple[str | int | float | None, ...] = ()
 
     def rows(self, start: int, stop: int) -> Solution:
         """The solution for these rows alone."""
@@ -101,13 +102,9 @@ class SolveWeights(Pass):
         self, gm: fx.GraphModule, store: WeightStore, node: fx.Node, solution: Solution
     ) -> None:
         """Replace `node`, a `quantize_weight`, by the stored solution of its rows."""
-        scale_node, zero_node = node.args[1:3]
-        assert isinstance(scale_node, fx.Node)
-        set_tensor(gm, str(scale_node.target), store.put(solution.scale))
-        if isinstance(zero_node, fx.Node) and solution.zero_point is not None:
-            set_tensor(gm, str(zero_node.target), store.put(solution.zero_point))
-        matmul = next(iter(next(iter(node.users)).users))
-        store_codes(node, store, solution.codes, weight_spec_of(matmul).bits)
+        set_grid(gm, node, store.put, solution.scale, solution.zero_point)
+        bits = weight_spec_of(matmul_of(node)).bits
+        store_codes(node, store, solution.codes, bits)
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
@@ -139,13 +136,13 @@ class SolveWeights(Pass):
         float_values: Sequence[Tensor],
     ) -> dict[fx.Node, Tensor]:
         for value in values:
-            ensure_finite(label(matmuls[0].args[0]), value, "activation")
+            ensure_finite(label(Linear.of(matmuls[0]).input), value, "activation")
         chosen = {}
         for same in _alike(matmuls):
             quantizers = [quantizer_of(matmul) for matmul in same]
-            stored = [materialized(get_tensor(gm, str(q.args[0].target))) for q in quantizers]
+            stored = [materialized(get_tensor(gm, q.weight_name)) for q in quantizers]
             for quantizer, tensor in zip(quantizers, stored, strict=True):
-                ensure_finite(str(quantizer.args[0].target), tensor)
+                ensure_finite(quantizer.weight_name, tensor)
             spec = weight_spec_of(same[0])
             problem = WeightProblem(
                 names=tuple(label(matmul) for matmul in same),
@@ -161,8 +158,8 @@ class SolveWeights(Pass):
             start = 0
             for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
                 stop = start + len(tensor)
-                solved.append((quantizer, solution.rows(start, stop)))
-                chosen[matmul.args[1]] = weight[start:stop].contiguous()
+                solved.append((quantizer.node, solution.rows(start, stop)))
+                chosen[Linear.of(matmul).weight] = weight[start:stop].contiguous()
                 sqnr_db = _sqnr_db(tensor, weight[start:stop])
                 rows.append(
                     (label(matmul), spec.bits, problem.group_size, sqnr_db, *solution.notes)
@@ -198,33 +195,24 @@ class SolveWeights(Pass):
         )
 
 
-def quantizer_of(matmul: fx.Node) -> fx.Node:
+def quantizer_of(matmul: fx.Node) -> QuantizedWeight:
     """The `quantize_weight` behind a fake-quant matmul's weight."""
-    dequantized = matmul.args[1]
-    assert isinstance(dequantized, fx.Node)
-    quantizer = dequantized.args[0]
-    assert isinstance(quantizer, fx.Node)
-    return quantizer
+    return QuantizedWeight.of(DequantizedWeight.of(Linear.of(matmul).weight).codes)
 
 
 def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, list[fx.Node]]:
     """Fake-quant matmuls whose codes are still computed, by the value that they read."""
-    groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     seen: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        if node.target is not torch.ops.aten.linear.default or meta_of(node).scheme is None:
+        linear = Linear.match(node)
+        weight = None if linear is None else DequantizedWeight.match(linear.weight)
+        if weight is None or weight.quantizer is None or meta_of(node).scheme is None:
             continue
-        weight = node.args[1]
-        if weight.target is not panguq.dequantize_weight.default:
-            continue
-        if weight.args[0].target is not panguq.quantize_weight.default:
-            continue
-        if weight.args[0] in seen:
-            result.skip(node, f"its weight is that of {label(seen[weight.args[0]])}")
-            continue
-        seen[weight.args[0]] = node
-        groups[node.args[0]].append(node)
-    return dict(groups)
+        if weight.codes in seen:
+            result.skip(node, f"its weight is that of {label(seen[weight.codes])}")
+        else:
+            seen[weight.codes] = node
+    return by_input(seen.values())
 
 
 def _weighted(values: Sequence[Tensor], matmul: fx.Node) -> Sequence[Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
-from panguq.ir.edit import call, erase_unused, replace, tensor_node
+from panguq.ir.edit import call, erase_unused, replace, set_tensor, tensor_node
+from panguq.ir.views import QuantizedWeight
 from panguq.ir.weight_store import WeightStore
 from panguq.kernels import packing  # noqa: F401  (registers the packing ops)
 
@@ -20,9 +23,28 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+def stem_of(node: fx.Node) -> str:
+    """What the names of all that is stored for `node`, a `quantize_weight`, start with."""
+    return str(QuantizedWeight.of(node).scale.target).removesuffix("_scale")
+
+
 def codes_name(node: fx.Node) -> str:
     """What the stored codes of `node`, a `quantize_weight`, are called."""
-    return str(node.args[1].target).removesuffix("_scale") + "_codes"
+    return f"{stem_of(node)}_codes"
+
+
+def set_grid(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    put: Callable[[Tensor], Tensor],
+    scale: Tensor,
+    zero_point: Tensor | None,
+) -> None:
+    """Store what `put` gives for another scale and zero point of `node`, a `quantize_weight`."""
+    quantizer = QuantizedWeight.of(node)
+    set_tensor(gm, str(quantizer.scale.target), put(scale))
+    if quantizer.zero_point is not None and zero_point is not None:
+        set_tensor(gm, str(quantizer.zero_point.target), put(zero_point))
 
 
 def store_codes(node: fx.Node, store: WeightStore, codes: Tensor, bits: int) -> None:
@@ -35,7 +57,7 @@ def store_codes(node: fx.Node, store: WeightStore, codes: Tensor, bits: int) -> 
 
 def read_packed(node: fx.Node, packed: Tensor, bits: int) -> None:
     """As `store_codes`, with codes that are packed and stored already."""
-    weight = node.args[0]
+    weight = QuantizedWeight.of(node).weight
     k = int(weight.meta["val"].shape[1])
     replacement = tensor_node(node, codes_name(node), packed)
     if bits == 4:

@@ -16,6 +16,7 @@ from panguq.ir.node_meta import meta_of
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import FirstOutput, reverse_sweep
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import DequantizedWeight, Linear
 from panguq.passes.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
 from panguq.passes.sensitivity import scored_batch
 from panguq.passes.weight_scales import storable
@@ -201,17 +202,16 @@ def _tunable(gm: fx.GraphModule, result: PassResult) -> list[_Scale]:
     """Scales of stored codes that linears dequantize, each once, in graph order."""
     found: dict[str, _Scale] = {}
     for node in gm.graph.nodes:
-        if node.target is not torch.ops.aten.linear.default or meta_of(node).scheme is None:
+        linear = Linear.match(node)
+        if linear is None or linear.is_stored or meta_of(node).scheme is None:
             continue
-        weight = node.args[1]
-        if weight.op == "get_attr":
-            continue  # a float matmul
-        if weight.target is not panguq.dequantize_weight.default:
+        weight = DequantizedWeight.match(linear.weight)
+        if weight is None:
             result.skip(node, "its weight has more than one kind of scale")
             continue
-        name = str(weight.args[1].target)
+        name = str(weight.scale.target)
         if name not in found:
-            found[name] = _Scale(name, get_tensor(gm, name), weight.args[4])
+            found[name] = _Scale(name, get_tensor(gm, name), weight.dtype)
         found[name].readers.append(node)
     return list(found.values())
 
@@ -232,8 +232,7 @@ def _add_gradients(
     def block_done() -> None:
         for node, gradient in at_weights.items():
             scale = scale_of[node]
-            weight = node.args[1]
-            assert isinstance(weight, fx.Node)
+            weight = Linear.of(node).weight
             gradient *= values(gm, {}, [weight])[weight].float()
             groups = gradient.unflatten(1, (scale.start.shape[1], -1))
             scale.gradient += groups.sum(-1)

@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import label
 from panguq.ir.memory import return_free_pages
-from panguq.ir.node_meta import annotate, scheme_of
+from panguq.ir.node_meta import annotate, is_quantized
 from panguq.ir.properties import Property
 from panguq.ir.reverse_sweep import reverse_sweep
 from panguq.ir.unit_folder import Finished
+from panguq.ir.views import Linear, by_input
 from panguq.passes.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table, linears
 from panguq.passes.sensitivity import SampledLabels, scored_batch
 
@@ -55,10 +56,7 @@ class WeighTokens(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
-        readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in linears(gm):
-            if not scheme_of(node).is_float:
-                readers[node.args[0]].append(node)
+        readers = by_input(filter(is_quantized, linears(gm)))
         if readers and not ctx.batches:
             raise InputError("there is no calibration data", "give calibration=, or a text file")
         rows = []
@@ -107,13 +105,14 @@ def _gradient_squares(
     """Mean over the outputs of all readers of the squared gradient, `[tokens]` for each batch."""
     labels = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())
     sums: dict[fx.Node, list[Tensor]] = defaultdict(list)
-    outputs = {value: sum(_outputs(node) for node in nodes) for value, nodes in readers.items()}
+    outputs = {
+        value: sum(Linear.of(node).shape[0] for node in nodes) for value, nodes in readers.items()
+    }
 
     def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
         totals: dict[fx.Node, Tensor] = {}
         for node, (_, gradient) in seen.items():
-            value = node.args[0]
-            assert isinstance(value, fx.Node)
+            value = Linear.of(node).input
             squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(1)
             totals[value] = totals[value] + squares if value in totals else squares
         for value, total in totals.items():
@@ -125,7 +124,3 @@ def _gradient_squares(
     done = return_free_pages
     reverse_sweep(gm, batches, watched, labels.gradient, observe, done, ctx.progress)
     return sums
-
-
-def _outputs(node: fx.Node) -> int:
-    return int(node.args[1].meta["val"].shape[0])

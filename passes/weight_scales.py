@@ -92,7 +92,7 @@ def search_scale(
     zero_point = None if spec.symmetric else torch.empty(shape, dtype=torch.int8)
     for rows in row_slices(weight):
         scale[rows], offset = _search(weight[rows], group_size, spec, importance, ratios)
-        if zero_point is not None:
+        if zero_point is not None and offset is not None:
             zero_point[rows] = offset
     return scale, zero_point
 

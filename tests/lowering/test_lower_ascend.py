@@ -18,11 +18,12 @@ from panguq.ir.node_meta import scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.verify import verify
+from panguq.ir.views import Linear
 from panguq.kernels.ascend.contracts import violations
 from panguq.kernels.cpu.int8_linear import _int32_matmul
 from panguq.lowering import dispatch
 from panguq.lowering.ascend_calls import AscendCalls
-from panguq.lowering.ascend_inputs import AscendInputs, source_of
+from panguq.lowering.ascend_inputs import AscendInputs
 from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
@@ -327,6 +328,6 @@ def test_lowered_graphs_keep_labels_and_properties() -> None:
     before, gm = lowered(64, 256, "W8A8")
     assert scheme_of(find_label(gm, "fc:linear")).name == "W8A8"
     assert label(find_label(before, "fc:linear")) == "fc:linear"
-    assert source_of(find_label(before, "fc:linear")).target == "x"
+    assert Linear.of(find_label(before, "fc:linear")).source.target == "x"
     assert operator.getitem not in {n.target for n in gm.graph.nodes}
     verify(gm, {Property.LOWERED, Property.CANONICAL, Property.WEIGHT_CODES}, after="it")
