@@ -16,6 +16,7 @@ from panguq.ir.channels import find_scale_sites
 from panguq.ir.edit import label, module_path
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
+from panguq.ir.views import Linear
 from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import Choices
 from panguq.lowering.select_kernel import Choice
@@ -158,7 +159,7 @@ def _glob_refusals(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
 
 def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
     scheme = scheme_of(node)
-    n, k = (int(size) for size in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    n, k = Linear.of(node).shape
     weight = scheme.weight
     grouped = weight if weight is not None and weight.granularity == "per_group" else None
     return MatmulPlan(
@@ -173,7 +174,7 @@ def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
         prefill_us=round(choice.prefill_us, 1) if choice else None,
         others=dict(choice.losers) if choice else {},
         gives_logits=gives_logits(node),
-        bias=len(node.args) > 2 and node.args[2] is not None,
+        bias=Linear.of(node).bias is not None,
         note=note,
     )
 

@@ -6,12 +6,14 @@ The constants were fitted to compiles of a Llama of 135M parameters on one threa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
-from panguq.ir.node_meta import meta_of, scheme_of, weight_spec_of
+from panguq.ir.node_meta import is_quantized, scheme_of, weight_spec_of
+from panguq.ir.views import Linear
 from panguq.lowering.targets import CPU
 from panguq.passes.base import Pass, linears
 from panguq.passes.quantize_weights import QuantizeWeights
@@ -61,9 +63,9 @@ def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
     """
     largest = max((value.numel() for value in _weights(gm).values()), default=0)
     quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
-    shapes = [node.args[1].meta["val"].shape for node in quantized]  # type: ignore[union-attr]
-    widest = max((int(n) for n, _ in shapes), default=0)
-    stream = max((int(k) for _, k in shapes), default=0)
+    shapes = [Linear.of(node).shape for node in quantized]
+    widest = max((n for n, _ in shapes), default=0)
+    stream = max((k for _, k in shapes), default=0)
     activations = 4 * (windows * window * stream + 6 * window * widest)
     return _PROCESS_BYTES + _ALLOCATOR_BYTES + 8 * largest + activations
 
@@ -99,8 +101,8 @@ def _solving_macs(gm: fx.GraphModule, tokens: int) -> float:
     The factor is float64 and the column loop runs at a quarter of a large product's speed.
     """
     quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
-    shapes = [tuple(map(int, n.args[1].meta["val"].shape)) for n in quantized]  # type: ignore[union-attr]
-    inputs = {n.args[0]: k for n, (_, k) in zip(quantized, shapes, strict=True)}
+    shapes = [Linear.of(node).shape for node in quantized]
+    inputs = {Linear.of(n).input: k for n, (_, k) in zip(quantized, shapes, strict=True)}
     return sum(tokens * k**2 + 2 * k**3 for k in inputs.values()) + sum(
         4 * n * k**2 for n, k in shapes
     )
@@ -115,16 +117,15 @@ def _bytes(value: torch.Tensor) -> int:
 
 
 def _size(node: fx.Node) -> int:
-    return int(node.args[1].meta["val"].numel())  # type: ignore[union-attr]
+    return math.prod(Linear.of(node).shape)
 
 
 def _is_quantized(node: fx.Node, weight: str) -> bool:
-    scheme = meta_of(node).scheme
-    return scheme is not None and not scheme.is_float and str(node.args[1].target) == weight  # type: ignore[union-attr]
+    return is_quantized(node) and Linear.of(node).weight_name == weight
 
 
 def _code_bytes(node: fx.Node) -> int:
     weight = weight_spec_of(node)
-    n, k = (int(size) for size in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    n, k = Linear.of(node).shape
     scales = n * k // weight.group_size_for(k)
     return n * k * weight.bits // 8 + scales * 4 * (1 if weight.symmetric else 2)

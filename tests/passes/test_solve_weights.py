@@ -273,4 +273,4 @@ def test_the_quantizer_behind_a_matmul() -> None:
     gm, interface = trace_tiny(Branches(), X)
     run_passes(gm, tiny_context(interface, X), "W4A16-g32", InsertFakeQuant())
     matmul = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
-    assert quantizer_of(matmul).target is panguq.quantize_weight.default
+    assert quantizer_of(matmul).node.target is panguq.quantize_weight.default

@@ -8,7 +8,6 @@ checkpoint of the source's architecture is refused here, for every format alike.
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from panguq.compiled_model import CompiledCausalLM
 from panguq.export.quantized_linear import (
     ExportError,
     QuantizedLinear,
-    codes_of,
     read_linear,
     reads_float,
 )
 from panguq.ir.edit import get_tensor, label, module_path
+from panguq.ir.views import Linear
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
@@ -225,15 +224,9 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 def _fused(nodes: Mapping[str, fx.Node]) -> tuple[tuple[str, ...], ...]:
     """The paths of linears that read one value, before it is quantized."""
-    readers: dict[Any, list[str]] = defaultdict(list)
+    readers: dict[fx.Node, list[str]] = defaultdict(list)
     for path, node in nodes.items():
-        source: Any = node.args[0]
-        codes = codes_of(source)
-        if codes is not None:
-            source = codes.args[0]
-            if codes.target is operator.getitem:  # (codes, scale) of quantize_per_token
-                source = source.args[0]
-        readers[source].append(path)
+        readers[Linear.of(node).source].append(path)
     return tuple(tuple(paths) for paths in readers.values() if len(paths) > 1)
 
 

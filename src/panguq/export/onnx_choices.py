@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx
@@ -13,6 +13,7 @@ from panguq.ir.edit import op_name
 from panguq.ir.node_meta import meta_of
 from panguq.ir.opset import name_of
 from panguq.ir.quant_spec import Scheme
+from panguq.ir.views import argument, operand
 from panguq.kernels.ascend.npu_int4pack import CODES_PER_WORD
 from panguq.lowering.cost_model import M, cost, cost_us
 from panguq.lowering.dispatch import NO_LIMIT, parse_kernel, row_for
@@ -64,7 +65,7 @@ class KernelNotes:
         problem = MatmulProblem(None, n, k, scheme)
         parts = []
         for m in TOKENS:
-            few_tokens = cast(int, node.args[-1]) if kernel in MANY_TOKENS else 0
+            few_tokens = int(argument(node, -1)) if kernel in MANY_TOKENS else 0
             variant = cpu_cost_name(kernel, few_tokens, m)
             microseconds = float(cost_us(variant, problem, self.target).subs(M, m))
             parts.append(f"m={m}: {microseconds:.1f}")
@@ -77,7 +78,7 @@ def kernel_notes(target: str | None) -> KernelNotes:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    return cast(fx.Node, node.args[0])
+    return operand(node, 0)
 
 
 def _scheme(node: fx.Node) -> Scheme | None:
@@ -98,11 +99,11 @@ def _scheme_note(scheme: Scheme | None) -> dict[str, str]:
 
 def _table(node: fx.Node, op: str | None) -> list[tuple[int, Candidate]]:
     if op == _DISPATCH:
-        last_m, kernels = cast(list[Any], node.args[-2:])
+        last_m, kernels = argument(node, -2), argument(node, -1)
         return [(m, _with_schedule(parse_kernel(k))) for m, k in zip(last_m, kernels, strict=True)]
     if op in _OWN:
-        splits = cast(int, node.args[-2])
-        block_m, block_n, block_k = cast(list[int], node.args[-1])
+        splits = int(argument(node, -2))
+        block_m, block_n, block_k = argument(node, -1)
         kernel = f"{op_name(node)}_{'split_k' if splits > 1 else 'data_parallel'}"
         candidate = Candidate(kernel, splits=splits, tile=(block_m, block_n, block_k))
         return [(NO_LIMIT, _with_schedule(candidate))]
@@ -142,7 +143,7 @@ def _kernel_notes(table: list[tuple[int, Candidate]]) -> dict[str, str]:
 
 
 def _problem(node: fx.Node, scheme: Scheme) -> MatmulProblem:
-    weight = cast(fx.Node, node.args[1]).meta["val"]
+    weight = operand(node, 1).meta["val"]
     k, n = (int(size) for size in weight.shape)
     n *= CODES_PER_WORD if weight.dtype == torch.int32 else 1
     dtype = cast(Dtype, str(node.meta["val"].dtype).removeprefix("torch."))

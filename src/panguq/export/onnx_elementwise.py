@@ -50,11 +50,11 @@ _LOGIC = {"logical_and": "And", "logical_or": "Or", "bitwise_and": "And", "bitwi
 
 
 def _unary(op_type: str, step: Step) -> str:
-    return step.finish(op_type, step.read(step.node.args[0], step.dtype))
+    return step.finish(op_type, step.read(step.argument(0), step.dtype))
 
 
 def _binary(op_type: str, step: Step) -> str:
-    first, second = step.node.args[:2]
+    first, second = step.pair()
     return step.finish(
         op_type, step.read(first, step.dtype, "left"), step.read(second, step.dtype, "right")
     )
@@ -75,9 +75,9 @@ def _sum(op_type: str, turned: bool, step: Step) -> str:
 
 
 def _compare(op_type: str, step: Step) -> str:
-    first, second = (_operand(argument) for argument in step.node.args[:2])
+    first, second = (_operand(argument) for argument in step.pair())
     dtype = carried(torch.result_type(first, second))
-    left, right = (step.read(argument, dtype) for argument in step.node.args[:2])
+    left, right = (step.read(argument, dtype) for argument in step.pair())
     return step.result(op_type, left, right)
 
 
@@ -90,27 +90,27 @@ def _operand(argument: Any) -> Any:
 
 
 def _not_equal(step: Step) -> str:
-    first, second = (_operand(argument) for argument in step.node.args[:2])
+    first, second = (_operand(argument) for argument in step.pair())
     dtype = carried(torch.result_type(first, second))
-    left, right = (step.read(argument, dtype) for argument in step.node.args[:2])
+    left, right = (step.read(argument, dtype) for argument in step.pair())
     return step.result("Not", step.add("Equal", left, right, suffix="equal"))
 
 
 def _logic(op_type: str, step: Step) -> str:
     if step.dtype != torch.bool:
         raise step.error("works on integers, and only its boolean form has an ONNX node here")
-    left, right = (step.read(argument, torch.bool) for argument in step.node.args[:2])
+    left, right = (step.read(argument, torch.bool) for argument in step.pair())
     return step.result(op_type, left, right)
 
 
 def _not(step: Step) -> str:
     if step.dtype != torch.bool:
         raise step.error("works on integers, and only its boolean form has an ONNX node here")
-    return step.result("Not", step.read(step.node.args[0], torch.bool))
+    return step.result("Not", step.read(step.argument(0), torch.bool))
 
 
 def _rsqrt(step: Step) -> str:
-    root = step.add("Sqrt", step.read(step.node.args[0], step.dtype), suffix="root")
+    root = step.add("Sqrt", step.read(step.argument(0), step.dtype), suffix="root")
     return step.finish("Reciprocal", root)
 
 
@@ -126,13 +126,13 @@ def _softmax(step: Step) -> str:
 
 
 def _where(step: Step) -> str:
-    condition, yes, no = step.node.args[:3]
+    condition, yes, no = (step.argument(i) for i in range(3))
     given = (step.read(value, step.dtype) for value in (yes, no))
     return step.result("Where", step.read(condition, torch.bool), *given)
 
 
 def _masked_fill(step: Step) -> str:
-    x, mask, value = step.node.args[:3]
+    x, mask, value = (step.argument(i) for i in range(3))
     filled, kept = step.read(value, step.dtype, "value"), step.read(x, step.dtype)
     return step.result("Where", step.read(mask, torch.bool), filled, kept)
 
@@ -188,7 +188,7 @@ def _linear(step: Step) -> str:
 
 
 def _matmul(step: Step) -> str:
-    left, right = (step.read(argument, step.dtype) for argument in step.node.args[:2])
+    left, right = (step.read(argument, step.dtype) for argument in step.pair())
     return step.finish("MatMul", left, right)
 
 

@@ -31,6 +31,7 @@ from panguq.ir.interface import Interface
 from panguq.ir.interpret import compute
 from panguq.ir.opset import name_of
 from panguq.ir.value_types import restore_types
+from panguq.ir.views import results_of
 
 IR_VERSION = 11
 EMITTERS: dict[str, Emitter] = {
@@ -157,10 +158,7 @@ def _input(builder: Builder, node: fx.Node) -> Any:
 
 
 def _results(gm: fx.GraphModule) -> Sequence[fx.Node]:
-    returned = next(reversed(gm.graph.nodes)).args[0]
-    found = returned if isinstance(returned, list | tuple) else [returned]
-    assert all(isinstance(node, fx.Node) for node in found)
-    return found
+    return results_of(gm)
 
 
 def _output(builder: Builder, node: fx.Node, wanted: str) -> Any:

@@ -176,7 +176,7 @@ def packed(codes: Tensor) -> Tensor:
 
 def _unpack_int4(step: Step) -> str:
     """The stored bytes are ONNX's own layout of int4: they become the initializer."""
-    stored = step.node.args[0]
+    stored = step.argument(0)
     assert isinstance(stored, fx.Node)
     return int4_weight(step, step.node, step.lazy(stored))
 

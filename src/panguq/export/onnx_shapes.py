@@ -40,7 +40,7 @@ def _item(step: Step) -> Value:
 
 
 def _same(step: Step) -> str:
-    return step.result("Identity", step.read(step.node.args[0]))
+    return step.result("Identity", step.read(step.argument(0)))
 
 
 def _nothing(step: Step) -> None:
@@ -48,7 +48,7 @@ def _nothing(step: Step) -> None:
 
 
 def _cast(step: Step) -> str:
-    source = step.node.args[0]
+    source = step.argument(0)
     assert isinstance(source, fx.Node)
     before, after = source.meta["val"].dtype, step.dtype
     if before == after or (before in NARROW and after == torch.float32):
@@ -59,14 +59,14 @@ def _cast(step: Step) -> str:
 
 
 def _reshape(step: Step) -> str:
-    shape = step.integers(_sizes(step.node.args[1]), "shape")
+    shape = step.integers(_sizes(step.argument(1)), "shape")
     # Sizes of 0 are meant as they are: an empty past.
-    return step.result("Reshape", step.read(step.node.args[0]), shape, allowzero=_allowzero(step))
+    return step.result("Reshape", step.read(step.argument(0)), shape, allowzero=_allowzero(step))
 
 
 def _allowzero(step: Step) -> int:
     """1 unless the shape has a -1, with which ONNX does not allow it."""
-    return int(-1 not in _sizes(step.node.args[1]))
+    return int(-1 not in _sizes(step.argument(1)))
 
 
 def _sizes(argument: Any) -> list[Any]:
@@ -74,7 +74,7 @@ def _sizes(argument: Any) -> list[Any]:
 
 
 def _expand(step: Step) -> str:
-    x, sizes = step.node.args[0], _sizes(step.node.args[1])
+    x, sizes = step.argument(0), _sizes(step.argument(1))
     shape = step.integers([1 if size == -1 else size for size in sizes], "shape")
     return step.result("Expand", step.read(x), shape)
 
@@ -87,22 +87,22 @@ def _transpose(step: Step) -> str:
 
 
 def _turn(step: Step) -> str:
-    x = step.node.args[0]
+    x = step.argument(0)
     return step.result("Transpose", step.read(x), perm=list(range(step.rank(x)))[::-1])
 
 
 def _permute(step: Step) -> str:
-    x, order = step.node.args[0], _sizes(step.node.args[1])
+    x, order = step.argument(0), _sizes(step.argument(1))
     return step.result("Transpose", step.read(x), perm=[axis % step.rank(x) for axis in order])
 
 
 def _unsqueeze(step: Step) -> str:
-    x, axis = step.node.args[:2]
+    x, axis = step.pair()
     return step.result("Unsqueeze", step.read(x), step.integers([axis], "axes"))
 
 
 def _squeeze(step: Step) -> str:
-    x, axes = step.node.args[0], _sizes(step.node.args[1])
+    x, axes = step.argument(0), _sizes(step.argument(1))
     assert isinstance(x, fx.Node)
     single = [axis for axis in axes if known_size(x.meta["val"].shape[axis]) == 1]
     if not single:
@@ -128,7 +128,7 @@ def _select(step: Step) -> str:
 
 
 def _split(step: Step) -> Value:
-    x, axis = step.node.args[0], step.arguments()["dim"]
+    x, axis = step.argument(0), step.arguments()["dim"]
     widths = [known_size(part.shape[axis]) for part in step.node.meta["val"]]
     if any(width is None for width in widths):
         raise step.error("splits along a size that is not fixed")
@@ -166,7 +166,7 @@ def _stack(step: Step) -> str:
 
 
 def _embedding(step: Step) -> str:
-    table, ids = step.node.args[:2]
+    table, ids = step.pair()
     return _gather(step, table, step.read(ids), 0)
 
 
@@ -224,7 +224,7 @@ def _filled_like(value: Any, step: Step) -> str:
 
 
 def _scalar_tensor(step: Step) -> str:
-    return step.result("Identity", step.read(step.node.args[0], step.dtype, "value"))
+    return step.result("Identity", step.read(step.argument(0), step.dtype, "value"))
 
 
 def _arange(step: Step) -> str:

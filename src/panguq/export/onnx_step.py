@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from onnx import TensorProto
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from panguq.errors import PanguqError
 from panguq.export.onnx_builder import Builder, Value
 from panguq.export.onnx_types import NARROW, carried, carried_type, stored_type
 from panguq.ir.edit import label, module_path
 from panguq.ir.opset import name_of
+from panguq.ir.views import Item, argument, arguments
 
 
 class ExportError(PanguqError):
@@ -52,18 +52,15 @@ class Step:
 
     def arguments(self) -> dict[str, Any]:
         """The call's arguments by the names of the op's schema, defaults included."""
-        assert isinstance(self.node.target, OpOverload)
-        found: dict[str, Any] = {}
-        for index, argument in enumerate(self.node.target._schema.arguments):
-            if argument.name in self.node.kwargs:
-                found[argument.name] = self.node.kwargs[argument.name]
-            elif index < len(self.node.args) and not argument.kwarg_only:
-                found[argument.name] = self.node.args[index]
-            else:
-                found[argument.name] = (
-                    argument.default_value if argument.has_default_value() else None
-                )
-        return found
+        return arguments(self.node)
+
+    def argument(self, position: int) -> Any:
+        """The argument at this position."""
+        return argument(self.node, position)
+
+    def pair(self) -> tuple[Any, Any]:
+        """The first two arguments."""
+        return argument(self.node, 0), argument(self.node, 1)
 
     def read(self, argument: Any, dtype: torch.dtype | None = None, hint: str = "") -> str:
         """The value of an argument, a node or a number, as `dtype` (None: as it is)."""
@@ -157,7 +154,8 @@ class Step:
 
     def result_name(self, index: int) -> str:
         """A name for result `index` of a node with several."""
-        takers = [user for user in self.node.users if user.args[1:] == (index,)]
+        items = (Item.match(user) for user in self.node.users)
+        takers = [item.node for item in items if item is not None and item.index == index]
         name = self.builder.unique(label(takers[0]) if takers else f"{self.label}[{index}]")
         self.builder.set_type(name, self.node, self.node.meta["val"][index])
         return name

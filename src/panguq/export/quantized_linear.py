@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +11,7 @@ from panguq.errors import PanguqError
 from panguq.ir.edit import get_tensor
 from panguq.ir.node_meta import meta_of
 from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
 from panguq.kernels import packing, quantize  # noqa: F401  (register the ops matched here)
 
 panguq = torch.ops.panguq
@@ -69,7 +68,7 @@ class QuantizedLinear:
 
 def reads_float(node: fx.Node) -> bool:
     """Whether a linear's weight is a stored float tensor."""
-    return node.args[1].op == "get_attr"  # type: ignore[union-attr]
+    return Linear.of(node).is_stored
 
 
 def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear:
@@ -77,70 +76,57 @@ def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear
 
     Raises ExportError where the graph computes something that no checkpoint stores.
     """
-    source, weight, *rest = node.args
-    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
-    if weight.target is not panguq.dequantize_weight.default:
-        raise _unknown(path, weight)
-    codes, scale, zero_point, group_size, dtype = weight.args
-    assert isinstance(codes, fx.Node) and isinstance(group_size, int)
-    assert isinstance(dtype, torch.dtype)
-    if codes.target is panguq.unpack_int4.default:
-        codes = codes.args[0]
-    if codes.op != "get_attr":  # type: ignore[union-attr]
-        if codes.target is not panguq.quantize_weight.default:  # type: ignore[union-attr]
-            raise _unknown(path, codes)  # type: ignore[arg-type]
+    matmul = Linear.of(node)
+    weight = DequantizedWeight.match(matmul.weight)
+    if weight is None:
+        raise _unknown(path, matmul.weight)
+    if weight.packed.op != "get_attr":
+        if weight.quantizer is None:
+            raise _unknown(path, weight.packed)
         raise ExportError(
             f"{path}: its weight is not stored as codes yet",
             "put quantize-weights at the end of the recipe's passes",
         )
-    input_scale, input_zero_point = _static_input(gm, path, source)
-    bias = rest[0] if rest else None
+    input_scale, input_zero_point = _static_input(gm, path, matmul.input)
     linear = QuantizedLinear(
         path=path,
         scheme=meta_of(node).scheme or SCHEMES["FLOAT"],
-        stored=_stored(gm, codes),
-        weight_scale=_stored(gm, scale),
-        weight_zero_point=None if zero_point is None else _stored(gm, zero_point),
-        group_size=group_size,
+        stored=_stored(gm, weight.packed),
+        weight_scale=_stored(gm, weight.scale),
+        weight_zero_point=None if weight.zero_point is None else _stored(gm, weight.zero_point),
+        group_size=weight.group_size,
         input_scale=input_scale,
         input_zero_point=input_zero_point,
-        bias=None if bias is None else _stored(gm, bias),
-        dtype=dtype,
+        bias=None if matmul.bias is None else _stored(gm, matmul.bias),
+        dtype=weight.dtype,
     )
-    _check_scheme(linear, source)
+    _check_scheme(linear, QuantizedInput.match(matmul.input))
     return linear
 
 
-def _stored(gm: fx.GraphModule, node: Any) -> Tensor:
+def _stored(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     return get_tensor(gm, str(node.target))
 
 
 def _static_input(
     gm: fx.GraphModule, path: str, source: fx.Node
 ) -> tuple[Tensor | None, Tensor | None]:
-    codes = codes_of(source)
-    if codes is None or codes.target is operator.getitem:
+    quantized = QuantizedInput.match(source)
+    if quantized is None or Item.match(quantized.codes) is not None:
         return None, None
-    if codes.target is not panguq.quantize_per_tensor.default:
-        raise _unknown(path, codes)
-    return _stored(gm, codes.args[1]), _stored(gm, codes.args[2])
+    if not quantized.is_static or quantized.zero_point is None:
+        raise _unknown(path, quantized.codes)
+    return _stored(gm, quantized.scale), _stored(gm, quantized.zero_point)
 
 
-def codes_of(source: fx.Node) -> fx.Node | None:
-    """The codes that a linear's input was dequantized from, if it was."""
-    is_quantized = source.target is panguq.dequantize.default
-    return source.args[0] if is_quantized else None  # type: ignore[return-value]
-
-
-def _check_scheme(linear: QuantizedLinear, source: fx.Node) -> None:
+def _check_scheme(linear: QuantizedLinear, quantized: QuantizedInput | None) -> None:
     """The scheme that passes noted must be what the graph computes, since formats name it."""
     weight, activation = linear.scheme.weight, linear.scheme.activation
-    codes = codes_of(source)
     agrees = (
         weight is not None
         and (weight.bits == 4) == (linear.stored.dtype == torch.uint8)
         and weight.symmetric == (linear.weight_zero_point is None)
-        and (activation is None) == (codes is None)
+        and (activation is None) == (quantized is None)
         and (activation is None or activation.dynamic == (linear.input_scale is None))
     )
     if not agrees:

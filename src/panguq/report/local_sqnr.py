@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from panguq.ir import interpret
 from panguq.ir.edit import label
+from panguq.ir.views import Linear, results_of
 from panguq.passes.base import linears
 
 
@@ -42,12 +43,12 @@ def matmul_references(
     Second, the graph's first output.
     """
     matmuls = linears(gm)
-    wanted = {v for node in matmuls for v in (node, node.args[0])}
-    first = next(reversed(gm.graph.nodes)).args[0][0]
-    values = interpret.values(gm, probe, wanted | {first})  # type: ignore[arg-type]
+    inputs = {node: Linear.of(node).input for node in matmuls}
+    first = results_of(gm)[0]
+    values = interpret.values(gm, probe, {*inputs, *inputs.values(), first})
     found = {
-        label(node): MatmulReference(label(node.args[0]), values[node.args[0]], values[node])  # type: ignore[arg-type,index]
-        for node in matmuls
+        label(node): MatmulReference(label(x), values[x], values[node])
+        for node, x in inputs.items()
     }
     return found, values[first]
 

@@ -12,6 +12,7 @@ from panguq.ir import interpret
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.interpret import ancestors
 from panguq.ir.node_meta import meta_of, scheme_of
+from panguq.ir.views import Linear, operands_at
 from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.base import Pass, PassContext
 from panguq.passes.pipeline import PassRecord
@@ -110,11 +111,12 @@ def summarize_matmuls(
     kernels = {name: n for n in gm.graph.nodes for name in (label(n), *meta_of(n).merged)}
     rows = []
     for node in fake_quant.graph.nodes:
-        if node.target is not torch.ops.aten.linear.default or meta_of(node).scheme is None:
+        linear = Linear.match(node)
+        if linear is None or meta_of(node).scheme is None:
             continue
         scheme, name = scheme_of(node), label(node)
-        n, k = (int(size) for size in node.args[1].meta["val"].shape)
-        stored = ancestors([node.args[1]])
+        n, k = linear.shape
+        stored = ancestors([linear.weight])
         tensors = [get_tensor(fake_quant, str(s.target)) for s in stored if s.op == "get_attr"]
         rows.append(
             MatmulSummary(
@@ -136,8 +138,7 @@ def summarize_matmuls(
 def _kernel_behind(node: fx.Node) -> fx.Node:
     """The op that computes this value, behind those that only give it its place and shape."""
     while node.target in _SHAPING:
-        source = node.args[0]
-        node = source[0] if isinstance(source, (list, tuple)) else source  # type: ignore[assignment]
+        node = operands_at(node, 0)[0]
     return node
 
 
