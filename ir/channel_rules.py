@@ -174,7 +174,7 @@ def _sum(walk: Walk, node: fx.Node) -> None:
 def _product(walk: Walk, node: fx.Node) -> None:
     """One factor carries the scale."""
     factors = [f for f in node.args[:2] if isinstance(f, fx.Node)]
-    scaled = [f for f in node.args[:2] if walk.layout(f) is not None]
+    scaled = [f for f in factors if walk.layout(f) is not None]
     if len(scaled) > 1:
         walk.stop(node, "multiplies the scale with itself")
     if len(scaled) == 1:

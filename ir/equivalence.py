@@ -20,6 +20,7 @@ from panguq.ir.edit import find_label, get_tensor, label, weights_of
 from panguq.ir.folded_weight import materialized
 from panguq.ir.interpret import Environment, ancestors, ensure_finite, last_uses
 from panguq.ir.row_slices import ELEMENTS_AT_ONCE, row_slices
+from panguq.ir.views import Linear, operand, results_of
 
 aten = torch.ops.aten
 TOLERANCE_IN_EPSILONS = 16
@@ -83,19 +84,19 @@ def _on_large_weight(
     if node.target not in (aten.embedding.default, aten.linear.default):
         return None
     table, index = (0, 1) if node.target is aten.embedding.default else (1, 0)
-    stored = node.args[table]
-    if not isinstance(stored, fx.Node) or stored.op != "get_attr":
+    stored = operand(node, table)
+    if stored.op != "get_attr":
         return None
     weight = materialized(get_tensor(gm, str(stored.target)))
     if weight.numel() <= ELEMENTS_AT_ONCE or not weight.is_floating_point():
         return None
-    given = _lift(value(node.args[index]))
+    given = _lift(value(operand(node, index)))
     if node.target is aten.embedding.default:
         return _lift(torch.nn.functional.embedding(given, weight))
     product = given.new_empty((*given.shape[:-1], len(weight)))
     for rows in row_slices(weight):
         product[..., rows] = torch.nn.functional.linear(given, _lift(weight[rows]))
-    bias = node.args[2] if len(node.args) > 2 else None
+    bias = Linear.of(node).bias
     return product if bias is None else product + _lift(value(bias))
 
 
@@ -223,7 +224,7 @@ def _judge(pairs: list[tuple[str, Tensor, Tensor]], bound: float, before: fx.Gra
 
 
 def _results(gm: fx.GraphModule) -> list[fx.Node]:
-    return list(next(reversed(gm.graph.nodes)).args[0])
+    return results_of(gm)
 
 
 def _by_name(gm: fx.GraphModule, probe: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:

@@ -29,7 +29,7 @@ def content_hash(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.numel():
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ before, so that one block's weights and intermediate values are alive at a time.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from panguq.ir.interpret import (
     without_inputs,
 )
 from panguq.ir.opset import body_of
+from panguq.ir.views import Item, Linear, QuantizedInput, results_of
 
 Gradient = Callable[[Tensor], Tensor]
 """From the graph's first output for one batch to the gradient of the scalar there, same shape."""
@@ -63,7 +63,7 @@ def reverse_sweep(
     on are never observed. Raises NumericsError for a weight, an input of a watched node or an
     output that is not finite.
     """
-    end = _first_output(gm)
+    end = results_of(gm)[0]
     steps = _blocks(gm, end)
     watched = {n for step in steps for n in step.nodes} & set(watch)
     active = _descendants(gm, watched)
@@ -98,7 +98,7 @@ class FirstOutput:
 
     def __init__(self, gm: fx.GraphModule, batches: Sequence[dict[str, Tensor]]) -> None:
         self._gm = gm
-        self._end = _first_output(gm)
+        self._end = results_of(gm)[0]
         steps = _blocks(gm, self._end)
         self._last = steps[-1]
         self._inputs = _forward(gm, batches, steps, set(), lambda done: None, steps[-1:])[-1]
@@ -111,11 +111,6 @@ class FirstOutput:
                 environment[node] = compute(self._gm, node, environment)
         value: Tensor = environment[self._end]
         return value
-
-
-def _first_output(gm: fx.GraphModule) -> fx.Node:
-    results = next(reversed(gm.graph.nodes)).args[0]
-    return results[0] if isinstance(results, (tuple, list)) else results
 
 
 def _blocks(gm: fx.GraphModule, end: fx.Node) -> list[Block]:
@@ -149,8 +144,8 @@ def _weights(gm: fx.GraphModule, step: Block) -> Environment:
 
 def _is_rounded(node: fx.Node) -> bool:
     """Whether this is, or holds, the codes or the scale of an activation."""
-    source = node.args[0] if node.target is operator.getitem else node
-    assert isinstance(source, fx.Node)
+    item = Item.match(node)
+    source = node if item is None else item.source
     return source.target in (
         torch.ops.panguq.quantize_per_tensor.default,
         torch.ops.panguq.quantize_per_token.default,
@@ -193,7 +188,8 @@ def _forward(
                 environment |= weights
                 for node in step.nodes:
                     if node in watched:
-                        ensure_finite(label(node.args[0]), environment[node.args[0]], "activation")
+                        x = Linear.of(node).input
+                        ensure_finite(label(x), environment[x], "activation")
                     environment[node] = compute(gm, node, environment)
                 environments[row] = {n: v for n, v in environment.items() if n in later}
             outputs = later.intersection(step.outputs)
@@ -216,6 +212,7 @@ def _recompute(
         for node in step.nodes:
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+            assert callable(node.target)
             values[node] = body_of(node.target)(*args, **kwargs)
             values[node] = _straight_through(node, values)
             if node in watched and not values[node].requires_grad:
@@ -225,13 +222,10 @@ def _recompute(
 
 def _straight_through(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """The node's value; where codes of an activation were read, with the activation's gradient."""
-    if node.target is not torch.ops.panguq.dequantize.default:
+    quantized = QuantizedInput.match(node)
+    if quantized is None:
         return values[node]
-    codes = node.args[0]
-    assert isinstance(codes, fx.Node)
-    quantizer = codes.args[0] if codes.target is operator.getitem else codes
-    assert isinstance(quantizer, fx.Node) and isinstance(quantizer.args[0], fx.Node)
-    source = values.get(quantizer.args[0])
+    source = values.get(quantized.source)
     if source is None or not source.requires_grad:
         return values[node]
     return source + (values[node] - source).detach()
@@ -255,7 +249,7 @@ def _backward(
             pending[node] = found_here if earlier is None else earlier + found_here
     seen = zip(matmuls, found[len(needs) :], strict=True)
     return {
-        node: (values[node.args[0]].detach(), found_here)
+        node: (values[Linear.of(node).input].detach(), found_here)
         for node, found_here in seen
         if found_here is not None
     }

@@ -17,6 +17,7 @@ from torch import fx
 
 from panguq.ir import canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.edit import label
+from panguq.ir.views import Item, argument, arguments, operand
 
 if TYPE_CHECKING:
     from panguq.ir.rotations import RotationWalk
@@ -84,7 +85,7 @@ def _tie(walk: RotationWalk, node: fx.Node, operand: Any) -> None:
 def _same(walk: RotationWalk, node: fx.Node) -> None:
     if not node.meta["val"].is_floating_point():
         walk.stop(node, "makes integers of the channels")
-    _tie(walk, node, node.args[0])
+    _tie(walk, node, operand(node, 0))
 
 
 # --- ops that absorb --------------------------------------------------------------------------
@@ -107,10 +108,10 @@ def _linear(walk: RotationWalk, node: fx.Node) -> None:
 
 
 def _embedding(walk: RotationWalk, node: fx.Node) -> None:
-    state = walk.state(node)
-    if not _stored(node.args[0], 2) or state is None:
+    state, weight = walk.state(node), operand(node, 0)
+    if not _stored(weight, 2) or state is None:
         walk.stop(node, "has no stored weight that could absorb a rotation")
-    walk.absorb(node, node.args[0], 1, state)
+    walk.absorb(node, weight, 1, state)
 
 
 def _rms_norm(walk: RotationWalk, node: fx.Node) -> None:
@@ -138,11 +139,11 @@ def _sum(walk: RotationWalk, node: fx.Node) -> None:
     state = next(s for s in states if s is not None)
     if state.norm is not None:
         walk.stop(node, f"reads {label(state.norm)} and cannot take up its weight")
-    for operand in node.args[:2]:
-        if _last(operand) != _last(node):
-            name = label(operand) if isinstance(operand, fx.Node) else "a constant"
+    for term in node.args[:2]:
+        if _last(term) != _last(node):
+            name = label(term) if isinstance(term, fx.Node) else "a constant"
             walk.stop(node, f"adds {name} to every channel")
-        walk.carry_operand(node, operand, state)
+        walk.carry_operand(node, term, state)
     walk.carry(node, state)
 
 
@@ -158,7 +159,7 @@ def _product(walk: RotationWalk, node: fx.Node) -> None:
 def _quotient(walk: RotationWalk, node: fx.Node) -> None:
     if _last(node.args[1]) not in (None, 1):
         walk.stop(node, "divides each channel by a number of its own")
-    _tie(walk, node, node.args[0])
+    _tie(walk, node, operand(node, 0))
 
 
 # --- matmuls of activations ---------------------------------------------------------------------
@@ -166,14 +167,14 @@ def _quotient(walk: RotationWalk, node: fx.Node) -> None:
 
 def _attention(walk: RotationWalk, node: fx.Node) -> None:
     """A weighted sum over tokens of value `[batch, kv_heads, total, d]`, head by head."""
-    _tie(walk, node, node.args[2])
+    _tie(walk, node, operand(node, 2))
 
 
 def _matmul(walk: RotationWalk, node: fx.Node) -> None:
     """`[..., m, k] @ [..., k, n]`: the right factor is rotated along n."""
-    if _rank(node.args[1]) < 2:
+    if _rank(operand(node, 1)) < 2:
         walk.stop(node, "sums over the channels")
-    _tie(walk, node, node.args[1])
+    _tie(walk, node, operand(node, 1))
 
 
 # --- ops that move elements ---------------------------------------------------------------------
@@ -181,7 +182,7 @@ def _matmul(walk: RotationWalk, node: fx.Node) -> None:
 
 def _reshape(walk: RotationWalk, node: fx.Node) -> None:
     """Runs stay runs if both last dims are multiples of their length."""
-    x = node.args[0]
+    x = operand(node, 0)
     for source, result in ((x, node), (node, x)):
         state = walk.state(source)
         if state is None:
@@ -200,29 +201,30 @@ def _reshape(walk: RotationWalk, node: fx.Node) -> None:
 
 
 def _transpose(walk: RotationWalk, node: fx.Node) -> None:
-    dims = [int(d) % _rank(node) for d in (node.args[1:3] if len(node.args) > 1 else (0, 1))]
+    given = arguments(node)
+    dims = [given.get(name, axis) % _rank(node) for axis, name in enumerate(("dim0", "dim1"))]
     if _rank(node) - 1 in dims:
         walk.stop(node, "moves the channels to another dim")
-    _tie(walk, node, node.args[0])
+    _tie(walk, node, operand(node, 0))
 
 
 def _permute(walk: RotationWalk, node: fx.Node) -> None:
-    if int(node.args[1][-1]) % _rank(node) != _rank(node) - 1:
+    if int(argument(node, 1)[-1]) % _rank(node) != _rank(node) - 1:
         walk.stop(node, "moves the channels to another dim")
-    _tie(walk, node, node.args[0])
+    _tie(walk, node, operand(node, 0))
 
 
 def _spread(walk: RotationWalk, node: fx.Node) -> None:
-    if _last(node) != _last(node.args[0]):
+    if _last(node) != _last(operand(node, 0)):
         walk.stop(node, "repeats the channels")
-    _tie(walk, node, node.args[0])
+    _tie(walk, node, operand(node, 0))
 
 
 def _repeat_interleave(walk: RotationWalk, node: fx.Node) -> None:
     dim = _args(node, 3)[2]
     if dim is None or dim % _rank(node) == _rank(node) - 1:
         walk.stop(node, "repeats the channels")
-    _tie(walk, node, node.args[0])
+    _tie(walk, node, operand(node, 0))
 
 
 def _cat(walk: RotationWalk, node: fx.Node) -> None:
@@ -237,7 +239,7 @@ def _cat(walk: RotationWalk, node: fx.Node) -> None:
 
 def _index(walk: RotationWalk, node: fx.Node) -> None:
     """`x[:, positions]`: positions of dims before the last, whose place they keep."""
-    x, indices = node.args
+    x, indices = operand(node, 0), argument(node, 1)
     picked = [d for d, index in enumerate(indices) if index is not None]
     if len(picked) != 1 or picked[0] >= _rank(x) - 1 or _rank(indices[picked[0]]) != 1:
         walk.stop(node, "picks elements across the channels")
@@ -288,11 +290,11 @@ def _select(walk: RotationWalk, node: fx.Node) -> None:
 
 def _split(walk: RotationWalk, node: fx.Node) -> None:
     """The list of parts stands for the whole."""
-    _tie(walk, node, node.args[0])
+    _tie(walk, node, operand(node, 0))
 
 
 def _getitem(walk: RotationWalk, node: fx.Node) -> None:
-    split, index = node.args
+    split, index = Item.of(node).source, Item.of(node).index
     dim = _args(split, 3)[2] or 0
     if dim % _rank(node) != _rank(node) - 1:
         if walk.state(split) is None:

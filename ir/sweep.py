@@ -7,7 +7,6 @@ layer after layer, in the order in which data flows.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from panguq.ir.blocks import blocks
 from panguq.ir.edit import label
 from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite, without_inputs
 from panguq.ir.memory import return_free_pages
+from panguq.ir.views import DequantizedWeight, Item, operand
 
 Observe = Callable[[fx.Node, Tensor], None]
 Progress = Callable[[str, int, int], None]
@@ -182,7 +182,7 @@ class _Sweep:
     def _float_value(self, node: fx.Node, environment: Environment) -> Any:
         """The node's value in the float model, where quantized values stand for themselves."""
         if _is_quantization(node):
-            return environment[node.args[0]]
+            return environment[operand(node, 0)]
         for source in node.all_input_nodes:
             if source in self.fixed:
                 self._constant(source, self.float_constants)
@@ -215,14 +215,9 @@ class _Layered(Mapping[fx.Node, Any]):
 
 def _float_weight(node: fx.Node) -> fx.Node | None:
     """The stored float weight behind `dequantize_weight(quantize_weight(w))`."""
-    panguq = torch.ops.panguq
-    if node.op != "call_function" or node.target is not panguq.dequantize_weight.default:
-        return None
-    codes = node.args[0]
-    if not isinstance(codes, fx.Node) or codes.target is not panguq.quantize_weight.default:
-        return None
-    source = codes.args[0]
-    return source if isinstance(source, fx.Node) else None
+    weight = DequantizedWeight.match(node)
+    quantizer = None if weight is None else weight.quantizer
+    return None if quantizer is None else quantizer.weight
 
 
 def _is_quantization(node: fx.Node) -> bool:
@@ -233,9 +228,9 @@ def _is_quantization(node: fx.Node) -> bool:
         panguq.quantize_per_token.default,
         panguq.quantize_per_channel.default,
     )
-    if node.target is operator.getitem:
-        source = node.args[0]
-        return isinstance(source, fx.Node) and source.target in quantizers
+    item = Item.match(node)
+    if item is not None:
+        return item.source.target in quantizers
     return node.target in (*quantizers, panguq.dequantize.default)
 
 

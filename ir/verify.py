@@ -13,6 +13,7 @@ from panguq.ir.edit import get_tensor, label, op_name
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.opset import is_allowed
 from panguq.ir.properties import Property
+from panguq.ir.views import Linear, QuantizedInput
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
@@ -54,14 +55,14 @@ def _canonical(gm: fx.GraphModule) -> str | None:
 
 
 def _weighted(gm: fx.GraphModule) -> list[fx.Node]:
-    linear = aten.linear.default
-    return [n for n in gm.graph.nodes if n.target is linear and meta_of(n).scheme is not None]
+    found = [n for n in gm.graph.nodes if Linear.match(n) is not None]
+    return [n for n in found if meta_of(n).scheme is not None]
 
 
 def _schemes(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
-        stored = node.target is aten.linear.default and node.args[1].op == "get_attr"
-        if stored and meta_of(node).scheme is None:
+        linear = Linear.match(node)
+        if linear is not None and linear.is_stored and meta_of(node).scheme is None:
             return f"{label(node)} has no scheme"
     return None
 
@@ -84,13 +85,13 @@ def _calibrated(gm: fx.GraphModule) -> str | None:
 
 def _qdq(gm: fx.GraphModule) -> str | None:
     for node in _weighted(gm):
-        scheme = scheme_of(node)
+        scheme, linear = scheme_of(node), Linear.of(node)
         if scheme.is_float:
             continue
-        if op_name(node.args[1]) not in WEIGHT_DEQUANTIZERS:
+        if op_name(linear.weight) not in WEIGHT_DEQUANTIZERS:
             return f"the weight of {label(node)} is not dequantized from codes"
         wants = scheme.activation is not None
-        if wants != (node.args[0].target is panguq.dequantize.default):
+        if wants != (QuantizedInput.match(linear.input) is not None):
             return f"{label(node)} is {scheme.name} and its input is quantized the other way"
     return None
 

@@ -79,7 +79,9 @@ def _nameless(folder: Path | None, size: int) -> torch.UntypedStorage:
             os.posix_fallocate(handle, 0, size)
         else:
             os.ftruncate(handle, size)
-        return torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        found = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        assert isinstance(found, torch.UntypedStorage)
+        return found
     finally:
         os.close(handle)
         os.unlink(path)

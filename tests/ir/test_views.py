@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import fx, nn
@@ -31,6 +33,8 @@ from panguq.passes.slim_llm import SlimLlm
 from tests.models import run_passes, tiny_context, trace_tiny
 
 FAKE = (Calibrate(), InsertFakeQuant())
+
+ROOT = Path(__file__).parents[2]
 
 
 class Pair(nn.Module):
@@ -151,3 +155,18 @@ def test_arguments_have_the_names_of_the_schema() -> None:
     relu = linear(gm).input
     assert arguments(relu) == {"self": operand(relu, 0)}
     assert arguments(linear(gm, "b:linear").node)["bias"] is None
+
+
+def test_positions_of_arguments_stay_in_the_ir() -> None:
+    """Elsewhere `node.args[1]` would say nothing of what is read; a test may look."""
+    folders = ("kernels", "lowering", "passes", "src/panguq")
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if not path.resolve().is_relative_to(ROOT / "ir")
+        for line in path.read_text().splitlines()
+        if ".args[" in line
+    }
+    assert not found
+    assert any(".args[" in path.read_text() for path in (ROOT / "ir").glob("*.py"))
