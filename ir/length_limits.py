@@ -91,7 +91,7 @@ def length_limits(model: nn.Module, config: Any) -> list[LengthLimit]:
 
 def _whole_model_windows(config: Any, per_layer: bool) -> Iterator[LengthLimit]:
     """Windows that no list of layer types hands out."""
-    keys = _OTHER_WINDOWS
+    keys: tuple[str, ...] = _OTHER_WINDOWS
     if not per_layer and getattr(config, "use_sliding_window", True):
         keys += _WINDOWS
     size = _first(config, keys)
