@@ -142,26 +142,26 @@ _ATEN = """
     cumsum.default detach.default diff.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode
     dropout.default einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default
     exp.default expand.default expand_as.default fill.Scalar fill.Tensor flatten.using_ints
-    floor.default floor_divide.default full.default full_like.default gather.default ge.Scalar
-    ge.Tensor gelu.default gt.Scalar gt.Tensor hardswish.default index.Tensor index_select.default
-    le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default linear.default log.default
-    log_softmax.int logical_and.default logical_not.default logical_or.default lt.Scalar lt.Tensor
-    masked_fill.Scalar masked_fill.Tensor matmul.default max.default maximum.default
-    mean.default mean.dim minimum.default mm.default movedim.int mul.Scalar mul.Tensor
-    narrow.default native_layer_norm.default layer_norm.default ne.Scalar ne.Tensor neg.default
-    new_full.default
-    new_ones.default new_zeros.default ones.default ones_like.default outer.default pad.default
-    permute.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor reciprocal.default relu.default
-    relu6.default remainder.Scalar remainder.Tensor repeat.default repeat_interleave.self_int
-    reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
-    rsub.Tensor scalar_tensor.default scaled_dot_product_attention.default select.int
-    select_scatter.default sigmoid.default sign.default silu.default sin.default slice.Tensor
-    slice_scatter.default softmax.int softplus.default split.Tensor split.sizes
-    split_with_sizes.default sqrt.default squeeze.default squeeze.dim squeeze.dims stack.default
-    sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int t.default tanh.default
-    tile.default to.device to.dtype to.dtype_layout transpose.int tril.default triu.default
-    type_as.default unbind.int unflatten.int unsqueeze.default view.default view_as.default
-    where.ScalarOther where.ScalarSelf where.Scalar where.self zeros.default zeros_like.default
+    flip.default floor.default floor_divide.default full.default full_like.default gather.default
+    ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor hardswish.default index.Tensor
+    index_select.default le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default
+    linear.default log.default log_softmax.int logical_and.default logical_not.default
+    logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default
+    max.default maximum.default mean.default mean.dim minimum.default mm.default movedim.int
+    mul.Scalar mul.Tensor narrow.default native_layer_norm.default layer_norm.default ne.Scalar
+    ne.Tensor neg.default new_full.default new_ones.default new_zeros.default ones.default
+    ones_like.default outer.default pad.default permute.default pow.Scalar pow.Tensor_Scalar
+    pow.Tensor_Tensor reciprocal.default relu.default relu6.default remainder.Scalar
+    remainder.Tensor repeat.default repeat_interleave.self_int reshape.default rms_norm.default
+    roll.default round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
+    scaled_dot_product_attention.default select.int select_scatter.default sigmoid.default
+    sign.default silu.default sin.default slice.Tensor slice_scatter.default softmax.int
+    softplus.default split.Tensor split.sizes split_with_sizes.default sqrt.default squeeze.default
+    squeeze.dim squeeze.dims stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList
+    sym_size.int t.default tanh.default tile.default to.device to.dtype to.dtype_layout
+    transpose.int tril.default triu.default type_as.default unbind.int unflatten.int
+    unsqueeze.default view.default view_as.default where.ScalarOther where.ScalarSelf where.Scalar
+    where.self zeros.default zeros_like.default
 """
 
 # Items of an op with several results, and arithmetic on sizes.

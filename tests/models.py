@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -198,6 +198,74 @@ def tiny_context(interface: Interface, *batches: Tensor) -> PassContext:
     given = [{name: batch} for batch in batches]
     ctx = PassContext(interface, WeightStore())
     return replace(ctx, batches=given, probe=given[0] if given else None)
+
+
+class OneLinear(nn.Module):
+    """`fc`, from k inputs to n outputs."""
+
+    def __init__(self, k: int, n: int, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(k, n, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class TwoLinears(nn.Module):
+    """norm, if there is one ─► first ─► activation ─► second."""
+
+    def __init__(
+        self,
+        k: int,
+        inner: int,
+        n: int,
+        activation: Callable[[Tensor], Tensor] = functional.relu,
+        norm: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(k) if norm else nn.Identity()
+        self.first, self.second = nn.Linear(k, inner, bias), nn.Linear(inner, n, bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.activation(self.first(self.norm(x))))
+
+
+class SideBySide(nn.Module):
+    """`one` and `two` read the same value; their results follow each other in one tensor."""
+
+    def __init__(self, k: int, n_one: int, n_two: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(k, n_one), nn.Linear(k, n_two)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.one(x), self.two(x)), -1)
+
+
+class Residual(nn.Module):
+    """Two blocks and a head: x ─► x + a(x) ─► that + b(that) ─► head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x).relu()
+        x = x + self.b(x).relu()
+        return self.head(x)
+
+
+def normal_weights(module: nn.Module) -> nn.Module:
+    """The module with weights of mean 0 and variance 1 in the place of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return module
 
 
 class TinyModel(nn.Module):

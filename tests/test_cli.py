@@ -20,7 +20,6 @@ from panguq.cli.evaluate_model import measure
 from panguq.model_folder import load
 from tests.model_folders import TEXT, make_folder, make_model, with_config
 
-torch.set_num_threads(1)
 SHORT = ["--windows", "2", "--window", "64"]
 EVAL_KEYS = {
     "perplexity", "float_perplexity", "kl", "top1", "bits_per_weight", "static_share",

@@ -15,7 +15,6 @@ from panguq.hf import load_pretrained, load_tokenizer, skeleton
 from panguq.ir.trace import trace_causal_lm
 from tests.model_folders import SIZES, make_folder, make_model, with_config
 
-torch.set_num_threads(1)
 IDS = torch.arange(1, 9)[None]
 
 

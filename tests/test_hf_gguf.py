@@ -21,7 +21,6 @@ from tests.model_folders import SIZES, TEXT, make_model, make_tokenizer
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
-torch.set_num_threads(1)
 IDS = torch.arange(3, 35)[None]
 
 

@@ -13,7 +13,6 @@ from panguq.ir.memory import return_large_blocks
 from tests.model_folders import TEXT, make_folder, make_model
 from tests.peak_memory import peak_mib
 
-torch.set_num_threads(1)
 VOCABULARY, HIDDEN, LAYERS = 90_000, 640, 1
 
 

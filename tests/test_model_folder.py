@@ -21,7 +21,6 @@ from panguq.model_folder import load, save_model
 from panguq.storage import read_folder, write_folder
 from tests.model_folders import make_model, make_tokenizer, shake
 
-torch.set_num_threads(1)
 IDS = torch.arange(3, 67)[None]
 
 

@@ -15,7 +15,6 @@ from panguq.cli import main
 from tests.openpangu_folders import CONFIG, SIZES_1B, TEXT, make_openpangu, write_json
 
 pytest.importorskip("sentencepiece")
-torch.set_num_threads(1)
 SHORT = ["--windows", "2", "--window", "64"]
 
 

@@ -15,7 +15,6 @@ from panguq.cli import main
 from tests.openpangu_folders import CONFIG, TEXT, make_openpangu, make_weights
 
 pytest.importorskip("sentencepiece")
-torch.set_num_threads(1)
 PAGE = Path(__file__).parent.parent / "docs" / "openpangu.md"
 SIZES = dict(
     hidden_size=128, intermediate_size=256, max_position_embeddings=1024, torch_dtype="bfloat16"

@@ -26,7 +26,6 @@ from tests.openpangu_folders import (
     write_shards,
 )
 
-torch.set_num_threads(1)
 IDS = torch.arange(3, 40)
 
 

@@ -14,8 +14,6 @@ from panguq.errors import LoweringError, RecipeError
 from panguq.recipe import Recipe
 from tests.model_folders import make_folder, make_model, with_config
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from panguq import storage
 from panguq.cli import main
@@ -16,7 +15,6 @@ from panguq.ir import unit_folder
 from panguq.ir.unit_folder import UnitFolder
 from tests.model_folders import TEXT, make_folder, make_model
 
-torch.set_num_threads(1)
 TIMES = {"report.json", "manifest.json"}  # the report tells seconds, the manifest its hash
 GPTQ = """
 name: some-gptq

@@ -13,21 +13,7 @@ from panguq.ir.edit import label, set_tensor
 from panguq.ir.interpret import run, values
 from panguq.ir.sweep import sweep
 from panguq.passes.base import linears, no_progress
-from tests.models import FAMILIES, canonical, family_context, trace_tiny
-
-
-class Residual(nn.Module):
-    """Two blocks and a head: x ─► x + a(x) ─► that + b(that) ─► head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.a(x).relu()
-        x = x + self.b(x).relu()
-        return self.head(x)
+from tests.models import FAMILIES, Residual, canonical, family_context, trace_tiny
 
 
 class Tapped(Residual):
@@ -38,12 +24,12 @@ class Tapped(Residual):
 
 
 def test_cuts_are_the_residual_stream() -> None:
-    gm, _ = trace_tiny(Residual(), torch.randn(3, 4))
+    gm, _ = trace_tiny(Residual(4), torch.randn(3, 4))
     assert [label(n) for n in cuts(gm)] == ["add", "add.1", "head:linear"]
 
 
 def test_a_tapped_residual_is_no_cut() -> None:
-    gm, _ = trace_tiny(Tapped(), torch.randn(3, 4))
+    gm, _ = trace_tiny(Tapped(4), torch.randn(3, 4))
     assert [label(n) for n in cuts(gm)] == [label(gm.graph.output_node().args[0][0])]
 
 
@@ -99,7 +85,7 @@ def test_a_sweep_shows_what_a_run_computes(family) -> None:
 
 
 def test_a_watched_input_is_shown_too() -> None:
-    gm, interface = trace_tiny(Residual(), torch.randn(3, 4))
+    gm, interface = trace_tiny(Residual(4), torch.randn(3, 4))
     batches = [{interface.inputs[0]: torch.randn(2, 4)} for _ in range(3)]
     seen: list[Tensor] = []
     watch = {linears(gm)[0].args[0]}
@@ -109,7 +95,7 @@ def test_a_watched_input_is_shown_too() -> None:
 
 def test_a_sweep_runs_a_block_over_all_batches_before_the_next(monkeypatch) -> None:
     """Each weight is read once however many batches there are, and the head never."""
-    gm, interface = trace_tiny(Residual(), torch.randn(3, 4))
+    gm, interface = trace_tiny(Residual(4), torch.randn(3, 4))
     read: list[str] = []
     compute = sweep_module.compute
 
@@ -130,7 +116,7 @@ def test_a_sweep_runs_a_block_over_all_batches_before_the_next(monkeypatch) -> N
 
 def test_a_sweep_holds_one_blocks_values(monkeypatch) -> None:
     """Between blocks only what later blocks read is kept."""
-    gm, interface = trace_tiny(Residual(), torch.randn(3, 4))
+    gm, interface = trace_tiny(Residual(4), torch.randn(3, 4))
     largest = 0
     compute = sweep_module.compute
 
@@ -151,7 +137,7 @@ def test_a_sweep_holds_one_blocks_values(monkeypatch) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_named(bad) -> None:
-    gm, interface = trace_tiny(Residual(), torch.randn(3, 4))
+    gm, interface = trace_tiny(Residual(4), torch.randn(3, 4))
     set_tensor(gm, "b.weight", torch.full((4, 4), bad))
     batch = {interface.inputs[0]: torch.randn(2, 4)}
     watch = {linears(gm)[-1].args[0]}
@@ -162,7 +148,7 @@ def test_a_weight_that_is_not_finite_is_named(bad) -> None:
 
 
 def test_an_activation_that_is_not_finite_is_named() -> None:
-    gm, interface = trace_tiny(Residual(), torch.randn(3, 4))
+    gm, interface = trace_tiny(Residual(4), torch.randn(3, 4))
     x = torch.randn(2, 4)
     x[1, 2] = float("inf")
     watch = {linears(gm)[1].args[0]}
@@ -172,7 +158,7 @@ def test_an_activation_that_is_not_finite_is_named() -> None:
 
 def test_a_sum_that_overflows_is_no_fault() -> None:
     """Finite values whose sum is not finite are fine."""
-    gm, interface = trace_tiny(Residual(), torch.randn(3, 4))
+    gm, interface = trace_tiny(Residual(4), torch.randn(3, 4))
     set_tensor(gm, "a.bias", torch.full((4,), 3e38))
     batch = {interface.inputs[0]: torch.zeros(2, 4)}
     sweep(gm, [batch], {linears(gm)[1].args[0]}, lambda n, v: None, no_progress)

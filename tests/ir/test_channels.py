@@ -22,8 +22,6 @@ from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import PassContext
 from panguq.passes.canonicalize import Canonicalize
 
-torch.set_num_threads(1)
-
 GROUPED = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, vocab_size=64, max_position_embeddings=64, pad_token_id=0,

@@ -18,23 +18,19 @@ from panguq.ir.equivalence import _difference, prove_site, prove_whole
 from panguq.ir.interpret import first_non_finite
 from panguq.passes.base import Pass, PassContext, PassResult, Site
 from panguq.passes.canonicalize import Canonicalize
-from tests.models import canonical, family_context, run_pipeline, tiny_context, trace_tiny
-
-
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm = nn.LayerNorm(8)
-        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(self.norm(x)).relu())
+from tests.models import (
+    TwoLinears,
+    canonical,
+    family_context,
+    run_pipeline,
+    tiny_context,
+    trace_tiny,
+)
 
 
 @functools.cache
 def traced_chain(dtype: torch.dtype) -> fx.GraphModule:
-    return trace_tiny(Chain().to(dtype), torch.randn(3, 5, 8).to(dtype))[0]
+    return trace_tiny(TwoLinears(8, 12, 8, norm=True).to(dtype), torch.randn(3, 5, 8).to(dtype))[0]
 
 
 def chain(dtype: torch.dtype = torch.float32) -> fx.GraphModule:
@@ -153,7 +149,7 @@ def test_a_site_sees_its_region_and_no_more() -> None:
 
 
 def test_an_exact_pass_that_lies_is_stopped() -> None:
-    gm, interface = trace_tiny(Chain(), torch.randn(3, 5, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 12, 8, norm=True), torch.randn(3, 5, 8))
     with pytest.raises(NumericsError) as caught:
         run_pipeline(gm, [ScaleWeight()], tiny_context(interface))
     assert "first:linear" in caught.value.message
@@ -161,14 +157,14 @@ def test_an_exact_pass_that_lies_is_stopped() -> None:
 
 
 def test_an_exact_pass_that_lies_about_its_site_is_stopped() -> None:
-    gm, interface = trace_tiny(Chain(), torch.randn(3, 5, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 12, 8, norm=True), torch.randn(3, 5, 8))
     site = Site(("norm:layer_norm",), ("second:linear",))
     with pytest.raises(NumericsError, match="second:linear changed"):
         run_pipeline(gm, [ScaleWeight(sites=(site,))], tiny_context(interface))
 
 
 def test_an_exact_pass_that_tells_the_truth_passes() -> None:
-    gm, interface = trace_tiny(Chain(), torch.randn(3, 5, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 12, 8, norm=True), torch.randn(3, 5, 8))
     records, _ = run_pipeline(gm, [ScaleWeight(factor=1.0)], tiny_context(interface))
     assert records[0].proved_difference == 0.0
 
@@ -185,7 +181,7 @@ def test_any_doubled_weight_of_a_language_model_is_caught(family) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_not_called_a_defect(bad) -> None:
     """The pass is innocent: the weight is named, and the first pass that saw it."""
-    gm, interface = trace_tiny(Chain(), torch.randn(3, 5, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 12, 8, norm=True), torch.randn(3, 5, 8))
     set_tensor(gm, "first.weight", torch.full((12, 8), bad))
     with pytest.raises(NumericsError, match=r"weight first\.weight \[12, 8\] holds 96") as caught:
         run_pipeline(gm, [ScaleWeight(weight="second.weight", factor=1.0)], tiny_context(interface))

@@ -15,6 +15,7 @@ from panguq.passes.base import PassContext, linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from tests.models import (
+    TwoLinears,
     canonical,
     family_context,
     run_passes,
@@ -111,20 +112,10 @@ def test_what_is_not_finite_is_named() -> None:
         weight_gradients(gm, tiny_context(interface, x), linears(gm))
 
 
-class Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
-
-
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC"])
 def test_a_rounded_activation_passes_its_gradient_on(scheme: str) -> None:
     x = torch.randn(5, 32)
-    gm, interface = trace_tiny(Chain(), x)
+    gm, interface = trace_tiny(TwoLinears(32, 32, 8, nn.Identity()), x)
     ctx = tiny_context(interface, x)
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant())
     first, second = (find_label(gm, f"{name}:linear") for name in ("first", "second"))

@@ -19,7 +19,6 @@ from panguq.kernels.packing import pack_int4, unpack_int4
 from panguq.kernels.quantize import dequantize_weight, quantize_weight
 from panguq.passes.weight_scales import min_max_scale, search_scale
 
-torch.set_num_threads(1)
 RATIOS = (1.0, 0.9, 0.8)
 
 

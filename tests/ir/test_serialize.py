@@ -38,7 +38,6 @@ from panguq.ir.weight_store import WeightStore
 from panguq.passes.base import PassContext
 from panguq.passes.canonicalize import Canonicalize
 
-torch.set_num_threads(1)
 aten = torch.ops.aten
 
 

@@ -17,24 +17,10 @@ from panguq.ir.sweep import solving_sweep
 from panguq.passes.base import linears, no_progress
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import Residual, run_passes, tiny_context, trace_tiny
 
 torch.manual_seed(0)
 BATCHES = (torch.randn(5, 32), torch.randn(3, 32), torch.randn(4, 32))
-
-
-class Residual(nn.Module):
-    """Two blocks and a head: x ─► x + a(x) ─► that + b(that) ─► head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.head = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.a(x).relu()
-        x = x + self.b(x).relu()
-        return self.head(x)
 
 
 class Tied(nn.Module):
@@ -53,7 +39,7 @@ class Tied(nn.Module):
 def fake_quant(
     scheme: str = "W4A16-g32", module: nn.Module | None = None
 ) -> tuple[fx.GraphModule, Interface]:
-    gm, interface = trace_tiny(module or Residual(), torch.randn(3, 32))
+    gm, interface = trace_tiny(module or Residual(32), torch.randn(3, 32))
     ctx = tiny_context(interface, *BATCHES)
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant())
     return gm, interface
@@ -143,7 +129,7 @@ def test_the_float_model_beside_it_knows_of_no_quantization(scheme) -> None:
     nothing = torch.zeros(32, 32)
     chosen = {"a:linear": {a.args[1]: nothing}, "b:linear": {b.args[1]: nothing}}
     visits = swept(gm, interface, Visits(gm, chosen), beside_float=True)
-    plain, _ = trace_tiny(Residual(), torch.randn(3, 32))
+    plain, _ = trace_tiny(Residual(32), torch.randn(3, 32))
     for index, batch in enumerate(BATCHES):
         for matmul in linears(plain):
             wanted = values(plain, {interface.inputs[0]: batch}, {matmul.args[0]})[matmul.args[0]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, op_name
@@ -31,7 +31,7 @@ from panguq.passes.base import linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
+from tests.models import OneLinear, run_passes, run_pipeline, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 HELD = frozenset({Property.CANONICAL, Property.SCHEMES, Property.QDQ, Property.WEIGHT_CODES})
@@ -133,20 +133,10 @@ def test_what_spells_no_kernel(text) -> None:
         parse_kernel(text)
 
 
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(K, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 def lowered_with_table(scheme: str, monkeypatch):
     """One matmul lowered with a table of all its kernels."""
     x = torch.randn(4, 16, K).bfloat16()
-    gm, interface = trace_tiny(One().bfloat16(), torch.randn(2, 3, K).bfloat16())
+    gm, interface = trace_tiny(OneLinear(K, N).bfloat16(), torch.randn(2, 3, K).bfloat16())
     ctx = tiny_context(interface, x)
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant(), QuantizeWeights())
     kernels = legal(scheme)[:3]
@@ -209,7 +199,7 @@ def test_allow_float_is_what_permits_float() -> None:
     """At 64 x 512 a launch is all that counts, and the float matmul has one launch less."""
 
     def schemes(**options) -> set[str]:
-        gm, interface = trace_tiny(One().bfloat16(), torch.randn(2, 3, K).bfloat16())
+        gm, interface = trace_tiny(OneLinear(K, N).bfloat16(), torch.randn(2, 3, K).bfloat16())
         ctx = tiny_context(interface, torch.randn(2, 3, K).bfloat16())
         run_passes(gm, ctx, "W8A8_DYNAMIC")
         FitSchemes("ascend910b1", AscendOptions(**options)).run(gm, ctx)

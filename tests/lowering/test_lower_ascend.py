@@ -36,7 +36,7 @@ from panguq.passes.base import PassContext, linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
+from tests.models import OneLinear, SideBySide, run_passes, run_pipeline, tiny_context, trace_tiny
 
 aten = torch.ops.aten
 npu = torch.ops.npu
@@ -60,16 +60,6 @@ def sqnr_db(expected: Tensor, actual: Tensor) -> float:
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 
-class One(nn.Module):
-    def __init__(self, n: int, k: int, bias: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(k, n, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 def inputs(k: int, dtype: torch.dtype, *sizes: int) -> Tensor:
     generator = torch.Generator().manual_seed(k)
     return (torch.randn(*sizes, k, generator=generator) - 0.3).to(dtype)
@@ -79,7 +69,7 @@ def inputs(k: int, dtype: torch.dtype, *sizes: int) -> Tensor:
 def fake_quant(
     n: int, k: int, scheme: str, bias: bool, dtype: torch.dtype
 ) -> tuple[fx.GraphModule, PassContext]:
-    gm, interface = trace_tiny(One(n, k, bias).to(dtype), inputs(k, dtype, 2, 3))
+    gm, interface = trace_tiny(OneLinear(k, n, bias).to(dtype), inputs(k, dtype, 2, 3))
     ctx = tiny_context(interface, inputs(k, dtype, 4, 16))
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant(), QuantizeWeights())
     return gm, ctx
@@ -240,7 +230,7 @@ def test_the_bias_of_a_weight_only_matmul(dtype, wanted) -> None:
 
 
 def test_a_bias_too_large_for_int32_is_added_afterwards() -> None:
-    model = One(16, 64, True).bfloat16()
+    model = OneLinear(64, 16).bfloat16()
     with torch.no_grad():
         model.fc.bias.fill_(1e9)
         model.fc.weight.mul_(1e-3)
@@ -253,18 +243,9 @@ def test_a_bias_too_large_for_int32_is_added_afterwards() -> None:
     assert torch.equal(result, torch.full_like(result, 1e9))
 
 
-class Siblings(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(64, 32), nn.Linear(64, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.one(x), self.two(x)), -1)
-
-
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC"])
 def test_matmuls_that_read_one_tensor_quantize_it_once(scheme) -> None:
-    gm, interface = trace_tiny(Siblings().bfloat16(), inputs(64, torch.bfloat16, 2, 3))
+    gm, interface = trace_tiny(SideBySide(64, 32, 16).bfloat16(), inputs(64, torch.bfloat16, 2, 3))
     ctx = tiny_context(interface, inputs(64, torch.bfloat16, 4, 16))
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant(), QuantizeWeights())
     run_pipeline(gm, [LowerMatmuls("ascend910b1")], ctx, held=HELD)
@@ -293,33 +274,23 @@ def fitted(model: nn.Module, k: int, scheme: str):
 
 
 def test_a_matmul_that_does_not_fit_falls_back_and_says_why() -> None:
-    gm, result = fitted(One(64, 320, True), 320, "W4A8")
+    gm, result = fitted(OneLinear(320, 64), 320, "W4A8")
     assert scheme_of(linears(gm)[0]).name == "W8A8_DYNAMIC"
     assert result.skipped[0].node == "fc:linear"
     assert "W4A8 -> W8A8_DYNAMIC" in result.skipped[0].reason
     assert "256" in result.skipped[0].reason
 
 
-class Uneven(nn.Module):
-    """Two matmuls of one tensor; 4-bit weights take outputs in eights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(256, 32), nn.Linear(256, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.one(x), self.two(x)), -1)
-
-
 def test_siblings_fall_back_together() -> None:
-    gm, result = fitted(Uneven(), 256, "W4A16")
+    two = SideBySide(256, 32, 12)  # 4-bit weights take outputs in eights
+    gm, result = fitted(two, 256, "W4A16")
     assert {scheme_of(n).name for n in linears(gm)} == {"W8A16"}
     assert len(result.skipped) == 2
     assert all("two:linear (n=12, k=256)" in skip.reason for skip in result.skipped)
 
 
 def test_what_fits_is_left_alone() -> None:
-    gm, result = fitted(One(64, 256, True), 256, "W4A8")
+    gm, result = fitted(OneLinear(256, 64), 256, "W4A8")
     assert result.changed == 0 and result.skipped == []
     assert scheme_of(linears(gm)[0]).name == "W4A8"
 

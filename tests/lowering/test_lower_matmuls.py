@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, label, op_name
@@ -25,7 +25,7 @@ from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline import PassRecord
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
+from tests.models import OneLinear, run_passes, run_pipeline, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 INTEGER = ("W8A8", "W8A8_DYNAMIC")
@@ -49,19 +49,9 @@ def test_the_measure_fails_where_it_should() -> None:
         sqnr_db(x, x[:1])
 
 
-class One(nn.Module):
-    def __init__(self, n: int, k: int, bias: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(k, n, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 @functools.cache
 def fake_quant(n: int, k: int, scheme: str, bias: bool) -> tuple[fx.GraphModule, PassContext]:
-    gm, interface = trace_tiny(One(n, k, bias), torch.randn(3, k))
+    gm, interface = trace_tiny(OneLinear(k, n, bias), torch.randn(3, k))
     ctx = tiny_context(interface, inputs(k, 64))
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant(), QuantizeWeights())
     return gm, ctx
@@ -243,7 +233,7 @@ def test_lowered_graphs_keep_labels_schemes_and_properties() -> None:
 
 
 def test_two_bit_weights_with_quantized_inputs_run_dequantized() -> None:
-    gm, _ = trace_tiny(One(8, 64, True), torch.randn(3, 64))
+    gm, _ = trace_tiny(OneLinear(64, 8), torch.randn(3, 64))
     int2 = QuantSpec(2, "per_group", group_size=32)
     token = QuantSpec(8, "per_token", dynamic=True)
     annotate(linears(gm)[0], scheme=Scheme("W2A8", int2, token))
@@ -251,7 +241,7 @@ def test_two_bit_weights_with_quantized_inputs_run_dequantized() -> None:
 
 
 def test_grouped_int8_weights_with_int8_activations_are_refused() -> None:
-    gm, _ = trace_tiny(One(8, 64, True), torch.randn(3, 64))
+    gm, _ = trace_tiny(OneLinear(64, 8), torch.randn(3, 64))
     grouped = QuantSpec(8, "per_group", group_size=32)
     annotate(linears(gm)[0], scheme=Scheme("W8A8-g32", grouped, QuantSpec(8, "per_token")))
     with pytest.raises(LoweringError, match="weights must be per channel"):

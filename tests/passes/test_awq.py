@@ -27,8 +27,6 @@ from panguq.passes.scale_search import MatmulError, look_at
 from panguq.passes.weight_scales import quantize_groups, search_scale
 from tests.models import canonical, family_context, run_passes, tiny_context, trace_tiny
 
-torch.set_num_threads(1)
-
 
 class NormLinear(nn.Module):
     """norm ─► first, second: two channels are 30 times larger than others, and what they meet is

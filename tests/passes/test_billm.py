@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import panguq
 from panguq.compiled_model import CompiledModule
@@ -22,7 +22,7 @@ from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.solve_weights import Solution, WeightProblem
 from panguq.passes.weight_scales import min_max_scale, quantize_groups
-from tests.models import run_passes, shared_model, tiny_context, token_ids, trace_tiny
+from tests.models import OneLinear, run_passes, shared_model, tiny_context, token_ids, trace_tiny
 
 SPEC = SCHEMES["W1A16"].weight
 assert SPEC is not None
@@ -219,19 +219,9 @@ def test_the_stored_bits_are_those_of_the_table(k):
     assert float(str(paper)) == pytest.approx(1 + float(str(salient)), abs=1e-3)
 
 
-class One(nn.Module):
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(k, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 def compiled_one(k: int) -> tuple[fx.GraphModule, Solution]:
     """The graph after billm, and the solution that it stores. k = 100 needs no groups."""
-    gm, interface = trace_tiny(One(k), torch.randn(3, k))
+    gm, interface = trace_tiny(OneLinear(k, 10), torch.randn(3, k))
     x = torch.randn(200, k, generator=torch.Generator().manual_seed(1))
     context = tiny_context(interface, x)
     given = problem(gm.get_buffer("fc.weight").clone(), x)
@@ -244,7 +234,7 @@ def compiled_one(k: int) -> tuple[fx.GraphModule, Solution]:
 
 
 def test_other_schemes_are_refused():
-    gm, interface = trace_tiny(One(64), torch.randn(3, 64))
+    gm, interface = trace_tiny(OneLinear(64, 10), torch.randn(3, 64))
     context = tiny_context(interface, torch.randn(50, 64))
     with pytest.raises(RecipeError, match="the scheme of fc:linear has 2"):
         run_passes(gm, context, "W2A16", InsertFakeQuant(), BiLlm())
@@ -286,6 +276,6 @@ def test_checkpoints_and_onnx_refuse_it(tmp_path):
 
 
 def test_rounding_instead_stays_possible():
-    gm, interface = trace_tiny(One(64), torch.randn(3, 64))
+    gm, interface = trace_tiny(OneLinear(64, 10), torch.randn(3, 64))
     run_passes(gm, tiny_context(interface), "W1A16", InsertFakeQuant(), QuantizeWeights())
     assert gm.get_buffer("fc.weight_codes").shape == (10, 8)

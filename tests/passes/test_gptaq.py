@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from panguq.errors import RecipeError
@@ -19,7 +19,7 @@ from panguq.passes.gptq import Gptq
 from panguq.passes.gram import gram
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.solve_weights import Solution, WeightProblem
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import TwoLinears, run_passes, tiny_context, trace_tiny
 
 
 def problem(scheme: str = "W4A16-g32", k: int = 64, seed: int = 0, noise: float = 0.3,
@@ -196,24 +196,12 @@ def test_the_target_is_that_of_the_tokens() -> None:
     assert found == pytest.approx(10 * math.log10(share), abs=1e-3)
 
 
-class Two(nn.Module):
-    """Two matmuls in a row, the second behind what the first's quantization does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(functional.silu(self.first(x)))
-
-
 def test_the_pass_comes_closer_to_the_float_model_than_gptq() -> None:
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(1))
-    wanted = Two()(x).detach()
+    wanted = TwoLinears(64, 64, 8, functional.silu)(x).detach()
     errors = []
     for step in (Gptq(), Gptaq()):
-        gm, interface = trace_tiny(Two(), x)
+        gm, interface = trace_tiny(TwoLinears(64, 64, 8, functional.silu), x)
         ctx = tiny_context(interface, x[:256], x[256:])
         record = run_passes(gm, ctx, "W3A16-g32", Calibrate(), InsertFakeQuant(), step)[-1]
         errors.append((run(gm, {"x": x})[0] - wanted).square().sum())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from panguq.errors import NumericsError, RecipeError
@@ -22,7 +22,7 @@ from panguq.passes.gram import gram, inverse_factor, output_error
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.solve_weights import Solution, WeightProblem
 from panguq.passes.weight_scales import min_max_scale, search_scale
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import OneLinear, run_passes, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 SCHEMES = ("W4A16-g32", "W4A16-per_channel", "W4A16-g32-asym", "W3A16-g32", "W2A16-g64", "W8A16")
@@ -343,31 +343,21 @@ def test_scales_below_8_bits_are_bfloat16() -> None:
 # --- the pass -----------------------------------------------------------------------------------
 
 
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(128, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_pass_lowers_the_matmuls_error(scheme) -> None:
     x = correlated(300, 128)
-    gm, interface = trace_tiny(One(), x)
-    plain, _ = trace_tiny(One(), x)
+    gm, interface = trace_tiny(OneLinear(128, 6), x)
+    plain, _ = trace_tiny(OneLinear(128, 6), x)
     ctx = tiny_context(interface, x[:200], x[200:])
     record = run_passes(gm, ctx, scheme, InsertFakeQuant(), Gptq())[-1]
     run_passes(plain, ctx, scheme, InsertFakeQuant())
-    wanted = One()(x).detach()
+    wanted = OneLinear(128, 6)(x).detach()
     errors = [(run(g, {"x": x})[0] - wanted).square().sum() for g in (gm, plain)]
     assert errors[0] < errors[1]
     table = record.result.tables["weights"]
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert row["weight"] == "fc:linear"
-    share = float(errors[0] / (wanted - One().fc.bias.detach()).square().sum())
+    share = float(errors[0] / (wanted - OneLinear(128, 6).fc.bias.detach()).square().sum())
     assert row["error_db"] == pytest.approx(10 * math.log10(share), abs=0.01)
     assert row["error_db"] < row["rtn_error_db"]
     assert "fc.weight" not in weights_of(gm)

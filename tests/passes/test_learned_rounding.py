@@ -21,8 +21,6 @@ from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.solve_weights import Solution, WeightProblem
 from tests.models import canonical, family_context, run_passes
 
-torch.set_num_threads(1)
-
 NEAREST = LearnedRounding(start="nearest")
 
 

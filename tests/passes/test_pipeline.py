@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.edit import set_tensor
@@ -25,22 +25,12 @@ from panguq.passes.smoothquant import SmoothQuant
 from panguq.recipe import Recipe, preset_names
 from panguq.registry import RECIPE_PASSES
 from panguq.schedule import check_passes
-from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
+from tests.models import TwoLinears, run_passes, run_pipeline, tiny_context, trace_tiny
 
 STATIC = AssignSchemes(schemes=(("*", "W8A8"),))
 DYNAMIC = AssignSchemes(schemes=(("*", "W8A8_DYNAMIC"),))
 WEIGHT_ONLY = AssignSchemes(schemes=(("*", "W4A16"),))
 FLOAT = AssignSchemes(schemes=(("*", "FLOAT"),))
-
-
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x).relu())
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -96,7 +86,7 @@ def test_wrong_orders_are_refused(passes, message, hint) -> None:
 
 
 def test_nothing_runs_when_the_order_is_wrong() -> None:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 8, 4), torch.randn(3, 8))
     watcher = Watcher()
     with pytest.raises(RecipeError):
         run_pipeline(gm, [Canonicalize(), InsertFakeQuant()], tiny_context(interface), [watcher])
@@ -142,7 +132,7 @@ class Fail(Pass):
 
 
 def test_instruments_see_every_pass() -> None:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 8, 4), torch.randn(3, 8))
     watcher = Watcher()
     with pytest.raises(ZeroDivisionError):
         run_pipeline(gm, [Canonicalize(), DYNAMIC, Fail()], tiny_context(interface), [watcher])
@@ -154,7 +144,7 @@ def test_instruments_see_every_pass() -> None:
 
 
 def test_exact_passes_carry_their_proof_and_lossy_ones_none() -> None:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 8, 4), torch.randn(3, 8))
     ctx = tiny_context(interface, torch.randn(16, 8))
     records = run_passes(gm, ctx, "W8A8", Calibrate(), InsertFakeQuant(), QuantizeWeights())
     assert [r.proved_difference for r in records] == [0.0, 0.0, 0.0, None, None]
@@ -171,23 +161,23 @@ def test_exact_passes_carry_their_proof_and_lossy_ones_none() -> None:
     ],
 )
 def test_a_bad_weight_is_named_with_the_first_pass_that_saw_it(bad, scheme, passes, first) -> None:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 8, 4), torch.randn(3, 8))
     ctx = tiny_context(interface, torch.randn(16, 8))
     run_passes(gm, ctx, scheme)
     weight = torch.ones(8, 8)
     weight[2, 3] = bad
-    set_tensor(gm, "a.weight", weight)
+    set_tensor(gm, "first.weight", weight)
     held = frozenset({Property.CANONICAL, Property.SCHEMES})
     with pytest.raises(NumericsError) as caught:
         run_pipeline(gm, passes, ctx, first_index=3, held=held)
     assert caught.value.message == (
-        "weight a.weight [8, 8] holds 1 values that are NaN or Inf; "
+        "weight first.weight [8, 8] holds 1 values that are NaN or Inf; "
         f"first seen by pass {first}"
     )  # fmt: skip
 
 
 def test_a_bad_activation_is_named_with_the_first_pass_that_saw_it() -> None:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 8))
+    gm, interface = trace_tiny(TwoLinears(8, 8, 4), torch.randn(3, 8))
     batch = torch.randn(16, 8)
     batch[5] = float("nan")
     with pytest.raises(NumericsError, match=r"activation x \[16, 8\] .* by pass 03 calibrate"):

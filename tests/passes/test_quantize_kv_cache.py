@@ -34,8 +34,6 @@ from tests.models import (
     token_ids,
 )
 
-torch.set_num_threads(1)
-
 ops = torch.ops.panguq
 PER_TOKEN = QuantizeKvCache(keys="per_token", values="per_token")
 MIXED = "keys per channel, values per token"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import find_label, get_tensor, weights_of
@@ -16,23 +16,13 @@ from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.weight_scales import search_scale
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.models import OneLinear, run_passes, tiny_context, trace_tiny
 
 SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A16-g32", "W4A16_ASYM", "W4A16-per_channel")
 
 
-class One(nn.Module):
-    def __init__(self, k: int = 128) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(k, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 def quantized(scheme: str, step: QuantizeWeights | None = None, k: int = 128) -> fx.GraphModule:
-    gm, interface = trace_tiny(One(k), torch.randn(3, k))
+    gm, interface = trace_tiny(OneLinear(k, 5), torch.randn(3, k))
     x = torch.randn(64, k, generator=torch.Generator().manual_seed(1))
     steps = (Calibrate(), InsertFakeQuant(), *([step] if step else []))
     run_passes(gm, tiny_context(interface, x), scheme, *steps)
@@ -66,7 +56,8 @@ def test_codes_are_the_obvious_ones(scheme, search) -> None:
     gm = quantized(scheme, QuantizeWeights(clip_search=search))
     found = weights_of(gm)
     codes = obvious_codes(
-        One().fc.weight.detach(), found["fc.weight_scale"], found.get("fc.weight_zero_point"),
+        OneLinear(128, 5).fc.weight.detach(),
+        found["fc.weight_scale"], found.get("fc.weight_zero_point"),
         8 if scheme.startswith("W8") else 4,
     )  # fmt: skip
     assert stored_codes(gm).tolist() == codes
@@ -109,7 +100,7 @@ def test_the_search_weighs_by_activations() -> None:
     step = QuantizeWeights(clip_search=True)
     matmul = find_label(gm, "fc:linear")
     statistics, spec = statistics_of(matmul), scheme_of(matmul).weight
-    weight = One().fc.weight.detach()
+    weight = OneLinear(128, 5).fc.weight.detach()
     wanted, _ = search_scale(weight, 128, spec, statistics.mean_square, step.ratios())
     assert torch.equal(weights_of(gm)["fc.weight_scale"], wanted)
     plain = quantized("W4A16", QuantizeWeights(clip_search=True, importance="none"))
@@ -121,7 +112,7 @@ def test_the_search_weighs_by_activations() -> None:
 def test_the_search_lowers_the_matmuls_error(scheme) -> None:
     """Not only the weights': the output on the calibration data."""
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
-    wanted = One()(x).detach()
+    wanted = OneLinear(128, 5)(x).detach()
     plain, searched = (
         (run(quantized(scheme, QuantizeWeights(clip_search=s)), {"x": x})[0] - wanted)
         .square()
@@ -132,7 +123,7 @@ def test_the_search_lowers_the_matmuls_error(scheme) -> None:
 
 
 def test_the_table() -> None:
-    gm, interface = trace_tiny(One(), torch.randn(3, 128))
+    gm, interface = trace_tiny(OneLinear(128, 5), torch.randn(3, 128))
     records = run_passes(
         gm, tiny_context(interface, torch.randn(64, 128)), "W4A16", InsertFakeQuant(),
         QuantizeWeights(clip_search=True, importance="none"),
@@ -141,7 +132,7 @@ def test_the_table() -> None:
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert (row["weight"], row["bits"], row["group_size"]) == ("fc:linear", 4, 128)
     matmul = find_label(gm, "fc:linear")
-    weight = One().fc.weight.detach()
+    weight = OneLinear(128, 5).fc.weight.detach()
     noise = values(gm, {}, [matmul.args[1]])[matmul.args[1]] - weight
     expected = 10 * torch.log10(weight.square().sum() / noise.square().sum())
     assert row["weight_sqnr_db"] == pytest.approx(float(expected), abs=1e-3)
@@ -149,7 +140,7 @@ def test_the_table() -> None:
 
 
 def test_nothing_to_quantize_is_left_alone() -> None:
-    gm, interface = trace_tiny(One(), torch.randn(3, 128))
+    gm, interface = trace_tiny(OneLinear(128, 5), torch.randn(3, 128))
     before = print_graph(gm)
     assert QuantizeWeights().run(gm, tiny_context(interface)).changed == 0
     assert print_graph(gm) == before

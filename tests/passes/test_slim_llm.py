@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import panguq
 from panguq.compiled_model import CompiledModule
@@ -30,7 +30,7 @@ from panguq.passes.slim_llm import (
     halves,
 )
 from panguq.passes.solve_weights import Solution, WeightProblem
-from tests.models import run_passes, shared_model, tiny_context, token_ids, trace_tiny
+from tests.models import OneLinear, run_passes, shared_model, tiny_context, token_ids, trace_tiny
 
 RATIOS = (1.0, 0.8, 0.6)
 
@@ -232,18 +232,8 @@ def test_options_out_of_range_are_refused():
 # --- storage ------------------------------------------------------------------------------------
 
 
-class One(nn.Module):
-    def __init__(self, k: int, n: int = 10) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc = nn.Linear(k, n)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-
 def compiled_one(k: int) -> fx.GraphModule:
-    gm, interface = trace_tiny(One(k), torch.randn(3, k))
+    gm, interface = trace_tiny(OneLinear(k, 10), torch.randn(3, k))
     gain = torch.ones(k)
     gain[: k // 4], gain[-k // 4 :] = 6.0, 0.1
     context = tiny_context(interface, *random_inputs(k, 120, 0, gain))
@@ -284,7 +274,7 @@ def test_widths_around_four_bits_are_not_read_as_plain_nibbles(spread):
         "schemes": {"*": "W4A16-g32"},
         "passes": ["insert-fake-quant", {"slim-llm": {"least_gain_db": 0.0}}],
     }
-    compiled = panguq.compile(One(128, 32), recipe, example_inputs=inputs[:1], calibration=inputs)
+    compiled = panguq.compile(OneLinear(128, 32), recipe, example_inputs=inputs[:1], calibration=inputs)
     bits = weights_of(compiled.stages["fake-quant"]).get("fc.weight_bits")
     assert (set(bits.tolist()) == {3, 4, 5}) if spread > 1 else bits is None
     kernel = "dequantized_linear" if spread > 1 else "int4_linear"
@@ -294,7 +284,7 @@ def test_widths_around_four_bits_are_not_read_as_plain_nibbles(spread):
 
 
 def test_k_that_no_group_divides_stays_float():
-    gm, interface = trace_tiny(One(100), torch.randn(3, 100))
+    gm, interface = trace_tiny(OneLinear(100, 10), torch.randn(3, 100))
     records = run_passes(gm, tiny_context(interface), "W2A16", InsertFakeQuant())
     assert "divides k = 100" in records[1].result.skipped[0].reason
     assert scheme_of(find_label(gm, "fc:linear")).is_float

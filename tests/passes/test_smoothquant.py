@@ -25,8 +25,7 @@ from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import PassContext, PassResult, linears
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.smoothquant import SmoothQuant, smoothing_scale
-
-torch.set_num_threads(1)
+from tests.models import TwoLinears
 
 GROUPED = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -44,20 +43,6 @@ MODELS = {
 }  # fmt: skip
 
 
-class Chain(nn.Module):
-    """norm ─► first ─► relu ─► second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm = nn.LayerNorm(8)
-        self.first = nn.Linear(8, 12)
-        self.second = nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(functional.relu(self.first(self.norm(x))))
-
-
 def prepared(
     gm: fx.GraphModule, interface: Interface, scheme: str = "W8A8"
 ) -> tuple[fx.GraphModule, PassContext]:
@@ -71,7 +56,9 @@ def chain(
     scheme: str = "W8A8", dtype: torch.dtype = torch.float32
 ) -> tuple[fx.GraphModule, PassContext]:
     x = torch.randn(3, 5, 8).to(dtype)
-    gm, ctx = prepared(*trace_module(Chain().to(dtype).eval(), (x,)), scheme)
+    gm, ctx = prepared(
+        *trace_module(TwoLinears(8, 12, 8, norm=True).to(dtype).eval(), (x,)), scheme
+    )
     name = ctx.interface.inputs[0]
     batches = [{name: torch.randn(3, 5, 8).to(dtype)} for _ in range(2)]
     for node in linears(gm):  # the second one gives the graph's output and would stay float

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.edit import clone, get_tensor, set_tensor, weights_of
@@ -19,19 +19,19 @@ from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.tune_scales import TuneScales
-from tests.models import canonical, family_context, run_passes, tiny_context, trace_tiny
+from tests.models import (
+    TwoLinears,
+    canonical,
+    family_context,
+    normal_weights,
+    run_passes,
+    tiny_context,
+    trace_tiny,
+)
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.first, self.second = nn.Linear(32, 64, bias=False), nn.Linear(64, 8, bias=False)
-        for module in (self.first, self.second):
-            module.weight.data = torch.randn(module.weight.shape, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
+def model() -> nn.Module:
+    return normal_weights(TwoLinears(32, 64, 8, bias=False))
 
 
 def quantized(family: str, scheme: str = "W3A16-g32") -> tuple[fx.GraphModule, PassContext]:
@@ -45,7 +45,7 @@ def quantized(family: str, scheme: str = "W3A16-g32") -> tuple[fx.GraphModule, P
 def two(scheme: str = "W3A16-g32") -> tuple[fx.GraphModule, PassContext]:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(9, 32, generator=generator) for _ in range(3)]
-    gm, interface = trace_tiny(Two(), torch.randn(3, 32))
+    gm, interface = trace_tiny(model(), torch.randn(3, 32))
     ctx = replace(tiny_context(interface, *batches), reference=clone(gm))
     run_passes(gm, ctx, scheme, InsertFakeQuant(), QuantizeWeights())
     return gm, ctx
@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_the_loss(family: str) -> None:
 @pytest.mark.parametrize("family", ["two", "llama"])
 @pytest.mark.parametrize("scheme", ["W3A16-g32", "W4A8_STATIC-g32"])
 def test_the_model_comes_nearer_and_codes_stay(family: str, scheme: str) -> None:
-    gm, _ = (trace_tiny(Two(), torch.randn(3, 32))) if family == "two" else canonical(family)
+    gm, _ = (trace_tiny(model(), torch.randn(3, 32))) if family == "two" else canonical(family)
     ctx = two()[1] if family == "two" else quantized(family)[1]
     run_passes(gm, ctx, scheme, Calibrate(), InsertFakeQuant(), QuantizeWeights())
     before, start = mean_loss(gm, ctx), dict(weights_of(gm))
@@ -138,7 +138,7 @@ def test_two_runs_agree_and_a_run_goes_on() -> None:
 
 
 def test_a_16_bit_model_can_store_the_scales() -> None:
-    gm, interface = trace_tiny(Two().bfloat16(), torch.randn(3, 32).bfloat16())
+    gm, interface = trace_tiny(model().bfloat16(), torch.randn(3, 32).bfloat16())
     ctx = tiny_context(interface, torch.randn(9, 32).bfloat16())
     ctx = replace(ctx, reference=clone(gm))
     run_passes(gm, ctx, "W8A16", InsertFakeQuant(), QuantizeWeights())
@@ -151,7 +151,7 @@ def test_a_16_bit_model_can_store_the_scales() -> None:
 
 def test_binary_weights_are_left_alone() -> None:
     gm, ctx = two()
-    gm, _ = trace_tiny(Two(), torch.randn(3, 32))
+    gm, _ = trace_tiny(model(), torch.randn(3, 32))
     run_passes(gm, ctx, "W1A16-g32", InsertFakeQuant(), BiLlm(block_size=32))
     result = TuneScales().run(gm, ctx)
     assert result.changed == 0 and len(result.skipped) == 2

@@ -13,19 +13,19 @@ from panguq.passes.base import linears
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.weigh_tokens import WeighTokens
-from tests.models import canonical, family_context, run_passes, tiny_context, trace_tiny
+from tests.models import (
+    TwoLinears,
+    canonical,
+    family_context,
+    normal_weights,
+    run_passes,
+    tiny_context,
+    trace_tiny,
+)
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.first, self.second = nn.Linear(32, 32, bias=False), nn.Linear(32, 8, bias=False)
-        for module in (self.first, self.second):
-            module.weight.data = torch.randn(module.weight.shape, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+def two() -> nn.Module:
+    return normal_weights(TwoLinears(32, 32, 8, nn.Identity(), bias=False))
 
 
 SCHEME = "W4A16-g32"
@@ -37,7 +37,7 @@ def batches(scale: float = 1.0) -> list[Tensor]:
 
 
 def weights_by_label(power: float = 1.0) -> dict[str, tuple[Tensor, ...]]:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 32))
+    gm, interface = trace_tiny(two(), torch.randn(3, 32))
     run_passes(gm, tiny_context(interface, *batches()), SCHEME, WeighTokens(power=power))
     return {label(node): meta_of(node).token_weights for node in linears(gm)}
 
@@ -47,7 +47,7 @@ def test_weights_are_the_squared_gradients(power) -> None:
     """A module's labels are Gaussian noise around its outputs: their gradient is the noise."""
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(40, 8, generator=generator) for _ in range(2)]
-    at_first = [n @ Two().second.weight.detach() for n in noise]
+    at_first = [n @ two().second.weight.detach() for n in noise]
     found = weights_by_label(power)
     for name, gradients in (("second:linear", noise), ("first:linear", at_first)):
         squares = torch.cat(gradients).square().mean(1) ** power
@@ -62,7 +62,7 @@ def test_gptq_counts_tokens_by_their_weights() -> None:
     scaled = [batch * weight.sqrt()[:, None] for batch, weight in zip(x, weights, strict=True)]
 
     def first_codes(data: list[Tensor], *steps: WeighTokens) -> Tensor:
-        gm, interface = trace_tiny(Two(), torch.randn(3, 32))
+        gm, interface = trace_tiny(two(), torch.randn(3, 32))
         context = tiny_context(interface, *data)
         run_passes(gm, context, SCHEME, *steps, InsertFakeQuant(), Gptq())
         return gm.first.weight_codes
@@ -92,13 +92,13 @@ def test_siblings_share_weights_and_runs_agree() -> None:
 
 
 def test_what_stays_float_needs_no_weights() -> None:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 32))
+    gm, interface = trace_tiny(two(), torch.randn(3, 32))
     record = run_passes(gm, tiny_context(interface), "FLOAT", WeighTokens())[-1]
     assert record.result.changed == 0
 
 
 def test_without_data_and_with_a_wrong_power() -> None:
-    gm, interface = trace_tiny(Two(), torch.randn(3, 32))
+    gm, interface = trace_tiny(two(), torch.randn(3, 32))
     with pytest.raises(InputError, match="no calibration data"):
         run_passes(gm, tiny_context(interface), SCHEME, WeighTokens())
     with pytest.raises(RecipeError, match=r"power 0 must lie in \(0, 1\]"):

@@ -24,7 +24,6 @@ from panguq.report.dump_reader import DumpReader
 from panguq.report.quality import Quality
 from tests.models import run_pipeline
 
-torch.set_num_threads(1)
 Traced = tuple[LlamaForCausalLM, fx.GraphModule, Interface]
 
 
