@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
+.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint docs conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing $(TORCH)"
 	@$(RUN) -m pip install -qq $(TORCH)
 	@echo "installing panguq and what it needs"
-	@$(RUN) -m pip install -qq -c constraints.txt -e '.[demo,test,lint]'
+	@$(RUN) -m pip install -qq -c constraints.txt -e '.[demo,test,lint,docs]'
 	@touch $@
 
 demo: setup  ## compile a real model and show what it gives
@@ -65,6 +65,9 @@ lint: setup  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: setup  ## build the manual into build/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 conformance: setup  ## check against real parts of the Ascend stack, in environments of their own
 	$(RUN) -m conformance --environment .venv-npu --torch '$(TORCH)'

@@ -1,5 +1,6 @@
 """Every Python example in the docs runs."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -16,10 +17,11 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 def examples(page: Path) -> list[tuple[str, str | None]]:
     """The page's Python blocks, each with what it prints: the `text` block behind it, if any."""
-    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
-    printed = [text if kind == "text" else None for kind, text in blocks[1:]] + [None]
+    blocks = [*BLOCK.findall(page.read_text(encoding="utf-8")), ("", "")]
     return [
-        (text, said) for (kind, text), said in zip(blocks, printed, strict=True) if kind == "python"
+        (text, then if following == "text" else None)
+        for (kind, text), (following, then) in itertools.pairwise(blocks)
+        if kind == "python"
     ]
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 CONSTRAINTS_OLDEST = ROOT / "constraints-oldest.txt"
 # What `make setup` installs, and as much of it as the contract tests need.
-SETUP_EXTRAS = ("demo", "test", "lint")
+SETUP_EXTRAS = ("demo", "test", "lint", "docs")
 TEST_EXTRAS = ("test",)
 _BOUNDS = re.compile(r"([\w.-]+)>=([\w.]+),<([\w.]+)")
 _OWN_EXTRAS = re.compile(r"panguq\[([\w,]+)\]")
