@@ -274,7 +274,9 @@ def test_widths_around_four_bits_are_not_read_as_plain_nibbles(spread):
         "schemes": {"*": "W4A16-g32"},
         "passes": ["insert-fake-quant", {"slim-llm": {"least_gain_db": 0.0}}],
     }
-    compiled = panguq.compile(OneLinear(128, 32), recipe, example_inputs=inputs[:1], calibration=inputs)
+    compiled = panguq.compile(
+        OneLinear(128, 32), recipe, example_inputs=inputs[:1], calibration=inputs
+    )
     bits = weights_of(compiled.stages["fake-quant"]).get("fc.weight_bits")
     assert (set(bits.tolist()) == {3, 4, 5}) if spread > 1 else bits is None
     kernel = "dequantized_linear" if spread > 1 else "int4_linear"
