@@ -54,7 +54,9 @@ def test_the_index_decides_and_a_file_beside_it_is_named(
     make_model().save_pretrained(tmp_path / "both", max_shard_size="200KB")
     make_model(seed=1).save_pretrained(tmp_path / "stale")
     shutil.copy(tmp_path / "stale" / "model.safetensors", tmp_path / "both")
-    found = load_pretrained(tmp_path / "both").state_dict()
+    model = load_pretrained(tmp_path / "both")
+    assert model.panguq_unused_weights == ("model.safetensors",)
+    found = model.state_dict()
     assert torch.equal(found[EMBEDDING], make_model().state_dict()[EMBEDDING])
     assert "and not from model.safetensors" in said(caplog)
 
@@ -166,6 +168,11 @@ def test_another_head_than_the_tied_one_is_used_and_said(
     assert torch.equal(model.lm_head.weight, torch.ones(264, 128))
     assert model.config.tie_word_embeddings is False
     assert "tie_word_embeddings" in said(caplog)
+
+
+def test_more_layers_than_weights(folder: Path, tmp_path: Path) -> None:
+    deep = with_config(folder, tmp_path / "deep", num_hidden_layers=10**6)
+    assert "asks for 1000000 layers" in refusal(StorageError, deep).message
 
 
 # --- dtypes -------------------------------------------------------------------------------------

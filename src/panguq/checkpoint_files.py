@@ -73,8 +73,11 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def warn_of_other_files(folder: Path, tensors: list[StoredTensor]) -> None:
-    """Name the safetensors files that are not read, such as a single file beside an index."""
+def other_files(folder: Path, tensors: list[StoredTensor]) -> list[str]:
+    """The safetensors files beside those of `tensors`, such as a single file beside an index.
+
+    They are not read, and a warning says so.
+    """
     read = {tensor.file.name for tensor in tensors}
     others = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in read)
     if others and read:
@@ -84,6 +87,7 @@ def warn_of_other_files(folder: Path, tensors: list[StoredTensor]) -> None:
             folder, min(read), f" and {len(read) - 1} more" if len(read) > 1 else "",
             ", ".join(others[:4]), more,
         )  # fmt: skip
+    return others
 
 
 def open_tensors(tensors: list[StoredTensor]) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from panguq import openpangu_config
 from panguq.checkpoint_files import (
     CONFIG,
+    other_files,
     refuse_adapter,
     stored_dtype,
     stored_tensors,
-    warn_of_other_files,
 )
 from panguq.errors import InputError, StorageError
 from panguq.gguf_files import find_gguf, gguf_config, load_gguf
@@ -51,11 +51,12 @@ def load_pretrained(folder: str | Path) -> Any:
     """The transformers model in a local folder, in the dtype in which most weights are stored.
 
     Weights are memory-mapped. `model.panguq_unused_weights` names those of the checkpoint that the
-    architecture does not use (layers that predict further tokens, a vision tower); a warning does
-    so, too. Of config.json and generation_config.json only what transformers' classes know counts,
-    and nothing that chooses code or files. openPangu's dense models (model type
-    `PanguEmbedded`), which come with code of their own, load as the Llama architecture; see
-    `openpangu_config`. A GGUF file, or a folder with one and no config.json, loads as float32.
+    architecture does not use (layers that predict further tokens, a vision tower), and files of
+    weights that were not read; a warning does so, too. Of config.json and generation_config.json
+    only what transformers' classes know counts, and nothing that chooses code or files. openPangu's
+    dense models (model type `PanguEmbedded`), which come with code of their own, load as the Llama
+    architecture; see `openpangu_config`. A GGUF file, or a folder with one and no config.json,
+    loads as float32.
 
     Raises InputError for a folder that is missing, has no config or no weights, or holds
     another kind of model, a quantized one or an adapter; StorageError, naming the file, for a
@@ -71,7 +72,8 @@ def load_pretrained(folder: str | Path) -> Any:
     data = _config_data(path)
     config = _config(data, path)
     tensors = stored_tensors(path)
-    warn_of_other_files(path, tensors)
+    others = other_files(path, tensors)
+    _check_layers(path, config, len(tensors))
     dtype = stored_dtype(tensors) or torch.float32
     model, unused = load_weights(path, config, tensors, dtype)
     if data.get("model_type") == openpangu_config.MODEL_TYPE:
@@ -81,7 +83,7 @@ def load_pretrained(folder: str | Path) -> Any:
             "%s: %s has no use for %d weights, which are left out: %s",
             path, type(model).__name__, len(unused), name_groups(model, unused),
         )  # fmt: skip
-    model.panguq_unused_weights = unused
+    model.panguq_unused_weights = (*unused, *others)
     model.generation_config = _generation_config(path, data)
     model.config.name_or_path = model.name_or_path = str(path)
     return model.eval()
@@ -171,6 +173,16 @@ def _generation_config(folder: Path, data: dict[str, Any]) -> Any:
     if path.is_file():
         return build_generation_config(read_object(path), path)
     return build_generation_config(data, folder / CONFIG, from_model=True)
+
+
+def _check_layers(folder: Path, config: Any, stored: int) -> None:
+    """Refuse a config with more layers than there are weights, before they are all built."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > stored:
+        raise StorageError(
+            f"{folder}: {CONFIG} asks for {layers} layers, and there are {stored} weights",
+            "the checkpoint is damaged or belongs to another config; download it again",
+        )
 
 
 def _check_causal_lm(config: Any, folder: Path) -> None:

@@ -23,8 +23,8 @@ def small(**changed: Any) -> Any:
     return make_model(num_hidden_layers=1, **changed).to(torch.bfloat16)
 
 
-def compiled(model: Any) -> Any:
-    return panguq.compile(model, "w8a8-dynamic-serving")
+def compiled(model: Any, tokenizer: Any = None) -> Any:
+    return panguq.compile(model, "w8a8-dynamic-serving", tokenizer=tokenizer)
 
 
 def said(caplog: pytest.LogCaptureFixture) -> str:
@@ -103,6 +103,15 @@ def test_config_json_says_what_the_folder_holds_and_a_missing_tokenizer_is_annou
         assert not {"vision_config", "auto_map", "_name_or_path"} & data.keys()
         quantized = data.get("quantization_config") is not None
         assert quantized is (format == "compressed-tensors")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<new {i}>" for i in range(9)])
+    compiled(small(), tokenizer=tokenizer).save(tmp_path / "out", format="ascend")
+    assert "has 268 tokens and the model's embedding 264 rows" in said(caplog)
 
 
 def test_layers_that_predict_further_tokens_are_not_promised(tmp_path: Path) -> None:

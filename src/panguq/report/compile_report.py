@@ -103,7 +103,8 @@ class CalibrationSummary(BaseModel):
 class CompileReport(BaseModel):
     """The passes in order, the matmuls, and what the user should know.
 
-    `unused_weights`: names in the source checkpoint of weights that are not part of the model.
+    `unused_weights`: names in the source checkpoint of weights that are not part of the model, and
+    its files of weights that were not read.
     """
 
     model_config = ConfigDict(frozen=True)
