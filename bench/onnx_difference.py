@@ -46,7 +46,7 @@ def compare(compiled: Any, recipe: str, windows: torch.Tensor) -> None:
     in_pytorch = logits_of(compiled)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export_onnx(compiled, path, compiled.stage)
+        export_onnx(compiled.artifact, path, compiled.stage)
         runs: dict[str, Any] = {"pytorch": in_pytorch}
         for name, optimized in (("onnx", False), ("onnx optimized", True)):
             found = OnnxModel(path, compiled.interface, optimized)

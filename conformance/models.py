@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import transformers
@@ -71,9 +72,7 @@ def compiled(name: str, scheme: str, dtype: str) -> CompiledCausalLM:
 
 def with_graph(model: CompiledCausalLM, graph: fx.GraphModule) -> CompiledCausalLM:
     """The compiled model with another lowered graph."""
-    stages = {"lowered": graph}
-    parts = (model.interface, model.recipe, model.target, model.report)
-    return CompiledCausalLM(stages, *parts, config=model.config)
+    return CompiledCausalLM(replace(model.artifact, stages={"lowered": graph}))
 
 
 def inputs_of(

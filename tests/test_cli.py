@@ -17,7 +17,7 @@ import panguq
 from panguq.cli import main, parser
 from panguq.cli.command import print_json
 from panguq.cli.evaluate_model import measure
-from panguq.model_folder import load
+from panguq.compiled_model import load
 from tests.model_folders import TEXT, make_folder, make_model, with_config
 
 SHORT = ["--windows", "2", "--window", "64"]

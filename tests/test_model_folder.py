@@ -13,11 +13,12 @@ import transformers
 from torch import nn
 
 import panguq
+from panguq.compiled_model import load
 from panguq.errors import PanguqError, StorageError, VerifyError
 from panguq.frozen_module import shared_weights
 from panguq.ir.edit import set_tensor, weights_of
 from panguq.manifest import MANIFEST
-from panguq.model_folder import load, save_model
+from panguq.model_folder import save_model
 from panguq.storage import read_folder, write_folder
 from tests.model_folders import make_model, make_tokenizer, shake
 
@@ -210,7 +211,7 @@ def test_an_existing_folder_is_not_overwritten_unless_asked(w8a8: Any, saved: Pa
     before = contents(saved)
     with pytest.raises(StorageError, match="already exists"):
         w8a8.save(saved)
-    save_model(w8a8, saved, overwrite=True)
+    save_model(w8a8.artifact, saved, overwrite=True)
     assert contents(saved) == before
 
 

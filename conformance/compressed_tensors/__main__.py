@@ -65,7 +65,7 @@ def _write(model: str, row: checkpoints.Row, folder: Path) -> None:
         source = checkpoints.openpangu_shaped()
         calibration, ids = checkpoints.random_tokens(4, 64), checkpoints.random_tokens(2, 256, 1)
     compiled = checkpoints.compile_row(row, source, calibration)
-    save_compressed_tensors(compiled, folder / "checkpoint")
+    save_compressed_tensors(compiled.artifact, folder / "checkpoint")
     write_reference(compiled, ids, folder / "reference.safetensors")
 
 

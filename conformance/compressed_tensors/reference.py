@@ -28,7 +28,7 @@ def write_reference(compiled: Any, ids: Tensor, path: Path) -> None:
     panguq and loaders that compute in that dtype have it. Of either there is the sha256 of its
     float32 values and the output, `P.exact` and `P.rounded`.
     """
-    graph = read_checkpoint_graph(compiled)
+    graph = read_checkpoint_graph(compiled.artifact)
     generator = torch.Generator().manual_seed(0)
     tensors = {"ids": ids}
     digests: dict[str, dict[str, str]] = {}

@@ -28,11 +28,10 @@ from panguq.errors import (
 from panguq.versions import warn_of_untested
 
 if TYPE_CHECKING:
-    from panguq.compiled_model import CompiledCausalLM, CompiledModule
+    from panguq.compiled_model import CompiledCausalLM, CompiledModule, load
     from panguq.compiler import compile
     from panguq.evaluate import evaluate
     from panguq.hf import load_pretrained, load_tokenizer
-    from panguq.model_folder import load
     from panguq.plan import Plan, plan
     from panguq.recipe import Recipe
     from panguq.recipe import preset_names as recipes
@@ -70,7 +69,7 @@ _LAZY = {
     "Recipe": ("panguq.recipe", "Recipe"),
     "compile": ("panguq.compiler", "compile"),
     "evaluate": ("panguq.evaluate", "evaluate"),
-    "load": ("panguq.model_folder", "load"),
+    "load": ("panguq.compiled_model", "load"),
     "load_pretrained": ("panguq.hf", "load_pretrained"),
     "load_tokenizer": ("panguq.hf", "load_tokenizer"),
     "plan": ("panguq.plan", "plan"),

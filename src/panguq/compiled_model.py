@@ -4,63 +4,49 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from panguq.errors import InputError, PanguqError
+from panguq.artifact import LOWERED, Artifact
+from panguq.errors import InputError
+from panguq.export.formats import find_format
 from panguq.frozen_module import FrozenModule, asked_of_to
 from panguq.generation import Generates
 from panguq.inputs import check_ids, check_module_inputs, prepare, takes_empty_mask
 from panguq.ir.edit import clone
-from panguq.ir.interface import Interface
 from panguq.kernels.ascend.device import require_device
 from panguq.kv_cache import cache_name, check_cache, held_tensors, make_cache, update_cache
 from panguq.lowering.on_device import on_device
 from panguq.lowering.prepack import prepack
 from panguq.lowering.specialize import specialize
 from panguq.lowering.targets import find_target
-from panguq.recipe import Recipe
-from panguq.report.compile_report import CompileReport
-from panguq.suggest import did_you_mean
 
-LOWERED = "lowered"
 _MAKING = threading.RLock()
 
 
 class CompiledModule(FrozenModule):
-    """The graphs of one compile and what is needed to run, inspect and save them.
+    """A module that runs a stage of a compile's `Artifact`."""
 
-    `stages` maps a stage's name (`fake-quant`, `lowered`) to its graph; the stages share
-    their weights. The model runs `stage`.
-    """
-
-    def __init__(
-        self,
-        stages: Mapping[str, fx.GraphModule],
-        interface: Interface,
-        recipe: Recipe,
-        target: str,
-        report: CompileReport,
-        stage: str = LOWERED,
-    ) -> None:
-        if stage not in stages:
-            raise PanguqError(
-                f"there is no stage {stage!r} in this compiled model",
-                f"the stages are {', '.join(stages)}",
-            )
-        super().__init__(stages)
-        self.interface = interface
-        self.recipe = recipe
-        self.target = target
-        self.report = report
+    def __init__(self, artifact: Artifact, stage: str = LOWERED) -> None:
+        artifact.graph(stage)
+        super().__init__(artifact.stages)
+        self.interface = artifact.interface
+        self.recipe = artifact.recipe
+        self.target = artifact.target
+        self.report = artifact.report
         self.stage = stage
         self._device = torch.device("cpu")
+
+    @property
+    def artifact(self) -> Artifact:
+        """What this model runs, as one value, to be written."""
+        return Artifact(self.stages, self.interface, self.recipe, self.target, self.report)
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -131,41 +117,26 @@ class CompiledModule(FrozenModule):
 
         Raises LoweringError for an m that is no positive integer.
         """
-        return self._with(
-            {name: specialize(graph, m) for name, graph in self.stages.items()}, self.stage
-        )
+        graphs = {name: specialize(graph, m) for name, graph in self.stages.items()}
+        return self._with(replace(self.artifact, stages=graphs), self.stage)
 
     def at_stage(self, stage: str) -> Self:
         """The same compile, run at another stage."""
-        return self._with(self.stages, stage)
+        return self._with(self.artifact, stage)
 
     def __copy__(self) -> Self:
         """The same compile, as a second object."""
-        return self._with(self.stages, self.stage)
+        return self._with(self.artifact, self.stage)
 
     def _copied(self, stages: dict[str, fx.GraphModule], memo: dict[int, Any]) -> Self:
-        return self._with(stages, self.stage, lambda value: copy.deepcopy(value, memo))
+        own = ("report", "config", "generation_config", "tokenizer")
+        copies = {name: copy.deepcopy(getattr(self.artifact, name), memo) for name in own}
+        return self._with(replace(self.artifact, stages=stages, **copies), self.stage)
 
-    def _with(
-        self,
-        stages: Mapping[str, fx.GraphModule],
-        stage: str,
-        taken: Callable[[Any], Any] = lambda value: value,
-    ) -> Self:
-        made = type(self)(
-            stages,
-            self.interface,
-            self.recipe,
-            self.target,
-            taken(self.report),
-            stage,
-            **{name: taken(value) for name, value in self._extras().items()},
-        )
+    def _with(self, artifact: Artifact, stage: str) -> Self:
+        made = type(self)(artifact, stage)
         made._device = self._device
         return made
-
-    def _extras(self) -> dict[str, Any]:
-        return {}
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the graph on the inputs that the source module took when it was traced."""
@@ -182,8 +153,7 @@ class CompiledModule(FrozenModule):
             and MindIE. Raises PanguqError for what a format cannot express, naming the server
             that would refuse it, and StorageError for a folder that cannot be written.
         """
-        save = _writer(format)
-        save(self, Path(path), overwrite)
+        find_format(format).write(self.artifact, Path(path), overwrite)
 
     def export_onnx(
         self, path: str | Path, stage: str | None = None, overwrite: bool = False
@@ -191,7 +161,7 @@ class CompiledModule(FrozenModule):
         """Write a stage's graph (by default the one that runs) as an ONNX file to look at."""
         from panguq.export.onnx_export import export_onnx
 
-        export_onnx(self, Path(path), stage or self.stage, overwrite)
+        export_onnx(self.artifact, Path(path), stage or self.stage, overwrite)
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""
@@ -201,31 +171,24 @@ class CompiledModule(FrozenModule):
 class CompiledCausalLM(CompiledModule, Generates):
     """A compiled causal language model with transformers' calling convention and `generate`."""
 
-    def __init__(
-        self,
-        stages: Mapping[str, fx.GraphModule],
-        interface: Interface,
-        recipe: Recipe,
-        target: str,
-        report: CompileReport,
-        stage: str = LOWERED,
-        *,
-        config: PretrainedConfig,
-        generation_config: GenerationConfig | None = None,
-        tokenizer: Any = None,
-    ) -> None:
-        super().__init__(stages, interface, recipe, target, report, stage)
-        self.config = config
-        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
-        self.tokenizer = tokenizer
+    def __init__(self, artifact: Artifact, stage: str = LOWERED) -> None:
+        super().__init__(artifact, stage)
+        self.config = artifact.config
+        self.generation_config = artifact.generation_config or GenerationConfig.from_model_config(
+            artifact.config
+        )
+        self.tokenizer = artifact.tokenizer
         self.empty_mask = takes_empty_mask(self.graph)
 
-    def _extras(self) -> dict[str, Any]:
-        return {
-            "config": self.config,
-            "generation_config": self.generation_config,
-            "tokenizer": self.tokenizer,
-        }
+    @property
+    def artifact(self) -> Artifact:
+        """What this model runs, as one value, to be written."""
+        return replace(
+            super().artifact,
+            config=self.config,
+            generation_config=self.generation_config,
+            tokenizer=self.tokenizer,
+        )
 
     def forward(  # type: ignore[override]
         self,
@@ -304,25 +267,22 @@ class CompiledCausalLM(CompiledModule, Generates):
         return make_cache(grown) if use_cache else None
 
 
-FORMATS = ("panguq", "compressed-tensors", "ascend")
+def compiled_model(artifact: Artifact, stage: str = LOWERED) -> CompiledModule:
+    """The model that runs this artifact: a `CompiledCausalLM` for a causal language model."""
+    is_causal_lm = artifact.interface.kind == "causal_lm"
+    return (CompiledCausalLM if is_causal_lm else CompiledModule)(artifact, stage)
 
 
-def _writer(format: str) -> Callable[[Any, Path, bool], None]:
-    if format == "panguq":
-        from panguq.model_folder import save_model
+def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
+    """The compiled model in a folder that `save` wrote, to be run at `stage`.
 
-        return save_model
-    if format == "compressed-tensors":
-        from panguq.export.compressed_tensors import save_compressed_tensors
+    Weights are memory-mapped. A causal language model comes back as a `CompiledCausalLM`, with its
+    tokenizer if it was saved with one. Raises StorageError, naming the file, for anything missing,
+    truncated, changed or from elsewhere.
+    """
+    from panguq.model_folder import read_model
 
-        return save_compressed_tensors
-    if format == "ascend":
-        from panguq.export.ascend_v1 import save_ascend_v1
-
-        return save_ascend_v1
-    raise InputError(
-        f"unknown format {format!r} of a saved model", did_you_mean(format, FORMATS, "formats")
-    )
+    return compiled_model(read_model(path), stage)
 
 
 def _on_cpu(given: Any) -> Any:

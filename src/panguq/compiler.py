@@ -6,12 +6,14 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from panguq.artifact import FAKE_QUANT, LOWERED, Artifact
 from panguq.calibration import (
     SAMPLED_SEQUENCES,
     SAMPLED_TOKENS,
@@ -23,7 +25,7 @@ from panguq.calibration import (
 )
 from panguq.calibration_data import GIVEN, CalibrationData, decoded, read_calibration
 from panguq.compile_key import compile_key
-from panguq.compiled_model import CompiledCausalLM, CompiledModule
+from panguq.compiled_model import CompiledModule, compiled_model
 from panguq.errors import InputError
 from panguq.inputs import takes_empty_mask
 from panguq.ir.edit import clone
@@ -189,19 +191,16 @@ def compile(
     for warning in report.warnings:
         if warning not in quality.known:  # said when it was known
             logger.warning(warning)
-    stages = {"fake-quant": fake_quant, "lowered": gm}
-    if interface.kind != "causal_lm":
-        return CompiledModule(stages, interface, recipe, target, report)
-    return CompiledCausalLM(
-        stages,
-        interface,
-        recipe,
-        target,
-        report,
-        config=_config_of(model, interface),
-        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
-        tokenizer=_savable(tokenizer),
-    )
+    stages = {FAKE_QUANT: fake_quant, LOWERED: gm}
+    made = Artifact(stages, interface, recipe, target, report)
+    if interface.kind == "causal_lm":
+        made = replace(
+            made,
+            config=_config_of(model, interface),
+            generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
+            tokenizer=tokenizer,
+        )
+    return compiled_model(made)
 
 
 def _left_in_float(

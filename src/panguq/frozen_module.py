@@ -66,7 +66,7 @@ class FrozenModule(nn.Module):
 
     def _use(self, stages: dict[str, fx.GraphModule]) -> None:
         """Run these graphs from now on, and list their weights."""
-        object.__setattr__(self, "stages", stages)
+        self.stages = stages
         self._parameters.clear()
         tied: dict[_Place, nn.Parameter] = {}
         for name, tensor in shared_weights(stages).items():

@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from torch import fx
 
-from panguq.compiled_model import LOWERED, CompiledCausalLM, CompiledModule
+from panguq.artifact import Artifact
 from panguq.errors import PanguqError, StorageError
 from panguq.frozen_module import shared_weights
 from panguq.ir.interface import Interface
@@ -43,48 +44,43 @@ _GRAPH = re.compile(r"graph\.([a-z][a-z-]*)\.json")
 _Data = TypeVar("_Data", bound=BaseModel)
 
 
-def save_model(model: CompiledModule, path: str | Path, overwrite: bool = False) -> None:
+def save_model(artifact: Artifact, path: str | Path, overwrite: bool = False) -> None:
     """Write a compiled model as the folder `path`, whole or not at all.
 
     Equal models give equal bytes. Raises StorageError if there is something at `path` already
     (unless `overwrite` and panguq wrote it) or if it cannot be written.
     """
     files: dict[str, bytes | str] = {
-        "interface.json": _json_text(model.interface),
-        "recipe.yaml": model.recipe.to_yaml(),
-        "report.json": _json_text(model.report),
+        "interface.json": _json_text(artifact.interface),
+        "recipe.yaml": artifact.recipe.to_yaml(),
+        "report.json": _json_text(artifact.report),
     }
-    for stage, graph in model.stages.items():
+    for stage, graph in artifact.stages.items():
         files[f"graph.{stage}.json"] = to_text(graph)
-    if isinstance(model, CompiledCausalLM):
-        files["config.json"] = model.config.to_json_string(use_diff=True)
-        files["generation_config.json"] = model.generation_config.to_json_string(use_diff=True)
-        if model.tokenizer is not None:
-            files |= tokenizer_files(model.tokenizer)
-    write_folder(path, files, shared_weights(model.stages), overwrite)
+    if artifact.config is not None:
+        files["config.json"] = artifact.config.to_json_string(use_diff=True)
+        files["generation_config.json"] = artifact.generation_config.to_json_string(use_diff=True)
+        if artifact.tokenizer is not None:
+            files |= tokenizer_files(artifact.tokenizer)
+    write_folder(path, files, shared_weights(artifact.stages), overwrite)
 
 
-def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
-    """The compiled model in a folder that `save` wrote, to be run at `stage`.
+def read_model(path: str | Path) -> Artifact:
+    """What `save_model` wrote, its weights memory-mapped.
 
-    Weights are memory-mapped. A causal language model comes back as a `CompiledCausalLM`, with its
-    tokenizer if it was saved with one. Raises StorageError, naming the file, for anything missing,
-    truncated, changed or from elsewhere.
+    Raises StorageError, naming the file, for anything missing, truncated, changed or from
+    elsewhere.
     """
     folder = read_folder(path)
     interface = _read(folder, "interface.json", Interface)
     report = _read(folder, "report.json", CompileReport)
     recipe = _read_recipe(folder)
     stages = _read_stages(folder, interface)
+    made = Artifact(stages, interface, recipe, report.target, report)
     if interface.kind != "causal_lm":
-        return CompiledModule(stages, interface, recipe, report.target, report, stage)
-    return CompiledCausalLM(
-        stages,
-        interface,
-        recipe,
-        report.target,
-        report,
-        stage,
+        return made
+    return replace(
+        made,
         config=_read_config(folder),
         generation_config=_read_generation_config(folder),
         tokenizer=_read_tokenizer(folder),

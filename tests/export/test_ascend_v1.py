@@ -61,7 +61,7 @@ def w8a8() -> Any:
 @pytest.fixture(scope="module")
 def w8a8_folder(w8a8: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ascend") / "w8a8"
-    save_ascend_v1(w8a8, path)
+    save_ascend_v1(w8a8.artifact, path)
     return path
 
 
@@ -114,7 +114,7 @@ W4A8 = {
 def test_every_tensor_has_the_documented_form(
     scheme: str, type_: str, dtype: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    save_ascend_v1(compiled(scheme, dtype), tmp_path / "out")
+    save_ascend_v1(compiled(scheme, dtype).artifact, tmp_path / "out")
     tensors = stored(tmp_path / "out")
     described = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
     leaves = {n.removeprefix(f"{DOWN}."): n for n in tensors if n.startswith(DOWN)}
@@ -153,7 +153,7 @@ def test_w8a8_numbers_follow_the_formulas(w8a8: Any, w8a8_folder: Path) -> None:
 
 
 def test_float16_scales_are_the_bits_of_a_float32(tmp_path: Path) -> None:
-    save_ascend_v1(compiled(dtype="float16"), tmp_path / "out")
+    save_ascend_v1(compiled(dtype="float16").artifact, tmp_path / "out")
     tensors = stored(tmp_path / "out")
     deq = tensors[f"{DOWN}.deq_scale"].to(I32).view(F32)
     product = tensors[f"{DOWN}.input_scale"] * tensors[f"{DOWN}.weight_scale"].reshape(-1)
@@ -171,7 +171,7 @@ def test_rows_are_packed_in_pairs() -> None:
 
 def test_mixed_types_are_named_one_by_one(tmp_path: Path) -> None:
     schemes = {"*": "W8A8_DYNAMIC", "*.self_attn.[qkv]_proj": "W8A8", "*.down_proj": "FLOAT"}
-    save_ascend_v1(compiled(schemes), tmp_path / "out")
+    save_ascend_v1(compiled(schemes).artifact, tmp_path / "out")
     described = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
     assert described[f"{Q}.weight"] == "W8A8" and described[f"{DOWN}.weight"] == "FLOAT"
     assert described["model.layers.0.self_attn.o_proj.weight"] == "W8A8_DYNAMIC"
@@ -207,7 +207,7 @@ def test_the_tokenizer_comes_along(w8a8: Any, w8a8_folder: Path) -> None:
 
 
 def test_a_tied_head_is_written_and_described(tmp_path: Path) -> None:
-    save_ascend_v1(compiled(tie_word_embeddings=True), tmp_path / "out")
+    save_ascend_v1(compiled(tie_word_embeddings=True).artifact, tmp_path / "out")
     tensors = stored(tmp_path / "out")
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
@@ -216,7 +216,7 @@ def test_a_tied_head_is_written_and_described(tmp_path: Path) -> None:
 
 def test_a_quantized_head_is_no_longer_tied(tmp_path: Path) -> None:
     model = compiled({"*": "W8A8", "lm_head": "W8A8_DYNAMIC"}, tie_word_embeddings=True)
-    save_ascend_v1(model, tmp_path / "out")
+    save_ascend_v1(model.artifact, tmp_path / "out")
     described = json.loads((tmp_path / "out" / DESCRIPTION).read_text())
     assert described["lm_head.weight"] == "W8A8_DYNAMIC"
     assert described["model.embed_tokens.weight"] == "FLOAT"
@@ -225,7 +225,7 @@ def test_a_quantized_head_is_no_longer_tied(tmp_path: Path) -> None:
 
 
 def test_large_models_are_written_in_shards(w8a8: Any, w8a8_folder: Path, tmp_path: Path) -> None:
-    save_ascend_v1(w8a8, tmp_path / "out", shard_bytes=200_000)
+    save_ascend_v1(w8a8.artifact, tmp_path / "out", shard_bytes=200_000)
     names = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     count = len(names)
     assert count > 2
@@ -261,10 +261,10 @@ def test_large_models_are_written_in_shards(w8a8: Any, w8a8_folder: Path, tmp_pa
 def test_what_no_server_takes_is_refused(make: Any, message: str, tmp_path: Path) -> None:
     model = make()
     if not message:  # a float model is fine
-        save_ascend_v1(model, tmp_path / "out")
+        save_ascend_v1(model.artifact, tmp_path / "out")
         return
     with pytest.raises(ExportError, match=message) as caught:
-        save_ascend_v1(model, tmp_path / "out")
+        save_ascend_v1(model.artifact, tmp_path / "out")
     assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -275,7 +275,7 @@ def test_split_outliers_are_refused(tmp_path: Path) -> None:
     model = make_model(**SIZES).bfloat16()
     compiled_so = panguq.compile(model, recipe("W8A8", passes), calibration=IDS)
     with pytest.raises(ExportError, match="split off into a float matmul"):
-        save_ascend_v1(compiled_so, tmp_path / "out")
+        save_ascend_v1(compiled_so.artifact, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -286,7 +286,7 @@ def test_a_bias_that_int32_cannot_hold_is_refused(tmp_path: Path) -> None:
         model.model.layers[0].self_attn.q_proj.weight.mul_(1e-6)
     large = panguq.compile(model, recipe("W8A8"), calibration=IDS)
     with pytest.raises(ExportError, match="q_proj: its bias is more than") as caught:
-        save_ascend_v1(large, tmp_path / "out")
+        save_ascend_v1(large.artifact, tmp_path / "out")
     assert "W8A8_DYNAMIC" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -297,17 +297,17 @@ def test_one_server_must_take_the_whole_model(tmp_path: Path) -> None:
     schemes = {"*": "W4A8", "lm_head": "W8A8_DYNAMIC"}
     mixed = panguq.compile(model, recipe(schemes), calibration=IDS, target="ascend910b1")
     with pytest.raises(ExportError) as caught:
-        save_ascend_v1(mixed, tmp_path / "out")
+        save_ascend_v1(mixed.artifact, tmp_path / "out")
     assert "vllm-ascend: its W4A8 kernels are for experts" in caught.value.message
     assert "mindie: n = 65600 is more than the 65535" in caught.value.message
 
 
 def test_a_server_that_refuses_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_ascend_v1(compiled("W4A8"), tmp_path / "w4a8")
+    save_ascend_v1(compiled("W4A8").artifact, tmp_path / "w4a8")
     assert "vllm-ascend will not take this checkpoint" in caplog.text
     assert "mindie will not" not in caplog.text
     caplog.clear()
-    save_ascend_v1(compiled("W8A16"), tmp_path / "w8a16")
+    save_ascend_v1(compiled("W8A16").artifact, tmp_path / "w8a16")
     assert "will not take" not in caplog.text
 
 
@@ -316,28 +316,30 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
     other = panguq.compile(module, "w8a8", calibration=[x], example_inputs=(x,))
     with pytest.raises(ExportError, match="transformers language model"):
-        save_ascend_v1(other, tmp_path / "out")
+        save_ascend_v1(other.artifact, tmp_path / "out")
 
 
 def test_fused_linears_have_one_type(w8a8: Any) -> None:
-    groups = {tuple(p.rpartition(".")[2] for p in g) for g in read_checkpoint_graph(w8a8).fused}
+    groups = {
+        tuple(p.rpartition(".")[2] for p in g) for g in read_checkpoint_graph(w8a8.artifact).fused
+    }
     assert groups == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
 
 
 def test_nothing_is_overwritten_unless_asked(w8a8: Any, tmp_path: Path) -> None:
     path = tmp_path / "out"
-    save_ascend_v1(w8a8, path)
+    save_ascend_v1(w8a8.artifact, path)
     before = (path / DESCRIPTION).read_bytes()
     with pytest.raises(StorageError, match="already exists"):
-        save_ascend_v1(w8a8, path)
+        save_ascend_v1(w8a8.artifact, path)
     (path / DESCRIPTION).write_text("{}")
-    save_ascend_v1(w8a8, path, overwrite=True)
+    save_ascend_v1(w8a8.artifact, path, overwrite=True)
     assert (path / DESCRIPTION).read_bytes() == before
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(StorageError):
-        save_ascend_v1(w8a8, foreign, overwrite=True)
+        save_ascend_v1(w8a8.artifact, foreign, overwrite=True)
     assert [file.name for file in foreign.iterdir()] == ["thesis.txt"]
 
 
@@ -349,5 +351,5 @@ def test_a_failure_leaves_nothing(
 
     monkeypatch.setattr("panguq.export.ascend_v1_tensors.stored_deq_scale", fails)
     with pytest.raises(PanguqError, match="no more"):
-        save_ascend_v1(w8a8, tmp_path / "out")
+        save_ascend_v1(w8a8.artifact, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -26,9 +26,9 @@ TOKENS = torch.arange(3, 35)[None] % VOCAB
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_read_is_what_was_compiled(scheme: str, tmp_path: Path) -> None:
     model = compiled(scheme)
-    save_ascend_v1(model, tmp_path / "out", shard_bytes=300_000)
+    save_ascend_v1(model.artifact, tmp_path / "out", shard_bytes=300_000)
     read = load_ascend_v1(tmp_path / "out")
-    for path, linear in read_checkpoint_graph(model).quantized.items():
+    for path, linear in read_checkpoint_graph(model.artifact).quantized.items():
         module = read.get_submodule(path)
         assert isinstance(module, FakeQuantLinear)
         assert torch.equal(module.weight(linear.dtype), linear.dequantized())
@@ -53,11 +53,11 @@ def fake_quantized(x: Tensor, linear: QuantizedLinear) -> Tensor:
 
 def test_weight_only_logits_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     model = compiled("W8A16")
-    save_ascend_v1(model, tmp_path / "out")
+    save_ascend_v1(model.artifact, tmp_path / "out")
     source = make_model(**SIZES, attention_bias=True)
     for parameter in source.parameters():  # buffers stay: rotary frequencies are float32
         parameter.data = parameter.data.bfloat16()
-    for path, linear in read_checkpoint_graph(model).quantized.items():
+    for path, linear in read_checkpoint_graph(model.artifact).quantized.items():
         source.get_submodule(path).weight = nn.Parameter(linear.dequantized())
     assert torch.equal(load_ascend_v1(tmp_path / "out")(IDS).logits, source(IDS).logits)
 

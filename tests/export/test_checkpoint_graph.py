@@ -64,7 +64,7 @@ def _untied(config: Any) -> Any:
 
 @pytest.mark.parametrize("family", WITH_LINEARS)
 def test_every_weight_has_its_name_in_the_source(family: str) -> None:
-    graph = read_checkpoint_graph(compiled(family, "W8A16"))
+    graph = read_checkpoint_graph(compiled(family, "W8A16").artifact)
     source = shared_model(family).state_dict()
     for name, tensor in graph.weights.items():
         assert torch.equal(tensor, source[name]), name
@@ -90,7 +90,7 @@ def test_every_weight_has_its_name_in_the_source(family: str) -> None:
 )
 def test_the_source_with_these_weights_is_the_compiled_model(family: str, scheme: str) -> None:
     model = compiled(family, scheme)
-    source = rebuilt(model, read_checkpoint_graph(model))
+    source = rebuilt(model, read_checkpoint_graph(model.artifact))
     with torch.no_grad():
         assert sqnr_db(model.at_stage(FAKE_QUANT)(IDS).logits, source(IDS).logits) >= 100
 
@@ -98,7 +98,7 @@ def test_the_source_with_these_weights_is_the_compiled_model(family: str, scheme
 @pytest.mark.parametrize("family", ["openpangu", "opt"])
 def test_smoothing_is_in_the_weights(family: str) -> None:
     """The norms carry 1 / s and the linears s: together still the source's function."""
-    graph = read_checkpoint_graph(compiled(family, "W8A8_DYNAMIC", "smoothquant"))
+    graph = read_checkpoint_graph(compiled(family, "W8A8_DYNAMIC", "smoothquant").artifact)
     source = shared_model(family)
     changed = [n for n, t in graph.weights.items() if not torch.equal(t, source.state_dict()[n])]
     assert any("norm" in name for name in changed)
@@ -110,14 +110,14 @@ def test_smoothing_is_in_the_weights(family: str) -> None:
 def test_a_doubled_weight_is_noticed() -> None:
     """So that the comparisons above can fail."""
     model = compiled("llama", "W8A16")
-    source: Any = rebuilt(model, read_checkpoint_graph(model))
+    source: Any = rebuilt(model, read_checkpoint_graph(model.artifact))
     with torch.no_grad():
         source.model.layers[0].mlp.down_proj.weight.mul_(2)
         assert sqnr_db(model.at_stage(FAKE_QUANT)(IDS).logits, source(IDS).logits) < 30
 
 
 def test_linears_that_read_one_tensor_have_its_scale_and_zero_point() -> None:
-    graph = read_checkpoint_graph(compiled("openpangu", "W8A8", "calibrate"))
+    graph = read_checkpoint_graph(compiled("openpangu", "W8A8", "calibrate").artifact)
     attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
     heads = tuple(f"{attention}.{p}_proj" for p in "qkv")
     assert heads in graph.fused
@@ -132,13 +132,13 @@ def test_linears_that_read_one_tensor_have_its_scale_and_zero_point() -> None:
 @pytest.mark.parametrize("passes", [("smoothquant",), ()])
 def test_fused_linears_are_found_whatever_quantizes_their_input(passes: tuple[str, ...]) -> None:
     scheme = "W8A8_DYNAMIC" if passes else "W8A16"
-    graph = read_checkpoint_graph(compiled("openpangu", scheme, *passes))
+    graph = read_checkpoint_graph(compiled("openpangu", scheme, *passes).artifact)
     assert len(graph.fused) == 4
     assert all(linear.input_scale is None for linear in graph.quantized.values())
 
 
 def test_four_bit_codes_come_out_one_by_one() -> None:
-    graph = read_checkpoint_graph(compiled("llama", "W4A16-g32"))
+    graph = read_checkpoint_graph(compiled("llama", "W4A16-g32").artifact)
     linear = graph.quantized["model.layers.0.mlp.down_proj"]
     assert linear.codes().dtype == torch.int8
     assert linear.codes().shape == linear.shape == (64, 96)
@@ -151,7 +151,7 @@ def test_four_bit_codes_come_out_one_by_one() -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "opt"])
 def test_a_tied_tensor_is_there_once_under_the_embeddings_name(family: str) -> None:
-    graph = read_checkpoint_graph(compiled(family, "W8A16"))
+    graph = read_checkpoint_graph(compiled(family, "W8A16").artifact)
     assert graph.is_tied
     assert "lm_head.weight" not in graph.weights
     assert sum(name.endswith("embed_tokens.weight") for name in graph.weights) == 1
@@ -159,7 +159,7 @@ def test_a_tied_tensor_is_there_once_under_the_embeddings_name(family: str) -> N
 
 def test_a_quantized_head_leaves_the_embedding_float_and_unties_it() -> None:
     model = compiled("qwen2", "W8A16", head="W8A16")
-    graph = read_checkpoint_graph(model)
+    graph = read_checkpoint_graph(model.artifact)
     assert not graph.is_tied
     assert "lm_head" in graph.quantized
     embedding = shared_model("qwen2").state_dict()["model.embed_tokens.weight"]
@@ -175,7 +175,10 @@ def test_a_quantized_head_leaves_the_embedding_float_and_unties_it() -> None:
 def test_a_loaded_model_gives_the_same(tmp_path: Path) -> None:
     model = compiled("qwen2", "W8A8", "calibrate")
     model.save(tmp_path / "out")
-    one, other = read_checkpoint_graph(model), read_checkpoint_graph(panguq.load(tmp_path / "out"))
+    one, other = (
+        read_checkpoint_graph(model.artifact),
+        read_checkpoint_graph(panguq.load(tmp_path / "out").artifact),
+    )
     assert one.fused == other.fused and one.is_tied and other.is_tied
     assert _equal(one.weights, other.weights)
     for path, linear in one.quantized.items():
@@ -194,7 +197,7 @@ def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -
 
 def refusal(model: Any) -> ExportError:
     with pytest.raises(ExportError) as caught:
-        read_checkpoint_graph(model)
+        read_checkpoint_graph(model.artifact)
     assert caught.value.hint
     return caught.value
 

@@ -67,9 +67,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_int_quantized_tensors(tmp_path: Path) -> None:
     model = compiled("W8A8", "calibrate")
-    save_compressed_tensors(model, tmp_path / "out")
+    save_compressed_tensors(model.artifact, tmp_path / "out")
     tensors = tensors_of(tmp_path / "out")
-    linear = read_checkpoint_graph(model).quantized[f"{ATTENTION}.k_proj"]
+    linear = read_checkpoint_graph(model.artifact).quantized[f"{ATTENTION}.k_proj"]
     path = f"{ATTENTION}.k_proj"
     forms = {
         name.removeprefix(path + "."): (tensor.dtype, tuple(tensor.shape))
@@ -90,7 +90,7 @@ def test_int_quantized_tensors(tmp_path: Path) -> None:
 
 def test_pack_quantized_tensors(tmp_path: Path) -> None:
     model = compiled("W4A16-g32")
-    save_compressed_tensors(model, tmp_path / "out")
+    save_compressed_tensors(model.artifact, tmp_path / "out")
     tensors = tensors_of(tmp_path / "out")
     path = f"{MLP}.down_proj"
     assert tensors[f"{path}.weight_packed"].shape == (64, 96 // 8)
@@ -99,7 +99,7 @@ def test_pack_quantized_tensors(tmp_path: Path) -> None:
     assert tensors[f"{path}.weight_scale"].shape == (64, 3)
     assert f"{path}.weight" not in tensors
     words = tensors[f"{path}.weight_packed"]
-    codes = read_checkpoint_graph(model).quantized[path].codes()
+    codes = read_checkpoint_graph(model.artifact).quantized[path].codes()
     for i in range(8):  # nibble i of a word is code + 8
         assert torch.equal((words >> 4 * i) & 15, codes[:, i::8].int() + 8)
 
@@ -128,14 +128,14 @@ def test_scales_of_four_bits_have_the_models_dtype_where_it_holds_them(
     search = {"quantize-weights": {"clip_search": True, "importance": "none"}}
     chosen = {"schemes": {"*": "W4A16-g32"}, "passes": ["insert-fake-quant", search]}
     model = panguq.compile(shared_model("llama"), chosen, calibration=token_ids(1, 8), dtype=dtype)
-    save_compressed_tensors(model, tmp_path / "out")
+    save_compressed_tensors(model.artifact, tmp_path / "out")
     tensors = tensors_of(tmp_path / "out")
     path = f"{MLP}.up_proj"
     scale = tensors[f"{path}.weight_scale"]
     assert scale.dtype == dtype
     assert (scale < 0).any() and (scale > 0).any()
     assert torch.equal(
-        scale.float(), read_checkpoint_graph(model).quantized[path].weight_scale.float()
+        scale.float(), read_checkpoint_graph(model.artifact).quantized[path].weight_scale.float()
     )
     assert tensors["model.norm.weight"].dtype == dtype
     assert config_of(tmp_path / "out")["dtype"] == str(dtype).removeprefix("torch.")
@@ -145,7 +145,7 @@ def test_scales_of_four_bits_have_the_models_dtype_where_it_holds_them(
 
 
 def test_one_scheme_targets_the_class(tmp_path: Path) -> None:
-    save_compressed_tensors(compiled("W8A8", "calibrate"), tmp_path / "out")
+    save_compressed_tensors(compiled("W8A8", "calibrate").artifact, tmp_path / "out")
     config = config_of(tmp_path / "out")["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert config["quantization_status"] == "compressed"
@@ -171,7 +171,7 @@ def test_one_scheme_targets_the_class(tmp_path: Path) -> None:
 def test_the_schemes(
     scheme: str, form: str, weights: tuple[Any, ...], activations: Any, tmp_path: Path
 ) -> None:
-    save_compressed_tensors(compiled(scheme), tmp_path / "out")
+    save_compressed_tensors(compiled(scheme).artifact, tmp_path / "out")
     config = config_of(tmp_path / "out")["quantization_config"]
     (group,) = config["config_groups"].values()
     assert group["format"] == config["format"] == form
@@ -186,7 +186,7 @@ def test_the_schemes(
 
 def test_several_schemes_name_their_linears_and_their_formats(tmp_path: Path) -> None:
     schemes = {"*": "W8A8_DYNAMIC", "*mlp*": "W4A16-g32", "*layers.1*": "FLOAT"}
-    save_compressed_tensors(compiled(schemes), tmp_path / "out")
+    save_compressed_tensors(compiled(schemes).artifact, tmp_path / "out")
     config = config_of(tmp_path / "out")["quantization_config"]
     one, other = config["config_groups"].values()
     assert one["targets"] == [f"{ATTENTION}.{p}_proj" for p in "qkvo"]
@@ -198,7 +198,7 @@ def test_several_schemes_name_their_linears_and_their_formats(tmp_path: Path) ->
 
 def test_groups_of_several_sizes(tmp_path: Path) -> None:
     """Where a group size does not divide the inputs, a matmul has smaller groups."""
-    save_compressed_tensors(compiled("W4A16-g64"), tmp_path / "out")
+    save_compressed_tensors(compiled("W4A16-g64").artifact, tmp_path / "out")
     config = config_of(tmp_path / "out")["quantization_config"]
     sizes = {g["weights"]["group_size"]: g["targets"] for g in config["config_groups"].values()}
     assert sorted(sizes) == [32, 64]
@@ -208,9 +208,9 @@ def test_groups_of_several_sizes(tmp_path: Path) -> None:
 
 def test_a_quantized_head_unties_the_embedding(tmp_path: Path) -> None:
     head = {"*": "W8A16", "lm_head": "W8A16"}
-    save_compressed_tensors(compiled(head, family="qwen2"), tmp_path / "untied")
+    save_compressed_tensors(compiled(head, family="qwen2").artifact, tmp_path / "untied")
     assert config_of(tmp_path / "untied")["tie_word_embeddings"] is False
-    save_compressed_tensors(compiled("W8A16", family="qwen2"), tmp_path / "tied")
+    save_compressed_tensors(compiled("W8A16", family="qwen2").artifact, tmp_path / "tied")
     assert config_of(tmp_path / "tied")["tie_word_embeddings"] is True
     assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
 
@@ -225,7 +225,8 @@ def test_openpangu_becomes_a_llama_with_attention_biases(tmp_path: Path) -> None
     (folder / "config.json").write_text(json.dumps(data))
     model = panguq.load_pretrained(folder)
     save_compressed_tensors(
-        panguq.compile(model, recipe({"*": "W8A16"}), calibration=token_ids(1, 8)), tmp_path / "out"
+        panguq.compile(model, recipe({"*": "W8A16"}), calibration=token_ids(1, 8)).artifact,
+        tmp_path / "out",
     )
     config = config_of(tmp_path / "out")
     assert config["model_type"] == "llama"
@@ -240,7 +241,8 @@ def test_scaled_rotary_embeddings_have_their_old_name_too(tmp_path: Path) -> Non
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     model = make_llama(rope_parameters=scaled)
     save_compressed_tensors(
-        panguq.compile(model, recipe({"*": "W8A16"}), calibration=token_ids(1, 8)), tmp_path / "out"
+        panguq.compile(model, recipe({"*": "W8A16"}), calibration=token_ids(1, 8)).artifact,
+        tmp_path / "out",
     )
     config = config_of(tmp_path / "out")
     assert config["rope_theta"] == 5e5
@@ -255,11 +257,11 @@ def test_the_files_and_equal_bytes_from_a_saved_model(tmp_path: Path) -> None:
         make_llama(), recipe({"*": "W8A8_DYNAMIC"}), calibration=token_ids(1, 8),
         tokenizer=make_tokenizer(),
     )  # fmt: skip
-    save_compressed_tensors(model, tmp_path / "first")
+    save_compressed_tensors(model.artifact, tmp_path / "first")
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert names <= set(contents(tmp_path / "first"))
     model.save(tmp_path / "panguq")
-    save_compressed_tensors(panguq.load(tmp_path / "panguq"), tmp_path / "second")
+    save_compressed_tensors(panguq.load(tmp_path / "panguq").artifact, tmp_path / "second")
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "first")
     assert tokenizer("a text").input_ids == make_tokenizer()("a text").input_ids
@@ -269,8 +271,8 @@ def test_the_files_and_equal_bytes_from_a_saved_model(tmp_path: Path) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     model = compiled("W4A16-g32")
-    save_compressed_tensors(model, tmp_path / "one")
-    save_compressed_tensors(model, tmp_path / "many", shard_bytes=30_000)
+    save_compressed_tensors(model.artifact, tmp_path / "one")
+    save_compressed_tensors(model.artifact, tmp_path / "many", shard_bytes=30_000)
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
@@ -280,12 +282,12 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    save_compressed_tensors(compiled("W8A16"), tmp_path / "out")
+    save_compressed_tensors(compiled("W8A16").artifact, tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(StorageError, match="already exists"):
-        save_compressed_tensors(compiled("W4A16-g32"), tmp_path / "out")
+        save_compressed_tensors(compiled("W4A16-g32").artifact, tmp_path / "out")
     assert contents(tmp_path / "out") == before
-    save_compressed_tensors(compiled("W4A16-g32"), tmp_path / "out", overwrite=True)
+    save_compressed_tensors(compiled("W4A16-g32").artifact, tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") != before
 
 
@@ -293,7 +295,7 @@ def test_the_source_models_folder_is_never_replaced(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "source")
     before = contents(folder)
     with pytest.raises(StorageError, match="no checkpoint that panguq wrote"):
-        save_compressed_tensors(compiled("W8A16"), folder, overwrite=True)
+        save_compressed_tensors(compiled("W8A16").artifact, folder, overwrite=True)
     assert contents(folder) == before
 
 
@@ -302,7 +304,7 @@ def test_the_source_models_folder_is_never_replaced(tmp_path: Path) -> None:
 
 def refusal(model: Any, path: Path) -> ExportError:
     with pytest.raises(ExportError) as caught:
-        save_compressed_tensors(model, path / "out")
+        save_compressed_tensors(model.artifact, path / "out")
     assert not any(path.iterdir())
     assert caught.value.hint
     return caught.value
@@ -348,7 +350,7 @@ def test_gpt2(tmp_path: Path) -> None:
 def test_the_serving_recipes_are_written(name: str, tmp_path: Path) -> None:
     source = make_llama(hidden_size=256, intermediate_size=512)
     model = panguq.compile(source, name, calibration=token_ids(4, 64))
-    save_compressed_tensors(model, tmp_path / "out")
+    save_compressed_tensors(model.artifact, tmp_path / "out")
     assert config_of(tmp_path / "out")["panguq"]["recipe"] == name
 
 
@@ -358,7 +360,7 @@ def test_the_serving_recipes_are_written(name: str, tmp_path: Path) -> None:
 def warnings_of(model: Any, path: Path, caplog: pytest.LogCaptureFixture) -> str:
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="panguq"):
-        save_compressed_tensors(model, path / "out")
+        save_compressed_tensors(model.artifact, path / "out")
     said = (record.message for record in caplog.records)
     return "\n".join(message for message in said if "NO TOKENIZER" not in message)
 

@@ -30,7 +30,7 @@ TINY = {row.name: row for row in checkpoints.ROWS}
 def written(row: checkpoints.Row, source: Any, calibration: Any, ids: Any, path: Path) -> Path:
     """A folder with the row's checkpoint and its reference."""
     model = checkpoints.compile_row(row, source, calibration)
-    save_compressed_tensors(model, path / "checkpoint")
+    save_compressed_tensors(model.artifact, path / "checkpoint")
     write_reference(model, ids, path / "reference.safetensors")
     return path
 
@@ -71,8 +71,8 @@ def test_sixteen_bit_models(name: str, dtype: torch.dtype, tmp_path: Path) -> No
     row, tokens = TINY[name], checkpoints.random_tokens(1, 32)
     source = checkpoints.openpangu_shaped()
     model = panguq.compile(source, row.recipe, calibration=tokens, dtype=dtype)
-    save_compressed_tensors(model, tmp_path / "out")
-    quantized = read_checkpoint_graph(model).quantized
+    save_compressed_tensors(model.artifact, tmp_path / "out")
+    quantized = read_checkpoint_graph(model.artifact).quantized
     dequantize = transformers.CompressedTensorsConfig(dequantize=True)
     for options in ({}, {"quantization_config": dequantize}):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)

@@ -43,7 +43,7 @@ def compiled(family: str, recipe: str) -> Any:
 
 def exported(model: Any, stage: str, folder: Path) -> OnnxModel:
     path = folder / "model.onnx"
-    export_onnx(model, path, stage)
+    export_onnx(model.artifact, path, stage)
     onnx.checker.check_model(str(path), full_check=True)
     return OnnxModel(path, model.interface)
 
@@ -240,12 +240,12 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(PanguqError, match=f"needs the package {package}, which is not") as caught:
         if package == "onnx":
-            export_onnx(model, tmp_path / "other.onnx")
+            export_onnx(model.artifact, tmp_path / "other.onnx")
         OnnxModel(tmp_path / "model.onnx", model.interface)
     assert "panguq[onnx]" in caught.value.hint
 
 
 def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
     with pytest.raises(PanguqError, match="no stage 'traced'") as caught:
-        export_onnx(compiled("llama", "float"), tmp_path / "model.onnx", "traced")
+        export_onnx(compiled("llama", "float").artifact, tmp_path / "model.onnx", "traced")
     assert "fake-quant, lowered" in caught.value.hint

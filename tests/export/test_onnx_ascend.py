@@ -46,7 +46,7 @@ def compiled(recipe: str, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_op_fed_the_same_input_agrees(recipe: str, tmp_path: Path) -> None:
     model, path = compiled(recipe, torch.bfloat16), tmp_path / "model.onnx"
-    export_onnx(model, path)
+    export_onnx(model.artifact, path)
     onnx.checker.check_model(str(path), full_check=True)
     inputs = prepare(model.interface, token_ids(2, 17))
     found = local_differences(model.graph, model.interface, path, inputs)
@@ -59,7 +59,7 @@ def test_every_op_fed_the_same_input_agrees(recipe: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16", "w4a8"])
 def test_a_float16_model_agrees_end_to_end(recipe: str, tmp_path: Path) -> None:
     model, path = compiled(recipe, torch.float16), tmp_path / "model.onnx"
-    export_onnx(model, path)
+    export_onnx(model.artifact, path)
     inputs = prepare(model.interface, token_ids(2, 17))
     results = OnnxModel(path, model.interface).run(inputs)
     expected = run(model.graph, inputs)
@@ -79,7 +79,7 @@ def test_matmuls_are_operators_that_onnxruntime_has(
     recipe: str, op_types: set[str], tmp_path: Path
 ) -> None:
     model, path = compiled(recipe, torch.bfloat16), tmp_path / "model.onnx"
-    export_onnx(model, path)
+    export_onnx(model.artifact, path)
     assert op_types <= {node.op_type for node in onnx.load(str(path)).graph.node}
     four_bits = [
         x for x in onnx.load(str(path)).graph.initializer if x.data_type == onnx.TensorProto.INT4
@@ -89,7 +89,7 @@ def test_matmuls_are_operators_that_onnxruntime_has(
 
 def test_a_dispatch_carries_its_table_and_the_predicted_times(tmp_path: Path) -> None:
     model, path = compiled("w4a16", torch.bfloat16), tmp_path / "model.onnx"
-    export_onnx(model, path)
+    export_onnx(model.artifact, path)
     dispatches = [
         node
         for node in model.graph.graph.nodes
@@ -111,7 +111,7 @@ def test_a_dispatch_carries_its_table_and_the_predicted_times(tmp_path: Path) ->
 
 def test_a_specialized_graph_carries_one_kernel(tmp_path: Path) -> None:
     model, path = compiled("w4a16", torch.bfloat16).specialize(m=1), tmp_path / "model.onnx"
-    export_onnx(model, path)
+    export_onnx(model.artifact, path)
     notes = [
         {x.key: x.value for x in node.metadata_props} for node in onnx.load(str(path)).graph.node
     ]

@@ -36,7 +36,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_small_models_are_one_file(model: Any, tmp_path: Path) -> None:
-    export_onnx(model, tmp_path / "m.onnx")
+    export_onnx(model.artifact, tmp_path / "m.onnx")
     assert list(files(tmp_path)) == ["m.onnx"]
 
 
@@ -63,7 +63,7 @@ def test_large_weights_lie_beside_it_aligned_and_give_the_same_numbers(
 
 def test_equal_models_give_equal_bytes(model: Any, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        export_onnx(model, tmp_path / name / "m.onnx")
+        export_onnx(model.artifact, tmp_path / name / "m.onnx")
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
@@ -90,12 +90,12 @@ def test_nothing_is_overwritten_unless_asked(model: Any, tmp_path: Path) -> None
     for taken in (path, data):
         taken.write_bytes(b"mine")
         with pytest.raises(StorageError, match=f"{taken.name} already exists"):
-            export_onnx(model, path)
+            export_onnx(model.artifact, path)
         assert files(tmp_path) == {taken.name: b"mine"}
         taken.unlink()
     path.write_bytes(b"old")
     data.write_bytes(b"old")
-    export_onnx(model, path, overwrite=True)
+    export_onnx(model.artifact, path, overwrite=True)
     assert list(files(tmp_path)) == ["m.onnx"]  # the old data belonged to the old model
     onnx.checker.check_model(str(path))
 
@@ -111,7 +111,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_keeps_the_old_file(
 
     monkeypatch.setattr(onnx_files.os, "fsync", full)
     with pytest.raises(StorageError, match="disk is full"):
-        export_onnx(model, path, overwrite=True)
+        export_onnx(model.artifact, path, overwrite=True)
     assert files(tmp_path) == {"m.onnx": b"old"}
 
 
@@ -121,13 +121,13 @@ def test_too_little_space_is_said_before_writing(
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="not enough space"):
-        export_onnx(model, tmp_path / "m.onnx")
+        export_onnx(model.artifact, tmp_path / "m.onnx")
     assert files(tmp_path) == {}
 
 
 def test_a_folder_is_no_file(model: Any, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is a folder"):
-        export_onnx(model, tmp_path)
+        export_onnx(model.artifact, tmp_path)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def test_the_command_writes_a_stage_of_a_saved_model(
 
 def test_a_loaded_model_exports_to_the_same_bytes(model: Any, tmp_path: Path) -> None:
     model.save(tmp_path / "saved")
-    export_onnx(model, tmp_path / "a.onnx")
-    export_onnx(panguq.load(tmp_path / "saved"), tmp_path / "b.onnx")
+    export_onnx(model.artifact, tmp_path / "a.onnx")
+    export_onnx(panguq.load(tmp_path / "saved").artifact, tmp_path / "b.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
@@ -189,5 +189,5 @@ def test_the_command_writes_every_stage_of_a_dump(
 def test_data_without_a_model_is_not_overwritten(model: Any, tmp_path: Path) -> None:
     (tmp_path / "m.onnx.data").write_bytes(b"weeks of work")
     with pytest.raises(StorageError, match=r"is there without m\.onnx"):
-        export_onnx(model, tmp_path / "m.onnx", overwrite=True)
+        export_onnx(model.artifact, tmp_path / "m.onnx", overwrite=True)
     assert files(tmp_path) == {"m.onnx.data": b"weeks of work"}

@@ -19,6 +19,7 @@ from panguq.cli.command import (
 )
 from panguq.cli.compile_places import check_out, held_places
 from panguq.errors import InputError, RecipeError
+from panguq.export.formats import FORMATS
 from panguq.export.server_rules import SERVERS
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -58,7 +59,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", metavar="DIR", type=Path, help="where to save the result")
     command.add_argument(
         "--format",
-        choices=("panguq", "compressed-tensors", "ascend"),
+        choices=tuple(FORMATS),
         default="panguq",
         help="of --out: panguq's own, or a checkpoint for servers (default: panguq)",
     )

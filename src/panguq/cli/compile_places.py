@@ -28,19 +28,15 @@ class Places:
 
 def check_out(out: Path, force: bool, format: str) -> None:
     """Refuse before the long work what saving would refuse after it. Raises StorageError."""
+    from panguq.export.formats import find_format
     from panguq.partial_folder import check_name
-
-    if format == "panguq":
-        from panguq.storage import check_target
-    else:
-        from panguq.export.checkpoint_folder import check_target
 
     try:
         target = out.resolve()
         check_name(target)
         if target.exists() and not force:
             raise StorageError(f"{out} already exists", "choose another, or pass --force")
-        check_target(target, force)
+        find_format(format).check_place(target, force)
         with tempfile.TemporaryFile(dir=existing_parent(target)):
             pass
     except OSError as error:

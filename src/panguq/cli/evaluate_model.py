@@ -52,8 +52,8 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print."""
     quiet_transformers()
+    from panguq.compiled_model import load
     from panguq.hf import load_pretrained
-    from panguq.model_folder import load
 
     is_float = options.stage == "float"
     compiled: Any = load(options.compiled, "lowered" if is_float else options.stage)

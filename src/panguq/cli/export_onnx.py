@@ -65,14 +65,14 @@ def _export_dump(options: argparse.Namespace) -> str:
 
 
 def _export_model(options: argparse.Namespace) -> str:
-    from panguq.compiled_model import LOWERED
+    from panguq.artifact import LOWERED
     from panguq.export.onnx_export import export_onnx
-    from panguq.model_folder import load
+    from panguq.model_folder import read_model
 
     if options.model is not None:
         raise InputError(
             f"{options.source} is no dump, and only dumps need --model", "leave out --model"
         )
     stage = options.stage or LOWERED
-    export_onnx(load(options.source), options.out, stage, options.force)
+    export_onnx(read_model(options.source), options.out, stage, options.force)
     return stage

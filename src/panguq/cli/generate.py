@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.chat and (options.system is not None or options.thinking != "slow"):
         raise InputError("--system and --thinking belong to a chat", "add --chat")
     quiet_transformers()
-    from panguq.model_folder import load
+    from panguq.compiled_model import load
 
     model: Any = load(options.compiled)
     tokenizer = getattr(model, "tokenizer", None)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from panguq.compiled_model import CompiledCausalLM
+from panguq.artifact import Artifact
 from panguq.export.ascend_v1_tensors import FLOAT, TYPES, Entry, float_entry, linear_entries
 from panguq.export.checkpoint_folder import SHARD_BYTES, marked, write_checkpoint
 from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
@@ -37,12 +37,12 @@ _BY_PRECISION = ("W8A16", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
 
 
 def save_ascend_v1(
-    model: CompiledCausalLM,
+    artifact: Artifact,
     path: str | Path,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model` as the folder `path`, whole or not at all, one tensor at a time.
+    """Write a compiled model as the folder `path`, whole or not at all, one tensor at a time.
 
     Raises ExportError, naming the matmul, the server and the reason, for what no server takes:
     schemes without a kernel, weights with zero points, matmuls that were split, float32 models
@@ -50,13 +50,13 @@ def save_ascend_v1(
     it is compiled). Raises StorageError if there is something at `path` already (unless `overwrite`
     and panguq wrote it), or if it cannot be written.
     """
-    graph = read_checkpoint_graph(model)
-    _refuse(graph, model)
+    graph = read_checkpoint_graph(artifact)
+    _refuse(graph, artifact)
     entries = list(checkpoint_entries(graph))
     files: dict[str, bytes | str] = {
         DESCRIPTION: _json_text(description(entries)),
-        "config.json": _json_text(marked(config_of(model, graph.is_tied), model.recipe.name)),
-        **served_files(model),
+        "config.json": _json_text(marked(config_of(artifact, graph.is_tied), artifact.recipe.name)),
+        **served_files(artifact),
     }
     tensors = {entry.name: entry.output for entry in entries}
     write_checkpoint(path, files, tensors, overwrite, STEM, shard_bytes)
@@ -90,11 +90,11 @@ def description(entries: list[Entry]) -> dict[str, Any]:
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def _refuse(graph: CheckpointGraph, model: CompiledCausalLM) -> None:
+def _refuse(graph: CheckpointGraph, artifact: Artifact) -> None:
     """Refuse what no server takes as a whole; a server that will not take it is logged."""
-    if model.dtype not in (torch.float16, torch.bfloat16):
+    if artifact.dtype not in (torch.float16, torch.bfloat16):
         raise ExportError(
-            f"the model computes in {model.interface.float_dtype}, and the NPU kernels that "
+            f"the model computes in {artifact.interface.float_dtype}, and the NPU kernels that "
             f"{' and '.join(READERS)} call take float16 and bfloat16 alone",
             "compile it with dtype=torch.bfloat16 (--dtype bfloat16)",
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from panguq.compiled_model import CompiledCausalLM
+from panguq.artifact import FAKE_QUANT, Artifact
 from panguq.export.quantized_linear import (
     ExportError,
     QuantizedLinear,
@@ -29,7 +29,6 @@ from panguq.ir.views import Linear
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 
-FAKE_QUANT = "fake-quant"
 LINEAR = aten.linear.default
 
 
@@ -51,7 +50,7 @@ class CheckpointGraph:
     is_tied: bool
 
 
-def read_checkpoint_graph(model: Any) -> CheckpointGraph:
+def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     """The modules and weights of a compiled model.
 
     Weights are those of the model, not copies. Raises ExportError, naming the modules, for what a
@@ -60,13 +59,13 @@ def read_checkpoint_graph(model: Any) -> CheckpointGraph:
     `torch.nn.Linear` (GPT-2's `Conv1D`), a quantized KV cache, a model that is no transformers
     language model. An op without weights that a pass of your own inserted is not noticed.
     """
-    if not isinstance(model, CompiledCausalLM) or FAKE_QUANT not in model.stages:
+    if artifact.config is None or FAKE_QUANT not in artifact.stages:
         raise ExportError(
             "only a compiled transformers language model can be saved as a checkpoint",
             "save other modules in panguq's own format",
         )
-    gm = model.stages[FAKE_QUANT]
-    skeleton = _skeleton(model.config)
+    gm = artifact.stages[FAKE_QUANT]
+    skeleton = _skeleton(artifact.config)
     by_path: dict[str, list[fx.Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         if node.target is LINEAR:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from panguq.compiled_model import CompiledCausalLM
+from panguq.artifact import Artifact
 from panguq.export.checkpoint_folder import SHARD_BYTES, Output, marked, write_checkpoint
 from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
 from panguq.export.compressed_tensors_config import group_of, quantization_config
@@ -51,7 +51,7 @@ LOADERS: tuple[Server, ...] = ("transformers", "vllm", "vllm-ascend")
 
 
 def save_compressed_tensors(
-    model: CompiledCausalLM,
+    artifact: Artifact,
     path: str | Path,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -68,13 +68,13 @@ def save_compressed_tensors(
     GPT-2's Conv1D), or where nothing is quantized; StorageError for a place that is taken or
     cannot be written.
     """
-    graph = read_checkpoint_graph(model)
+    graph = read_checkpoint_graph(artifact)
     for warning in check_loaders(graph):
         logger.warning(warning)
-    tensors = dict(_tensors(graph, model.dtype))
+    tensors = dict(_tensors(graph, artifact.dtype))
     files = {
-        "config.json": _json(marked(_config(model, graph), model.recipe.name)),
-        **served_files(model),
+        "config.json": _json(marked(_config(artifact, graph), artifact.recipe.name)),
+        **served_files(artifact),
     }
     write_checkpoint(path, files, tensors, overwrite, shard_bytes=shard_bytes)
 
@@ -183,8 +183,8 @@ def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 # --- configuration -----------------------------------------------------------------------------
 
 
-def _config(model: CompiledCausalLM, graph: CheckpointGraph) -> dict[str, Any]:
-    data = config_of(model, graph.is_tied)
+def _config(artifact: Artifact, graph: CheckpointGraph) -> dict[str, Any]:
+    data = config_of(artifact, graph.is_tied)
     quantized = list(graph.quantized.values())
     data["quantization_config"] = quantization_config(quantized, graph.float_linears)
     return data

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from panguq.compiled_model import LOWERED, CompiledModule
+from panguq.artifact import LOWERED, Artifact
 from panguq.extras import require
 from panguq.ir.interface import Interface
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def export_onnx(
-    model: CompiledModule, path: str | Path, stage: str = LOWERED, overwrite: bool = False
+    artifact: Artifact, path: str | Path, stage: str = LOWERED, overwrite: bool = False
 ) -> None:
     """Write a stage of a compiled model (`lowered` or `fake-quant`) as an ONNX file.
 
     Values and nodes have the labels of the graph; batch, sequence and past are dynamic; inputs and
-    outputs are those of `model.interface`, 16-bit floats as float32. Weights of more than 64 MiB
+    outputs are those of `artifact.interface`, 16-bit floats as float32. Weights of more than 64 MiB
     lie in `<path>.data` beside it. Raises StorageError if one of the two exists (unless
     `overwrite`) or cannot be written, and an error that names op and label for what ONNX lacks.
     """
-    graph = model.at_stage(stage).graph
-    about = {"recipe": model.recipe.name, "stage": stage, "target": model.target}
-    export_graph(graph, model.interface, path, overwrite, model.target, about)
+    about = {"recipe": artifact.recipe.name, "stage": stage, "target": artifact.target}
+    graph = artifact.graph(stage)
+    export_graph(graph, artifact.interface, path, overwrite, artifact.target, about)
 
 
 def export_dump(

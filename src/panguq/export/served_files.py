@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from panguq.compiled_model import CompiledCausalLM
+from panguq.artifact import Artifact
 from panguq.model_config import known_settings
 from panguq.tokenizer_files import tokenizer_files
 
@@ -21,13 +21,13 @@ _FURTHER_TOKENS = (
 _OF_FURTHER_TOKENS = ("mtp_layer_types", "mtp_layers_block_type", "mtp_mlp_layer_types")
 
 
-def config_of(model: CompiledCausalLM, is_tied: bool) -> dict[str, Any]:
+def config_of(artifact: Artifact, is_tied: bool) -> dict[str, Any]:
     """config.json as the folder is: with the vocabulary that the embedding has, whether the logits
     have weights of their own, without code, and without weights that are not there."""
-    data = served_config(model.config, model.dtype)
-    data["vocab_size"] = model.interface.vocab_size
+    data = served_config(artifact.config, artifact.dtype)
+    data["vocab_size"] = artifact.interface.vocab_size
     data["tie_word_embeddings"] = is_tied
-    data |= {key: 0 for key in _FURTHER_TOKENS if getattr(model.config, key, None)}
+    data |= {key: 0 for key in _FURTHER_TOKENS if getattr(artifact.config, key, None)}
     return {key: value for key, value in data.items() if key not in _OF_FURTHER_TOKENS}
 
 
@@ -58,24 +58,24 @@ def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     return data
 
 
-def served_files(model: CompiledCausalLM) -> dict[str, bytes | str]:
+def served_files(artifact: Artifact) -> dict[str, bytes | str]:
     """generation_config.json and the tokenizer's files; a warning where there is no tokenizer."""
-    generation = model.generation_config.to_json_string(use_diff=True)
+    generation = artifact.generation_config.to_json_string(use_diff=True)
     files: dict[str, bytes | str] = {"generation_config.json": generation}
-    if model.tokenizer is None:
+    if artifact.tokenizer is None:
         logger.warning(
             "the folder has NO TOKENIZER, and a server will not take text without one: none lies "
             "where the model was loaded from; pass tokenizer= to panguq.compile"
         )
         return files
-    rows = model.interface.vocab_size
-    if rows is not None and len(model.tokenizer) > rows:
+    rows = artifact.interface.vocab_size
+    if rows is not None and len(artifact.tokenizer) > rows:
         logger.warning(
             "the tokenizer has %d tokens and the model's embedding %d rows: text with the last of "
             "them is refused, or breaks a server",
-            len(model.tokenizer), rows,
+            len(artifact.tokenizer), rows,
         )  # fmt: skip
-    files |= tokenizer_files(model.tokenizer)
+    files |= tokenizer_files(artifact.tokenizer)
     name = "tokenizer_config.json"
     settings = json.loads(files[name])
     if settings.get("tokenizer_class") == "TokenizersBackend":

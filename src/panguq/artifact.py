@@ -1,0 +1,50 @@
+"""What a compile yields: one value, which formats write and a compiled model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from panguq.errors import PanguqError
+from panguq.ir.interface import Interface
+from panguq.recipe import Recipe
+from panguq.report.compile_report import CompileReport
+
+FAKE_QUANT, LOWERED = "fake-quant", "lowered"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The graphs of one compile and what is needed to run, inspect and write them.
+
+    `stages` maps a stage's name (`fake-quant`, `lowered`) to its graph; the stages share their
+    weights. A causal language model has a `config` and `generation_config` of transformers, and a
+    `tokenizer` if one was given; other modules have none.
+    """
+
+    stages: Mapping[str, fx.GraphModule]
+    interface: Interface
+    recipe: Recipe
+    target: str
+    report: CompileReport
+    config: Any = None
+    generation_config: Any = None
+    tokenizer: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating point type of the model's activations."""
+        return getattr(torch, self.interface.float_dtype)
+
+    def graph(self, stage: str) -> fx.GraphModule:
+        """A stage's graph. Raises PanguqError, naming the stages, if there is none of that name."""
+        if stage not in self.stages:
+            raise PanguqError(
+                f"there is no stage {stage!r} in this compiled model",
+                f"the stages are {', '.join(self.stages)}",
+            )
+        return self.stages[stage]

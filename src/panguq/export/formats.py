@@ -1,0 +1,78 @@
+"""The formats in which a compiled model is saved, by name. Each is loaded when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panguq.errors import InputError
+from panguq.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from panguq.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: who reads it, and the `module:function` that write it and check a place for it."""
+
+    name: str
+    readers: str
+    writer: str
+    place_check: str
+
+    def write(self, artifact: Artifact, path: Path, overwrite: bool = False) -> None:
+        """Write the artifact as the folder `path`, whole or not at all.
+
+        Raises PanguqError for what the format cannot express, StorageError for a place that is
+        taken or cannot be written.
+        """
+        _function(self.writer)(artifact, path, overwrite)
+
+    def check_place(self, path: Path, overwrite: bool) -> None:
+        """Raises StorageError if `path` holds something that `write` would not replace."""
+        _function(self.place_check)(path, overwrite)
+
+
+_CHECKPOINT_PLACE = "panguq.export.checkpoint_folder:check_target"
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format(
+            "panguq",
+            "panguq.load",
+            "panguq.model_folder:save_model",
+            "panguq.storage:check_target",
+        ),
+        Format(
+            "compressed-tensors",
+            "transformers, vLLM and vllm-ascend",
+            "panguq.export.compressed_tensors:save_compressed_tensors",
+            _CHECKPOINT_PLACE,
+        ),
+        Format(
+            "ascend",
+            "vllm-ascend and MindIE (msModelSlim's format)",
+            "panguq.export.ascend_v1:save_ascend_v1",
+            _CHECKPOINT_PLACE,
+        ),
+    )
+}
+
+
+def find_format(name: str) -> Format:
+    """The format of that name. Raises InputError, with the nearest, if there is none."""
+    if name not in FORMATS:
+        raise InputError(
+            f"unknown format {name!r} of a saved model", did_you_mean(name, FORMATS, "formats")
+        )
+    return FORMATS[name]
+
+
+def _function(place: str) -> Callable[..., None]:
+    module, _, name = place.partition(":")
+    function: Callable[..., None] = getattr(import_module(module), name)
+    return function
