@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from panguq.errors import InputError, PanguqError
 from panguq.ir.edit import get_tensor
 from panguq.ir.interface import Interface
+from panguq.ir.views import Linear, operand, results_of
 from panguq.kv_cache import cache_name, check_cache
 
 NO_CACHE_LIKE_THAT = ("offloaded", "offloaded_static", "quantized", "paged")
@@ -124,18 +125,19 @@ class Generates(GenerationMixin):
 
     def _input_embedding(self) -> str | None:
         for node in self.stages[self.stage].graph.nodes:
-            if node.target is ops.aten.embedding.default and node.args[1].target == "input_ids":
-                return str(node.args[0].target) if node.args[0].op == "get_attr" else None
+            if node.target is ops.aten.embedding.default:
+                table, ids = operand(node, 0), operand(node, 1)
+                if ids.target == "input_ids":
+                    return str(table.target) if table.op == "get_attr" else None
         return None
 
     def get_output_embeddings(self) -> nn.Module:
         """The matmul that gives the logits. Raises InputError if it is not a float one."""
-        for node in self.stages[self.stage].graph.nodes:
-            if node.target is ops.aten.linear.default and _gives_logits(node):
-                weight, *bias = (
-                    get_tensor(self.stages[self.stage], str(n.target)) for n in node.args[1:]
-                )
-                return _linear(weight, *bias)
+        gm = self.stages[self.stage]
+        for linear in filter(None, map(Linear.match, gm.graph.nodes)):
+            if linear.is_stored and _gives_logits(gm, linear.node):
+                read = [node for node in (linear.weight, linear.bias) if node is not None]
+                return _linear(*(get_tensor(gm, str(node.target)) for node in read))
         raise InputError("the matmul that gives the logits is not a float one", CHANGE_THE_SOURCE)
 
     def set_input_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -167,10 +169,9 @@ class Generates(GenerationMixin):
         )
 
 
-def _gives_logits(node: fx.Node) -> bool:
+def _gives_logits(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the graph's first output is this node's value, perhaps reshaped or converted."""
-    output = next(reversed(node.graph.nodes))
-    value = output.args[0][0]
+    value = results_of(gm)[0]
     while value is not node and len(value.all_input_nodes) == 1:
         value = value.all_input_nodes[0]
     return value is node
