@@ -135,7 +135,7 @@ class Gptq(SolveWeights):
             scale, zero = search_scale(weight, problem.group_size, problem.spec, importance, ratios)
         else:
             scale, zero = min_max_scale(weight, problem.group_size, problem.spec)
-        return storable(scale, problem.dtype), zero
+        return storable(scale, problem.dtype, above=True), zero
 
 
 def relative_errors_db(

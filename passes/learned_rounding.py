@@ -95,7 +95,7 @@ class LearnedRounding(SolveWeights):
             return Gptq(damping=self.damping).solve(problem)
         spec, size = problem.spec, problem.group_size
         scale, zero = search_scale(problem.weight, size, spec, hessian.diagonal(), CLIP_RATIOS)
-        scale = storable(scale, problem.dtype)
+        scale = storable(scale, problem.dtype, above=True)
         codes = panguq.quantize_weight(
             problem.weight, scale, zero, size, spec.quant_min, spec.quant_max
         )

@@ -10,7 +10,8 @@ from torch import Tensor
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.row_slices import row_slices
 
-SMALLEST_SCALE = 1e-10
+SMALLEST_SCALE = 1e-30  # a smaller one is of a group without weights, and stands as
+EMPTY_SCALE = 1e-10
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
@@ -20,15 +21,28 @@ def scale_dtype(spec: QuantSpec) -> torch.dtype:
 
 def _store(scale: Tensor, spec: QuantSpec) -> Tensor:
     """Rounded once to the dtype in which it is stored; zero only stands for an empty group."""
-    return torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale).to(scale_dtype(spec))
+    return torch.where(scale.abs() < SMALLEST_SCALE, EMPTY_SCALE, scale).to(scale_dtype(spec))
 
 
-def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 scales as a 16-bit model stores them, in its own dtype: servers and NPU ops that keep
-    weight scales in the model's dtype then compute with the numbers that made the codes."""
-    if scale.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+def storable(scale: Tensor, dtype: torch.dtype, above: bool = False) -> Tensor:
+    """Scales as a 16-bit model can store them, in its own dtype: servers and NPU ops that keep
+    weight scales in the model's dtype then compute with the numbers that made the codes.
+
+    float32 scales are rounded to it; bfloat16 ones are float16 numbers already, but for very small
+    ones. Below float16's normal numbers a scale is a few steps of 2^-24, at least one. There,
+    `above` rounds away from zero: for codes that are yet to be made, rounding down by up to a third
+    would clip the largest weights.
+    """
+    is_wider = scale.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    if not is_wider and dtype != torch.float16:
         return scale
-    return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).to(torch.float32)
+    limits = torch.finfo(dtype)
+    step = limits.smallest_normal * limits.eps
+    steps = scale.float().abs() / step
+    steps = (steps.ceil() if above else steps.round()).clamp(min=1.0)
+    small = torch.where(scale < 0, -steps, steps) * step
+    kept = scale.to(dtype).float() if is_wider else scale.float()
+    return torch.where(scale.abs() < limits.smallest_normal, small, kept).to(scale.dtype)
 
 
 def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -40,8 +54,8 @@ def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Ten
     low, high = _ranges(weight, group_size)
     if spec.symmetric:
         scale = _store(torch.maximum(-low, high) / spec.quant_max, spec)
-        return storable(scale, weight.dtype), None
-    return affine_scale(low, high, spec)
+        return storable(scale, weight.dtype, above=True), None
+    return affine_scale(low, high, spec, weight.dtype)
 
 
 def _ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -53,10 +67,17 @@ def _ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def affine_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and int8 zero point that map [low, high], widened to hold zero, onto the codes."""
+def affine_scale(
+    low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Scale and int8 zero point that map [low, high], widened to hold zero, onto the codes.
+
+    They are those of a weight of `dtype`, see `storable`.
+    """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = _store((high - low) / (spec.quant_max - spec.quant_min), spec)
+    scale = storable(
+        _store((high - low) / (spec.quant_max - spec.quant_min), spec), dtype, above=True
+    )
     zero_point = (spec.quant_min - low / scale.float()).round_()
     return scale, zero_point.clamp_(spec.quant_min, spec.quant_max).to(torch.int8)
 
@@ -112,9 +133,9 @@ def _search(
     best_error = torch.full(low.shape, torch.inf)
     plain = min_max_scale(weight, group_size, spec)  # so that the search is never worse
     searched = (
-        (storable(scale, weight.dtype), zero)
+        (storable(scale, weight.dtype, above=True), zero)
         for ratio in ratios
-        for scale, zero in _candidates(low * ratio, high * ratio, spec)
+        for scale, zero in _candidates(low * ratio, high * ratio, spec, weight.dtype)
     )
     for candidate in itertools.chain((plain,), searched):
         error = quantize_groups(groups, *candidate, spec).sub_(groups).square_()
@@ -132,9 +153,11 @@ def _search(
     return best
 
 
-def _candidates(low: Tensor, high: Tensor, spec: QuantSpec) -> list[tuple[Tensor, Tensor | None]]:
+def _candidates(
+    low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor | None]]:
     if not spec.symmetric:
-        return [affine_scale(low, high, spec)]
+        return [affine_scale(low, high, spec, dtype)]
     amax = torch.maximum(low.abs(), high.abs())
     if spec.bits > 4:
         return [(_store(amax / spec.quant_max, spec), None)]

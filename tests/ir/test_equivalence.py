@@ -213,3 +213,33 @@ def test_another_infinity_is_a_difference() -> None:
     assert _difference(x, torch.tensor([-torch.inf, 1.0])) == torch.inf
     assert _difference(x, torch.tensor([2.0, -torch.inf])) == 1.0
     assert _difference(torch.tensor([torch.nan]), torch.tensor([torch.nan])) == torch.inf
+
+
+def subnormal_chain() -> fx.GraphModule:
+    """Its second linear is of a few steps of 2^-24, which is all that float16 has there."""
+    gm = scaled(chain(torch.float16), "second.bias", 0.0)
+    return scaled(gm, "second.weight", 2e-6)
+
+
+def test_rounding_of_subnormal_weights_is_no_defect() -> None:
+    """Columns up and down by a third: in float16 they are rounded by a tenth of themselves."""
+    before = subnormal_chain()
+    factor = torch.linspace(0.7, 1.4, 12, dtype=torch.float64)
+    after = scaled(before, "second.weight", factor)
+    after = scaled(after, "first.weight", (1 / factor)[:, None])
+    after = scaled(after, "first.bias", 1 / factor)
+    difference = prove_site(before, after, ("x",), ("second:linear",), generator())
+    assert 16 * torch.finfo(torch.float16).eps < difference < 0.4
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 2.5])
+def test_a_wrong_rewrite_of_subnormal_weights_is_found(factor: float) -> None:
+    before = subnormal_chain()
+    with pytest.raises(NumericsError, match=r"second:linear changed by .* rounding explains"):
+        prove_whole(before, scaled(before, "second.weight", factor), generator())
+
+
+def test_subnormal_weights_that_were_not_rewritten_excuse_nothing() -> None:
+    before = subnormal_chain()
+    with pytest.raises(NumericsError, match=r"first:linear changed .* explains at most 0\.0156"):
+        prove_whole(before, scaled(before, "first.weight", 1.1), generator())

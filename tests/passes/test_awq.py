@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+import panguq
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.channels import find_scale_sites
 from panguq.ir.edit import clone, finish, get_tensor, weights_of
@@ -25,7 +26,15 @@ from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.scale_folding import Factors, add_factors, fold
 from panguq.passes.scale_search import MatmulError, look_at
 from panguq.passes.weight_scales import quantize_groups, search_scale
-from tests.models import canonical, family_context, run_passes, tiny_context, trace_tiny
+from tests.models import (
+    canonical,
+    family_context,
+    make_model,
+    run_passes,
+    tiny_context,
+    token_ids,
+    trace_tiny,
+)
 
 
 class NormLinear(nn.Module):
@@ -290,3 +299,15 @@ def test_the_same_bits_every_time() -> None:
         Awq().run(gm, ctx)
     for name, weight in weights_of(graphs[0][0]).items():
         assert torch.equal(weight, get_tensor(graphs[1][0], name)), name
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-awq", "w8a8"])
+def test_a_float16_model_with_subnormal_weights_compiles(recipe: str) -> None:
+    """Scales that are folded into such weights are rounded coarsely: no defect, and no zeros."""
+    model = make_model("llama").half()
+    for name, parameter in model.named_parameters():
+        if "down_proj" in name:
+            parameter.data.mul_(2e-6)
+    compiled = panguq.compile(model, recipe, calibration=token_ids(2, 16))
+    found = {row.name: row.local_sqnr_db for row in compiled.report.matmuls if "down" in row.name}
+    assert len(found) >= 2 and all(db > 8 for db in found.values()), found

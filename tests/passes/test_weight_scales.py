@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from panguq.ir.quant_spec import SCHEMES, QuantSpec
+from panguq.ir.quant_spec import SCHEMES, QuantSpec, parse_scheme
 from panguq.kernels.quantize import dequantize_weight, quantize_weight
 from panguq.passes.weight_scales import (
     affine_scale,
     min_max_scale,
     quantize_groups,
     search_scale,
+    storable,
 )
 
 RATIOS = tuple(torch.linspace(1.0, 0.6, 9).tolist())
@@ -192,3 +193,47 @@ def test_a_16_bit_model_keeps_8_bit_scales_in_its_own_dtype(dtype) -> None:
         assert scale.dtype == torch.float32
         assert torch.equal(scale, scale.to(dtype).float())
     assert (min_max_scale(torch.zeros(8, 64, dtype=dtype), 64, spec)[0] > 0).all()
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "W4A16-g32", "W4A16_ASYM-g32", "W3A16-sym-g32"])
+@pytest.mark.parametrize("amax", [6e-8, 4e-7, 2e-6, 2e-5, 1e-3])
+def test_a_float16_model_keeps_its_smallest_weights(scheme: str, amax: float) -> None:
+    """Below 2^-14 a float16 number is a whole number of 2^-24, and so are the scales: none is zero,
+    and no weight is clipped. As many codes as fit serve; a step of 2^-24 is the finest there is."""
+    spec = parse_scheme(scheme).weight
+    assert spec is not None
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.rand(16, 64, generator=generator) * 2 - 1) * amax
+    weight = weight.half()
+    size = spec.group_size_for(64)
+    plain = min_max_scale(weight, size, spec)
+    searched = search_scale(weight, size, spec, None, RATIOS)
+    errors = []
+    for scale, zero in (plain, searched):
+        assert torch.equal(scale.float(), scale.half().float()) and (scale != 0).all()
+        groups = weight.float().unflatten(1, (-1, size))
+        errors.append(float((quantize_groups(groups, scale, zero, spec) - groups).abs().max()))
+    levels = spec.quant_max if spec.symmetric else spec.quant_max - spec.quant_min
+    width = amax if spec.symmetric else 2 * amax
+    assert errors[0] <= max(width / levels, 2.0**-24) * 1.01  # a scale's own rounding shifts zero
+    assert errors[0] == 0 or width / levels > 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiny_weights_of_wide_dtypes_are_quantized_as_others(dtype: torch.dtype) -> None:
+    """Powers of two change nothing but the scale."""
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spec = QuantSpec(8, "per_channel")
+    scale, _ = min_max_scale(weight, 64, spec)
+    tiny, _ = min_max_scale(weight * 2.0**-60, 64, spec)
+    assert torch.equal(tiny, scale * 2.0**-60)
+
+
+def test_scales_of_codes_that_exist_are_rounded_to_the_nearest() -> None:
+    """A tuned scale of 1.1 steps is one step; for codes to come it would be two."""
+    step = 2.0**-24
+    scale = torch.tensor([0.1, 1.1, -1.1, 2.6]) * step
+    assert (storable(scale, torch.float16) / step).tolist() == [1, 1, -1, 3]
+    assert (storable(scale, torch.float16, above=True) / step).tolist() == [1, 2, -2, 3]
+    assert torch.equal(storable(scale.bfloat16(), torch.bfloat16), scale.bfloat16())
+    assert storable(scale.bfloat16(), torch.float16).dtype == torch.bfloat16
