@@ -62,13 +62,14 @@ class Rows:
         {"text": [TEXT, TEXT]},
         [{"text": [TEXT, TEXT]}],
         [{"content": TEXT}, {"content": TEXT, "messages": []}],
+        [{"from": "a mail", "text": TEXT}, {"role": "a title", "text": TEXT}],
         numpy.array([TEXT, TEXT]),
         Rows([{"text": TEXT}, {"text": TEXT}]),
         DataLoader(Rows([{"text": TEXT}] * 2), batch_size=2),
         DataLoader(Rows([TEXT, TEXT]), batch_size=2),
     ],
     ids=[
-        "list", "generator", "rows", "columns", "batches", "content", "array", "data set",
+        "list", "generator", "rows", "columns", "batches", "content", "mails", "array", "data set",
         "loader of rows", "loader of texts",
     ],
 )  # fmt: skip
@@ -190,8 +191,20 @@ def test_conversations_that_cannot_be_read() -> None:
         {"input_ids": IDS.tolist(), "attention_mask": [[1] * 12] * 2},
         [{"input_ids": numpy.array(row)} for row in IDS],
         [tuple(row.tolist()) for row in IDS],
+        torch.nested.nested_tensor(list(IDS), layout=torch.jagged),
+        [IDS.to(torch.uint16)],
     ],
-    ids=["array", "loader", "tensors", "loader of rows", "lists", "arrays in rows", "tuples"],
+    ids=[
+        "array",
+        "loader",
+        "tensors",
+        "loader of rows",
+        "lists",
+        "arrays in rows",
+        "tuples",
+        "nested",
+        "uint16",
+    ],
 )
 def test_forms_of_token_ids(data: Any) -> None:
     read = read_calibration(data)
@@ -246,6 +259,7 @@ def failing() -> Any:
         ([TEXT, {"text": [TEXT, 3]}], "calibration item 1, row 1: text is a int"),
         ([(IDS, IDS)], r"item 0 is a tuple of 2 tensors of shapes \[2, 12\], \[2, 12\]"),
         ((IDS, torch.ones(2, 12)), "calibration item 1 is a tensor of zeros and ones, the mask"),
+        ([[5, 2**64]], "calibration item 0 holds numbers that are too large for token ids"),
         ([{"input_ids": "abc"}], "calibration item 0: input_ids are a str"),
         ([{"input_ids": [["a"]]}], "item 0, row 0 is a list of something else than ids"),
         ([{"input_ids": [IDS[0], IDS[1]]}], r"input_ids are 2 tensors of shape \[12\]"),

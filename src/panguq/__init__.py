@@ -28,6 +28,7 @@ from panguq.errors import (
 from panguq.versions import warn_of_untested
 
 if TYPE_CHECKING:
+    from panguq.calibration_data import read_calibration
     from panguq.compiled_model import CompiledCausalLM, CompiledModule, load
     from panguq.compiler import compile
     from panguq.evaluate import evaluate
@@ -58,6 +59,7 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "plan",
+    "read_calibration",
     "recipes",
 ]
 
@@ -73,6 +75,7 @@ _LAZY = {
     "load_pretrained": ("panguq.hf", "load_pretrained"),
     "load_tokenizer": ("panguq.hf", "load_tokenizer"),
     "plan": ("panguq.plan", "plan"),
+    "read_calibration": ("panguq.calibration_data", "read_calibration"),
     "recipes": ("panguq.recipe", "preset_names"),
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from panguq.calibration_tokens import is_message
 from panguq.errors import InputError
 from panguq.extras import require
 
@@ -123,15 +124,11 @@ def _json_rows(path: Path) -> Iterator[Located]:
             yield from json_lines(path)
             return
         value = _parsed(text, str(path))
-    if not isinstance(value, list) or _is_message(value[:1]):
+    if not isinstance(value, list) or (value and is_message(value[0])):
         yield str(path), value
         return
     for index, row in enumerate(value):
         yield f"{path}: row {index}", row
-
-
-def _is_message(rows: list[Any]) -> bool:
-    return any(isinstance(row, dict) and ({"role", "from"} & set(row)) for row in rows)
 
 
 def _is_json(text: str) -> bool:

@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Ids:
-    """Token ids `[batch, seq]` without padding, of any integer dtype, and where they stood."""
+    """Token ids, int64 `[batch, seq]` without padding, and where they stood."""
 
     where: str
     ids: Tensor
@@ -85,11 +85,13 @@ def _refuse_ids_with_mask(data: Any) -> None:
 
 def _plain(data: Any) -> Any:
     """Arrays as tensors or lists, tables of pandas, polars and pyarrow as mappings of columns."""
+    if isinstance(data, Tensor):
+        return list(data.unbind()) if data.is_nested else data
     if hasattr(data, "to_pydict"):
         return data.to_pydict()
     if hasattr(data, "columns") and hasattr(data, "__getitem__"):
         return {str(name): data[name].to_list() for name in data.columns}
-    if hasattr(data, "__array__") and hasattr(data, "dtype") and not isinstance(data, Tensor):
+    if hasattr(data, "__array__") and hasattr(data, "dtype"):
         return _array(data)
     return data
 
@@ -269,6 +271,8 @@ def _id_rows(ids: Any, mask: Any, where: str) -> Iterator[Row]:
     elif not isinstance(ids, list | tuple):
         raise InputError(f"{where}: input_ids are a {type(ids).__name__}", FORMS)
     elif _are_ids(ids):
+        if any(abs(int(value)) >> 63 for value in ids):
+            raise InputError(f"{where} holds numbers that are too large for token ids", FORMS)
         yield from _tensor_rows(torch.tensor(ids, dtype=torch.int64), mask, where)
     else:
         yield from _ragged_rows(ids, mask, where)
@@ -304,5 +308,5 @@ def _tensor_rows(ids: Tensor, mask: Any, where: str) -> Iterator[Row]:
         return
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"{where}: token ids are {ids.dtype}", "give integers")
-    for row in without_padding(ids, mask, where):
+    for row in without_padding(ids.long(), mask, where):
         yield Ids(where, row)

@@ -177,7 +177,9 @@ def conversation_text(tokenizer: Any, messages: Sequence[Any], where: str) -> st
 
 def is_message(value: Any) -> bool:
     """Whether this is one turn of a conversation."""
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+    if not isinstance(value, Mapping):
+        return False
+    return ("role" in value and "text" not in value) or ("from" in value and "value" in value)
 
 
 def _message(message: Any) -> Mapping[str, Any]:
