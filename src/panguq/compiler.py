@@ -198,7 +198,7 @@ def compile(
             made,
             config=_config_of(model, interface),
             generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
-            tokenizer=tokenizer,
+            tokenizer=_savable(tokenizer),
         )
     return compiled_model(made)
 
