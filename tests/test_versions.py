@@ -134,7 +134,6 @@ def test_tested_releases_are_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_warning_comes_once_from_an_import_and_imports_nothing() -> None:
     code = """
-from collections.abc import Sequence
 from importlib import metadata
 real = metadata.version
 metadata.version = lambda name: "99.0" if name == "transformers" else real(name)
