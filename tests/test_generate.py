@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 import panguq
 from panguq.compiled_model import CompiledCausalLM
 from panguq.errors import InputError
-from panguq.kv_cache import cache_name, cache_of
+from panguq.kv_cache import CACHE_NAME, cache_of
 from tests.model_folders import make_model, make_tokenizer
 
 FAMILIES = ("llama", "mistral", "opt")
@@ -195,11 +195,9 @@ def test_a_cache_goes_on_in_a_second_call(family: str, kind: str) -> None:
     ids, results = prompts(2, 12), []
     for model in (source(family), compiled(family)):
         cache = new_cache(kind, family)
-        first = model.generate(
-            ids[:, :8], max_new_tokens=3, do_sample=False, **{cache_name(): cache}
-        )
+        first = model.generate(ids[:, :8], max_new_tokens=3, do_sample=False, **{CACHE_NAME: cache})
         more = torch.cat((first, ids[:, 8:10]), 1)
-        then = model.generate(more, max_new_tokens=4, do_sample=False, **{cache_name(): cache})
+        then = model.generate(more, max_new_tokens=4, do_sample=False, **{CACHE_NAME: cache})
         results.append((then, int(cache.get_seq_length())))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
@@ -214,7 +212,7 @@ def test_a_cache_that_was_changed(kind: str, change: str) -> None:
     for model in (source("mistral"), compiled("mistral")):
         cache, following = new_cache(kind, "mistral"), ids[:, 7:]
         with torch.no_grad():
-            model(ids[:, :7], use_cache=True, **{cache_name(): cache})
+            model(ids[:, :7], use_cache=True, **{CACHE_NAME: cache})
         if change == "cropped":
             if kind == "static" and not hasattr(cache.layers[0], "crop"):
                 pytest.skip("this transformers crops no static cache")
@@ -228,7 +226,7 @@ def test_a_cache_that_was_changed(kind: str, change: str) -> None:
             cache.batch_select_indices(torch.tensor([1]))
             following = following[1:]
         with torch.no_grad():
-            results.append(model(following, use_cache=True, **{cache_name(): cache}).logits)
+            results.append(model(following, use_cache=True, **{CACHE_NAME: cache}).logits)
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
@@ -291,7 +289,7 @@ def test_continuous_batching_is_refused() -> None:
 )
 def test_a_cache_that_does_not_fit_is_refused(cache: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        compiled("llama").generate(prompts(), max_new_tokens=2, **{cache_name(): cache})
+        compiled("llama").generate(prompts(), max_new_tokens=2, **{CACHE_NAME: cache})
     with pytest.raises(InputError, match=message):
         compiled("llama")(prompts(), cache=cache)
 

@@ -279,6 +279,21 @@ def test_torch_compile_gives_the_same(recipe: str) -> None:
     assert then.past_key_values.get_seq_length() == 10
 
 
+def test_autocast_changes_no_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(compiled())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, logits(compiled()))
+
+
+def test_parts_of_the_source_model_are_not_there() -> None:
+    assert not hasattr(compiled(), "model")
+    with pytest.raises(AttributeError, match="no submodule 'lm_head': it runs one graph"):
+        _ = compiled().lm_head
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = compiled().other
+
+
 def test_hooks_are_called() -> None:
     model, seen = copy.copy(compiled()), []
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits.shape))

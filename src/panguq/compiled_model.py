@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +23,7 @@ from panguq.generation import Generates
 from panguq.inputs import check_ids, check_module_inputs, prepare, takes_empty_mask
 from panguq.ir.edit import clone
 from panguq.kernels.ascend.device import require_device
-from panguq.kv_cache import cache_name, check_cache, held_tensors, make_cache, update_cache
+from panguq.kv_cache import CACHE_NAME, check_cache, held_tensors, make_cache, update_cache
 from panguq.lowering.on_device import on_device
 from panguq.lowering.prepack import prepack
 from panguq.lowering.specialize import specialize
@@ -141,7 +143,7 @@ class CompiledModule(FrozenModule):
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the graph on the inputs that the source module took when it was traced."""
         check_module_inputs(self.interface, inputs)
-        with torch.no_grad():
+        with _as_compiled(self._device):
             results = self.executable(*(x.to(self._device) for x in inputs))
         return results[0] if self.interface.returns == "tensor" else results
 
@@ -215,12 +217,12 @@ class CompiledCausalLM(CompiledModule, Generates):
         inputs = self._prepared(
             input_ids, attention_mask, position_ids, given, logits_to_keep, unused
         )
-        with torch.no_grad():
+        with _as_compiled(self._device):
             logits, *grown = self.executable(*inputs)
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", True)
         held = self._kept(given, grown, input_ids.shape[1], bool(use_cache))
-        output = CausalLMOutputWithPast(**{"logits": logits, cache_name(): held})
+        output = CausalLMOutputWithPast(**{"logits": logits, CACHE_NAME: held})
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
@@ -283,6 +285,13 @@ def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
     from panguq.model_folder import read_model
 
     return compiled_model(read_model(path), stage)
+
+
+@contextmanager
+def _as_compiled(device: torch.device) -> Iterator[None]:
+    """Without gradients, and in the dtypes that were compiled, whatever autocast is on."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _on_cpu(given: Any) -> Any:

@@ -90,6 +90,15 @@ class FrozenModule(nn.Module):
             "another process; torch.save(compiled.state_dict(), file) writes the weights alone",
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """What torch's modules look up; of a part of the source model, where its weights are."""
+        if any(weight.startswith(f"{name}.") for weight in self.__dict__.get("_parameters", ())):
+            raise AttributeError(
+                f"a {type(self).__name__} has no submodule {name!r}: it runs one graph, and its "
+                "weights are in dict(named_parameters())"
+            )
+        return super().__getattr__(name)
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],

@@ -11,14 +11,17 @@ from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn, ops
 from transformers import GenerationConfig, GenerationMixin
+from transformers.models.auto import modeling_auto
 
 from panguq.errors import InputError, PanguqError
 from panguq.ir.edit import get_tensor
 from panguq.ir.interface import Interface
 from panguq.ir.views import Linear, operand, results_of
-from panguq.kv_cache import cache_name, check_cache
+from panguq.kv_cache import CACHE_NAME, check_cache
 
 NO_CACHE_LIKE_THAT = ("offloaded", "offloaded_static", "quantized", "paged")
+# Pipelines look up here, by class name, which models they serve.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["panguq"] = "CompiledCausalLM"
 CHANGE_THE_SOURCE = "change the source model, then compile it again"
 
 
@@ -45,7 +48,7 @@ class Generates(GenerationMixin):
         for name in ("cache", "past_key_values"):
             if kwargs.get(name) is not None:
                 check_cache(kwargs[name], len(self.interface.cache))
-                kwargs[cache_name()] = kwargs.pop(name)
+                kwargs[CACHE_NAME] = kwargs.pop(name)
         return super().generate(*args, **kwargs)
 
     @staticmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,27 +21,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from panguq.errors import InputError
 
+# What the installed transformers calls the cache, in a model's output and in `generate`.
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
 SERVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 _USE = "use transformers' DynamicCache, the default of generate, or its StaticCache"
-
-
-@functools.cache
-def cache_name() -> str:
-    """What the installed transformers calls the cache in a model's output and in `generate`."""
-    names = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
-    return "cache" if "cache" in names else "past_key_values"
 
 
 def cache_argument(forward: Callable[..., Any]) -> str:
     """What this model's forward calls the cache, which for a user's own model may be another name
     than transformers'."""
     names = inspect.signature(forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), cache_name())
+    return next((name for name in ("cache", "past_key_values") if name in names), CACHE_NAME)
 
 
 def cache_of(output: Any) -> Any:
     """The cache that a model returned, under either name."""
-    return getattr(output, cache_name())
+    return getattr(output, CACHE_NAME)
 
 
 def make_cache(tensors: Sequence[Tensor]) -> DynamicCache:
