@@ -40,7 +40,7 @@ def own_windows(folder: Path, cache: Path, count: int) -> Tensor:
 def _written(folder: Path, count: int) -> Tensor:
     import panguq
     from panguq.calibration import sample_sequences
-    from panguq.compiler import trace
+    from panguq.tracing import trace
 
     model = panguq.load_pretrained(folder)
     gm, interface = trace(model, None, None)

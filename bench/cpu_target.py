@@ -26,7 +26,8 @@ from panguq.lowering.cpu_tuning_calls import Call, KernelCalls, Shape
 from panguq.lowering.cpu_tuning_timing import CLOCKS, Budget, time_in_turn
 from panguq.lowering.problem import MatmulProblem
 from panguq.lowering.select_kernel import MANY_TOKENS, cpu_cost_name, select_kernel
-from panguq.lowering.targets import Target, find_target
+from panguq.lowering.target import Target
+from panguq.lowering.targets import find_target
 
 SEED = 1  # other data than tuning's
 MODEL_SHAPES = [Shape(192, 576), Shape(576, 576), Shape(1536, 576), Shape(576, 1536)]

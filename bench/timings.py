@@ -18,7 +18,8 @@ from panguq.lowering.cost_model import Cost, cost, execution_cost
 from panguq.lowering.cost_terms import Form, Layout
 from panguq.lowering.executions import Execution, own_execution, scheme_numbers
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem, Tile
-from panguq.lowering.targets import Constant, Target, find_target
+from panguq.lowering.target import Constant, Target
+from panguq.lowering.targets import find_target
 
 DATA = Path(__file__).parent / "data"
 CATLASS_INT8_TILE = (128, 256, 512)

@@ -14,7 +14,7 @@ from panguq.ir.quant_spec import SCHEMES
 from panguq.lowering.cost_model import cost
 from panguq.lowering.problem import Candidate, MatmulProblem, Tile
 from panguq.lowering.select_kernel import select_kernel
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 TOKENS = (1, 64, 128, 256, 512, 1024, 2048)
 SHAPES: dict[str, tuple[int, int]] = {  # n, k

@@ -20,7 +20,7 @@ from panguq.lowering.candidates import split_counts
 from panguq.lowering.cost_model import cost, execution_cost
 from panguq.lowering.executions import own_execution
 from panguq.lowering.problem import Candidate, MatmulProblem, Schedule, Tile
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 TOKENS = (1, 4, 16, 64)
 DEEP = 4  # k at least so many times n counts as K >> N

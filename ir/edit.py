@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from panguq.ir.folded_weight import FoldedWeight, materialized
 from panguq.ir.node_meta import annotate, carry, carry_merged, meta_of
 
 
@@ -249,3 +250,24 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     copy = fx.GraphModule(root, graph)
     copy.meta = dict(gm.meta)
     return copy
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """These nodes and all they depend on, not looking beyond `stop`."""
+    found: set[fx.Node] = set()
+    ends = set(stop)
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node not in ends:
+                stack.extend(node.all_input_nodes)
+    return found
+
+
+def store_folded(gm: fx.GraphModule, put: Callable[[Tensor], Tensor]) -> None:
+    """Compute the weights that still are products; `put` says where each is kept."""
+    for name, tensor in weights_of(gm).items():
+        if isinstance(tensor, FoldedWeight):
+            set_tensor(gm, name, put(materialized(tensor)))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import NumericsError
-from panguq.ir.edit import find_label, get_tensor, label, weights_of
+from panguq.ir.edit import ancestors, find_label, get_tensor, label, weights_of
 from panguq.ir.folded_weight import materialized
-from panguq.ir.interpret import Environment, ancestors, ensure_finite, last_uses
+from panguq.ir.interpret import Environment, ensure_finite, last_uses
 from panguq.ir.row_slices import ELEMENTS_AT_ONCE, row_slices
 from panguq.ir.views import Linear, operand, results_of
 

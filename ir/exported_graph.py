@@ -16,8 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, TensorArgument
 
 from panguq.errors import TraceError
-from panguq.ir.edit import finish, set_tensor
-from panguq.ir.interpret import ancestors
+from panguq.ir.edit import ancestors, finish, set_tensor
 from panguq.ir.node_meta import annotate
 
 WHAT_TO_DO = "docs/contributing/when-a-model-does-not-trace.md shows what to do about each cause"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import NumericsError
-from panguq.ir.edit import get_tensor, label
+from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.folded_weight import materialized
 from panguq.ir.row_slices import row_slices
 
@@ -25,20 +25,6 @@ def compute(gm: fx.GraphModule, node: fx.Node, environment: Mapping[fx.Node, Any
     kwargs = fx.map_arg(node.kwargs, lambda n: environment[n])
     assert callable(node.target)
     return node.target(*args, **kwargs)
-
-
-def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """These nodes and all they depend on, not looking beyond `stop`."""
-    found: set[fx.Node] = set()
-    ends = set(stop)
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            if node not in ends:
-                stack.extend(node.all_input_nodes)
-    return found
 
 
 def without_inputs(gm: fx.GraphModule) -> set[fx.Node]:

@@ -16,10 +16,9 @@ from torch import Tensor, fx
 
 from panguq.ir import interpret, spill
 from panguq.ir.blocks import blocks
-from panguq.ir.edit import label
+from panguq.ir.edit import ancestors, label
 from panguq.ir.interpret import (
     Environment,
-    ancestors,
     compute,
     ensure_finite,
     without_inputs,

@@ -8,12 +8,11 @@ spilled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from torch import Tensor
 
-from panguq.ir.interpret import Environment
 from panguq.ir.memory import return_free_pages
 from panguq.ir.weight_store import WeightStore
 
@@ -28,7 +27,7 @@ def held_bytes(value: Any) -> int:
     return value.nbytes
 
 
-def to_files(environments: Iterable[Environment]) -> None:
+def to_files(environments: Iterable[MutableMapping[Any, Any]]) -> None:
     """Put all values into files that take memory and have the plain layout.
 
     Another layout may make a kernel round in another order, and a file would change it.

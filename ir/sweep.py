@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from panguq.ir import spill
 from panguq.ir.blocks import blocks
-from panguq.ir.edit import label
-from panguq.ir.interpret import Environment, ancestors, compute, ensure_finite, without_inputs
+from panguq.ir.edit import ancestors, label
+from panguq.ir.interpret import Environment, compute, ensure_finite, without_inputs
 from panguq.ir.memory import return_free_pages
 from panguq.ir.views import DequantizedWeight, Item, operand
 

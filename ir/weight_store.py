@@ -13,11 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from panguq.errors import StorageError
-from panguq.ir.edit import set_tensor, weights_of
-from panguq.ir.folded_weight import FoldedWeight, materialized
 from panguq.ir.unit_folder import Finished, UnitFolder
 
 
@@ -85,10 +83,3 @@ def _nameless(folder: Path | None, size: int) -> torch.UntypedStorage:
     finally:
         os.close(handle)
         os.unlink(path)
-
-
-def store_folded(gm: fx.GraphModule, store: WeightStore) -> None:
-    """Compute the weights that still are products, as no pass has quantized them."""
-    for name, tensor in weights_of(gm).items():
-        if isinstance(tensor, FoldedWeight):
-            set_tensor(gm, name, store.put(materialized(tensor)))

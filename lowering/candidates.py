@@ -21,7 +21,7 @@ from panguq.lowering.problem import (
     Tile,
     WeightFormat,
 )
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 __all__ = [
     "Candidate",

@@ -24,7 +24,7 @@ from panguq.lowering.cost_terms import (
 )
 from panguq.lowering.executions import Execution, executions
 from panguq.lowering.problem import Candidate, MatmulProblem
-from panguq.lowering.targets import KernelCost, Target
+from panguq.lowering.target import KernelCost, Target
 
 M = sympy.Symbol("m", positive=True)
 Floats = NDArray[np.float64]

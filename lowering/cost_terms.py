@@ -21,7 +21,7 @@ from typing import Any, Literal
 import sympy
 from sympy import Expr, Max, Min, Symbol, ceiling
 
-from panguq.lowering.targets import ASCEND_UNITS
+from panguq.lowering.target import ASCEND_UNITS
 
 TERMS = (
     "launch",

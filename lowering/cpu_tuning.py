@@ -15,7 +15,8 @@ from panguq.errors import LoweringError
 from panguq.lowering.cpu_tuning_calls import COLD_BYTES, KernelCalls, Shape
 from panguq.lowering.cpu_tuning_fit import KernelFit, fit_kernel, predict_us
 from panguq.lowering.cpu_tuning_timing import CLOCKS, Budget, Timing, time_in_turn
-from panguq.lowering.targets import CPU, Target
+from panguq.lowering.target import Target
+from panguq.lowering.targets import CPU
 
 NAME = "cpu-tuned"
 

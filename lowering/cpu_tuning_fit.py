@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from panguq.errors import LoweringError
 from panguq.lowering.cpu_tuning_timing import Timing
-from panguq.lowering.targets import KernelCost
+from panguq.lowering.target import KernelCost
 
 FEWEST_TIMINGS = 6
 SMALL_ERROR = 0.03  # below this an error counts by its square, above by its size

@@ -9,7 +9,7 @@ from typing import Literal
 from panguq.lowering.ascend_rules import weight_quant_templates
 from panguq.lowering.cost_terms import ARGUMENTS, Form, Layout
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 # Blocks of which the sums fit L0C (128 KiB) and two steps of k fit L0A, L0B and L1: what CATLASS
 # and CANN's tuned tilings use.

@@ -22,7 +22,7 @@ from panguq.lowering.select_kernel import (
     TokenMix,
     select_kernel,
 )
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 _SIZE = r"[1-9][0-9]{0,8}"
 _MEANING = {

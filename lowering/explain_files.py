@@ -21,7 +21,7 @@ from panguq.lowering.cost_model import Floats, total_us
 from panguq.lowering.cost_terms import TERMS
 from panguq.lowering.explain import Row
 from panguq.lowering.problem import MatmulProblem
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 

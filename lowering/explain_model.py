@@ -32,7 +32,7 @@ from panguq.lowering.cost_model import total_us
 from panguq.lowering.executions import FLOAT_BYTES
 from panguq.lowering.problem import Dtype, MatmulProblem, WeightFormat
 from panguq.lowering.select_kernel import Choice, select_kernel
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 _LINEAR = torch.ops.aten.linear.default
 _MOVES_NOTHING = {"reshape", "transpose", "view", "unsqueeze", "squeeze", "sym_size", "expand"}

@@ -17,7 +17,8 @@ from panguq.lowering.candidates import fallbacks, scheme_refusal
 from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.select_format import select_format
-from panguq.lowering.targets import Target, find_target
+from panguq.lowering.target import Target
+from panguq.lowering.targets import find_target
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 
 

@@ -23,7 +23,8 @@ from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.problem import MatmulProblem, Precision
 from panguq.lowering.select_format import select_format
 from panguq.lowering.select_kernel import Choice
-from panguq.lowering.targets import Target, find_target
+from panguq.lowering.target import Target
+from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
 

@@ -13,7 +13,7 @@ from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.problem import MatmulProblem, Precision
 from panguq.lowering.select_format import select_format
 from panguq.lowering.select_kernel import DECODE_STEPS
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 
 @dataclass(frozen=True)

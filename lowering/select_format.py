@@ -7,7 +7,7 @@ from typing import Literal
 
 from panguq.lowering.problem import MatmulProblem, WeightFormat
 from panguq.lowering.select_kernel import DEFAULT_MIX, Choice, TokenMix, select_kernel
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 FormatOption = Literal["auto", "ND", "NZ"]
 

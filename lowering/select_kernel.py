@@ -21,7 +21,7 @@ from panguq.lowering.problem import (
     Storage,
     WeightFormat,
 )
-from panguq.lowering.targets import Target
+from panguq.lowering.target import Target
 
 DECODE_M, PREFILL_M = 1, 512
 # What a served request is made of: one prompt, then this many tokens one by one.

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from panguq.errors import LoweringError, PanguqError
-from panguq.lowering.targets import (
-    ASCEND_UNITS,
-    TARGETS,
-    Constant,
-    KernelCost,
-    Target,
-    check_target,
-)
+from panguq.lowering.target import ASCEND_UNITS, Constant, KernelCost, Target, check_target
 from panguq.plain_yaml import check_plain, dump_yaml, read_yaml
 from panguq.strict_json import parse_json
 from panguq.suggest import did_you_mean
@@ -26,7 +19,7 @@ _KEYS = ("name", "kind", "constants", "kernels")
 _HINT = "save_target(find_target('ascend910b1'), path) writes a file to start from"
 
 
-def load_target(path: Path) -> Target:
+def load_target(path: Path, reserved: Collection[str] = ()) -> Target:
     """The target in a file that `save_target` wrote, or a person.
 
         name: mine
@@ -34,7 +27,8 @@ def load_target(path: Path) -> Target:
         constants:
           launch_us: {value: 13.5, unit: us, source: fitted to timings of my machine}
 
-    Raises LoweringError, naming the file and the constant, for what is missing, unknown, not a
+    `reserved` names belong to other targets. Raises LoweringError, naming the file and the
+    constant, for what is missing, unknown, not a
     number, zero, negative or not finite.
     """
     data = _read(path)
@@ -42,7 +36,7 @@ def load_target(path: Path) -> Target:
     name = data.get("name")
     if not isinstance(name, str) or not name:
         raise LoweringError(f"{path}: name: is missing or not text", _HINT)
-    if name in TARGETS and name != "cpu":
+    if name in reserved:
         raise LoweringError(
             f"{path}: name: {name!r} is a built-in target's", "give the target another name"
         )

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from panguq.ir.edit import call, tensor_node
-from panguq.ir.interpret import ancestors
+from panguq.ir.edit import ancestors, call, tensor_node
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.rotations import RotationSite
 from panguq.ir.views import Linear, operand

@@ -10,8 +10,7 @@ from torch import fx
 
 from panguq.errors import RecipeError
 from panguq.ir.blocks import cuts
-from panguq.ir.edit import get_tensor, label, weights_of
-from panguq.ir.interpret import ancestors
+from panguq.ir.edit import ancestors, get_tensor, label, weights_of
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.rotation_rules import EMBEDDING

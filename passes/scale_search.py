@@ -17,8 +17,8 @@ from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import Linear
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.gram import gram, output_error
-from panguq.passes.insert_fake_quant import affine
 from panguq.passes.scale_folding import Factors
+from panguq.passes.static_scales import affine
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq

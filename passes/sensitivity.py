@@ -39,7 +39,7 @@ from panguq.ir.row_slices import row_slices
 from panguq.ir.views import Linear, results_of
 from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.passes.base import PassContext
-from panguq.passes.insert_fake_quant import affine
+from panguq.passes.static_scales import affine
 from panguq.passes.weight_scales import quantize_groups, search_scale
 
 panguq = torch.ops.panguq

@@ -13,9 +13,9 @@ import transformers
 from torch import nn
 
 import panguq
+from panguq.artifact import shared_weights
 from panguq.compiled_model import load
 from panguq.errors import PanguqError, StorageError, VerifyError
-from panguq.frozen_module import shared_weights
 from panguq.ir.edit import set_tensor, weights_of
 from panguq.manifest import MANIFEST
 from panguq.model_folder import save_model

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from panguq.errors import PanguqError
+from panguq.errors import PanguqError, VerifyError
+from panguq.ir.edit import weights_of
 from panguq.ir.interface import Interface
 from panguq.recipe import Recipe
 from panguq.report.compile_report import CompileReport
 
 FAKE_QUANT, LOWERED = "fake-quant", "lowered"
+Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,22 @@ class Artifact:
                 f"the stages are {', '.join(self.stages)}",
             )
         return self.stages[stage]
+
+
+def shared_weights(stages: Mapping[str, fx.GraphModule]) -> dict[str, Tensor]:
+    """The weights of all stages by name. Raises VerifyError if a name means two tensors."""
+    weights: dict[str, Tensor] = {}
+    for stage, graph in stages.items():
+        for name, tensor in weights_of(graph).items():
+            known = weights.setdefault(name, tensor)
+            if known is not tensor and place_of(known) != place_of(tensor):
+                raise VerifyError(
+                    f"weight {name} of stage {stage} is not the one that another stage has",
+                    "a pass replaced it after the stages parted; it must take a new name",
+                )
+    return weights
+
+
+def place_of(tensor: Tensor) -> Place:
+    """Where and how a tensor lies in memory: equal for two views of the same elements."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -27,17 +27,19 @@ from panguq.calibration_data import GIVEN, CalibrationData, decoded, read_calibr
 from panguq.compile_key import compile_key
 from panguq.compiled_model import CompiledModule, compiled_model
 from panguq.errors import InputError
+from panguq.hf import source_tokenizer
 from panguq.inputs import takes_empty_mask
-from panguq.ir.edit import clone
+from panguq.ir.edit import clone, store_folded
 from panguq.ir.interface import Interface
 from panguq.ir.memory import return_large_blocks
-from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
+from panguq.ir.trace import is_causal_lm
 from panguq.ir.unit_folder import Finished, UnitFolder
-from panguq.ir.weight_store import WeightStore, store_folded
+from panguq.ir.weight_store import WeightStore
 from panguq.lowering.lower_matmuls import check_lowerable
 from panguq.lowering.scheme_costs import TargetRules
 from panguq.lowering.stages import default_dtype
-from panguq.lowering.targets import TargetKind, find_target
+from panguq.lowering.target import TargetKind
+from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass, PassContext, Progress
 from panguq.passes.module_globs import check_globs
@@ -49,8 +51,7 @@ from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
 from panguq.schedule import Schedule
-from panguq.tokenizer_files import source_tokenizer
-from panguq.trace_check import check_causal_lm, check_module, has_weights
+from panguq.tracing import trace
 
 logger = logging.getLogger("panguq")
 _P = ParamSpec("_P")
@@ -179,7 +180,7 @@ def compile(
     ctx.probe = probe_of(ctx.batches, interface)
     runner.run(gm, schedule.calibrated)
     interface = ctx.interface  # a pass may have given the cache another dtype
-    store_folded(gm, ctx.store)
+    store_folded(gm, ctx.store.put)
     fake_quant = clone(gm)
     runner.run(gm, schedule.lowering)
 
@@ -225,54 +226,11 @@ def _savable(tokenizer: Any) -> Any:
     return None
 
 
-def trace(
-    model: nn.Module,
-    example_inputs: Sequence[Tensor] | None,
-    dtype: torch.dtype | None,
-    compare: bool = True,
-) -> tuple[fx.GraphModule, Interface]:
-    """The model's graph, by default compared with the model itself, and its interface.
-
-    Raises InputError for what is no model, TraceError for one whose graph would not be the model.
-    """
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"the model is a {type(model).__name__}, not a torch.nn.Module",
-            "load it first, for example with panguq.load_pretrained(folder)",
-        )
-    if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
-        model = _cast(model, dtype)
-    compare = compare and has_weights(model)
-    if is_causal_lm(model):
-        gm, interface = trace_causal_lm(model)
-        if compare:
-            check_causal_lm(model, gm, interface)
-        return gm, interface
-    if example_inputs is None:
-        raise InputError(
-            f"{type(model).__name__} is not a transformers causal language model",
-            "pass example_inputs=, a tuple of tensors with every size at least 2",
-        )
-    gm, interface = trace_module(model, example_inputs)
-    if compare:
-        check_module(model, gm, interface, example_inputs)
-    return gm, interface
-
-
 def _config_of(model: nn.Module, interface: Interface) -> Any:
     """The model's configuration, with the vocabulary that its embedding has."""
     config: Any = copy.deepcopy(model.config)
     config.get_text_config(decoder=True).vocab_size = interface.vocab_size
     return config
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with its parameters cast. Buffers, such as rotary tables, keep their precision."""
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
-    for p in model.parameters():
-        cast = p.detach().to(dtype) if p.is_floating_point() else p.detach()
-        memo[id(p)] = nn.Parameter(cast, requires_grad=False)
-    return copy.deepcopy(model, memo)
 
 
 def _given_batches(

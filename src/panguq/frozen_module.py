@@ -13,29 +13,11 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, fx, nn
 
-from panguq.errors import InputError, PanguqError, VerifyError
+from panguq.artifact import Place, place_of, shared_weights
+from panguq.errors import InputError, PanguqError
 from panguq.ir.edit import clone, set_tensor, weights_of
 
-_Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 _FROZEN = "train, convert or move the source model, then compile it"
-
-
-def shared_weights(stages: Mapping[str, fx.GraphModule]) -> dict[str, Tensor]:
-    """The weights of all stages by name. Raises VerifyError if a name means two tensors."""
-    weights: dict[str, Tensor] = {}
-    for stage, graph in stages.items():
-        for name, tensor in weights_of(graph).items():
-            known = weights.setdefault(name, tensor)
-            if known is not tensor and _place(known) != _place(tensor):
-                raise VerifyError(
-                    f"weight {name} of stage {stage} is not the one that another stage has",
-                    "a pass replaced it after the stages parted; it must take a new name",
-                )
-    return weights
-
-
-def _place(tensor: Tensor) -> _Place:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def with_weights(
@@ -68,10 +50,10 @@ class FrozenModule(nn.Module):
         """Run these graphs from now on, and list their weights."""
         self.stages = stages
         self._parameters.clear()
-        tied: dict[_Place, nn.Parameter] = {}
+        tied: dict[Place, nn.Parameter] = {}
         for name, tensor in shared_weights(stages).items():
             parameter = nn.Parameter(tensor, requires_grad=False)
-            self._parameters[name] = tied.setdefault(_place(tensor), parameter)
+            self._parameters[name] = tied.setdefault(place_of(tensor), parameter)
 
     def _copied(self, stages: dict[str, fx.GraphModule], memo: dict[int, Any]) -> Self:
         raise NotImplementedError
@@ -122,9 +104,9 @@ class FrozenModule(nn.Module):
         wrong = {name: message for name, message in wrong.items() if message}
         error_msgs += [f"{prefix}{name}: {message}" for name, message in wrong.items()]
         if known and not wrong:
-            copies: dict[tuple[int, _Place], Tensor] = {}  # what was tied stays tied
+            copies: dict[tuple[int, Place], Tensor] = {}  # what was tied stays tied
             for name, tensor in known.items():
-                place = (id(own[name]), _place(tensor))
+                place = (id(own[name]), place_of(tensor))
                 known[name] = copies.setdefault(place, tensor.detach().to("cpu", copy=True))
             self._use(with_weights(self.stages, known))
 

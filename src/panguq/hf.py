@@ -18,7 +18,7 @@ from panguq.checkpoint_files import (
     stored_dtype,
     stored_tensors,
 )
-from panguq.errors import InputError, StorageError
+from panguq.errors import InputError, PanguqError, StorageError
 from panguq.gguf_files import find_gguf, gguf_config, load_gguf
 from panguq.gguf_tokenizer import read_gguf_tokenizer
 from panguq.load_weights import load_weights, name_groups
@@ -29,6 +29,7 @@ from panguq.model_config import (
     refuse_quantized,
 )
 from panguq.openpangu_chat import chat_inputs, chat_prompt, split_thinking
+from panguq.strict_json import parse_json
 from panguq.tokenizer_files import read_tokenizer
 
 logger = logging.getLogger("panguq")
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 _SERVED = "panguq compiles decoder-only causal language models that transformers itself defines"
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.gguf", "spiece.model")
 
 
 def load_pretrained(folder: str | Path) -> Any:
@@ -210,3 +213,40 @@ def _existing(folder: str | Path) -> Path:
     if not path.is_dir() and path.suffix != ".gguf":
         raise InputError(f"{folder}: not a folder", "give the folder that holds config.json")
     return path.resolve()
+
+
+def source_tokenizer(model: Any) -> Any:
+    """The tokenizer in the local folder that a transformers model was loaded from.
+
+    None for a model that names no such folder, for one whose folder has no tokenizer, which is
+    said, and for one that has other tokens than its folder says.
+    """
+    place = Path(str(getattr(getattr(model, "config", None), "name_or_path", None) or ""))
+    if place == Path() or not place.exists():
+        return None
+    if place.is_dir() and not any(f for p in _TOKENIZERS for f in place.glob(p)):
+        return None
+    if _resized(model, place):
+        logger.warning(
+            "the vocabulary was resized after the model was loaded from %s, so that folder's "
+            "tokenizer is not saved along; pass tokenizer=",
+            place,
+        )
+        return None
+    try:
+        return load_tokenizer(place)
+    except PanguqError as error:
+        logger.info("no tokenizer: %s", error.message)
+        return None
+
+
+def _resized(model: Any, folder: Path) -> bool:
+    """Whether the embedding has other rows than the folder's config.json says."""
+    try:
+        said = parse_json((folder / "config.json").read_bytes(), "config.json")
+        table = model.get_input_embeddings().weight
+    except (OSError, StorageError, AttributeError, NotImplementedError):
+        return False
+    text = said.get("text_config", said) if isinstance(said, dict) else {}
+    rows = text.get("vocab_size") if isinstance(text, dict) else None
+    return isinstance(rows, int) and rows != table.shape[0]

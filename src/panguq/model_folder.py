@@ -24,9 +24,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from torch import fx
 
-from panguq.artifact import Artifact
+from panguq.artifact import Artifact, shared_weights
 from panguq.errors import PanguqError, StorageError
-from panguq.frozen_module import shared_weights
 from panguq.ir.interface import Interface
 from panguq.ir.serialize import from_text, to_text
 from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that files name)

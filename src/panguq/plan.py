@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from panguq.calibration import WINDOW, WINDOWS
-from panguq.compiler import trace
 from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.channels import find_scale_sites
 from panguq.ir.edit import label, module_path
@@ -33,6 +32,7 @@ from panguq.plan_report import MatmulPlan, Plan
 from panguq.recipe import Recipe
 from panguq.report.left_in_float import left_in_float
 from panguq.schedule import Schedule
+from panguq.tracing import trace
 
 __all__ = ["Plan", "plan"]
 

@@ -9,13 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from panguq.errors import InputError, PanguqError, StorageError
-from panguq.strict_json import parse_json
+from panguq.errors import InputError
 
 logger = logging.getLogger("panguq")
 
 _SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-_TOKENIZERS = ("tokenizer*", "vocab*", "*.gguf", "spiece.model")
 _WHERE_IT_CAME_FROM = ("is_local", "local_files_only", "name_or_path", "auto_map")
 
 
@@ -37,45 +35,6 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes | str]:
         _add_fast(tokenizer, files, kept)
     files[name] = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return files
-
-
-def source_tokenizer(model: Any) -> Any:
-    """The tokenizer in the local folder that a transformers model was loaded from.
-
-    None for a model that names no such folder, for one whose folder has no tokenizer, which is
-    said, and for one that has other tokens than its folder says.
-    """
-    from panguq.hf import load_tokenizer
-
-    place = Path(str(getattr(getattr(model, "config", None), "name_or_path", None) or ""))
-    if place == Path() or not place.exists():
-        return None
-    if place.is_dir() and not any(f for p in _TOKENIZERS for f in place.glob(p)):
-        return None
-    if _resized(model, place):
-        logger.warning(
-            "the vocabulary was resized after the model was loaded from %s, so that folder's "
-            "tokenizer is not saved along; pass tokenizer=",
-            place,
-        )
-        return None
-    try:
-        return load_tokenizer(place)
-    except PanguqError as error:
-        logger.info("no tokenizer: %s", error.message)
-        return None
-
-
-def _resized(model: Any, folder: Path) -> bool:
-    """Whether the embedding has other rows than the folder's config.json says."""
-    try:
-        said = parse_json((folder / "config.json").read_bytes(), "config.json")
-        table = model.get_input_embeddings().weight
-    except (OSError, StorageError, AttributeError, NotImplementedError):
-        return False
-    text = said.get("text_config", said) if isinstance(said, dict) else {}
-    rows = text.get("vocab_size") if isinstance(text, dict) else None
-    return isinstance(rows, int) and rows != table.shape[0]
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -3,9 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panguq.ir import row_slices
-from panguq.ir.edit import weights_of
+from panguq.ir.edit import store_folded, weights_of
 from panguq.ir.folded_weight import FoldedWeight, materialized
-from panguq.ir.weight_store import WeightStore, store_folded
+from panguq.ir.weight_store import WeightStore
 from panguq.weight_files import read_mapped, write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ def test_what_nobody_quantized_is_stored_at_the_end() -> None:
     gm = torch.fx.GraphModule(root, graph)
     x = torch.randn(2, 5)
     before = gm(x)[0]
-    store_folded(gm, WeightStore())
+    store_folded(gm, WeightStore().put)
     assert type(weights_of(gm)["weight"]) is torch.Tensor
     assert torch.equal(gm(x)[0], before)
 

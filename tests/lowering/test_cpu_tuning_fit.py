@@ -13,8 +13,9 @@ from panguq.errors import LoweringError
 from panguq.lowering.cpu_tuning import FULL, NAME, fit_target
 from panguq.lowering.cpu_tuning_fit import fit_kernel, predict_us
 from panguq.lowering.cpu_tuning_timing import Timing
+from panguq.lowering.target import KernelCost, check_target
 from panguq.lowering.target_files import save_target
-from panguq.lowering.targets import CPU, KernelCost, check_target, find_target
+from panguq.lowering.targets import CPU, find_target
 
 CELLS = [(m, shape.n, shape.k) for shape in FULL.shapes for m in FULL.tokens_of(shape)]
 

@@ -17,8 +17,9 @@ from panguq.lowering.cost_model import cost
 from panguq.lowering.cost_terms import OVERLAPPED, SERIAL
 from panguq.lowering.explain import explain, looks_like_shape, parse_shape, render
 from panguq.lowering.explain_files import TOKENS, neighbours, split_k_gain
+from panguq.lowering.target import Target
 from panguq.lowering.target_files import save_target
-from panguq.lowering.targets import Target, find_target
+from panguq.lowering.targets import find_target
 
 DEEP = ["explain", "128x256x16384", "--scheme", "w8a8", "--target", "ascend910b3"]
 

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 import panguq
-from panguq.compiler import trace
 from panguq.ir.edit import find_label
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from panguq.ir.weight_store import WeightStore
@@ -19,6 +18,7 @@ from panguq.lowering.select_kernel import DECODE_STEPS, select_kernel
 from panguq.lowering.targets import find_target
 from panguq.passes.base import PassContext
 from panguq.passes.canonicalize import Canonicalize
+from panguq.tracing import trace
 from tests.models import shared_model, token_ids
 
 DOWN = "model.layers.0.mlp.down_proj:linear"

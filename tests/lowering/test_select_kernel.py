@@ -21,7 +21,8 @@ from panguq.lowering.select_kernel import (
     cpu_cost_name,
     select_kernel,
 )
-from panguq.lowering.targets import CPU, KernelCost, Target
+from panguq.lowering.target import KernelCost, Target
+from panguq.lowering.targets import CPU
 
 PROBLEMS = st.builds(
     MatmulProblem,

@@ -19,7 +19,8 @@ from panguq.lowering.cost_model import at, cost, total_us
 from panguq.lowering.dispatch import Operands, kernel_call
 from panguq.lowering.envelope import ranges, survivors
 from panguq.lowering.select_kernel import TokenMix, select_kernel
-from panguq.lowering.targets import ASCEND_UNITS, Constant, Target, find_target
+from panguq.lowering.target import ASCEND_UNITS, Constant, Target
+from panguq.lowering.targets import find_target
 
 B1 = find_target("ascend910b1")
 COUNTS = ("cube_cores", "vector_cores", "vector_lanes")

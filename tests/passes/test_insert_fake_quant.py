@@ -18,8 +18,9 @@ from panguq.ir.quant_spec import SCHEMES, QuantSpec
 from panguq.kernels.quantize import dequantize, quantize_per_tensor
 from panguq.passes.base import linears
 from panguq.passes.calibrate import Calibrate
-from panguq.passes.insert_fake_quant import InsertFakeQuant, affine, storable_scale
+from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.passes.static_scales import affine, storable_scale
 from tests.models import run_passes, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq

@@ -134,13 +134,13 @@ def graph_of(folder: str | Path, scheme: Any, dtype: str) -> Any:
     """The canonical graph of a model folder with a scheme on every matmul, and its interface."""
     import torch
 
-    from panguq.compiler import trace
     from panguq.hf import skeleton
     from panguq.ir.weight_store import WeightStore
     from panguq.passes.assign_schemes import AssignSchemes
     from panguq.passes.base import PassContext
     from panguq.passes.canonicalize import Canonicalize
     from panguq.passes.pipeline import Runner
+    from panguq.tracing import trace
 
     gm, interface = trace(skeleton(folder), None, getattr(torch, dtype))
     ctx = PassContext(interface=interface, store=WeightStore())

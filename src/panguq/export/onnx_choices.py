@@ -19,7 +19,8 @@ from panguq.lowering.cost_model import M, cost, cost_us
 from panguq.lowering.dispatch import NO_LIMIT, parse_kernel, row_for
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
 from panguq.lowering.select_kernel import MANY_TOKENS, cpu_cost_name
-from panguq.lowering.targets import Target, find_target
+from panguq.lowering.target import Target
+from panguq.lowering.targets import find_target
 
 TOKENS = (1, 16, 512)  # decoding one and several sequences, and a prompt
 _DISPATCH = "panguq.dispatch_matmul.default"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir import interpret
-from panguq.ir.edit import label
+from panguq.ir.edit import ancestors, label
 from panguq.ir.views import Linear, results_of
 from panguq.passes.base import linears
 
@@ -69,7 +69,7 @@ def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) ->
 
 
 def _region(gm: fx.GraphModule, start: fx.Node, end: fx.Node, value: Tensor) -> Tensor:
-    needed = interpret.ancestors([end], stop=[start])
+    needed = ancestors([end], stop=[start])
     environment: interpret.Environment = {start: value}
     with torch.no_grad():
         for node in gm.graph.nodes:

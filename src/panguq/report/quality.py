@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from panguq.ir import interpret
-from panguq.ir.edit import get_tensor, label
-from panguq.ir.interpret import ancestors
+from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.views import Linear, operands_at
 from panguq.passes.assign_schemes import gives_logits

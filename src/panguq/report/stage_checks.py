@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir import interpret
-from panguq.ir.edit import find_label, get_tensor, label
+from panguq.ir.edit import ancestors, find_label, get_tensor, label
 from panguq.ir.equivalence import TOLERANCE_IN_EPSILONS, evaluate
 from panguq.report.dump_files import SiteInfo
 from panguq.report.local_sqnr import sqnr_db
@@ -139,7 +139,7 @@ def _inside(gm: fx.GraphModule, site: SiteInfo) -> set[str]:
         ends = [find_label(gm, name) for name in site.outputs]
     except KeyError:
         return set()
-    needed = interpret.ancestors(ends, stop=starts)
+    needed = ancestors(ends, stop=starts)
     reached = set(starts)
     for node in gm.graph.nodes:
         if node in needed and any(source in reached for source in node.all_input_nodes):

@@ -1,0 +1,58 @@
+"""From a model, as a user gives it, to a graph that was compared with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from panguq.errors import InputError
+from panguq.ir.interface import Interface
+from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
+from panguq.trace_check import check_causal_lm, check_module, has_weights
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Sequence[Tensor] | None,
+    dtype: torch.dtype | None,
+    compare: bool = True,
+) -> tuple[fx.GraphModule, Interface]:
+    """The model's graph, by default compared with the model itself, and its interface.
+
+    Raises InputError for what is no model, TraceError for one whose graph would not be the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model is a {type(model).__name__}, not a torch.nn.Module",
+            "load it first, for example with panguq.load_pretrained(folder)",
+        )
+    if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
+        model = _cast(model, dtype)
+    compare = compare and has_weights(model)
+    if is_causal_lm(model):
+        gm, interface = trace_causal_lm(model)
+        if compare:
+            check_causal_lm(model, gm, interface)
+        return gm, interface
+    if example_inputs is None:
+        raise InputError(
+            f"{type(model).__name__} is not a transformers causal language model",
+            "pass example_inputs=, a tuple of tensors with every size at least 2",
+        )
+    gm, interface = trace_module(model, example_inputs)
+    if compare:
+        check_module(model, gm, interface, example_inputs)
+    return gm, interface
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with its parameters cast. Buffers, such as rotary tables, keep their precision."""
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    for p in model.parameters():
+        cast = p.detach().to(dtype) if p.is_floating_point() else p.detach()
+        memo[id(p)] = nn.Parameter(cast, requires_grad=False)
+    return copy.deepcopy(model, memo)
