@@ -159,6 +159,11 @@ def test_other_kinds_of_model(folder: Path, tmp_path: Path, changed: dict[str, A
     assert "decoder-only" in error.message
 
 
+def test_a_model_that_is_not_causal(folder: Path, tmp_path: Path) -> None:
+    copy = with_config(folder, tmp_path / "copy", is_causal=False)
+    assert "is_causal is false" in refusal(InputError, copy).message
+
+
 def test_a_model_that_needs_its_own_code_is_refused_and_nothing_runs(
     folder: Path, tmp_path: Path
 ) -> None:
