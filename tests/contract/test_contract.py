@@ -217,11 +217,13 @@ def test_lm_eval(source: Any, compiled: Any) -> None:
     )
     from lm_eval.api.instance import Instance
 
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<bos>"  # the token that ends the source model's texts
     questions = [("a quantized", " model"), ("its", " scales")]
     scored, texts = [], []
     for model in (source, compiled):
         harness = huggingface.HFLM(
-            pretrained=model, tokenizer=make_tokenizer(), batch_size=2, max_length=64
+            pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=64
         )
         asked = [Instance("loglikelihood", {}, question, 0) for question in questions]
         scored.append([score for score, _ in harness.loglikelihood(asked, disable_tqdm=True)])
