@@ -55,7 +55,7 @@ def _draws(node: fx.Node) -> bool:
     return not off
 
 
-def results_of(exported: ExportedProgram, name: str) -> list[str]:
+def returned_by(exported: ExportedProgram, name: str) -> list[str]:
     """The names of the nodes that hold what the module returned.
 
     Raises TraceError for a result that is no tensor, and for one that an earlier call decides:

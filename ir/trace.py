@@ -25,7 +25,7 @@ from panguq.ir.exported_graph import (
     WHAT_TO_DO,
     check_deterministic,
     name_symbols,
-    results_of,
+    returned_by,
     unlift,
     writes_dropped,
 )
@@ -162,7 +162,7 @@ def _graph_of(
     """The plain graph; what it leaves undone is told in `gm.meta["trace_warnings"]`."""
     name = type(model).__name__
     check_deterministic(exported, name)
-    results = results_of(exported, name)
+    results = returned_by(exported, name)
     gm = unlift(exported, results, strip, split)
     gm.meta["trace_warnings"] = tuple(f"{name}: {w}" for w in writes_dropped(exported, results))
     return gm

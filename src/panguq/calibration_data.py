@@ -34,15 +34,20 @@ LONGEST = 4 * WINDOW
 MOST_TOKENS = 1 << 18
 MOST_ITEMS = 1 << 16
 FEW = 32
+HELD_OUT, HELD_OUT_ROWS = 64, 4
 GIVEN = "given by the caller"
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Token ids, each `[batch, seq]` with the name of where it stood, and what is said of all."""
+    """Token ids, each `[batch, seq]` with the name of where it stood, and what is said of all.
+
+    `held_out` are a few rows of ids of the text behind, for the comparison at the end of a compile.
+    """
 
     sequences: tuple[Ids, ...]
     summary: CalibrationSummary
+    held_out: tuple[Tensor, ...] = ()
 
 
 def read_calibration(
@@ -135,6 +140,7 @@ class _Taken:
     dropped: int = 0
     more: bool = False
     first: str = ""
+    held_out: list[Tensor] = field(default_factory=list)
 
     def finish(self, source: str, tokenizer: Any) -> CalibrationData:
         """Raises InputError where too little was taken."""
@@ -164,7 +170,7 @@ class _Taken:
             more_left=self.more,
             first_80_characters=first[:80],
         )
-        return CalibrationData(tuple(self.sequences), summary)
+        return CalibrationData(tuple(self.sequences), summary, tuple(self.held_out))
 
     def _warn_of_padding(self, tokenizer: Any) -> None:
         """Padding without a mask is observed as if it were text."""
@@ -221,8 +227,13 @@ def _windows(rows: Iterable[Row], tokenizer: Any, window: int, windows: int) -> 
     ids = encode(tokenizer, text, special=False, where=row.where)
     if len(ids) < SHORTEST:
         raise too_short(len(ids), row.where.partition(": ")[0])
-    parts, taken.dropped, more = pieces(ids, window, bos_prefix(tokenizer), windows)
+    prefix = bos_prefix(tokenizer)
+    parts, taken.dropped, more = pieces(ids, window, prefix, windows)
     taken.more = taken.more or more
+    behind = ids[windows * (window - len(prefix)) + len(prefix) :]
+    if len(behind) >= SHORTEST:
+        held_out, _, _ = pieces(behind, min(window, HELD_OUT), prefix, HELD_OUT_ROWS)
+        taken.held_out = [torch.tensor(row) for row in held_out]
     taken.first = text
     taken.sequences = [
         Ids(f"calibration window {index}", torch.tensor([part])) for index, part in enumerate(parts)

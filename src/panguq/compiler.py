@@ -121,7 +121,8 @@ def compile(
     whole process and from now on; without that a compile needs a gigabyte more.
 
     Raises PanguqError's subclasses: RecipeError and LoweringError before any calibration,
-    TraceError, InputError for unusable data, NumericsError for tensors that are not finite,
+    TraceError, InputError for unusable data, NumericsError for tensors that are not finite, in the
+    end LoweringError where the lowered graph is not the quantized one any more,
     StorageError for a full disk or a `work_dir` that cannot be used.
     """
     return_large_blocks()
@@ -182,13 +183,17 @@ def compile(
     interface = ctx.interface  # a pass may have given the cache another dtype
     store_folded(gm, ctx.store.put)
     fake_quant = clone(gm)
+    quality.before_lowering()
     runner.run(gm, schedule.lowering)
 
-    report = quality.report(target, gm, fake_quant, used)
+    held_out = calibration.held_out if isinstance(calibration, CalibrationData) else ()
+    report = quality.report(target, gm, fake_quant, used, held_out, calibrated)
     unused = tuple(getattr(model, "panguq_unused_weights", ()))
     report = report.model_copy(update={"unused_weights": unused})
     if dump:
         dump.close(report)
+    if quality.fault is not None:
+        raise quality.fault
     for warning in report.warnings:
         if warning not in quality.known:  # said when it was known
             logger.warning(warning)

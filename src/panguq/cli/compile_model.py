@@ -225,6 +225,8 @@ def _summary(compiled: Any, options: argparse.Namespace) -> str:
         f"{figures['static_share']:.1%} static, {figures['dynamic_share']:.1%} dynamic, "
         f"{figures['float_share']:.1%} float"
     )
+    if report.end_to_end is not None:
+        lines.append(f"end to end: {report.end_to_end}")
     lines += [f"warning: {warning}" for warning in report.warnings]
     if options.out is not None:
         size = sum(file.stat().st_size for file in options.out.iterdir())

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from panguq.errors import StorageError
 from panguq.ir import interpret
 from panguq.report.dump_reader import DumpReader
-from panguq.report.quality import finite
+from panguq.report.local_sqnr import finite
 from panguq.report.replay import decibels, probe_for, reference_stage
 from panguq.report.stage_checks import exact_faults, float_values, lossy_quality
 

@@ -100,6 +100,31 @@ class CalibrationSummary(BaseModel):
         return f"{said} ({'; '.join(notes)})" if notes else said
 
 
+class EndToEnd(BaseModel):
+    """The compiled model against the float model on a few rows of data, `source` says which.
+
+    `rows` are sequences, or inputs of a plain module; `tokens` those whose logits were compared.
+    `sqnr_db` is of the logits, or of all floating results (999: equal); `kl` is KL(float ‖
+    compiled) in nats, mean a token, and `top1` the share of tokens for which both hold the same
+    next token most likely. A plain module has no tokens.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    rows: int
+    tokens: int | None = None
+    kl: float | None = None
+    sqnr_db: float
+    top1: float | None = None
+    source: str
+
+    def __str__(self) -> str:
+        """One line for people."""
+        figures = [f"SQNR {self.sqnr_db:.1f} dB"]
+        if self.kl is not None and self.top1 is not None:
+            figures += [f"KL {self.kl:.4f} nats", f"top-1 {self.top1:.1%}", f"{self.tokens} tokens"]
+        return f"{', '.join(figures)} in {self.rows} rows ({self.source})"
+
+
 class CompileReport(BaseModel):
     """The passes in order, the matmuls, and what the user should know.
 
@@ -114,4 +139,9 @@ class CompileReport(BaseModel):
     warnings: tuple[str, ...] = ()
     unused_weights: tuple[str, ...] = ()
     calibration: CalibrationSummary = CalibrationSummary()
-    logits_sqnr_db: float | None = None
+    end_to_end: EndToEnd | None = None
+
+    @property
+    def logits_sqnr_db(self) -> float | None:
+        """SQNR of the compiled model's output, in dB; 999 where it is the float model's."""
+        return None if self.end_to_end is None else self.end_to_end.sqnr_db

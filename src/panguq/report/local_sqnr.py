@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from panguq.ir import interpret
 from panguq.ir.edit import ancestors, label
-from panguq.ir.views import Linear, results_of
+from panguq.ir.views import Linear
 from panguq.passes.base import linears
 
 
@@ -28,6 +28,11 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     """10 log10 of signal power over noise power; inf if equal, -inf if not finite."""
     signal = reference.double().square().sum().item()
     noise = (reference.double() - actual.double()).square().sum().item()
+    return ratio_db(signal, noise)
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10 of two powers; inf without noise, -inf if it is not finite."""
     if not math.isfinite(noise):
         return -math.inf
     if noise == 0.0:
@@ -35,22 +40,22 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     return 10 * math.log10(max(signal, 1e-300) / noise)
 
 
+def finite(db: float) -> float:
+    """JSON knows no infinity: an exact result (inf) and a broken one (-inf) become +-999 dB."""
+    return round(max(min(db, 999.0), -999.0), 2) if not math.isnan(db) else -999.0
+
+
 def matmul_references(
     gm: fx.GraphModule, probe: Mapping[str, Tensor]
-) -> tuple[dict[str, MatmulReference], Tensor]:
-    """Input and output of every matmul of a float graph on the probe, by the matmul's label.
-
-    Second, the graph's first output.
-    """
+) -> dict[str, MatmulReference]:
+    """Input and output of every matmul of a float graph on the probe, by the matmul's label."""
     matmuls = linears(gm)
     inputs = {node: Linear.of(node).input for node in matmuls}
-    first = results_of(gm)[0]
-    values = interpret.values(gm, probe, {*inputs, *inputs.values(), first})
-    found = {
+    values = interpret.values(gm, probe, {*inputs, *inputs.values()})
+    return {
         label(node): MatmulReference(label(x), values[x], values[node])
         for node, x in inputs.items()
     }
-    return found, values[first]
 
 
 def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) -> dict[str, float]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
-from panguq.ir import interpret
+from panguq.errors import PanguqError
 from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.views import Linear, operands_at
@@ -21,12 +20,8 @@ from panguq.report.compile_report import (
     MatmulSummary,
     PassSummary,
 )
-from panguq.report.local_sqnr import (
-    MatmulReference,
-    local_sqnr,
-    matmul_references,
-    sqnr_db,
-)
+from panguq.report.end_to_end import Graphs, Outcome, check_end_to_end, other_kernel
+from panguq.report.local_sqnr import MatmulReference, finite, local_sqnr, matmul_references
 
 aten = torch.ops.aten
 POOR_DB = 5.0
@@ -37,16 +32,18 @@ class Quality:
 
     def __init__(self, ctx: PassContext) -> None:
         self.ctx = ctx
+        self.float_interface = ctx.interface
         self.references: Mapping[str, MatmulReference] = {}
-        self.logits: torch.Tensor | None = None
         self.latest: dict[str, float] = {}
+        self.quantized: dict[str, float] = {}
+        self.fault: PanguqError | None = None  # what is wrong with the compile as a whole
         self.summaries: list[PassSummary] = []
         self.known: tuple[str, ...] = ()  # warnings that the compile has given already
 
     def before_pass(self, index: int, step: Pass, gm: fx.GraphModule) -> None:
         """In front of the first lossy pass, note what the float graph computes."""
         if not step.exact and not self.references and self.ctx.probe is not None:
-            self.references, self.logits = matmul_references(gm, self.ctx.probe)
+            self.references = matmul_references(gm, self.ctx.probe)
 
     def after_pass(self, record: PassRecord, gm: fx.GraphModule) -> None:
         """Measure the pass and add its line to the summary."""
@@ -70,17 +67,30 @@ class Quality:
     def failed_pass(self, index: int, step: Pass, error: BaseException) -> None:
         """A failure says nothing about quality."""
 
+    def before_lowering(self) -> None:
+        """Note what quantization alone costs; what comes next is to cost next to nothing."""
+        self.quantized = dict(self.latest)
+
     def report(
         self,
         target: str,
         gm: fx.GraphModule,
         fake_quant: fx.GraphModule,
         calibration: CalibrationSummary,
+        held_out: Sequence[torch.Tensor] = (),
+        observed: bool = True,
     ) -> CompileReport:
-        """The whole compile's report; matmuls below 5 dB become warnings."""
-        logits_db = None
-        if self.logits is not None and self.ctx.probe is not None:
-            logits_db = sqnr_db(self.logits, interpret.run(gm, self.ctx.probe)[0])
+        """The whole compile's report; matmuls below 5 dB, and a whole below it, become warnings.
+
+        What makes the compiled model useless is left in `fault`, to be raised.
+        """
+        outcome = Outcome()
+        if self.ctx.reference is not None and self.ctx.batches:
+            graphs = Graphs(
+                self.ctx.reference, fake_quant, gm, self.float_interface, self.ctx.interface
+            )
+            outcome = check_end_to_end(graphs, self.ctx.batches, held_out, observed, self.latest)
+        self.fault = other_kernel(self.quantized, self.latest) or outcome.fault
         poor = {name: db for name, db in self.latest.items() if db < POOR_DB}
         warnings = [
             f"{name} keeps only {db:.1f} dB of its float result; give it more bits in the recipe"
@@ -90,17 +100,10 @@ class Quality:
             target=target,
             passes=tuple(self.summaries),
             matmuls=tuple(summarize_matmuls(gm, fake_quant, self.latest)),
-            warnings=(*self.known, *warnings),
+            warnings=(*self.known, *outcome.warnings, *warnings),
             calibration=calibration,
-            logits_sqnr_db=finite(logits_db),
+            end_to_end=outcome.figures,
         )
-
-
-def finite(value: float | None) -> float | None:
-    """JSON knows no infinity: an exact result (inf) and a broken one (-inf) become +-999 dB."""
-    if value is None:
-        return None
-    return round(max(min(value, 999.0), -999.0), 2) if not math.isnan(value) else -999.0
 
 
 def summarize_matmuls(
@@ -128,7 +131,7 @@ def summarize_matmuls(
                 gives_logits=gives_logits(node),
                 is_side=meta_of(node).split_from is not None,
                 stored_bytes=sum(t.numel() * t.element_size() for t in tensors),
-                local_sqnr_db=finite(quality.get(name)),
+                local_sqnr_db=finite(quality[name]) if name in quality else None,
             )
         )
     return rows

@@ -12,8 +12,7 @@ from torch import Tensor, fx
 from panguq.inputs import prepare, takes_empty_mask
 from panguq.ir import interpret
 from panguq.report.dump_reader import FAILED, DumpReader
-from panguq.report.local_sqnr import sqnr_db
-from panguq.report.quality import finite
+from panguq.report.local_sqnr import finite, sqnr_db
 from panguq.report.rerun import rerun_failed
 
 TOP = 5
