@@ -252,6 +252,18 @@ def test_both_names_of_the_cache_are_taken() -> None:
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
+def test_an_int8_cache_in_a_static_one() -> None:
+    model = panguq.compile(source("llama"), "w8a8-dynamic-kv8", calibration=prompts(4, 16))
+    assert isinstance(model, CompiledCausalLM)
+    expected = model.generate(prompts(), max_new_tokens=5, do_sample=False)
+    for chunk in (None, 4):
+        found = model.generate(
+            prompts(), max_new_tokens=5, do_sample=False, cache_implementation="static",
+            prefill_chunk_size=chunk,
+        )  # fmt: skip
+        assert torch.equal(found, expected)
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -271,6 +283,11 @@ def test_what_no_graph_has_is_refused(name: str) -> None:
         compiled("llama").generate(prompts(), max_new_tokens=2, **options)
     with pytest.raises(InputError, match=name):
         compiled("llama")(None if name == "inputs_embeds" else prompts(), **options)
+
+
+def test_early_exit_is_refused() -> None:
+    with pytest.raises(InputError, match="assistant_early_exit"):
+        compiled("llama").generate(prompts(1), max_new_tokens=2, assistant_early_exit=1)
 
 
 def test_continuous_batching_is_refused() -> None:

@@ -19,6 +19,9 @@ from panguq.ir.interface import Interface
 from panguq.ir.views import Linear, operand, results_of
 from panguq.kv_cache import CACHE_NAME, check_cache
 
+NO_PART_OF_A_GRAPH = (
+    "output_attentions", "output_hidden_states", "inputs_embeds", "assistant_early_exit",
+)  # fmt: skip
 NO_CACHE_LIKE_THAT = ("offloaded", "offloaded_static", "quantized", "paged")
 # Pipelines look up here, by class name, which models they serve.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["panguq"] = "CompiledCausalLM"
@@ -53,7 +56,7 @@ class Generates(GenerationMixin):
 
     @staticmethod
     def _check_options(options: dict[str, Any], config: GenerationConfig) -> None:
-        for name in ("output_attentions", "output_hidden_states", "inputs_embeds"):
+        for name in NO_PART_OF_A_GRAPH:
             value = options.get(name, getattr(config, name, None))
             if value is not None and value is not False:
                 raise InputError(

@@ -121,6 +121,18 @@ def update_cache(cache: Any, tensors: Sequence[Tensor], new: int) -> Any:
     for layer, key, value in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
         if type(layer) is DynamicLayer:
             _hold(layer, key, value)
-        else:
-            layer.update(key[:, :, -new:], value[:, :, -new:])
+            continue
+        if _is_empty_for_others(layer, key):
+            layer.lazy_initialization(key, value)
+        layer.update(key[:, :, -new:], value[:, :, -new:])
     return cache
+
+
+def _is_empty_for_others(layer: Any, key: Tensor) -> bool:
+    """Whether the layer holds nothing, in memory that was made for another dtype or batch.
+
+    With chunked prefill transformers makes a static cache for floats before it knows of codes.
+    """
+    if not layer.is_initialized or int(layer.get_seq_length()) > 0:
+        return False
+    return bool(layer.keys.dtype != key.dtype or layer.keys.shape[:2] != key.shape[:2])
