@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from panguq.ir.interface import Interface
 from panguq.recipe import Recipe
 from panguq.report.compile_report import CompileReport
 
+logger = logging.getLogger("panguq")
 FAKE_QUANT, LOWERED = "fake-quant", "lowered"
 Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -36,6 +39,27 @@ class Artifact:
     config: Any = None
     generation_config: Any = None
     tokenizer: Any = None
+
+    def of(self, model: Any, tokenizer: Any) -> Artifact:
+        """This artifact as that of a transformers language model, with what is saved along.
+
+        The configuration has the vocabulary that the embedding has. A tokenizer that cannot be
+        saved is left out, which is said.
+        """
+        config = copy.deepcopy(model.config)
+        config.get_text_config(decoder=True).vocab_size = self.interface.vocab_size
+        if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+            logger.warning(
+                "the tokenizer, a %s, is not saved with the model: only those of transformers are",
+                type(tokenizer).__name__,
+            )
+            tokenizer = None
+        return replace(
+            self,
+            config=config,
+            generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
+            tokenizer=tokenizer,
+        )
 
     @property
     def dtype(self) -> torch.dtype:

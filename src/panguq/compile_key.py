@@ -1,19 +1,24 @@
-"""What makes two compiles the same: parts that one has finished serve the other only then."""
+"""Finished parts of a compile, and what makes two compiles the same so that they may share them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import weights_of
 from panguq.ir.printer import content_hash, print_graph
+from panguq.ir.unit_folder import UnitFolder
 from panguq.recipe import Recipe
 
 SAMPLED_PER_AXIS = 64
+logger = logging.getLogger("panguq")
 
 
 def compile_key(
@@ -58,3 +63,40 @@ def _model_hash(gm: fx.GraphModule) -> str:
         steps = tuple(slice(None, None, max(size // SAMPLED_PER_AXIS, 1)) for size in tensor.shape)
         digest.update(f"{name}{content_hash(tensor[steps])}".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def held_units(place: str | Path | UnitFolder | None) -> Iterator[UnitFolder | None]:
+    """The folder of finished parts as this process's alone; one that the caller holds stays his.
+
+    Raises StorageError for a folder that another compile holds, or that holds something else.
+    """
+    if place is None or isinstance(place, UnitFolder):
+        yield place
+        return
+    units = UnitFolder(Path(place))
+    try:
+        yield units
+    finally:
+        units.leave()
+
+
+def open_units(
+    units: UnitFolder | None,
+    gm: fx.GraphModule,
+    batches: Sequence[Mapping[str, Tensor]] | None,
+    sampled: int,
+    recipe: Recipe,
+    target: str,
+    seed: int,
+) -> None:
+    """Keep the parts of this very compile; those of another one go, and that is said."""
+    if units is None:
+        return
+    changed = units.open_for(compile_key(gm, batches, sampled, recipe, target, seed))
+    if changed:
+        logger.warning(
+            "%s holds the parts of another compile, so this one starts anew; different: %s",
+            units.path,
+            ", ".join(changed),
+        )

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import fx
+
 from panguq.ir.properties import Property
 from panguq.lowering.stages import fitting, lowering_passes
+from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.base import Pass
+from panguq.passes.module_globs import check_globs
 from panguq.passes.pipeline import check_order
 from panguq.recipe import Recipe
 from panguq.registry import ALL_PASSES
@@ -52,6 +56,16 @@ class Schedule:
     def needs_calibration(self) -> bool:
         """Whether a pass reads calibration data."""
         return any(step.needs_calibration for step in self.passes)
+
+    @property
+    def assign(self) -> AssignSchemes:
+        """The pass that gives every matmul the recipe's scheme."""
+        return next(step for step in self.implied if isinstance(step, AssignSchemes))
+
+    def check_described(self, gm: fx.GraphModule, allow_unmatched: bool | tuple[str, ...]) -> None:
+        """Raises RecipeError for a pass's glob that matches no matmul of the described graph."""
+        for step in self.calibrated:
+            check_globs(step.name, step.globs, gm, allow_unmatched)
 
     def check_order(self) -> None:
         """Raises RecipeError if a pass needs what nothing before it has established."""

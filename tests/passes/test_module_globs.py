@@ -86,7 +86,7 @@ def test_the_globs_of_passes_count_before_any_calibration(monkeypatch: Any) -> N
     def no_data(*args: object) -> None:
         pytest.fail("calibration began")
 
-    monkeypatch.setattr("panguq.compiler._given_batches", no_data)
+    monkeypatch.setattr("panguq.compile_data.CompileData.prepare", no_data)
     passes = [
         {"mixed-precision": {"bits": 6, "keep": ["zero"]}},
         "insert-fake-quant",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from panguq.calibration import causal_lm_batches, probe_of
+from panguq.compile_data import CompileData
 from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
 from panguq.ir.trace import trace_causal_lm
@@ -85,7 +86,8 @@ def dump_into(traced: Traced) -> Dumper:
         at = len(steps) if at is None else at
         steps[at:at] = extra
         run_pipeline(gm, [*steps, LowerMatmuls()], ctx, [quality, dump, recorder])
-        dump.close(quality.report("cpu", gm, recorder.graphs[list(recorder.graphs)[-2]], "given"))
+        used = CompileData(nn.Module(), None, 0, None, None, calibrated=True)
+        dump.close(quality.report("cpu", gm, recorder.graphs[list(recorder.graphs)[-2]], used))
         return DumpReader(folder), dump, recorder.graphs
 
     return run

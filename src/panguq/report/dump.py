@@ -95,11 +95,13 @@ class Dump:
         target: str,
         ctx: PassContext,
         summaries: Sequence[PassSummary] = (),
+        traced: tuple[fx.GraphModule, Any] | None = None,
     ) -> Dump | None:
         """A dump into `dump_dir`, by default `$PANGUQ_DUMP`; None if neither is given.
 
         `summaries`: a list to which, before the dump hears of a pass, its line is added. Raises
         StorageError if the folder holds anything but an old dump, which is replaced.
+        `traced`: the graph as it was traced, and its model, to begin with.
         """
         folder = chosen_folder(dump_dir)
         if folder is None:
@@ -115,6 +117,8 @@ class Dump:
         dump = Dump(folder, info, ctx, summaries)
         dump._release = weakref.finalize(dump, os.close, handle)
         dump._attempt(dump._write_info)
+        if traced is not None:
+            dump.traced(*traced)
         return dump
 
     def traced(self, gm: fx.GraphModule, model: Any = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -25,6 +27,27 @@ from panguq.report.local_sqnr import MatmulReference, finite, local_sqnr, matmul
 
 aten = torch.ops.aten
 POOR_DB = 5.0
+logger = logging.getLogger("panguq")
+
+
+class DataUsed(Protocol):
+    """What the report says of a compile's data."""
+
+    @property
+    def summary(self) -> CalibrationSummary:
+        """Where it came from."""
+
+    @property
+    def held_out(self) -> Sequence[torch.Tensor]:
+        """Rows of token ids `[seq]` that no pass has observed."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether passes observed the batches."""
+
+    @property
+    def unused_weights(self) -> tuple[str, ...]:
+        """Weights of the source checkpoint that the model does not use."""
 
 
 class Quality:
@@ -67,6 +90,20 @@ class Quality:
     def failed_pass(self, index: int, step: Pass, error: BaseException) -> None:
         """A failure says nothing about quality."""
 
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Give warnings now, and with the report."""
+        for warning in warnings:
+            logger.warning(warning)
+            self.known = (*self.known, warning)
+
+    def conclude(self, report: CompileReport) -> None:
+        """Give the report's other warnings. Raises what makes the compiled model useless."""
+        if self.fault is not None:
+            raise self.fault
+        for warning in report.warnings:
+            if warning not in self.known:
+                logger.warning(warning)
+
     def before_lowering(self) -> None:
         """Note what quantization alone costs; what comes next is to cost next to nothing."""
         self.quantized = dict(self.latest)
@@ -76,9 +113,7 @@ class Quality:
         target: str,
         gm: fx.GraphModule,
         fake_quant: fx.GraphModule,
-        calibration: CalibrationSummary,
-        held_out: Sequence[torch.Tensor] = (),
-        observed: bool = True,
+        data: DataUsed,
     ) -> CompileReport:
         """The whole compile's report; matmuls below 5 dB, and a whole below it, become warnings.
 
@@ -89,7 +124,9 @@ class Quality:
             graphs = Graphs(
                 self.ctx.reference, fake_quant, gm, self.float_interface, self.ctx.interface
             )
-            outcome = check_end_to_end(graphs, self.ctx.batches, held_out, observed, self.latest)
+            outcome = check_end_to_end(
+                graphs, self.ctx.batches, data.held_out, data.calibrated, self.latest
+            )
         self.fault = other_kernel(self.quantized, self.latest) or outcome.fault
         poor = {name: db for name, db in self.latest.items() if db < POOR_DB}
         warnings = [
@@ -101,7 +138,8 @@ class Quality:
             passes=tuple(self.summaries),
             matmuls=tuple(summarize_matmuls(gm, fake_quant, self.latest)),
             warnings=(*self.known, *outcome.warnings, *warnings),
-            calibration=calibration,
+            calibration=data.summary,
+            unused_weights=data.unused_weights,
             end_to_end=outcome.figures,
         )
 
