@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -77,11 +78,15 @@ class AssignSchemes(Pass):
 
     def choose(self, node: fx.Node) -> tuple[Scheme, str]:
         """The scheme of this linear and, where it is not the plain choice, why."""
-        matches = [(g, s) for g, s in self.schemes if fnmatchcase(module_path(node), g)]
+        return self.scheme_for(module_path(node), lambda: gives_logits(node))
+
+    def scheme_for(self, path: str, is_head: Callable[[], bool]) -> tuple[Scheme, str]:
+        """As `choose`, for the linear of the module at `path`, which may give the logits."""
+        matches = [(g, s) for g, s in self.schemes if fnmatchcase(path, g)]
         if not matches:
             return SCHEMES["FLOAT"], "no glob of the recipe matches it"
         glob, name = matches[-1]
-        if glob == "*" and gives_logits(node):
+        if glob == "*" and is_head():
             return SCHEMES["FLOAT"], "it gives the logits; name it in the recipe to quantize it"
         return parse_scheme(name), ""
 

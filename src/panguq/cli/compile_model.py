@@ -17,6 +17,7 @@ from panguq.cli.command import (
     print_json,
     quiet_transformers,
 )
+from panguq.cli.compile_end import check_end, check_server
 from panguq.cli.compile_places import check_out, held_places
 from panguq.errors import InputError, RecipeError
 from panguq.export.formats import FORMATS
@@ -94,7 +95,8 @@ def add(commands: Commands) -> None:
         "--for",
         dest="server",
         choices=SERVERS,
-        help="with --dry-run: say which matmuls this server has no kernel for, and what to choose",
+        help="refuse before the work what this server has no kernel for; with --dry-run: say which "
+        "matmuls these are, and what to choose",
     )
     add_json(command)
 
@@ -103,10 +105,7 @@ def run(options: argparse.Namespace) -> int:
     """Plan, or compile and save."""
     recipe = _recipe(options)
     if options.server is not None and not options.dry_run:
-        raise InputError(
-            "--for only works with --dry-run",
-            "add --dry-run; saving refuses what no server of the format takes",
-        )
+        check_server(options.server, options.out, options.format)
     if options.out is not None:
         check_out(options.out, options.force, options.format)
     import torch
@@ -122,16 +121,18 @@ def run(options: argparse.Namespace) -> int:
     from panguq.lowering.targets import find_target
 
     find_target(options.target)
-    calibration = None
-    if options.calibration is not None:
-        tokenizer = load_tokenizer(options.model)
-        sizes = (options.window, options.windows)
-        calibration = read_calibration(options.calibration, tokenizer, *sizes)
-    else:
-        tokenizer = _tokenizer_if_any(options.model)
+    tokenizer = (_tokenizer_if_any if options.calibration is None else load_tokenizer)(
+        options.model
+    )
     with held_places(options.out, options.work_dir) as places:
+        model = load_pretrained(options.model)
+        check_end(options, recipe, dtype, model)
+        calibration = None
+        if options.calibration is not None:
+            sizes = (options.window, options.windows)
+            calibration = read_calibration(options.calibration, tokenizer, *sizes)
         compiled = compile(
-            load_pretrained(options.model),
+            model,
             recipe,
             calibration=calibration,
             sampled=options.sampled,

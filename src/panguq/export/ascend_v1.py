@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from panguq.artifact import Artifact
 from panguq.export.ascend_v1_tensors import FLOAT, TYPES, Entry, float_entry, linear_entries
 from panguq.export.checkpoint_folder import SHARD_BYTES, marked, write_checkpoint
 from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
-from panguq.export.quantized_linear import ExportError, QuantizedLinear
+from panguq.export.quantized_linear import ExportError, LinearForm
 from panguq.export.served_files import config_of, served_files
 from panguq.export.server_rules import W4A8_GROUP, Server, support, too_large
 
@@ -51,7 +51,9 @@ def save_ascend_v1(
     and panguq wrote it), or if it cannot be written.
     """
     graph = read_checkpoint_graph(artifact)
-    _refuse(graph, artifact)
+    _refuse_mixed(graph)
+    for warning in check_linears(graph.quantized, artifact.dtype):
+        logger.warning(warning)
     entries = list(checkpoint_entries(graph))
     files: dict[str, bytes | str] = {
         DESCRIPTION: _json_text(description(entries)),
@@ -90,38 +92,36 @@ def description(entries: list[Entry]) -> dict[str, Any]:
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def _refuse(graph: CheckpointGraph, artifact: Artifact) -> None:
-    """Refuse what no server takes as a whole; a server that will not take it is logged."""
-    if artifact.dtype not in (torch.float16, torch.bfloat16):
+def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype) -> list[str]:
+    """A sentence for each server that will not take these linears, by path, though another does.
+
+    Raises ExportError if no server takes them all, or none a model of this dtype.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
         raise ExportError(
-            f"the model computes in {artifact.interface.float_dtype}, and the NPU kernels that "
+            f"the model computes in {str(dtype).removeprefix('torch.')}, and the NPU kernels that "
             f"{' and '.join(READERS)} call take float16 and bfloat16 alone",
             "compile it with dtype=torch.bfloat16 (--dtype bfloat16)",
         )
-    _refuse_mixed(graph)
     refused: dict[Server, dict[str, str]] = {}
     for server in READERS:
-        reasons = {path: _refusal(linear, server) for path, linear in graph.quantized.items()}
+        reasons = {path: _refusal(linear, server) for path, linear in linears.items()}
         refused[server] = {path: why for path, why in reasons.items() if why}
+    told = {
+        server: f"{next(iter(reasons.values()))} ({next(iter(reasons))}, {len(reasons)} in all)"
+        for server, reasons in refused.items()
+        if reasons
+    }
     if all(refused.values()):
+        listed = "; ".join(f"{server}: {why}" for server, why in told.items())
         first = next(iter(refused[READERS[0]]))
-        told = "; ".join(
-            f"{server}: {next(iter(reasons.values()))} ({next(iter(reasons))}, "
-            f"{len(reasons)} in all)"
-            for server, reasons in refused.items()
-        )
         raise ExportError(
-            f"no server of this format takes the model. {told}", _instead(graph.quantized[first])
+            f"no server of this format takes the model. {listed}", _instead(linears[first])
         )
-    for server, reasons in refused.items():
-        for path, why in list(reasons.items())[:1]:
-            logger.warning(
-                "%s will not take this checkpoint: %s (%s, %d in all)",
-                server, why, path, len(reasons),
-            )  # fmt: skip
+    return [f"{server} will not take this checkpoint: {why}" for server, why in told.items()]
 
 
-def _refusal(linear: QuantizedLinear, server: Server) -> str:
+def _refusal(linear: LinearForm, server: Server) -> str:
     """Why the server would not take it; empty if it would."""
     n, k = linear.shape
     name = linear.scheme.name.partition("-")[0]
@@ -129,18 +129,18 @@ def _refusal(linear: QuantizedLinear, server: Server) -> str:
     entry = support(server, "ascend", name, None if per_channel else linear.group_size)
     if not entry.takes:
         return entry.reason
-    if linear.weight_zero_point is not None:
+    if linear.has_zero_point:
         return "it takes weights without zero points"
     if name == "W4A8" and (k % W4A8_GROUP or n % 2):
         return f"its int8 x int4 kernel wants k % {W4A8_GROUP} == 0 and n % 2 == 0, not {n} x {k}"
-    if name == "W4A8" and linear.bias is not None:
+    if name == "W4A8" and linear.has_bias:
         return "its int8 x int4 kernel takes no bias"
     if name not in TYPES:
         return "the format has no such type"
     return too_large(server, name, n, k)
 
 
-def _instead(linear: QuantizedLinear) -> str:
+def _instead(linear: LinearForm) -> str:
     """What to choose, of the servers' advice the first; for a shape, what takes any."""
     name = linear.scheme.name.partition("-")[0]
     advice = [support(server, "ascend", name, linear.group_size).instead for server in READERS]

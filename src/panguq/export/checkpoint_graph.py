@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from panguq.artifact import FAKE_QUANT, Artifact
 from panguq.export.quantized_linear import (
     ExportError,
+    LinearForm,
     QuantizedLinear,
     read_linear,
     reads_float,
@@ -74,7 +75,7 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     _refuse_quantized_values(gm)
     nodes = {path: same[0] for path, same in by_path.items()}
     quantized = {p: read_linear(gm, p, n) for p, n in nodes.items() if not reads_float(n)}
-    _check_modules(skeleton, quantized.values())
+    check_modules(skeleton, quantized.values())
     weights, is_tied = _float_weights(gm, skeleton, quantized)
     return CheckpointGraph(
         quantized=quantized,
@@ -129,7 +130,11 @@ def _refuse_quantized_values(gm: fx.GraphModule) -> None:
 # --- against the architecture -------------------------------------------------------------------
 
 
-def _check_modules(skeleton: nn.Module, linears: Iterable[QuantizedLinear]) -> None:
+def check_modules(skeleton: nn.Module, linears: Iterable[LinearForm]) -> None:
+    """Raises ExportError for a linear that the architecture has not as `torch.nn.Linear`.
+
+    `skeleton` is the source's architecture, with or without weights.
+    """
     modules = dict(skeleton.named_modules())
     for linear in linears:
         module = modules.get(linear.path)
@@ -140,9 +145,9 @@ def _check_modules(skeleton: nn.Module, linears: Iterable[QuantizedLinear]) -> N
                 "save in panguq's own format, or take an architecture with linears",
             )
         shape = (module.out_features, module.in_features)
-        if shape != linear.shape or (module.bias is None) != (linear.bias is None):
+        if shape != linear.shape or (module.bias is not None) != linear.has_bias:
             raise ExportError(
-                f"{linear.path} is {list(linear.shape)} with{'out' * (linear.bias is None)} a "
+                f"{linear.path} is {list(linear.shape)} with{'out' * (not linear.has_bias)} a "
                 f"bias, the architecture's is {list(shape)} with{'out' * (module.bias is None)}",
                 "a pass changed the module's form, which a checkpoint cannot express",
             )

@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from panguq.artifact import Artifact
 from panguq.export.checkpoint_folder import SHARD_BYTES, Output, marked, write_checkpoint
 from panguq.export.checkpoint_graph import CheckpointGraph, read_checkpoint_graph
 from panguq.export.compressed_tensors_config import group_of, quantization_config
-from panguq.export.quantized_linear import ExportError, QuantizedLinear
+from panguq.export.quantized_linear import ExportError, LinearForm, QuantizedLinear
 from panguq.export.served_files import config_of, served_files
 from panguq.export.server_rules import Format, Server, support
 
@@ -80,14 +80,19 @@ def save_compressed_tensors(
 
 
 def check_loaders(graph: CheckpointGraph) -> list[str]:
-    """A sentence for each loader that will not take the checkpoint, though transformers does.
-
-    Raises ExportError if transformers does not, or nothing is quantized.
-    """
-    if not graph.quantized:
-        raise ExportError("nothing in this model is quantized", "serve the source model's folder")
+    """As `check_linears`, and raises for linears that are fused and differ in scheme, too."""
     _check_fused(graph)
-    refusals = {loader: _refusals(graph, loader) for loader in LOADERS}
+    return check_linears(graph.quantized)
+
+
+def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype | None = None) -> list[str]:
+    """A sentence for each loader that will not take these linears, though transformers does.
+
+    Raises ExportError if transformers does not, or nothing is quantized. Any dtype will do.
+    """
+    if not linears:
+        raise ExportError("nothing in this model is quantized", "serve the source model's folder")
+    refusals = {loader: _refusals(linears, loader) for loader in LOADERS}
     if refusals["transformers"]:
         listed = "; ".join(f"{loader}: {'; '.join(why)}" for loader, why in refusals.items() if why)
         raise ExportError(
@@ -101,17 +106,17 @@ def check_loaders(graph: CheckpointGraph) -> list[str]:
     ]
 
 
-def _refusals(graph: CheckpointGraph, loader: Server) -> list[str]:
+def _refusals(linears: Mapping[str, LinearForm], loader: Server) -> list[str]:
     paths: dict[str, list[str]] = defaultdict(list)
-    for linear in graph.quantized.values():
+    for linear in linears.values():
         paths[linear.scheme.name].append(linear.path)
     found = []
-    for scheme, linears in paths.items():
+    for scheme, same in paths.items():
         entry = support(loader, FORMAT, scheme)
         if not entry.takes:
-            more = f" and {len(linears) - 1} more" if len(linears) > 1 else ""
-            found.append(f"{linears[0]}{more} ({scheme}): {entry.reason}; choose {entry.instead}")
-    heads = [path for path in graph.quantized if path.rpartition(".")[2] == "lm_head"]
+            more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+            found.append(f"{same[0]}{more} ({scheme}): {entry.reason}; choose {entry.instead}")
+    heads = [path for path in linears if path.rpartition(".")[2] == "lm_head"]
     if heads and loader != "transformers":
         found.append(
             f"{heads[0]}: it has quantized linears only, and this is its LM head; keep it FLOAT"

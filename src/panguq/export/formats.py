@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from panguq.errors import InputError
 from panguq.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from panguq.artifact import Artifact
+    from panguq.export.quantized_linear import LinearForm
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Format:
     readers: str
     writer: str
     place_check: str
+    linears: str = ""  # refuses what no reader takes; without it the format holds everything
 
     def write(self, artifact: Artifact, path: Path, overwrite: bool = False) -> None:
         """Write the artifact as the folder `path`, whole or not at all.
@@ -36,6 +40,14 @@ class Format:
         """Raises StorageError if `path` holds something that `write` would not replace."""
         _function(self.place_check)(path, overwrite)
 
+    def linears_check(self) -> LinearsCheck | None:
+        """What refuses linears that the format cannot hold; None if it holds all."""
+        return _function(self.linears) if self.linears else None
+
+
+LinearsCheck: TypeAlias = "Callable[[Mapping[str, LinearForm], torch.dtype], list[str]]"
+"""Called with quantized linears by path and the model's dtype. Returns a sentence for each reader
+that will not take them though another does; raises ExportError if none does."""
 
 _CHECKPOINT_PLACE = "panguq.export.checkpoint_folder:check_target"
 FORMATS: dict[str, Format] = {
@@ -52,12 +64,14 @@ FORMATS: dict[str, Format] = {
             "transformers, vLLM and vllm-ascend",
             "panguq.export.compressed_tensors:save_compressed_tensors",
             _CHECKPOINT_PLACE,
+            "panguq.export.compressed_tensors:check_linears",
         ),
         Format(
             "ascend",
             "vllm-ascend and MindIE (msModelSlim's format)",
             "panguq.export.ascend_v1:save_ascend_v1",
             _CHECKPOINT_PLACE,
+            "panguq.export.ascend_v1:check_linears",
         ),
     )
 }
@@ -72,7 +86,7 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _function(place: str) -> Callable[..., None]:
+def _function(place: str) -> Callable[..., Any]:
     module, _, name = place.partition(":")
-    function: Callable[..., None] = getattr(import_module(module), name)
+    function: Callable[..., Any] = getattr(import_module(module), name)
     return function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +20,24 @@ panguq = torch.ops.panguq
 
 class ExportError(PanguqError):
     """A compiled model that a format, or what loads it, cannot express."""
+
+
+class LinearForm(Protocol):
+    """What formats ask of a quantized linear, whether it is made or planned. `shape` is `[n, k]`,
+    `group_size` the inputs for each scale (k: one for each output)."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def has_bias(self) -> bool: ...
+    @property
+    def has_zero_point(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +69,16 @@ class QuantizedLinear:
         """[n, k] of the weight."""
         n, width = self.stored.shape
         return n, width * 2 if self.stored.dtype == torch.uint8 else width
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias is added."""
+        return self.bias is not None
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether the weight's codes have zero points."""
+        return self.weight_zero_point is not None
 
     def codes(self) -> Tensor:
         """The weight's codes, int8 `[n, k]`; a new tensor where they are stored in pairs."""

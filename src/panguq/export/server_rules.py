@@ -242,18 +242,28 @@ class ServerVerdict:
 
 
 def verdicts(
-    plan_or_matmuls: _Plan | Iterable[Matmul], server: str, *, splits_outliers: bool = False
+    plan_or_matmuls: _Plan | Iterable[Matmul],
+    server: str,
+    *,
+    splits_outliers: bool = False,
+    format: str | None = None,
 ) -> ServerVerdict:
     """Which matmuls a server has no kernel for, out of the format that it takes most of.
 
     plan_or_matmuls: a dry run's result, or its matmuls. splits_outliers: whether the recipe may
-    split channels off into a second matmul, which no format can express. Raises InputError for a
-    server that panguq knows nothing of.
+    split channels off into a second matmul, which no format can express. format: instead of the
+    one that it takes most of. Raises InputError for a server that panguq knows nothing of, or a
+    format that it does not read.
     """
     known = find_server(server)
     plan = plan_or_matmuls
     rows = tuple(plan.matmuls if isinstance(plan, _Plan) else plan)
-    refusals = {form: _refusals(rows, known, form) for form in READS[known]}
+    forms = [form for form in READS[known] if format in (None, form)]
+    if not forms:
+        raise InputError(
+            f"{server} does not read the format {format!r}", f"it reads {', '.join(READS[known])}"
+        )
+    refusals = {form: _refusals(rows, known, form) for form in forms}
     best = min(refusals, key=lambda form: len(refusals[form]))
     return ServerVerdict(known, best, refusals[best], _notes(rows, known, splits_outliers))
 

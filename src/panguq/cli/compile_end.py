@@ -1,0 +1,62 @@
+"""What the end of `panguq compile` would refuse, refused before it begins."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from panguq.cli.compile_places import existing_parent
+from panguq.errors import InputError
+from panguq.export.server_rules import READS, Server
+
+logger = logging.getLogger("panguq")
+
+
+def check_server(server: Server, out: Path | None, format: str) -> None:
+    """Refuse `--for` where nothing is saved that the server could read. Raises InputError."""
+    if out is None or format not in READS[server]:
+        said = "without --out" if out is None else f"with --format {format}, which it does not read"
+        raise InputError(
+            f"--for {server} {said}",
+            f"save with --out and --format {' or '.join(READS[server])}, or add --dry-run to only "
+            "hear its verdict",
+        )
+
+
+def check_end(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) -> None:
+    """Refuse what saving the model would: no room for it, schemes that the format cannot hold,
+    or that the server of `--for` has no kernel for. Raises StorageError or ExportError."""
+    if options.out is None:
+        return
+    _check_room(options, recipe, dtype, model)
+    from panguq.export.format_check import check_format
+    from panguq.export.quantized_linear import ExportError
+    from panguq.export.server_rules import verdicts
+
+    found, warnings = check_format(
+        options.format, model, recipe, target=options.target, dtype=dtype
+    )
+    for warning in warnings:
+        logger.warning(warning)
+    if options.server is not None and found is not None:
+        verdict = verdicts(found, options.server, format=options.format)
+        if not verdict.takes:
+            raise ExportError(verdict.render(), "choose what it names, or leave out --for")
+
+
+def _check_room(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) -> None:
+    """The result on its disk; the codes once more where the parts lie on another, or where a
+    checkpoint is written, which shares none of panguq's files."""
+    from panguq.disk_forecast import check_disk, forecast_bytes
+
+    codes, others = forecast_bytes(model, recipe, dtype)
+    out = options.out.resolve()
+    work = out if options.work_dir is None else options.work_dir.resolve()
+    result, parts = existing_parent(out), existing_parent(work)
+    shared = options.format == "panguq" and result.stat().st_dev == parts.stat().st_dev
+    places = {result: codes + others}
+    if not shared:
+        places[parts] = places.get(parts, 0) + codes
+    check_disk(places)
