@@ -7,7 +7,7 @@ that never does it is refused before the trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,31 +30,28 @@ class LengthLimit:
 
 
 def check_causal(model: Any, config: Any) -> None:
-    """Raises TraceError for a model whose attention is known not to be plain causal attention."""
-    name = type(model).__name__
-    told = []
-    for settings in {id(config): config, id(model.config): model.config}.values():
+    """Raises TraceError for a model whose config says that its attention is not causal."""
+    for settings in (config, model.config):
         if getattr(settings, "is_causal", None) is False:
-            told.append("is_causal is False in its config")
+            raise _not_causal(model, "is_causal is False in its config")
         both_ways = getattr(settings, "use_bidirectional_attention", None)
         if both_ways in (True, "all"):
-            told.append(f"use_bidirectional_attention is {both_ways!r} in its config")
-    told += [
-        f"is_causal is False in {path}"
-        for path, module in _decoder(model).named_modules()
-        if getattr(module, "is_causal", None) is False
-    ]
-    if told:
-        raise TraceError(
-            f"the attention of {name} is not causal: {told[0]}",
-            "panguq computes each token from those before it; a bidirectional model is not served",
-        )
+            raise _not_causal(model, f"use_bidirectional_attention is {both_ways!r} in its config")
 
 
-def _decoder(model: Any) -> nn.Module:
-    """The part that reads tokens: a vision tower beside it may attend in every direction."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return found if isinstance(found, nn.Module) else model
+def check_causal_modules(model: nn.Module, traced: Container[str]) -> None:
+    """As `check_causal`, for what the modules at the `traced` paths say of themselves. Others, such
+    as attention to an encoder that a decoder alone does not have, may say what they like."""
+    for path, module in model.named_modules():
+        if path in traced and getattr(module, "is_causal", None) is False:
+            raise _not_causal(model, f"is_causal is False in {path}")
+
+
+def _not_causal(model: nn.Module, why: str) -> TraceError:
+    return TraceError(
+        f"the attention of {type(model).__name__} is not causal: {why}",
+        "panguq computes each token from those before it; a bidirectional model is not served",
+    )
 
 
 def length_limits(model: nn.Module, config: Any) -> list[LengthLimit]:

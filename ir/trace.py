@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from panguq.errors import TraceError
+from panguq.ir.edit import module_path
 from panguq.ir.exported_graph import (
     WHAT_TO_DO,
     check_deterministic,
@@ -33,6 +35,7 @@ from panguq.ir.interface import CacheLayer, Interface
 from panguq.ir.length_limits import (
     LengthLimit,
     check_causal,
+    check_causal_modules,
     keep_rotary_frequencies,
     length_limits,
     reset_rotary_frequencies,
@@ -135,6 +138,7 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
     gm = _graph_of(exported, model, "model.", {"past_keys": "key", "past_values": "value"})
     cache = [f"{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
     named = ("input_ids", "attention_mask", "position_ids", "logit_positions")
+    check_causal_modules(skeleton, {module_path(node) for node in gm.graph.nodes})
     table = _learned_positions(gm)
     if table is not None:
         limits.append(LengthLimit(table, "its table of learned positions ends there"))
@@ -284,6 +288,13 @@ def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedP
             return exported
     except Exception as error:
         source = module.model if isinstance(module, _CausalLM) else module
+        sizes = re.match(r"Constraints violated \((.*?)\)", str(error))
+        if sizes:
+            raise TraceError(
+                f"cannot trace {type(source).__name__}: its forward branches on these sizes or "
+                f"limits them: {sizes[1]}",
+                f"one graph serves every size. {_WHAT_IS_SERVED}; {WHAT_TO_DO}",
+            ) from error
         raise TraceError(
             f"cannot trace {_innermost_module(error, source)}: {_first_line(error)}",
             "the forward may depend on tensor values or fix a size; make it shape-polymorphic, "

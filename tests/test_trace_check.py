@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import panguq
+from panguq import trace_check
 from panguq.errors import InputError, TraceError
 from panguq.ir.edit import get_tensor, set_tensor
 from panguq.trace_check import check_causal_lm, check_module
@@ -177,6 +178,15 @@ def test_a_graph_of_other_values_names_the_first_module() -> None:
         check_causal_lm(shared_model("llama"), gm, interface)
 
 
+def test_of_a_large_model_the_padded_prompt_is_compared(monkeypatch) -> None:
+    monkeypatch.setattr(trace_check, "LARGE_BYTES", 0)
+    gm, interface = traced("llama")
+    check_causal_lm(shared_model("llama"), gm, interface)
+    shift(gm, "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(TraceError, match=r"a padded prompt .* is model\.layers\.1\.mlp\.up_proj"):
+        check_causal_lm(shared_model("llama"), gm, interface)
+
+
 def test_a_module_of_other_values_is_named() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     gm, interface = trace(model, (X,), None)
@@ -228,8 +238,23 @@ def test_bidirectional_attention_is_refused(kind, settings, said) -> None:
 def test_a_module_that_attends_both_ways_is_refused() -> None:
     model = make_model("llama")
     model.model.layers[1].self_attn.is_causal = False
-    with pytest.raises(TraceError, match=r"is_causal is False in layers\.1\.self_attn"):
+    with pytest.raises(TraceError, match=r"is_causal is False in model\.layers\.1\.self_attn"):
         panguq.compile(model, "float")
+
+
+def test_a_module_that_never_runs_may_attend_as_it_likes() -> None:
+    """A decoder on its own has attention to an encoder that it never calls."""
+    sizes = dict(d_model=64, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64)
+    model = build("Bart", **sizes, num_hidden_layers=1, num_key_value_heads=4)
+    assert model.model.decoder.layers[0].encoder_attn.is_causal is False
+    equal_to_eager(model, panguq.compile(model, "float"), 9)
+
+
+def test_a_forward_that_branches_on_the_length_is_refused() -> None:
+    kinds = [[["global", "local"], 1]]
+    config = dict(num_layers=2, num_heads=4, num_key_value_heads=4, attention_types=kinds)
+    with pytest.raises(TraceError, match="GPTNeoForCausalLM: its forward branches on these sizes"):
+        panguq.compile(build("GPTNeo", **config), "float")
 
 
 def test_attention_without_sdpa_is_refused() -> None:

@@ -181,9 +181,9 @@ def _compare_logits(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> tuple[
     return output, grown
 
 
-def _real(value: Tensor, call: _Call) -> Tensor:
+def _real(value: Any, call: _Call) -> Any:
     """The value at real tokens, if it has one for each token."""
-    if call.real is None or value.shape[:2] != call.real.shape:
+    if call.real is None or not isinstance(value, Tensor) or value.shape[:2] != call.real.shape:
         return value
     return value[call.real]
 
@@ -245,15 +245,15 @@ def _first_module(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> str | No
     values = interpret.values(gm, call.inputs, wanted)
     tolerance = _tolerance(eager)
     for path, kind, output in outputs:
-        expected = _real(output, call)
         candidates = [values[node] for node in computed.get(path, ())]
-        alike = (_difference(*_same_rank(expected, _real(x, call))) for x in candidates)
+        pairs = (_expanded(output, value) for value in candidates)
+        alike = (_difference(_real(x, call), _real(y, call)) for x, y in pairs)
         if candidates and not any(difference <= tolerance for difference in alike):
             return f"{path} ({kind})"
     return None
 
 
-def _same_rank(expected: Tensor, actual: Any) -> tuple[Tensor, Any]:
+def _expanded(expected: Tensor, actual: Any) -> tuple[Tensor, Any]:
     """Both, each expanded to the other's sizes where it has 1: the model may share over the batch
     what the graph computes for each row."""
     try:
