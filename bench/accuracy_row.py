@@ -23,7 +23,7 @@ from bench.memory import PeakMemory
 from demo.fetch import default_cache, fetch_evaluation_text, fetch_model
 from demo.run import windows_of
 from panguq.errors import PanguqError
-from panguq.evaluate import (
+from panguq.evaluation import (
     COLLAPSED,
     evaluate,
     first_broken_node,

@@ -39,7 +39,7 @@ def own_windows(folder: Path, cache: Path, count: int) -> Tensor:
 
 def _written(folder: Path, count: int) -> Tensor:
     import panguq
-    from panguq.calibration import sample_sequences
+    from panguq.data.calibration import sample_sequences
     from panguq.tracing import trace
 
     model = panguq.load_pretrained(folder)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from panguq.lowering.cpu_tuning import check_threads
-from panguq.lowering.cpu_tuning_calls import COLD_BYTES, KernelCalls, Shape
-from panguq.lowering.cpu_tuning_timing import CLOCKS, Budget, Timing, time_in_turn
+from panguq.lowering.cpu.tuning.calls import COLD_BYTES, KernelCalls, Shape
+from panguq.lowering.cpu.tuning.timing import CLOCKS, Budget, Timing, time_in_turn
+from panguq.lowering.cpu.tuning.tune import check_threads
 
 SHAPES = [
     *(Shape(192, 576), Shape(576, 576), Shape(960, 576), Shape(1536, 576), Shape(3072, 576)),

@@ -21,9 +21,9 @@ import torch
 
 from panguq.ir.quant_spec import parse_scheme
 from panguq.lowering.candidates import cpu_candidates
-from panguq.lowering.cpu_tuning import FULL, QUICK, check_threads, machine, tune
-from panguq.lowering.cpu_tuning_calls import Call, KernelCalls, Shape
-from panguq.lowering.cpu_tuning_timing import CLOCKS, Budget, time_in_turn
+from panguq.lowering.cpu.tuning.calls import Call, KernelCalls, Shape
+from panguq.lowering.cpu.tuning.timing import CLOCKS, Budget, time_in_turn
+from panguq.lowering.cpu.tuning.tune import FULL, QUICK, check_threads, machine, tune
 from panguq.lowering.problem import MatmulProblem
 from panguq.lowering.select_kernel import MANY_TOKENS, cpu_cost_name, select_kernel
 from panguq.lowering.target import Target

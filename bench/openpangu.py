@@ -10,8 +10,8 @@ from typing import Any
 
 from panguq.cli.command import quiet_transformers
 from panguq.cli.explain import graph_of
+from panguq.explain.model import explain_model
 from panguq.ir.quant_spec import SCHEMES
-from panguq.lowering.explain_model import explain_model
 from panguq.lowering.targets import find_target
 
 PROMPTS = (512, 1024, 2048, 4096)

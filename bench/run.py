@@ -23,7 +23,7 @@ import torch
 import panguq
 from bench.speed import PREFILL_TOKENS, Timing, compare, decode_ms, prefill_ms
 from demo.fetch import default_cache, fetch_calibration_text, fetch_model
-from panguq.calibration import token_windows
+from panguq.data.calibration import token_windows
 
 RECIPES = ("float", "w8a8", "w8a8-dynamic", "w8a16", "w4a16")
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from panguq.lowering.candidates import split_counts
-from panguq.lowering.cost_model import Cost, cost, execution_cost
-from panguq.lowering.cost_terms import Form, Layout
-from panguq.lowering.executions import Execution, own_execution, scheme_numbers
+from panguq.lowering.cost.executions import Execution, own_execution, scheme_numbers
+from panguq.lowering.cost.model import Cost, cost, execution_cost
+from panguq.lowering.cost.terms import Form, Layout
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem, Tile
 from panguq.lowering.target import Constant, Target
 from panguq.lowering.targets import find_target

@@ -2,7 +2,7 @@
 
 A layer takes a call or refuses it. From the outside in:
 
-- contract: panguq's own rules (`panguq.kernels.ascend.contracts.violations`);
+- contract: panguq's own rules (`panguq.kernels.ascend.vendor.contracts.violations`);
 - meta: torch_npu's Meta kernel, on fake tensors that claim to be on an NPU;
 - host: torch_npu's C++ code, up to the aclnn functions that a stand-in records.
 """
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from conformance.recorder import take_record
-from panguq.kernels.ascend.contracts import violations
+from panguq.kernels.ascend.vendor.contracts import violations
 
 # ScalarType numbers, which torch_npu's schemas take where they say `int? dtype`.
 INT8, INT32, FLOAT16, FLOAT32, BFLOAT16, QINT8, QUINT4X2 = 1, 3, 5, 6, 15, 12, 16

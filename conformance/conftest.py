@@ -21,7 +21,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch_npu  # noqa: E402, F401
 
-import panguq.kernels.ascend.npu_ops  # noqa: E402, F401  (registers the ops)
+import panguq.kernels.ascend.vendor.ops  # noqa: E402, F401  (registers the ops)
 
 torch.set_num_threads(1)
 torch.npu.init()

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import panguq
 from panguq.compiled_model import CompiledCausalLM
-from panguq.ir.size_expression import evaluate
+from panguq.ir.text.size_expression import evaluate
 
 TARGET = "ascend910b1"
 VOCABULARY = 512

@@ -21,7 +21,7 @@ from conformance.models import SCHEMES, SIZES, compiled, inputs_of, with_graph
 from conformance.recorder import take_record
 from conformance.vendor_only import vendor_only
 from panguq.ir.edit import clone
-from panguq.lowering.prepack import prepack
+from panguq.lowering.run.prepack import prepack
 
 Model = tuple[str, str, str]
 NAMES, DTYPES = ("smollm2-135m", "openpangu-1b"), ("bfloat16", "float16")

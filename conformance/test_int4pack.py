@@ -35,7 +35,7 @@ def test_body_packs_the_same_bytes(k: int, words: int, seed: int) -> None:
 @given(k=st.integers(1, 70), words=st.integers(1, 20), seed=st.integers(0, 2**32))
 def test_stored_weights_become_the_same_bytes(k: int, words: int, seed: int) -> None:
     """From the form that panguq stores, [n, k] with two codes a byte, to the kernel's."""
-    pytest.importorskip("panguq.kernels.ascend.int4_weight")
+    pytest.importorskip("panguq.kernels.ascend.own.int4_weight")
     codes = random_codes(2 * k, 8 * words, seed)
     stored = torch.ops.panguq.pack_int4(codes.t().to(torch.int8).contiguous())
     assert torch.equal(torch.ops.panguq_npu.int4_weight(stored), really_packed(codes))

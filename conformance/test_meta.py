@@ -12,7 +12,7 @@ from conformance.calls import (
     call,
 )
 from conformance.right_calls import SHAPES_7B, all_calls
-from panguq.kernels.ascend.library import npu_op
+from panguq.kernels.ascend.vendor.library import npu_op
 
 CALLS = [
     pytest.param(one, id=f"{size} {name}: {one.op}")

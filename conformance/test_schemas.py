@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from panguq.kernels.ascend.library import NpuOp, npu_ops
+from panguq.kernels.ascend.vendor.library import NpuOp, npu_ops
 
 OPS = npu_ops()
 

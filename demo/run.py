@@ -29,9 +29,9 @@ from demo.fetch import (
     fetch_evaluation_text,
     fetch_model,
 )
-from panguq.calibration import token_windows
 from panguq.cli.command import quiet_transformers
-from panguq.evaluate import evaluate, logits_of, weight_figures
+from panguq.data.calibration import token_windows
+from panguq.evaluation import evaluate, logits_of, weight_figures
 
 FLOAT = "float32"
 PROMPT = "The capital of France is"

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from panguq.ir.folded_weight import FoldedWeight, materialized
 from panguq.ir.node_meta import annotate, carry, carry_merged, meta_of
+from panguq.tensors.folded_weight import FoldedWeight, materialized
 
 
 def label(node: fx.Node) -> str:

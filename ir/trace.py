@@ -64,7 +64,7 @@ class _CausalLM(nn.Module):
         past_keys: Tensor,
         past_values: Tensor,
     ) -> tuple[Tensor, ...]:
-        from panguq.kv_cache import cache_argument, cache_of, layer_tensors, make_cache
+        from panguq.ir.kv_cache import cache_argument, cache_of, layer_tensors, make_cache
 
         layers = zip(past_keys.unbind(0), past_values.unbind(0), strict=True)
         past = [tensor for pair in layers for tensor in pair]

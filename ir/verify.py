@@ -11,7 +11,7 @@ from torch import fx
 from panguq.errors import VerifyError
 from panguq.ir.edit import get_tensor, label, op_name
 from panguq.ir.node_meta import meta_of, scheme_of
-from panguq.ir.opset import is_allowed
+from panguq.ir.ops.opset import is_allowed
 from panguq.ir.properties import Property
 from panguq.ir.views import Linear, QuantizedInput
 
@@ -47,7 +47,7 @@ def _canonical(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
         if node.op == "call_function":
             if not is_allowed(node.target):
-                return f"{label(node)} calls {node.target}, which is not in ir/opset.py"
+                return f"{label(node)} calls {node.target}, which is not in ir/ops/opset.py"
             known = meta_of(node).label
             if known is None or seen[known] > 1:
                 return f"the label of {label(node)} is missing or not unique"

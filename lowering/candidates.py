@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from panguq.ir.quant_spec import SCHEMES, Scheme
-from panguq.kernels.ascend import w4a16, w8a8
-from panguq.kernels.ascend.tiles import legal_tiles
+from panguq.kernels.ascend.own import w4a16, w8a8
+from panguq.kernels.ascend.own.tiles import legal_tiles
 from panguq.kernels.cpu import int4_linear, int8_linear, int8_weight_linear
-from panguq.lowering.ascend_rules import (
+from panguq.lowering.ascend.rules import (
     fallback_names,
     quant_matmul_refusal,
     weight_quant_refusal,

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from panguq.errors import LoweringError
-from panguq.ir.opset import define_op
-from panguq.kernels.ascend import npu_ops, w4a16, w8a8  # noqa: F401  (ops that tables name)
-from panguq.kernels.ascend.npu_dtypes import dtype_number
+from panguq.ir.ops.opset import define_op
+from panguq.kernels.ascend.own import w4a16, w8a8  # noqa: F401  (ops that tables name)
+from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (ops that tables name)
+from panguq.kernels.ascend.vendor.dtypes import dtype_number
 from panguq.lowering.problem import Candidate
 
 npu = torch.ops.npu

@@ -19,7 +19,7 @@ from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.select_format import select_format
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
-from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from panguq.errors import LoweringError
 from panguq.ir.edit import call, erase_unused, label, replace
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.properties import Property
-from panguq.lowering.ascend_calls import AscendCalls
-from panguq.lowering.ascend_inputs import AscendInputs
-from panguq.lowering.cpu_calls import lower_on_cpu
+from panguq.lowering.ascend.calls import AscendCalls
+from panguq.lowering.ascend.inputs import AscendInputs
+from panguq.lowering.cpu.calls import lower_on_cpu
 from panguq.lowering.dispatch import NO_LIMIT
 from panguq.lowering.graph_problems import matmul_problem, output_parts
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
@@ -26,7 +26,7 @@ from panguq.lowering.select_kernel import Choice
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
 
 aten = torch.ops.aten
 

@@ -12,8 +12,8 @@ from sympy import sympify
 
 from panguq.errors import LoweringError
 from panguq.lowering.candidates import ascend_candidates, cpu_candidates
-from panguq.lowering.cost_model import Floats, M, cost_us, crossover_m, total_us
-from panguq.lowering.envelope import ranges, survivors
+from panguq.lowering.cost.envelope import ranges, survivors
+from panguq.lowering.cost.model import Floats, M, cost_us, crossover_m, total_us
 from panguq.lowering.problem import (
     Candidate,
     MatmulProblem,

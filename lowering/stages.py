@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from panguq.lowering.ascend.fuse_ascend import FuseAscend
+from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Precision
 from panguq.lowering.targets import find_target
-from panguq.passes.base import Pass
-from panguq.passes.fuse_ascend import FuseAscend
-from panguq.passes.merge_gate_up import MergeGateUp
+from panguq.passes.pipeline.base import Pass
 
 
 def default_dtype(target: str) -> torch.dtype | None:

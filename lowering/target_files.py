@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from panguq.errors import LoweringError, PanguqError
+from panguq.files.plain_yaml import check_plain, dump_yaml, read_yaml
+from panguq.files.strict_json import parse_json
 from panguq.lowering.target import ASCEND_UNITS, Constant, KernelCost, Target, check_target
-from panguq.plain_yaml import check_plain, dump_yaml, read_yaml
-from panguq.strict_json import parse_json
 from panguq.suggest import did_you_mean
 
 _KEYS = ("name", "kind", "constants", "kernels")

@@ -15,8 +15,8 @@ from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
 from panguq.ir.views import Linear, by_input, results_of
-from panguq.passes.base import Pass, PassContext, PassResult, Property, Table, linears
-from panguq.passes.module_globs import check_globs
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table, linears
+from panguq.passes.pipeline.module_globs import check_globs
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.channels import ScaleSite
+from panguq.ir.analysis.channels import ScaleSite
 from panguq.ir.edit import label
 from panguq.ir.node_meta import scheme_of
-from panguq.ir.unit_folder import Finished
 from panguq.ir.views import Linear
-from panguq.passes.scale_folding import Factors
-from panguq.passes.scale_search import SeenInput, SiteError, decibels
-from panguq.passes.scale_sites import ScaleSites, chosen, left_alone
+from panguq.passes.scaling.folding import Factors
+from panguq.passes.scaling.search import SeenInput, SiteError, decibels
+from panguq.passes.scaling.sites import ScaleSites, chosen, left_alone
+from panguq.tensors.work_folder import Finished
 
 SMALLEST = 1e-4
 
@@ -26,7 +26,7 @@ SMALLEST = 1e-4
 class Awq(ScaleSites):
     """Before: x / 1 ─► linear(W).  After: x / s ─► linear(W · s); same function, no new node.
 
-    Per site of `ir/channels.py` and channel j, with all calibration tokens t of the float model:
+    Per site of `ir/analysis/channels.py` and channel j, with all calibration tokens t of the float model:
 
         m_j = mean_t |X_tj|                                   X [tokens, k]
         s_j = max(m_j^r, 1e-4) / sqrt(max s · min s)          s_j = 1 where m_j = 0

@@ -11,14 +11,14 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import call, replace, tensor_node
+from panguq.ir.ops.binary import MAGNITUDES_PER_BLOCK, dequantize_binary
+from panguq.ir.ops.packing import pack_codes, packed_columns, unpack_codes
 from panguq.ir.views import QuantizedWeight
-from panguq.ir.weight_store import WeightStore
-from panguq.kernels.binary import MAGNITUDES_PER_BLOCK, dequantize_binary
-from panguq.kernels.packing import pack_codes, packed_columns, unpack_codes
-from panguq.passes.column_solver import solve_columns
-from panguq.passes.gram import gram, inverse_factor
-from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem
-from panguq.passes.stored_codes import stem_of
+from panguq.passes.codes.column_solver import solve_columns
+from panguq.passes.codes.gram import gram, inverse_factor
+from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.stored_codes import stem_of
+from panguq.tensors.weight_store import WeightStore
 
 CODE_BITS = 2  # a sign, and which of two magnitudes
 

@@ -14,11 +14,11 @@ from panguq.ir.input_statistics import InputStatistics, fill_state, state_of
 from panguq.ir.node_meta import annotate, is_quantized, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
-from panguq.ir.sweep import sweep
-from panguq.ir.unit_folder import Finished
+from panguq.ir.run.sweep import sweep
 from panguq.ir.views import Linear, by_input
-from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
-from panguq.passes.observers import OBSERVERS, sqnr_db
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.statistics.observers import OBSERVERS, sqnr_db
+from panguq.tensors.work_folder import Finished
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from panguq.errors import TraceError
-from panguq.ir import canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.edit import (
     assign_labels,
     call,
@@ -26,10 +25,11 @@ from panguq.ir.edit import (
     tensor_node,
 )
 from panguq.ir.exported_graph import WHAT_TO_DO
-from panguq.ir.interpret import ensure_finite
-from panguq.ir.opset import is_allowed
+from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
+from panguq.ir.ops.opset import is_allowed
+from panguq.ir.run.interpret import ensure_finite
 from panguq.ir.views import arguments, operand, operands_at
-from panguq.passes.base import Pass, PassContext, PassResult, Property, Table
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq

@@ -10,10 +10,10 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from panguq.errors import RecipeError
-from panguq.passes.column_solver import solve_columns
+from panguq.passes.codes.column_solver import solve_columns
+from panguq.passes.codes.gram import cross_gram, gram, inverse_factor
+from panguq.passes.codes.solve_weights import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
-from panguq.passes.gram import cross_gram, gram, inverse_factor
-from panguq.passes.solve_weights import Solution, WeightProblem
 
 
 @dataclass(frozen=True)

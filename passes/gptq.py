@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from panguq.errors import RecipeError
-from panguq.passes.column_solver import FitScale, GroupGrid, solve_columns
-from panguq.passes.gram import gram, inverse_factor, output_error
-from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem
-from panguq.passes.weight_scales import min_max_scale, quantize_groups, search_scale, storable
+from panguq.passes.codes.column_solver import FitScale, GroupGrid, solve_columns
+from panguq.passes.codes.gram import gram, inverse_factor, output_error
+from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.weight_scales import min_max_scale, quantize_groups, search_scale, storable
 
 
 @dataclass(frozen=True)

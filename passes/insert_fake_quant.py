@@ -11,16 +11,16 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import call, free_name, get_tensor, label, module_path, tensor_node
-from panguq.ir.folded_weight import materialized
-from panguq.ir.interpret import ensure_finite
 from panguq.ir.node_meta import range_of, scheme_of
+from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.run.interpret import ensure_finite
 from panguq.ir.views import DequantizedWeight, Linear
-from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
-from panguq.passes.base import Pass, PassContext, PassResult, Table, linears
-from panguq.passes.static_scales import affine
-from panguq.passes.weight_scales import min_max_scale
+from panguq.passes.codes.static_scales import affine
+from panguq.passes.codes.weight_scales import min_max_scale
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
+from panguq.tensors.folded_weight import materialized
 
 panguq = torch.ops.panguq
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from panguq.errors import RecipeError
+from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.quant_spec import QuantSpec
-from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
+from panguq.passes.codes.gram import gram, output_error
+from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.weight_scales import scale_dtype, search_scale, storable
 from panguq.passes.gptq import Gptq
-from panguq.passes.gram import gram, output_error
-from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem
-from panguq.passes.weight_scales import scale_dtype, search_scale, storable
 
 ROWS_AT_ONCE = 128  # so that what a step reads and writes stays in a core's cache
 WORTH_A_STEP = 1e-6  # of the largest curvature in the row: less is float32's own noise

@@ -14,14 +14,13 @@ from torch import fx
 from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import annotate, scheme_of
+from panguq.ir.ops.packing import packed_columns
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
-from panguq.ir.unit_folder import Finished
 from panguq.ir.views import Linear, by_input
-from panguq.kernels.packing import packed_columns
-from panguq.passes.allocate import Allocation, Budget, allocate
 from panguq.passes.assign_schemes import gives_logits
-from panguq.passes.base import (
+from panguq.passes.codes.weight_scales import scale_dtype
+from panguq.passes.pipeline.base import (
     GRADIENT_SWEEPS,
     MatmulRules,
     Pass,
@@ -30,10 +29,11 @@ from panguq.passes.base import (
     Table,
     linears,
 )
-from panguq.passes.module_globs import check_globs
+from panguq.passes.pipeline.module_globs import check_globs
 from panguq.passes.quantize_weights import QuantizeWeights
-from panguq.passes.sensitivity import measure
-from panguq.passes.weight_scales import scale_dtype
+from panguq.passes.statistics.allocate import Allocation, Budget, allocate
+from panguq.passes.statistics.sensitivity import measure
+from panguq.tensors.work_folder import Finished
 
 TIME_UNITS = 100_000  # predicted times count in this part of their budget, rounded up
 

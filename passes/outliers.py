@@ -15,9 +15,9 @@ from panguq.ir.node_meta import annotate, meta_of, range_of, scheme_of, statisti
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.views import Linear, by_input
-from panguq.passes.base import Pass, PassContext, PassResult, Site, Table, linears
 from panguq.passes.calibrate import static_spec
-from panguq.passes.observers import sqnr_db
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Site, Table, linears
+from panguq.passes.statistics.observers import sqnr_db
 
 aten = torch.ops.aten
 

@@ -11,11 +11,11 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.edit import call, erase_unused, fake_mode, label, tensor_node
+from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.properties import Property
-from panguq.ir.sweep import sweep
+from panguq.ir.run.sweep import sweep
 from panguq.ir.views import arguments, results_of
-from panguq.kernels import quantize  # noqa: F401  (registers the quantize ops)
-from panguq.passes.base import Pass, PassContext, PassResult, Table
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq

@@ -12,16 +12,16 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import get_tensor, label, set_tensor
-from panguq.ir.folded_weight import materialized
 from panguq.ir.node_meta import statistics_of, weight_spec_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
-from panguq.ir.row_slices import row_slices
-from panguq.ir.unit_folder import Finished
 from panguq.ir.views import QuantizedWeight, matmul_of
-from panguq.passes.base import Pass, PassContext, PassResult, Table
-from panguq.passes.stored_codes import codes_name, packed_codes, read_packed
-from panguq.passes.weight_scales import quantize_groups, search_scale
+from panguq.passes.codes.stored_codes import codes_name, packed_codes, read_packed
+from panguq.passes.codes.weight_scales import quantize_groups, search_scale
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
+from panguq.tensors.folded_weight import materialized
+from panguq.tensors.row_slices import row_slices
+from panguq.tensors.work_folder import Finished
 
 panguq = torch.ops.panguq
 

@@ -9,16 +9,16 @@ import torch
 from torch import fx
 
 from panguq.errors import RecipeError
-from panguq.ir.blocks import cuts
+from panguq.ir.analysis.blocks import cuts
+from panguq.ir.analysis.rotation_rules import EMBEDDING
+from panguq.ir.analysis.rotations import RotationSite, find_rotation_sites, rotated_values
 from panguq.ir.edit import ancestors, get_tensor, label, weights_of
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.properties import Property
-from panguq.ir.rotation_rules import EMBEDDING
-from panguq.ir.rotations import RotationSite, find_rotation_sites, rotated_values
-from panguq.passes.base import Pass, PassContext, PassResult, Site, Table
-from panguq.passes.online_rotation import ONLINE_KINDS, find_online_sites
-from panguq.passes.rotated_weights import WeightPlan
-from panguq.passes.rotation_matrices import Rotation, random_rotation
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Site, Table
+from panguq.passes.rotation.matrices import Rotation, random_rotation
+from panguq.passes.rotation.online import ONLINE_KINDS, find_online_sites
+from panguq.passes.rotation.weights import WeightPlan
 from panguq.suggest import did_you_mean
 
 KINDS = ("residual", "value")
@@ -30,7 +30,7 @@ class Rotate(Pass):
     """Before: x ─► linear(W).  After: x Q ─► linear(W Q); same function, Q orthogonal.
 
     Q spreads an outlier of one channel over all, so that few bits serve the activation. Sites of
-    `ir/rotations.py`, x `[..., k]`, weights `[n, k]`:
+    `ir/analysis/rotations.py`, x `[..., k]`, weights `[n, k]`:
 
         residual   embedding W ─► W Q;  what writes to the stream: W ─► Q^T W, b ─► b Q;
                    norm weight g ─► 1;  what reads the norm: W ─► W diag(g) Q
@@ -38,13 +38,13 @@ class Rotate(Pass):
 
     No new node; caches hold the rotated values. A weight that is read in two roles (tied
     embeddings) becomes two. `online` adds rotations that the graph computes, for what no weight
-    can rotate, as a product of two small matrices (`passes/online_rotation.py`):
+    can rotate, as a product of two small matrices (`passes/rotation/online.py`):
 
         down       the input of a matmul that reads a pointwise product or activation (down_proj)
         heads      across the heads of an attention's result, before o_proj
 
     Q = H diag(+-1) / sqrt(n) with Hadamard matrices H where there are any, otherwise the flattest
-    orthogonal matrix that is known (`passes/rotation_matrices.py`); signs from the compile's seed.
+    orthogonal matrix that is known (`passes/rotation/matrices.py`); signs from the compile's seed.
     All products are float64, rounded once. Models whose stream is read by LayerNorm keep it: a
     rotation does not keep the mean. Source: Ashkboos et al., QuaRot, arXiv 2404.00456.
     """

@@ -13,15 +13,15 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import call, erase_unused, replace, tensor_node
+from panguq.ir.ops.mixed_packing import pack_mixed_codes, unpack_mixed_codes
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import QuantizedWeight
-from panguq.ir.weight_store import WeightStore
-from panguq.kernels.mixed_packing import pack_mixed_codes, unpack_mixed_codes
-from panguq.passes.column_solver import solve_columns
-from panguq.passes.gram import gram, inverse_factor, output_error
-from panguq.passes.solve_weights import Solution, SolveWeights, WeightProblem
-from panguq.passes.stored_codes import set_grid, stem_of
-from panguq.passes.weight_scales import SMALLEST_SCALE, search_scale
+from panguq.passes.codes.column_solver import solve_columns
+from panguq.passes.codes.gram import gram, inverse_factor, output_error
+from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.stored_codes import set_grid, stem_of
+from panguq.passes.codes.weight_scales import SMALLEST_SCALE, search_scale
+from panguq.tensors.weight_store import WeightStore
 
 SCALE_DTYPE = torch.bfloat16  # for every width: the scales of a weight are one tensor
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.channels import ScaleSite
+from panguq.ir.analysis.channels import ScaleSite
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.node_meta import scheme_of
-from panguq.ir.unit_folder import Finished
 from panguq.ir.views import Linear
-from panguq.passes.scale_folding import Factors, check_kinds
-from panguq.passes.scale_search import SeenInput, SiteError, decibels
-from panguq.passes.scale_sites import ScaleSites, chosen, left_alone
+from panguq.passes.scaling.folding import Factors, check_kinds
+from panguq.passes.scaling.search import SeenInput, SiteError, decibels
+from panguq.passes.scaling.sites import ScaleSites, chosen, left_alone
+from panguq.tensors.work_folder import Finished
 
 SMALLEST = 1e-5  # clamps both w_j and s_j, as the reference code does
 STATISTICS = ("amax", "rms")
@@ -27,7 +27,7 @@ STATISTICS = ("amax", "rms")
 class SmoothQuant(ScaleSites):
     """Before: x / 1 ─► linear(W).  After: x / s ─► linear(W · s); same function, no new node.
 
-    Per site of `ir/channels.py` and channel j (kinds: norm_linear, value_output, up_down,
+    Per site of `ir/analysis/channels.py` and channel j (kinds: norm_linear, value_output, up_down,
     linear_linear, embedding_linear), with tokens t and the linears that read the site:
 
         a_j = max_t |X_tj|                        X [tokens, k], plain calibration tokens

@@ -11,15 +11,15 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.edit import get_tensor, set_tensor
-from panguq.ir.interpret import values
 from panguq.ir.node_meta import meta_of
 from panguq.ir.properties import Property
-from panguq.ir.reverse_sweep import FirstOutput, reverse_sweep
-from panguq.ir.unit_folder import Finished
+from panguq.ir.run.interpret import values
+from panguq.ir.run.reverse_sweep import FirstOutput, reverse_sweep
 from panguq.ir.views import DequantizedWeight, Linear
-from panguq.passes.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
-from panguq.passes.sensitivity import scored_batch
-from panguq.passes.weight_scales import storable
+from panguq.passes.codes.weight_scales import storable
+from panguq.passes.pipeline.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
+from panguq.passes.statistics.sensitivity import scored_batch
+from panguq.tensors.work_folder import Finished
 
 panguq = torch.ops.panguq
 MEAN_MEMORY, SQUARE_MEMORY, SMALLEST_GRADIENT = 0.9, 0.95, 1e-12

@@ -11,14 +11,21 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import label
-from panguq.ir.memory import return_free_pages
 from panguq.ir.node_meta import annotate, is_quantized
 from panguq.ir.properties import Property
-from panguq.ir.reverse_sweep import reverse_sweep
-from panguq.ir.unit_folder import Finished
+from panguq.ir.run.reverse_sweep import reverse_sweep
 from panguq.ir.views import Linear, by_input
-from panguq.passes.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table, linears
-from panguq.passes.sensitivity import SampledLabels, scored_batch
+from panguq.passes.pipeline.base import (
+    GRADIENT_SWEEPS,
+    Pass,
+    PassContext,
+    PassResult,
+    Table,
+    linears,
+)
+from panguq.passes.statistics.sensitivity import SampledLabels, scored_batch
+from panguq.tensors.memory import return_free_pages
+from panguq.tensors.work_folder import Finished
 
 
 @dataclass(frozen=True)

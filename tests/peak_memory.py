@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from panguq.ir.memory import release_free_memory
+from panguq.tensors.memory import release_free_memory
 
 
 def anonymous_mib() -> float:

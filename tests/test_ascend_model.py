@@ -14,7 +14,7 @@ from panguq.errors import InputError, LoweringError, RecipeError
 from panguq.ir.edit import op_name
 from panguq.lowering.target_files import save_target
 from panguq.lowering.targets import find_target
-from tests.models import make_model, token_ids
+from tests.model_shelf import make_model, token_ids
 
 
 @functools.cache

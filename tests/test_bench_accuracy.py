@@ -20,7 +20,7 @@ from bench.dithered import dither, dither_model
 from bench.memory import PeakMemory, process_seconds
 from bench.results import Results, markdown_table, write_between_markers
 from panguq.recipe import Recipe
-from tests.models import VOCAB, make_model, shared_model
+from tests.model_shelf import VOCAB, make_model, shared_model
 
 TASK = Task(
     "w4a16", windows=2, calibration_windows=2, sampled_windows=0, dithered=False, lowered=False,

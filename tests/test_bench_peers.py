@@ -17,7 +17,7 @@ from bench.peers.quality import load_dequantized, per_token_int8, round_inputs
 from bench.peers.quantize_panguq import recipe_of
 from bench.peers.rows import GROUP_SIZES, METHODS, rows
 from bench.peers.table import tables
-from tests.models import VOCAB, make_model
+from tests.model_shelf import VOCAB, make_model
 
 FIGURES_OF_A_ROW = {
     "perplexity": 22.0, "float_perplexity": 20.0, "kl": 0.1, "top1": 0.8, "quantize_seconds": 60.0,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import panguq
 from panguq.compiled_model import CompiledCausalLM, CompiledModule
 from panguq.errors import InputError, LoweringError, NumericsError, PanguqError, RecipeError
-from panguq.evaluate import evaluate, logits_of
+from panguq.evaluation import evaluate, logits_of
 from panguq.ir.edit import label, op_name, weights_of
 from panguq.recipe import Recipe, preset_names
 from tests.model_folders import make_tokenizer
-from tests.models import (
+from tests.model_shelf import (
     FAMILIES,
     VOCAB,
     HandWritten,

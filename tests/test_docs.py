@@ -55,7 +55,7 @@ def test_examples_run(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_files_that_contributors_are_sent_to_exist() -> None:
-    """Paths in backticks, such as `passes/base.py`; what has a `<` in it is a pattern."""
+    """Paths in backticks, such as `passes/pipeline/base.py`; what has a `<` in it is a pattern."""
     guides = [*(DOCS / "contributing").glob("*.md"), ROOT / "CONTRIBUTING.md"]
     named = {
         (guide.name, path)

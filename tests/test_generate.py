@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 import panguq
 from panguq.compiled_model import CompiledCausalLM
 from panguq.errors import InputError
-from panguq.kv_cache import CACHE_NAME, cache_of
+from panguq.ir.kv_cache import CACHE_NAME, cache_of
 from tests.model_folders import make_model, make_tokenizer
 
 FAMILIES = ("llama", "mistral", "opt")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from panguq.cli import main
-from panguq.ir.memory import return_large_blocks
+from panguq.tensors.memory import return_large_blocks
 from tests.model_folders import TEXT, make_folder, make_model
 from tests.peak_memory import peak_mib
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import panguq
-from panguq.calibration import token_windows
-from panguq.evaluate import evaluate, logits_of, weight_figures
+from panguq.data.calibration import token_windows
+from panguq.evaluation import evaluate, logits_of, weight_figures
 from panguq.report.local_sqnr import sqnr_db
 from tests import smollm2
-from tests.export.onnx_values import perplexities_with_onnx
+from tests.formats.onnx.onnx_values import perplexities_with_onnx
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from panguq import registry
 from panguq.errors import RecipeError
+from panguq.files.plain_yaml import MAX_BYTES
 from panguq.pass_options import make_pass, pass_to_entry
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import Pass
 from panguq.passes.canonicalize import Canonicalize
-from panguq.plain_yaml import MAX_BYTES
+from panguq.passes.pipeline.base import Pass
 from panguq.recipe import Recipe, preset_names
 from panguq.schedule import check_passes
 from panguq.suggest import did_you_mean, nearest

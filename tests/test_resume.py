@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from panguq import storage
 from panguq.cli import main
-from panguq.ir import unit_folder
-from panguq.ir.unit_folder import UnitFolder
+from panguq.formats.own import storage
+from panguq.tensors import work_folder as unit_folder
+from panguq.tensors.work_folder import UnitFolder
 from tests.model_folders import TEXT, make_folder, make_model
 
 TIMES = {"report.json", "manifest.json"}  # the report tells seconds, the manifest its hash

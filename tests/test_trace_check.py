@@ -16,7 +16,7 @@ from panguq.errors import InputError, TraceError
 from panguq.ir.edit import get_tensor, set_tensor
 from panguq.trace_check import check_causal_lm, check_module
 from panguq.tracing import trace
-from tests.models import GROUPED, make_model, shared_model, token_ids, traced
+from tests.model_shelf import GROUPED, make_model, shared_model, token_ids, traced
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

@@ -24,7 +24,7 @@ from bench.peers.rows import GROUP_SIZES, METHODS, PeerRow, rows
 from bench.peers.table import tables
 from bench.results import Results, Row, write_between_markers
 from conformance.environment import ROOT, TORCH, Unavailable
-from panguq.evaluate import logits_of
+from panguq.evaluation import logits_of
 
 
 def main() -> None:

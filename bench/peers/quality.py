@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.peers.inputs import read_tokens
 from bench.peers.job import WEIGHTS
-from panguq.evaluate import Logits, evaluate, logits_of
+from panguq.evaluation import Logits, evaluate, logits_of
 
 ASCEND_V1 = "ascend-v1"
 LEAST, GREATEST = -128, 127
@@ -39,7 +39,7 @@ def quality(model: Logits, reference: nn.Module, tokens: str) -> dict[str, float
 def peer_model(out: Path, folder: str, method: str) -> nn.Module:
     """What a peer wrote into `out`, as a model to evaluate."""
     if (out / ASCEND_V1).is_dir():
-        from panguq.export.ascend_v1_read import load_ascend_v1
+        from panguq.check.ascend_read import load_ascend_v1
 
         described: nn.Module = load_ascend_v1(out / ASCEND_V1, torch.float32)
         return described

@@ -12,7 +12,7 @@ import panguq
 from bench import accuracy_recipes
 from bench.peers.job import Job, Measurement
 from bench.peers.quality import float_model, quality
-from panguq.evaluate import logits_of, weight_figures
+from panguq.evaluation import logits_of, weight_figures
 from panguq.recipe import Recipe
 
 

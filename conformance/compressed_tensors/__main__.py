@@ -21,7 +21,7 @@ from typing import Any
 from conformance.compressed_tensors import checkpoints, compare
 from conformance.compressed_tensors.environment import ROOT, Unavailable, make_environment
 from conformance.compressed_tensors.reference import write_reference
-from panguq.export.compressed_tensors import save_compressed_tensors
+from panguq.formats.checkpoint.compressed_tensors import save_compressed_tensors
 
 
 def main() -> int:

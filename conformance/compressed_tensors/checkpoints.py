@@ -93,7 +93,7 @@ def compile_row(row: Row, model: Any, calibration: Tensor) -> Any:
 def smollm2() -> tuple[Any, Tensor, Tensor]:
     """SmolLM2-135M, calibration windows and held-out windows of 256 tokens."""
     from demo.fetch import default_cache, fetch_calibration_text, fetch_model
-    from panguq.calibration import token_windows
+    from panguq.data.calibration import token_windows
 
     folder = fetch_model(default_cache())
     text = fetch_calibration_text(default_cache()).read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from panguq.evaluate import evaluate, logits_of
-from panguq.export.checkpoint_graph import read_checkpoint_graph
-from panguq.export.quantized_linear import QuantizedLinear
+from panguq.evaluation import evaluate, logits_of
+from panguq.formats.checkpoint.graph import read_checkpoint_graph
+from panguq.formats.checkpoint.linear import QuantizedLinear
 
 panguq = torch.ops.panguq
 TOKENS = 8

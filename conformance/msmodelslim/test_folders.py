@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conformance.msmodelslim.__main__ import KINDS
-from panguq.check import check_folder
-from panguq.export.ascend_v1_read import FakeQuantLinear, load_ascend_v1
-from tests.export.ascend_reference import reference
+from panguq.check.ascend_read import FakeQuantLinear, load_ascend_v1
+from panguq.check.report import check_folder
+from tests.formats.checkpoint.ascend_reference import reference
 
 torch.set_num_threads(1)
 FOLDERS = Path(os.environ.get("PANGUQ_MSMODELSLIM", "no-such-folder"))

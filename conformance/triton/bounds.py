@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.w4a16 import BIAS_DTYPE, dequantize
+from panguq.kernels.ascend.own.w4a16 import BIAS_DTYPE, dequantize
 
 FLOAT32_ROUNDOFF = 2.0**-24
 

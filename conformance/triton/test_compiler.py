@@ -9,7 +9,7 @@ import pytest
 from conformance.triton.linalg import TARGETS, linalg_of
 from conformance.triton.npu_compiler import compile_linalg, compiler_path
 from conformance.triton.variants import KERNELS, Variant, variant
-from panguq.kernels.ascend.tiles import legal_tiles
+from panguq.kernels.ascend.own.tiles import legal_tiles
 
 if compiler_path() is None:
     pytest.skip("ascendnpu-ir is not installed: run python -m conformance.triton", True)

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from conformance.triton.bounds import assert_within_bound, w4a16_inputs
 from panguq.errors import LoweringError
-from panguq.kernels.ascend.own_dynamic_quant import dynamic_quant
-from panguq.kernels.ascend.triton import launch
-from panguq.kernels.ascend.triton.launch import launch_dynamic_quant, launch_w4a16, launch_w8a8
-from panguq.kernels.ascend.w8a8 import w8a8
+from panguq.kernels.ascend.own.dynamic_quant import dynamic_quant
+from panguq.kernels.ascend.own.triton import launch
+from panguq.kernels.ascend.own.triton.launch import launch_dynamic_quant, launch_w4a16, launch_w8a8
+from panguq.kernels.ascend.own.w8a8 import w8a8
 
 pytest.importorskip("triton", reason="triton is not installed: run python -m conformance.triton")
 

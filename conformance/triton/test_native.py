@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from conformance.triton.bounds import assert_within_bound, w4a16_inputs
 from conformance.triton.native import NativeKernel, mlir_folder, random_int8
 from conformance.triton.variants import Variant, variant
-from panguq.kernels.ascend.own_dynamic_quant import dynamic_quant
-from panguq.kernels.ascend.triton.launch import grid_of
-from panguq.kernels.ascend.w8a8 import int32_sums, w8a8
+from panguq.kernels.ascend.own.dynamic_quant import dynamic_quant
+from panguq.kernels.ascend.own.triton.launch import grid_of
+from panguq.kernels.ascend.own.w8a8 import int32_sums, w8a8
 
 if mlir_folder() is None:
     pytest.skip("MLIR 19 is not there: run python -m conformance.triton", True)

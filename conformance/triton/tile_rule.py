@@ -21,7 +21,7 @@ from pathlib import Path
 from conformance.triton.linalg import TARGETS, linalg_of
 from conformance.triton.npu_compiler import compile_linalg
 from conformance.triton.variants import variant
-from panguq.kernels.ascend.tiles import CAPACITY, Tile, tile_memory, tile_refusal
+from panguq.kernels.ascend.own.tiles import CAPACITY, Tile, tile_memory, tile_refusal
 
 RESULT = Path(__file__).parent.parent / "results" / "triton_tile_rule.json"
 SEED = 2

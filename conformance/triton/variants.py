@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from panguq.kernels.ascend.tiles import Tile
+from panguq.kernels.ascend.own.tiles import Tile
 
 MATMULS = ("w4a16_data_parallel", "w4a16_split_k", "w8a8_data_parallel", "w8a8_split_k")
 KERNELS = (*MATMULS, "reduce_partials", "dynamic_quant")
@@ -27,7 +27,7 @@ class Variant:
     def function(self) -> Any:
         """The kernel, as Triton's decorator left it."""
         module = {"w4a16": "w4a16", "w8a8_": "w8a8"}.get(self.kernel[:5], self.kernel)
-        return getattr(import_module(f"panguq.kernels.ascend.triton.{module}"), self.kernel)
+        return getattr(import_module(f"panguq.kernels.ascend.own.triton.{module}"), self.kernel)
 
     @property
     def name(self) -> str:

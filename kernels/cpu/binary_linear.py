@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panguq.ir.opset import define_op
-from panguq.kernels.binary import dequantize_binary
+from panguq.ir.ops.binary import dequantize_binary
+from panguq.ir.ops.opset import define_op
 
 NAMESPACE = "panguq_cpu"
 WEIGHTS_PER_PIECE = 1 << 18  # what is dequantized and multiplied at a time: 1 MiB in float32

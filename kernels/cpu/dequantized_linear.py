@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panguq.ir.opset import define_op
-from panguq.kernels.packing import unpack_int4
-from panguq.kernels.quantize import dequantize_weight
+from panguq.ir.ops.opset import define_op
+from panguq.ir.ops.packing import unpack_int4
+from panguq.ir.ops.quantize import dequantize_weight
 
 NAMESPACE = "panguq_cpu"
 # What is dequantized at a time: 1 MiB in float32. Smaller pieces spend more on starting ops.

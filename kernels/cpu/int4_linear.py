@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from panguq.ir.opset import define_op
-from panguq.ir.row_slices import row_slices
+from panguq.ir.ops.opset import define_op
+from panguq.ir.ops.packing import unpack_int4
 from panguq.kernels.cpu.dequantized_linear import dequantize_and_multiply
-from panguq.kernels.packing import unpack_int4
+from panguq.tensors.row_slices import row_slices
 
 NAMESPACE = "panguq_cpu"
 N_MULTIPLE = 16

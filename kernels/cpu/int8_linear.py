@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from panguq.ir.opset import define_op
+from panguq.ir.ops.opset import define_op
 
 NAMESPACE = "panguq_cpu"
 # |code - zero_point| <= 255 and |weight| <= 128, and the sum must fit int32.

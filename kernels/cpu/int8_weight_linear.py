@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panguq.ir.opset import define_op
+from panguq.ir.ops.opset import define_op
 
 NAMESPACE = "panguq_cpu"
 K_MULTIPLE = 16

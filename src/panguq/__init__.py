@@ -28,12 +28,12 @@ from panguq.errors import (
 from panguq.versions import warn_of_untested
 
 if TYPE_CHECKING:
-    from panguq.calibration_data import read_calibration
     from panguq.compiled_model import CompiledCausalLM, CompiledModule, load
     from panguq.compiler import compile
-    from panguq.evaluate import evaluate
-    from panguq.hf import load_pretrained, load_tokenizer
-    from panguq.plan import Plan, plan
+    from panguq.data.calibration_data import read_calibration
+    from panguq.evaluation import evaluate
+    from panguq.models.hf import load_pretrained, load_tokenizer
+    from panguq.planning.dry_run import Plan, plan
     from panguq.recipe import Recipe
     from panguq.recipe import preset_names as recipes
 
@@ -67,15 +67,15 @@ __all__ = [
 _LAZY = {
     "CompiledCausalLM": ("panguq.compiled_model", "CompiledCausalLM"),
     "CompiledModule": ("panguq.compiled_model", "CompiledModule"),
-    "Plan": ("panguq.plan", "Plan"),
+    "Plan": ("panguq.planning.dry_run", "Plan"),
     "Recipe": ("panguq.recipe", "Recipe"),
     "compile": ("panguq.compiler", "compile"),
-    "evaluate": ("panguq.evaluate", "evaluate"),
+    "evaluate": ("panguq.evaluation", "evaluate"),
     "load": ("panguq.compiled_model", "load"),
-    "load_pretrained": ("panguq.hf", "load_pretrained"),
-    "load_tokenizer": ("panguq.hf", "load_tokenizer"),
-    "plan": ("panguq.plan", "plan"),
-    "read_calibration": ("panguq.calibration_data", "read_calibration"),
+    "load_pretrained": ("panguq.models.hf", "load_pretrained"),
+    "load_tokenizer": ("panguq.models.hf", "load_tokenizer"),
+    "plan": ("panguq.planning.dry_run", "plan"),
+    "read_calibration": ("panguq.data.calibration_data", "read_calibration"),
     "recipes": ("panguq.recipe", "preset_names"),
 }
 

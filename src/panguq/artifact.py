@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.compile_report import CompileReport
 from panguq.errors import PanguqError, VerifyError
 from panguq.ir.edit import weights_of
 from panguq.ir.interface import Interface
 from panguq.recipe import Recipe
-from panguq.report.compile_report import CompileReport
 
 logger = logging.getLogger("panguq")
 FAKE_QUANT, LOWERED = "fake-quant", "lowered"

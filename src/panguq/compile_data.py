@@ -9,22 +9,22 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from panguq.calibration import (
+from panguq.compile_report import CalibrationSummary
+from panguq.data.calibration import (
     SAMPLED_SEQUENCES,
     SAMPLED_TOKENS,
     Batches,
     causal_lm_batches,
     sample_sequences,
 )
-from panguq.calibration_data import GIVEN, CalibrationData, decoded, read_calibration
-from panguq.calibration_modules import module_batches
+from panguq.data.calibration_data import GIVEN, CalibrationData, decoded, read_calibration
+from panguq.data.calibration_modules import module_batches
+from panguq.data.inputs import takes_empty_mask
 from panguq.errors import InputError
-from panguq.inputs import takes_empty_mask
 from panguq.ir.trace import is_causal_lm
-from panguq.ir.unit_folder import Finished
 from panguq.lowering.targets import find_target
-from panguq.passes.base import PassContext
-from panguq.report.compile_report import CalibrationSummary
+from panguq.passes.pipeline.base import PassContext
+from panguq.tensors.work_folder import Finished
 
 logger = logging.getLogger("panguq")
 

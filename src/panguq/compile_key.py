@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import weights_of
-from panguq.ir.printer import content_hash, print_graph
-from panguq.ir.unit_folder import UnitFolder
+from panguq.ir.text.printer import content_hash, print_graph
 from panguq.recipe import Recipe
+from panguq.tensors.work_folder import UnitFolder
 
 SAMPLED_PER_AXIS = 64
 logger = logging.getLogger("panguq")

@@ -16,17 +16,17 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from panguq.artifact import LOWERED, Artifact
+from panguq.data.inputs import check_ids, check_module_inputs, prepare, takes_empty_mask
 from panguq.errors import InputError
-from panguq.export.formats import find_format
+from panguq.formats.registry import find_format
 from panguq.frozen_module import FrozenModule, asked_of_to
 from panguq.generation import Generates
-from panguq.inputs import check_ids, check_module_inputs, prepare, takes_empty_mask
 from panguq.ir.edit import clone
+from panguq.ir.kv_cache import CACHE_NAME, check_cache, held_tensors, make_cache, update_cache
 from panguq.kernels.ascend.device import require_device
-from panguq.kv_cache import CACHE_NAME, check_cache, held_tensors, make_cache, update_cache
-from panguq.lowering.on_device import on_device
-from panguq.lowering.prepack import prepack
-from panguq.lowering.specialize import specialize
+from panguq.lowering.run.on_device import on_device
+from panguq.lowering.run.prepack import prepack
+from panguq.lowering.run.specialize import specialize
 from panguq.lowering.targets import find_target
 
 _MAKING = threading.RLock()
@@ -161,7 +161,7 @@ class CompiledModule(FrozenModule):
         self, path: str | Path, stage: str | None = None, overwrite: bool = False
     ) -> None:
         """Write a stage's graph (by default the one that runs) as an ONNX file to look at."""
-        from panguq.export.onnx_export import export_onnx
+        from panguq.formats.onnx.export import export_onnx
 
         export_onnx(self.artifact, Path(path), stage or self.stage, overwrite)
 
@@ -282,7 +282,7 @@ def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
     tokenizer if it was saved with one. Raises StorageError, naming the file, for anything missing,
     truncated, changed or from elsewhere.
     """
-    from panguq.model_folder import read_model
+    from panguq.formats.own.model_folder import read_model
 
     return compiled_model(read_model(path), stage)
 

@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from panguq.artifact import FAKE_QUANT, LOWERED, Artifact
-from panguq.calibration import probe_of
 from panguq.compile_data import CompileData
 from panguq.compile_key import held_units, open_units
 from panguq.compiled_model import CompiledModule, compiled_model
-from panguq.hf import source_tokenizer
+from panguq.data.calibration import probe_of
+from panguq.dumps.dump import Dump, chosen_folder
 from panguq.ir.edit import clone, store_folded
-from panguq.ir.memory import return_large_blocks
 from panguq.ir.trace import is_causal_lm
-from panguq.ir.unit_folder import UnitFolder
-from panguq.ir.weight_store import WeightStore
+from panguq.lowering.cost.scheme_costs import TargetRules
 from panguq.lowering.lower_matmuls import check_lowerable
-from panguq.lowering.scheme_costs import TargetRules
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
-from panguq.passes.base import PassContext, Progress
-from panguq.passes.pipeline import Runner
+from panguq.models.hf import source_tokenizer
+from panguq.passes.pipeline.base import PassContext, Progress
+from panguq.passes.pipeline.runner import Runner
 from panguq.recipe import Recipe, RecipeLike
-from panguq.report.dump import Dump, chosen_folder
 from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
 from panguq.schedule import Schedule
+from panguq.tensors.memory import return_large_blocks
+from panguq.tensors.weight_store import WeightStore
+from panguq.tensors.work_folder import UnitFolder
 from panguq.tracing import trace
 
 

@@ -16,8 +16,8 @@ from transformers.models.auto import modeling_auto
 from panguq.errors import InputError, PanguqError
 from panguq.ir.edit import get_tensor
 from panguq.ir.interface import Interface
+from panguq.ir.kv_cache import CACHE_NAME, check_cache
 from panguq.ir.views import Linear, operand, results_of
-from panguq.kv_cache import CACHE_NAME, check_cache
 
 NO_PART_OF_A_GRAPH = (
     "output_attentions", "output_hidden_states", "inputs_embeds", "assistant_early_exit",

@@ -13,10 +13,10 @@ from pydantic_core import to_jsonable_python
 
 from panguq import registry
 from panguq.errors import RecipeError
+from panguq.files.plain_yaml import check_plain
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import Pass
 from panguq.passes.canonicalize import Canonicalize
-from panguq.plain_yaml import check_plain
+from panguq.passes.pipeline.base import Pass
 from panguq.suggest import did_you_mean, nearest
 
 IMPLIED: tuple[type[Pass], ...] = (Canonicalize, AssignSchemes)

@@ -37,15 +37,15 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from panguq.errors import LoweringError, RecipeError
+from panguq.files.plain_yaml import at, dump_yaml, parse_yaml, read_yaml
 from panguq.ir.quant_spec import parse_scheme
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Precision
 from panguq.pass_options import pass_from_entry, pass_to_entry
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import Pass
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.module_globs import AllowUnmatched
-from panguq.plain_yaml import at, dump_yaml, parse_yaml, read_yaml
+from panguq.passes.pipeline.base import Pass
+from panguq.passes.pipeline.module_globs import AllowUnmatched
 from panguq.suggest import did_you_mean
 
 RecipeLike: TypeAlias = Union["Recipe", str, Path, Mapping[str, Any]]

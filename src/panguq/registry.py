@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from panguq.lowering.ascend.fuse_ascend import FuseAscend
+from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.awq import Awq
-from panguq.passes.base import Pass
 from panguq.passes.billm import BiLlm
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.fuse_ascend import FuseAscend
 from panguq.passes.gptaq import Gptaq
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.learned_rounding import LearnedRounding
-from panguq.passes.merge_gate_up import MergeGateUp
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.outliers import Outliers
+from panguq.passes.pipeline.base import Pass
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.rotate import Rotate

@@ -10,9 +10,9 @@ from torch import fx
 from panguq.ir.properties import Property
 from panguq.lowering.stages import fitting, lowering_passes
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import Pass
-from panguq.passes.module_globs import check_globs
-from panguq.passes.pipeline import check_order
+from panguq.passes.pipeline.base import Pass
+from panguq.passes.pipeline.module_globs import check_globs
+from panguq.passes.pipeline.runner import check_order
 from panguq.recipe import Recipe
 from panguq.registry import ALL_PASSES
 

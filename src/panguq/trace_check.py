@@ -18,17 +18,17 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from panguq.data.inputs import prepare
 from panguq.errors import TraceError
-from panguq.inputs import prepare
-from panguq.ir import interpret
 from panguq.ir.edit import module_path
 from panguq.ir.interface import Interface
+from panguq.ir.kv_cache import cache_argument, cache_of
 from panguq.ir.length_limits import (
     changes_with_length,
     reset_rotary_frequencies,
     window_like_sizes,
 )
-from panguq.kv_cache import cache_argument, cache_of
+from panguq.ir.run import interpret
 
 TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of the largest logit. bfloat16's is eight of its epsilons (2**-7 each, as much as reordered sums

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import panguq
-from panguq.kv_cache import CACHE_NAME, cache_of
+from panguq.ir.kv_cache import CACHE_NAME, cache_of
 from panguq.lowering.targets import TARGETS
 from tests.model_folders import TEXT, make_folder, make_model, make_tokenizer
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import fx, nn
 
+from panguq.dumps.node_metadata import collect, restore
 from panguq.ir.edit import call, clone, find_label, merge, replace, split, weights_of
 from panguq.ir.input_statistics import InputStatistics
 from panguq.ir.node_meta import NodeMeta, annotate, meta_of, scheme_of
 from panguq.ir.quant_spec import SCHEMES
-from panguq.ir.serialize import from_text, to_text
-from panguq.report.node_metadata import collect, restore
-from tests.models import trace_tiny
+from panguq.ir.text.serialize import from_text, to_text
+from tests.model_shelf import trace_tiny
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]

@@ -13,17 +13,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import panguq
+from panguq.data.inputs import prepare
 from panguq.errors import InputError, TraceError
-from panguq.inputs import prepare
 from panguq.ir.interface import Interface
-from panguq.ir.interpret import run
-from panguq.ir.printer import print_graph
+from panguq.ir.kv_cache import layer_tensors
+from panguq.ir.run.interpret import run
+from panguq.ir.text.printer import print_graph
 from panguq.ir.trace import trace_causal_lm, trace_module
-from panguq.ir.weight_store import WeightStore
-from panguq.kv_cache import layer_tensors
-from panguq.passes.base import PassContext
 from panguq.passes.canonicalize import Canonicalize
-from tests.models import (
+from panguq.passes.pipeline.base import PassContext
+from panguq.tensors.weight_store import WeightStore
+from tests.model_shelf import (
     FAMILIES,
     GROUPED,
     canonical,

@@ -15,13 +15,13 @@ from panguq.ir.node_meta import annotate
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.verify import CHECKS, check_form, verify
+from panguq.lowering.ascend.fuse_ascend import FuseAscend
 from panguq.lowering.lower_matmuls import LowerMatmuls
-from panguq.passes.base import Pass, PassContext, PassResult
 from panguq.passes.calibrate import Calibrate
-from panguq.passes.fuse_ascend import FuseAscend
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import run_passes, run_pipeline, tiny_context, trace_tiny
+from tests.model_shelf import run_passes, run_pipeline, tiny_context, trace_tiny
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq

@@ -24,13 +24,13 @@ from panguq.ir.views import (
     optional_operand,
     results_of,
 )
-from panguq.passes.base import Pass, linears
 from panguq.passes.billm import BiLlm
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import Pass, linears
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.slim_llm import SlimLlm
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.model_shelf import run_passes, tiny_context, trace_tiny
 
 FAKE = (Calibrate(), InsertFakeQuant())
 

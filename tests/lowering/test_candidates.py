@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
-from panguq.kernels.ascend.tiles import legal_tiles
-from panguq.lowering.ascend_rules import fallback_names, weight_quant_templates
+from panguq.kernels.ascend.own.tiles import legal_tiles
+from panguq.lowering.ascend.rules import fallback_names, weight_quant_templates
 from panguq.lowering.candidates import (
     MatmulProblem,
     ascend_candidates,

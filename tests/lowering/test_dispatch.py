@@ -12,11 +12,11 @@ from torch import Tensor
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, op_name
-from panguq.ir.interpret import run
 from panguq.ir.node_meta import scheme_of
+from panguq.ir.ops.packing import pack_int4
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
-from panguq.kernels.packing import pack_int4
+from panguq.ir.run.interpret import run
 from panguq.lowering import lower_matmuls
 from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.dispatch import Operands, kernel_call, parse_kernel, row_for
@@ -24,14 +24,14 @@ from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Candidate, MatmulProblem
+from panguq.lowering.run.specialize import specialize
 from panguq.lowering.select_kernel import TableEntry, select_kernel
-from panguq.lowering.specialize import specialize
 from panguq.lowering.targets import find_target
-from panguq.passes.base import linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import linears
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import OneLinear, run_passes, run_pipeline, tiny_context, trace_tiny
+from tests.model_shelf import OneLinear, run_passes, run_pipeline, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 HELD = frozenset({Property.CANONICAL, Property.SCHEMES, Property.QDQ, Property.WEIGHT_CODES})

@@ -11,21 +11,21 @@ from torch import Tensor, fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, label, op_name
-from panguq.ir.interpret import run, values
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec, Scheme
+from panguq.ir.run.interpret import run, values
 from panguq.ir.verify import verify
 from panguq.kernels.cpu.int8_linear import _int32_matmul
 from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
-from panguq.lowering.prepack import prepack
+from panguq.lowering.run.prepack import prepack
 from panguq.lowering.targets import find_target
-from panguq.passes.base import PassContext, linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.pipeline import PassRecord
+from panguq.passes.pipeline.base import PassContext, linears
+from panguq.passes.pipeline.runner import PassRecord
 from panguq.passes.quantize_weights import QuantizeWeights
-from tests.models import OneLinear, run_passes, run_pipeline, tiny_context, trace_tiny
+from tests.model_shelf import OneLinear, run_passes, run_pipeline, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 INTEGER = ("W8A8", "W8A8_DYNAMIC")

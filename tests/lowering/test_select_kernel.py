@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from panguq.errors import LoweringError
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme
 from panguq.lowering.candidates import MatmulProblem, cpu_candidates
-from panguq.lowering.cost_model import M, cost_us, crossover_m
-from panguq.lowering.cpu_calls import _LOWERINGS
+from panguq.lowering.cost.model import M, cost_us, crossover_m
+from panguq.lowering.cpu.calls import _LOWERINGS
 from panguq.lowering.select_kernel import (
     BYTES,
     CONVERTED,

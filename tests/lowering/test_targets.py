@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panguq.errors import LoweringError
+from panguq.files.plain_yaml import dump_yaml, parse_yaml
 from panguq.lowering.target import ASCEND_UNITS, Constant, Target, check_target
 from panguq.lowering.target_files import load_target, save_target
 from panguq.lowering.targets import CPU, TARGETS, find_target
-from panguq.plain_yaml import dump_yaml, parse_yaml
 
 ASCEND = [name for name in TARGETS if name.startswith("ascend")]
 

@@ -10,8 +10,8 @@ from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import scheme_of
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
-from panguq.passes.base import PassResult, linears
-from tests.models import canonical, family_context, tiny_context, trace_tiny
+from panguq.passes.pipeline.base import PassResult, linears
+from tests.model_shelf import canonical, family_context, tiny_context, trace_tiny
 
 
 def assigned(*schemes: tuple[str, str], family: str = "llama") -> tuple[dict[str, str], PassResult]:

@@ -13,20 +13,20 @@ from torch.nn import functional
 
 import panguq
 from panguq.errors import InputError, NumericsError, RecipeError
-from panguq.ir.channels import find_scale_sites
+from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import clone, finish, get_tensor, weights_of
-from panguq.ir.interpret import run
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import Scheme, parse_scheme
+from panguq.ir.run.interpret import run
 from panguq.passes.awq import Awq, awq_scale
-from panguq.passes.base import PassContext, PassResult, linears
 from panguq.passes.calibrate import Calibrate
+from panguq.passes.codes.weight_scales import quantize_groups, search_scale
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import PassContext, PassResult, linears
 from panguq.passes.quantize_weights import QuantizeWeights
-from panguq.passes.scale_folding import Factors, add_factors, fold
-from panguq.passes.scale_search import MatmulError, look_at
-from panguq.passes.weight_scales import quantize_groups, search_scale
-from tests.models import (
+from panguq.passes.scaling.folding import Factors, add_factors, fold
+from panguq.passes.scaling.search import MatmulError, look_at
+from tests.model_shelf import (
     canonical,
     family_context,
     make_model,

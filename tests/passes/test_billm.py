@@ -12,17 +12,24 @@ from torch import Tensor, fx
 import panguq
 from panguq.compiled_model import CompiledModule
 from panguq.errors import RecipeError
-from panguq.evaluate import weight_figures
+from panguq.evaluation import weight_figures
 from panguq.ir.edit import weights_of
-from panguq.ir.interpret import run
 from panguq.ir.quant_spec import SCHEMES
+from panguq.ir.run.interpret import run
 from panguq.passes.billm import BiLlm, best_pair, block_order, residual_pair, salient_count
-from panguq.passes.gram import gram, inverse_factor, output_error
+from panguq.passes.codes.gram import gram, inverse_factor, output_error
+from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_scales import min_max_scale, quantize_groups
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
-from panguq.passes.solve_weights import Solution, WeightProblem
-from panguq.passes.weight_scales import min_max_scale, quantize_groups
-from tests.models import OneLinear, run_passes, shared_model, tiny_context, token_ids, trace_tiny
+from tests.model_shelf import (
+    OneLinear,
+    run_passes,
+    shared_model,
+    tiny_context,
+    token_ids,
+    trace_tiny,
+)
 
 SPEC = SCHEMES["W1A16"].weight
 assert SPEC is not None

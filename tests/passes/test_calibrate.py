@@ -7,14 +7,14 @@ import torch
 
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.edit import find_label, get_tensor, set_tensor, weights_of
-from panguq.ir.interpret import values
 from panguq.ir.node_meta import meta_of, range_of, scheme_of, statistics_of
-from panguq.ir.printer import Hasher, print_graph
+from panguq.ir.run.interpret import values
+from panguq.ir.text.printer import Hasher, print_graph
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import PassContext, linears
 from panguq.passes.calibrate import Calibrate
-from panguq.passes.observers import OBSERVERS
-from tests.models import FAMILIES, canonical, family_context
+from panguq.passes.pipeline.base import PassContext, linears
+from panguq.passes.statistics.observers import OBSERVERS
+from tests.model_shelf import FAMILIES, canonical, family_context
 
 
 def calibrated(family: str, scheme: str, *options):

@@ -11,15 +11,15 @@ from torch.nn import functional
 
 from panguq.errors import TraceError
 from panguq.ir.edit import label, op_name
-from panguq.ir.interpret import run
-from panguq.ir.printer import print_graph
 from panguq.ir.properties import Property
+from panguq.ir.run.interpret import run
+from panguq.ir.text.printer import print_graph
 from panguq.ir.trace import trace_module
 from panguq.ir.verify import verify
-from panguq.ir.weight_store import WeightStore
-from panguq.passes.base import PassContext
 from panguq.passes.canonicalize import Canonicalize
-from tests.models import FAMILIES, canonical, run_pipeline, traced
+from panguq.passes.pipeline.base import PassContext
+from panguq.tensors.weight_store import WeightStore
+from tests.model_shelf import FAMILIES, canonical, run_pipeline, traced
 
 X = (3, 5, 8)
 

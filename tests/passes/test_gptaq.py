@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from panguq.errors import RecipeError
-from panguq.ir.interpret import run
 from panguq.ir.quant_spec import parse_scheme
+from panguq.ir.run.interpret import run
 from panguq.passes.calibrate import Calibrate
+from panguq.passes.codes.gram import gram
+from panguq.passes.codes.solve_weights import Solution, WeightProblem
 from panguq.passes.gptaq import AsymmetricTarget, Gptaq
 from panguq.passes.gptq import Gptq
-from panguq.passes.gram import gram
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.solve_weights import Solution, WeightProblem
-from tests.models import TwoLinears, run_passes, tiny_context, trace_tiny
+from tests.model_shelf import TwoLinears, run_passes, tiny_context, trace_tiny
 
 
 def problem(scheme: str = "W4A16-g32", k: int = 64, seed: int = 0, noise: float = 0.3,

@@ -14,15 +14,15 @@ from torch.nn import functional
 
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.edit import weights_of
-from panguq.ir.interpret import run
 from panguq.ir.quant_spec import parse_scheme
-from panguq.passes.column_solver import GroupGrid, solve_columns
+from panguq.ir.run.interpret import run
+from panguq.passes.codes.column_solver import GroupGrid, solve_columns
+from panguq.passes.codes.gram import gram, inverse_factor, output_error
+from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_scales import min_max_scale, search_scale
 from panguq.passes.gptq import Gptq, relative_errors_db
-from panguq.passes.gram import gram, inverse_factor, output_error
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.solve_weights import Solution, WeightProblem
-from panguq.passes.weight_scales import min_max_scale, search_scale
-from tests.models import OneLinear, run_passes, tiny_context, trace_tiny
+from tests.model_shelf import OneLinear, run_passes, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 SCHEMES = ("W4A16-g32", "W4A16-per_channel", "W4A16-g32-asym", "W3A16-g32", "W2A16-g64", "W8A16")

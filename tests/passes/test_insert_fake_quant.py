@@ -11,17 +11,17 @@ from torch.nn import functional
 
 from panguq.errors import NumericsError
 from panguq.ir.edit import find_label, get_tensor, set_tensor
-from panguq.ir.interpret import run, values
 from panguq.ir.node_meta import annotate, range_of
-from panguq.ir.printer import print_graph
+from panguq.ir.ops.quantize import dequantize, quantize_per_tensor
 from panguq.ir.quant_spec import SCHEMES, QuantSpec
-from panguq.kernels.quantize import dequantize, quantize_per_tensor
-from panguq.passes.base import linears
+from panguq.ir.run.interpret import run, values
+from panguq.ir.text.printer import print_graph
 from panguq.passes.calibrate import Calibrate
+from panguq.passes.codes.static_scales import affine, storable_scale
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import linears
 from panguq.passes.quantize_weights import QuantizeWeights
-from panguq.passes.static_scales import affine, storable_scale
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.model_shelf import run_passes, tiny_context, trace_tiny
 
 panguq = torch.ops.panguq
 

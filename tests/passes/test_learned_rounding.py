@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from panguq.errors import NumericsError, RecipeError
-from panguq.ir.interpret import run
 from panguq.ir.quant_spec import parse_scheme
+from panguq.ir.run.interpret import run
+from panguq.passes.codes.gram import gram, output_error
+from panguq.passes.codes.solve_weights import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
-from panguq.passes.gram import gram, output_error
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.learned_rounding import Grid, LearnedRounding, descend, refit_scales
 from panguq.passes.quantize_weights import QuantizeWeights
-from panguq.passes.solve_weights import Solution, WeightProblem
-from tests.models import canonical, family_context, run_passes
+from tests.model_shelf import canonical, family_context, run_passes
 
 NEAREST = LearnedRounding(start="nearest")
 

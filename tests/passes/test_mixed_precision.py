@@ -10,21 +10,21 @@ from torch import fx
 
 import panguq
 from panguq.errors import RecipeError
-from panguq.evaluate import weight_figures
+from panguq.evaluation import weight_figures
 from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import scheme_of
-from panguq.ir.printer import Hasher, print_graph
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
+from panguq.ir.text.printer import Hasher, print_graph
 from panguq.passes import mixed_precision
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
-from panguq.passes.base import PassResult, linears
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.mixed_precision import MixedPrecision, stored_bits
+from panguq.passes.pipeline.base import PassResult, linears
 from panguq.schedule import check_passes
-from tests.models import canonical, family_context, shared_model, token_ids
+from tests.model_shelf import canonical, family_context, shared_model, token_ids
 
 CHOICES = ("W4A16-g32", "W6A16-g32", "W8A16")
 

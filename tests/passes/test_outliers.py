@@ -9,18 +9,18 @@ from torch.nn import functional
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import find_label, label, weights_of
-from panguq.ir.interpret import run, values
 from panguq.ir.node_meta import meta_of, scheme_of
-from panguq.ir.printer import Hasher, print_graph
-from panguq.passes.base import PassResult, linears
+from panguq.ir.run.interpret import run, values
+from panguq.ir.text.printer import Hasher, print_graph
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.outliers import Outliers
-from panguq.passes.pipeline import PassRecord
+from panguq.passes.pipeline.base import PassResult, linears
+from panguq.passes.pipeline.runner import PassRecord
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
 from panguq.passes.weigh_tokens import WeighTokens
-from tests.models import run_passes, tiny_context, trace_tiny
+from tests.model_shelf import run_passes, tiny_context, trace_tiny
 
 
 class Net(nn.Module):

@@ -15,16 +15,16 @@ from torch import Tensor
 import panguq
 from panguq.compiled_model import CompiledCausalLM
 from panguq.errors import InputError, PanguqError, RecipeError
-from panguq.export.onnx_run import OnnxModel
+from panguq.formats.onnx.run import OnnxModel
 from panguq.ir.edit import find_label, get_tensor, label, weights_of
-from panguq.ir.interpret import run, values
-from panguq.passes.base import PassContext
+from panguq.ir.run.interpret import run, values
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import PassContext
 from panguq.passes.quantize_kv_cache import QuantizeKvCache, channel_scale
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
-from tests.models import (
+from tests.model_shelf import (
     canonical,
     family_context,
     hand_written,

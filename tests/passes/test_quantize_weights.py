@@ -8,15 +8,15 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import find_label, get_tensor, weights_of
-from panguq.ir.interpret import run, values
 from panguq.ir.node_meta import scheme_of, statistics_of
-from panguq.ir.printer import print_graph
-from panguq.kernels.packing import unpack_int4
+from panguq.ir.ops.packing import unpack_int4
+from panguq.ir.run.interpret import run, values
+from panguq.ir.text.printer import print_graph
 from panguq.passes.calibrate import Calibrate
+from panguq.passes.codes.weight_scales import search_scale
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
-from panguq.passes.weight_scales import search_scale
-from tests.models import OneLinear, run_passes, tiny_context, trace_tiny
+from tests.model_shelf import OneLinear, run_passes, tiny_context, trace_tiny
 
 SCHEMES = ("W8A8", "W8A16", "W4A16", "W4A16-g32", "W4A16_ASYM", "W4A16-per_channel")
 

@@ -16,19 +16,19 @@ from torch.nn import functional
 import panguq
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.edit import clone, find_label, get_tensor, label, weights_of
-from panguq.ir.interpret import run
+from panguq.ir.run.interpret import run
 from panguq.ir.trace import trace_causal_lm
-from panguq.ir.weight_store import WeightStore
-from panguq.passes.base import Pass, PassContext, PassResult
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.insert_fake_quant import InsertFakeQuant
-from panguq.passes.online_rotation import OnlineRotation
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.rotate import Rotate
-from panguq.passes.rotated_weights import WeightPlan
-from panguq.passes.rotation_matrices import random_rotation
+from panguq.passes.rotation.matrices import random_rotation
+from panguq.passes.rotation.online import OnlineRotation
+from panguq.passes.rotation.weights import WeightPlan
 from panguq.passes.smoothquant import SmoothQuant
-from tests.models import (
+from panguq.tensors.weight_store import WeightStore
+from tests.model_shelf import (
     CONFIGS,
     FAMILIES,
     canonical,

@@ -12,14 +12,15 @@ from torch import Tensor, fx
 import panguq
 from panguq.compiled_model import CompiledModule
 from panguq.errors import RecipeError
-from panguq.evaluate import weight_figures
+from panguq.evaluation import weight_figures
 from panguq.ir.edit import find_label, weights_of
-from panguq.ir.interpret import run
 from panguq.ir.node_meta import scheme_of
+from panguq.ir.ops.mixed_packing import unpack_mixed_codes
 from panguq.ir.quant_spec import parse_scheme
-from panguq.kernels.mixed_packing import unpack_mixed_codes
+from panguq.ir.run.interpret import run
+from panguq.passes.codes.gram import gram, output_error
+from panguq.passes.codes.solve_weights import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
-from panguq.passes.gram import gram, output_error
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.slim_llm import (
     GroupFitter,
@@ -29,8 +30,14 @@ from panguq.passes.slim_llm import (
     column_order,
     halves,
 )
-from panguq.passes.solve_weights import Solution, WeightProblem
-from tests.models import OneLinear, run_passes, shared_model, tiny_context, token_ids, trace_tiny
+from tests.model_shelf import (
+    OneLinear,
+    run_passes,
+    shared_model,
+    tiny_context,
+    token_ids,
+    trace_tiny,
+)
 
 RATIOS = (1.0, 0.8, 0.6)
 

@@ -13,19 +13,19 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from panguq.errors import InputError, NumericsError, RecipeError
-from panguq.ir.channels import KINDS
+from panguq.ir.analysis.channels import KINDS
 from panguq.ir.edit import clone, find_label, get_tensor, weights_of
 from panguq.ir.interface import Interface
-from panguq.ir.interpret import run, values
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.quant_spec import SCHEMES
+from panguq.ir.run.interpret import run, values
 from panguq.ir.trace import trace_causal_lm, trace_module
-from panguq.ir.weight_store import WeightStore
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import PassContext, PassResult, linears
 from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.pipeline.base import PassContext, PassResult, linears
 from panguq.passes.smoothquant import SmoothQuant, smoothing_scale
-from tests.models import TwoLinears
+from panguq.tensors.weight_store import WeightStore
+from tests.model_shelf import TwoLinears
 
 GROUPED = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

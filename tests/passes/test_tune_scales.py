@@ -10,16 +10,16 @@ from torch import fx, nn
 
 from panguq.errors import InputError, NumericsError, RecipeError
 from panguq.ir.edit import clone, get_tensor, set_tensor, weights_of
-from panguq.ir.interpret import run
-from panguq.ir.reverse_sweep import FirstOutput
+from panguq.ir.run.interpret import run
+from panguq.ir.run.reverse_sweep import FirstOutput
 from panguq.passes import tune_scales
-from panguq.passes.base import PassContext
 from panguq.passes.billm import BiLlm
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import PassContext
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.tune_scales import TuneScales
-from tests.models import (
+from tests.model_shelf import (
     TwoLinears,
     canonical,
     family_context,

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from panguq.errors import InputError, RecipeError
 from panguq.ir.edit import label
 from panguq.ir.node_meta import meta_of
-from panguq.passes.base import linears
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
+from panguq.passes.pipeline.base import linears
 from panguq.passes.weigh_tokens import WeighTokens
-from tests.models import (
+from tests.model_shelf import (
     TwoLinears,
     canonical,
     family_context,

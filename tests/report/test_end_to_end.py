@@ -9,13 +9,13 @@ import torch
 from torch import fx, nn
 
 import panguq
-from panguq.calibration_data import read_calibration
 from panguq.compiled_model import CompiledModule
+from panguq.data.calibration_data import read_calibration
+from panguq.data.inputs import prepare
 from panguq.errors import LoweringError, NumericsError
-from panguq.evaluate import evaluate, logits_of
-from panguq.inputs import prepare
+from panguq.evaluation import evaluate, logits_of
 from panguq.ir.edit import call, clone, get_tensor, set_tensor
-from panguq.lowering import cpu_calls
+from panguq.lowering.cpu import calls as cpu_calls
 from panguq.lowering.select_kernel import Choice
 from panguq.report.end_to_end import (
     NOT_OBSERVED,
@@ -26,7 +26,7 @@ from panguq.report.end_to_end import (
     other_kernel,
 )
 from tests.model_folders import TEXT, make_tokenizer
-from tests.models import shared_model, token_ids
+from tests.model_shelf import shared_model, token_ids
 
 IDS = token_ids(4, 32)
 

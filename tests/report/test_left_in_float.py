@@ -15,9 +15,9 @@ from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import annotate
 from panguq.ir.quant_spec import SCHEMES
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import PassResult, linears
+from panguq.passes.pipeline.base import PassResult, linears
 from panguq.report.left_in_float import left_in_float
-from tests.models import canonical, tiny_context
+from tests.model_shelf import canonical, tiny_context
 
 
 def chain(*sizes: int) -> nn.Module:

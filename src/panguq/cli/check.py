@@ -10,7 +10,7 @@ from panguq.cli.command import Commands, add_command, add_json, print_json, quie
 
 def add(commands: Commands) -> None:
     """Add the command to the command line."""
-    from panguq.export.server_rules import SERVERS
+    from panguq.servers import SERVERS
 
     command = add_command(
         commands,
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check and print."""
-    from panguq.check import check_folder
+    from panguq.check.report import check_folder
 
     quiet_transformers()
     report = check_folder(options.folder)

@@ -67,8 +67,8 @@ def text_windows(
     The file is read as calibration data is; with `chat` each of its lines is a conversation.
     Raises InputError that names the file and `what` it should have been.
     """
-    from panguq.calibration_data import file_text
-    from panguq.calibration_tokens import token_windows
+    from panguq.data.calibration_data import file_text
+    from panguq.data.calibration_tokens import token_windows
 
     text = file_text(path, tokenizer, window, windows, chat)
     if not text:

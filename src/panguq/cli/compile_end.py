@@ -9,7 +9,7 @@ from typing import Any
 
 from panguq.cli.compile_places import existing_parent
 from panguq.errors import InputError
-from panguq.export.server_rules import READS, Server
+from panguq.servers import READS, Server
 
 logger = logging.getLogger("panguq")
 
@@ -31,9 +31,9 @@ def check_end(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) 
     if options.out is None:
         return
     _check_room(options, recipe, dtype, model)
-    from panguq.export.format_check import check_format
-    from panguq.export.quantized_linear import ExportError
-    from panguq.export.server_rules import verdicts
+    from panguq.formats.checkpoint.linear import ExportError
+    from panguq.planning.format_check import check_format
+    from panguq.servers import verdicts
 
     found, warnings = check_format(
         options.format, model, recipe, target=options.target, dtype=dtype
@@ -49,7 +49,7 @@ def check_end(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) 
 def _check_room(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) -> None:
     """The result on its disk; the codes once more where the parts lie on another, or where a
     checkpoint is written, which shares none of panguq's files."""
-    from panguq.disk_forecast import check_disk, forecast_bytes
+    from panguq.planning.disk_forecast import check_disk, forecast_bytes
 
     codes, others = forecast_bytes(model, recipe, dtype)
     out = options.out.resolve()

@@ -20,8 +20,8 @@ from panguq.cli.command import (
 from panguq.cli.compile_end import check_end, check_server
 from panguq.cli.compile_places import check_out, held_places
 from panguq.errors import InputError, RecipeError
-from panguq.export.formats import FORMATS
-from panguq.export.server_rules import SERVERS
+from panguq.formats.registry import FORMATS
+from panguq.servers import SERVERS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -115,10 +115,10 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(options, recipe, dtype)
 
-    from panguq.calibration_data import read_calibration
     from panguq.compiler import compile
-    from panguq.hf import load_pretrained, load_tokenizer
+    from panguq.data.calibration_data import read_calibration
     from panguq.lowering.targets import find_target
+    from panguq.models.hf import load_pretrained, load_tokenizer
 
     find_target(options.target)
     tokenizer = (_tokenizer_if_any if options.calibration is None else load_tokenizer)(
@@ -167,7 +167,7 @@ def _recipe(options: argparse.Namespace) -> Any:
 
 
 def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
-    from panguq.plan import plan
+    from panguq.planning.dry_run import plan
 
     found = plan(
         options.model,
@@ -191,8 +191,8 @@ def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
 
 def _server_verdict(options: argparse.Namespace, recipe: Any, found: Any) -> Any:
     """What the server of --for would say; None if none was asked for."""
-    from panguq.export.server_rules import verdicts
     from panguq.passes.outliers import Outliers
+    from panguq.servers import verdicts
 
     if options.server is None:
         return None
@@ -201,7 +201,7 @@ def _server_verdict(options: argparse.Namespace, recipe: Any, found: Any) -> Any
 
 
 def _tokenizer_if_any(folder: Path) -> Any:
-    from panguq.hf import load_tokenizer
+    from panguq.models.hf import load_tokenizer
 
     try:
         return load_tokenizer(folder)
@@ -211,7 +211,7 @@ def _tokenizer_if_any(folder: Path) -> Any:
 
 
 def _summary(compiled: Any, options: argparse.Namespace) -> str:
-    from panguq.evaluate import weight_figures
+    from panguq.evaluation import weight_figures
 
     report, figures = compiled.report, weight_figures(compiled)
     lines = [f"{options.model} with recipe {compiled.recipe.name} for target {report.target}"]

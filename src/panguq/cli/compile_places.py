@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from panguq.errors import StorageError
 
 if TYPE_CHECKING:
-    from panguq.ir.unit_folder import UnitFolder
+    from panguq.tensors.work_folder import UnitFolder
 
 logger = logging.getLogger("panguq")
 
@@ -28,8 +28,8 @@ class Places:
 
 def check_out(out: Path, force: bool, format: str) -> None:
     """Refuse before the long work what saving would refuse after it. Raises StorageError."""
-    from panguq.export.formats import find_format
-    from panguq.partial_folder import check_name
+    from panguq.files.partial_folder import check_name
+    from panguq.formats.registry import find_format
 
     try:
         target = out.resolve()
@@ -62,7 +62,7 @@ def held_places(out: Path | None, work_dir: Path | None) -> Iterator[Places]:
     ends the work otherwise leaves the finished parts and says so. Raises StorageError for places
     that another compile holds, or that hold something else.
     """
-    from panguq.ir.unit_folder import UnitFolder
+    from panguq.tensors.work_folder import UnitFolder
 
     default = None if out is None else out.resolve().with_name(f".{out.resolve().name}.work")
     chosen = default if work_dir is None else work_dir.resolve()

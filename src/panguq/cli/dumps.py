@@ -65,7 +65,7 @@ def _add_dump(parser: argparse.ArgumentParser) -> None:
 
 
 def _reader(options: argparse.Namespace) -> Any:
-    from panguq.report.dump_reader import DumpReader
+    from panguq.dumps.reader import DumpReader
 
     quiet_transformers()
     return DumpReader(options.dump, options.model)
@@ -98,14 +98,14 @@ def run_show(options: argparse.Namespace) -> int:
 
 def run_stage(options: argparse.Namespace) -> int:
     """Run a stage's graph on the probe."""
-    from panguq.report.replay import run_stage as replay
+    from panguq.dumps.replay import run_stage as replay
 
     return _print_result(options, replay(_reader(options), options.limit))
 
 
 def run_bisect(options: argparse.Namespace) -> int:
     """Find the culprit."""
-    from panguq.report.bisect import bisect
+    from panguq.dumps.bisect import bisect
 
     return _print_result(options, bisect(_reader(options), options.floor))
 

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and print."""
     quiet_transformers()
     from panguq.compiled_model import load
-    from panguq.hf import load_pretrained
+    from panguq.models.hf import load_pretrained
 
     is_float = options.stage == "float"
     compiled: Any = load(options.compiled, "lowered" if is_float else options.stage)
@@ -79,7 +79,7 @@ def measure(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> 
     first op that yields NaN or Inf, or, where perplexity is ten times the float model's, the first
     matmul below 5 dB of local SQNR.
     """
-    from panguq.evaluate import (
+    from panguq.evaluation import (
         COLLAPSED,
         evaluate,
         first_broken_node,
@@ -110,7 +110,7 @@ def measure(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> 
 
 
 def _tokenizer(options: argparse.Namespace, compiled: Any) -> Any:
-    from panguq.hf import load_tokenizer
+    from panguq.models.hf import load_tokenizer
 
     try:
         return load_tokenizer(options.against)

@@ -94,8 +94,8 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Explain and print."""
+    from panguq.explain.matmul import looks_like_shape
     from panguq.ir.quant_spec import parse_scheme
-    from panguq.lowering.explain import looks_like_shape
     from panguq.lowering.targets import find_target
 
     scheme, target = parse_scheme(options.scheme), find_target(options.target)
@@ -111,8 +111,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_shape(options: argparse.Namespace, scheme: Any, target: Any, dtype: Any) -> int:
-    from panguq.lowering.explain import explain, parse_shape, render
-    from panguq.lowering.explain_files import candidates_csv, neighbours, save_heat_map, write_whole
+    from panguq.explain.files import candidates_csv, neighbours, save_heat_map, write_whole
+    from panguq.explain.matmul import explain, parse_shape, render
     from panguq.lowering.select_kernel import HYSTERESIS
 
     problem = parse_shape(options.subject, scheme, dtype, options.weight_format)
@@ -134,12 +134,12 @@ def graph_of(folder: str | Path, scheme: Any, dtype: str) -> Any:
     """The canonical graph of a model folder with a scheme on every matmul, and its interface."""
     import torch
 
-    from panguq.hf import skeleton
-    from panguq.ir.weight_store import WeightStore
+    from panguq.models.hf import skeleton
     from panguq.passes.assign_schemes import AssignSchemes
-    from panguq.passes.base import PassContext
     from panguq.passes.canonicalize import Canonicalize
-    from panguq.passes.pipeline import Runner
+    from panguq.passes.pipeline.base import PassContext
+    from panguq.passes.pipeline.runner import Runner
+    from panguq.tensors.weight_store import WeightStore
     from panguq.tracing import trace
 
     gm, interface = trace(skeleton(folder), None, getattr(torch, dtype))
@@ -151,9 +151,9 @@ def graph_of(folder: str | Path, scheme: Any, dtype: str) -> Any:
 
 def _run_model(options: argparse.Namespace, scheme: Any, target: Any, dtype: str) -> int:
     quiet_transformers()
-    from panguq.lowering.explain_files import candidates_csv, save_heat_map, write_whole
-    from panguq.lowering.explain_model import explain_model
-    from panguq.lowering.explain_model_text import PUBLISHED, render
+    from panguq.explain.files import candidates_csv, save_heat_map, write_whole
+    from panguq.explain.model import explain_model
+    from panguq.explain.model_text import PUBLISHED, render
 
     gm, interface = graph_of(options.subject, scheme, dtype)
     found = explain_model(
@@ -195,7 +195,7 @@ def _problem(shapes: list[tuple[int, int]], scheme: Any, dtype: Any) -> Any:
 
 
 def _candidates(n: int, k: int, scheme: Any, dtype: Any, target: Any, options: Any) -> Any:
-    from panguq.lowering.explain import explain
+    from panguq.explain.matmul import explain
     from panguq.lowering.problem import MatmulProblem
 
     problem = MatmulProblem(options.batch, n, k, scheme, dtype=dtype)

@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Export and say what was written."""
     quiet_transformers()
-    from panguq.report.dump_files import DUMP_JSON
+    from panguq.dumps.files import DUMP_JSON
 
     if (options.source / DUMP_JSON).exists():
         stage = _export_dump(options)
@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _export_dump(options: argparse.Namespace) -> str:
-    from panguq.export.onnx_export import export_dump
-    from panguq.report.dump_reader import DumpReader
+    from panguq.dumps.reader import DumpReader
+    from panguq.formats.onnx.export import export_dump
 
     reader = DumpReader(options.source, options.model)
     return export_dump(reader, options.out, options.stage, options.force)
@@ -66,8 +66,8 @@ def _export_dump(options: argparse.Namespace) -> str:
 
 def _export_model(options: argparse.Namespace) -> str:
     from panguq.artifact import LOWERED
-    from panguq.export.onnx_export import export_onnx
-    from panguq.model_folder import read_model
+    from panguq.formats.onnx.export import export_onnx
+    from panguq.formats.own.model_folder import read_model
 
     if options.model is not None:
         raise InputError(

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _inputs(options: argparse.Namespace, tokenizer: Any) -> Any:
-    from panguq.openpangu_chat import chat_inputs
+    from panguq.models.openpangu.chat import chat_inputs
 
     if not options.chat:
         return tokenizer(options.prompt, return_tensors="pt")
@@ -74,7 +74,7 @@ def _inputs(options: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def _print_text(tokenizer: Any, tokens: Any, options: argparse.Namespace) -> None:
-    from panguq.openpangu_chat import is_openpangu, split_thinking
+    from panguq.models.openpangu.chat import is_openpangu, split_thinking
 
     if not options.chat or not is_openpangu(tokenizer):
         print(tokenizer.decode(tokens, skip_special_tokens=True))

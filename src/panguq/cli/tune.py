@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, fit, write, print."""
-    from panguq.lowering.cpu_tuning import FULL, QUICK, check_threads, tune
+    from panguq.lowering.cpu.tuning.tune import FULL, QUICK, check_threads, tune
     from panguq.lowering.target_files import save_target
 
     check_out(options.out)

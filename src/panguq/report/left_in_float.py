@@ -11,7 +11,7 @@ from torch import fx
 from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import scheme_of
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.base import PassResult, linears
+from panguq.passes.pipeline.base import PassResult, linears
 
 
 def left_in_float(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from panguq.ir import interpret
 from panguq.ir.edit import ancestors, label
+from panguq.ir.run import interpret
 from panguq.ir.views import Linear
-from panguq.passes.base import linears
+from panguq.passes.pipeline.base import linears
 
 
 @dataclass(frozen=True)

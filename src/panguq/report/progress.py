@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from panguq.passes.base import Progress, no_progress
+from panguq.passes.pipeline.base import Progress, no_progress
 
 
 def terminal_progress() -> Progress:

@@ -9,19 +9,19 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from panguq.errors import PanguqError
-from panguq.ir.edit import ancestors, get_tensor, label
-from panguq.ir.node_meta import meta_of, scheme_of
-from panguq.ir.views import Linear, operands_at
-from panguq.passes.assign_schemes import gives_logits
-from panguq.passes.base import Pass, PassContext
-from panguq.passes.pipeline import PassRecord
-from panguq.report.compile_report import (
+from panguq.compile_report import (
     CalibrationSummary,
     CompileReport,
     MatmulSummary,
     PassSummary,
 )
+from panguq.errors import PanguqError
+from panguq.ir.edit import ancestors, get_tensor, label
+from panguq.ir.node_meta import meta_of, scheme_of
+from panguq.ir.views import Linear, operands_at
+from panguq.passes.assign_schemes import gives_logits
+from panguq.passes.pipeline.base import Pass, PassContext
+from panguq.passes.pipeline.runner import PassRecord
 from panguq.report.end_to_end import Graphs, Outcome, check_end_to_end, other_kernel
 from panguq.report.local_sqnr import MatmulReference, finite, local_sqnr, matmul_references
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from panguq.kernels.ascend import npu_ops as npu
-from panguq.kernels.ascend.npu_dtypes import dtype_number
+from panguq.kernels.ascend.vendor import ops as npu
+from panguq.kernels.ascend.vendor.dtypes import dtype_number
 
 Arguments = dict[str, Any]
 Call = tuple[OpOverload, Callable[[int], Arguments]]

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from panguq.ir.ops.packing import pack_int4, unpack_int4
+from panguq.ir.ops.quantize import dequantize_weight, quantize_weight
 from panguq.kernels.cpu import dequantized_linear as module
 from panguq.kernels.cpu.dequantized_linear import dequantized_linear, reference
 from panguq.kernels.cpu.int4_linear import (
@@ -14,8 +16,6 @@ from panguq.kernels.cpu.int4_linear import (
     int4_linear,
     refusal,
 )
-from panguq.kernels.packing import pack_int4, unpack_int4
-from panguq.kernels.quantize import dequantize_weight, quantize_weight
 
 
 def tokens_with_outliers(*shape):

@@ -1,0 +1,1 @@
+"""What is found out about a graph by following its data."""

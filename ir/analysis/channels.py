@@ -1,0 +1,339 @@
+"""Where a positive scale per channel can move through the graph without changing its function.
+
+A *source* divides its output by the scale through its own weights: a norm's weight (and bias),
+the rows (and bias) of a linear, the columns of an embedding. From there the scale is followed
+by data flow alone, one rule per op (`ir/analysis/channel_rules.py`), to every value that must carry it,
+forward to readers and backward to whatever else must be divided alike (the other side of a
+sum, the cached past). Linears absorb it: their weight's columns are multiplied. If anything
+else meets the scale, nothing moves, and the reason names the node.
+
+    x ─► norm / s ─► linear, columns · s                      norm_linear
+    v_proj rows / s ─► attention ─► o_proj columns · s         value_output
+    up_proj rows / s ─► silu(gate) · up ─► down_proj cols · s  up_down
+    fc1 rows / s ─► relu ─► fc2 columns · s                    linear_linear
+    embedding columns / s ─► linear, columns · s               embedding_linear
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir.analysis.channel_layout import UNSCALED, Layout
+from panguq.ir.analysis.channel_rules import EMBEDDING, LINEAR, NORMS, RULES, is_size, stored_weight
+from panguq.ir.edit import label, operands
+from panguq.ir.interface import Interface
+
+KINDS = ("norm_linear", "value_output", "up_down", "linear_linear", "embedding_linear")
+
+
+@dataclass(frozen=True, eq=False)
+class WeightEdit:
+    """Multiply (or divide) a stored weight along `axis` by the scale of `channel[index]`.
+
+    `channel` is as long as that axis; -1 leaves an index alone.
+    """
+
+    weight: str
+    axis: int
+    channel: Tensor
+    multiply: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A linear that absorbs the scale: column j of its weight belongs to `channel[j]`."""
+
+    linear: fx.Node
+    weight: str
+    channel: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleSite:
+    """One scale of `channels` positive numbers that may be chosen freely.
+
+    `source` is the first op that absorbs it, `values` all nodes whose value is divided by it,
+    `edits` everything that has to change together.
+    """
+
+    kind: str
+    name: str
+    channels: int
+    source: fx.Node
+    values: tuple[fx.Node, ...]
+    edits: tuple[WeightEdit, ...]
+    consumers: tuple[Consumer, ...]
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A source whose output cannot be rescaled, and why."""
+
+    source: fx.Node
+    reason: str
+
+
+class Stop(Exception):
+    """The scale cannot move; the message says why."""
+
+
+def find_scale_sites(
+    gm: fx.GraphModule, interface: Interface
+) -> tuple[list[ScaleSite], list[Blocked]]:
+    """Every place where a scale can move, in graph order, and every source where it cannot.
+
+    A linear whose output is split into parts (a fused q/k/v or gate/up) is tried part by part.
+    """
+    sites: list[ScaleSite] = []
+    blocked: list[Blocked] = []
+    done: set[fx.Node] = set()
+    for source in _sources(gm):
+        if source in done:
+            continue
+        attempts = _attempts(gm, interface, source)
+        for found, reason in attempts:
+            if found is None:
+                blocked.append(Blocked(source, reason))
+            else:
+                sites.append(found)
+                done.update(found.values)
+    return sites, blocked
+
+
+Attempt = tuple[ScaleSite | None, str]
+
+
+def _attempts(gm: fx.GraphModule, interface: Interface, source: fx.Node) -> list[Attempt]:
+    whole = Walk(gm, interface)
+    attempt = whole.try_from(source)
+    if attempt[0] is not None or not whole.parts:
+        return [attempt]
+    attempts: list[Attempt] = []
+    moved = torch.empty(0, dtype=torch.long)
+    for part in whole.parts:
+        if torch.isin(part, moved).any():  # a part of a part that has moved as a whole
+            continue
+        attempts.append(Walk(gm, interface).try_from(source, part))
+        if attempts[-1][0] is not None:
+            moved = torch.cat([moved, part])
+    return attempts
+
+
+def _sources(gm: fx.GraphModule) -> list[fx.Node]:
+    absorbing = (*NORMS, LINEAR, EMBEDDING)
+    nodes = gm.graph.nodes
+    return [n for n in nodes if n.target in absorbing and stored_weight(n) is not None]
+
+
+class Walk:
+    """All that has to carry one source's scale, grown until every rule is satisfied.
+
+    Rules call `carry`, `absorb` and `stop`; each is asked again whenever one of the op's
+    operands or its result starts to carry the scale.
+    """
+
+    def __init__(self, gm: fx.GraphModule, interface: Interface) -> None:
+        self.gm = gm
+        self.cache_pairs = interface.cache_pairs()
+        self.output_names = interface.outputs
+        self.layouts: dict[fx.Node, Layout] = {}
+        self.consumers: dict[fx.Node, Tensor] = {}
+        self.parts: list[Tensor] = []
+        self.passed: set[str] = set()
+        self._edits: dict[tuple[str, fx.Node], dict[tuple[int, bool], Tensor]] = defaultdict(dict)
+        self._queue: deque[fx.Node] = deque()
+
+    def try_from(self, source: fx.Node, part: Tensor | None = None) -> Attempt:
+        """The site that starts at `source`, or the reason why there is none.
+
+        `part` restricts the scale to these of the source's channels.
+        """
+        size = int(source.meta["val"].shape[-1])
+        channels = torch.arange(size)
+        name = label(source)
+        if part is not None:
+            outside = torch.ones(size, dtype=torch.bool)
+            outside[part] = False
+            channels = channels + outside * UNSCALED
+            name += _spell_part(part)
+        try:
+            self.carry(source, Layout.last(channels, source.meta["val"].dim()))
+            while self._queue:
+                self._visit(self._queue.popleft())
+            if not self.consumers:
+                raise Stop(f"no linear reads {label(source)}")
+            return self._site(source, name), ""
+        except Stop as reason:
+            prefix = "" if part is None else name.removeprefix(label(source)) + ": "
+            return None, f"{prefix}{reason}"
+
+    # --- what rules call --------------------------------------------------------------------
+
+    def layout(self, node: object) -> Layout | None:
+        """The layout of the scale on this value; None if it carries none."""
+        return self.layouts.get(node) if isinstance(node, fx.Node) else None
+
+    def carry(self, value: fx.Node, layout: Layout | None) -> None:
+        """Require that `value` is divided by the scale in this layout."""
+        if layout is None:
+            raise Stop(f"{label(value)} mixes the channels with other dims")
+        known = self.layouts.get(value)
+        if known is not None and not known.matches(layout):
+            raise Stop(f"{label(value)} would need two different scales")
+        if known is not None or layout.is_unscaled:
+            return
+        self.layouts[value] = layout
+        self._queue.append(value)
+        self._queue.extend(value.users)
+
+    def carry_operand(self, reader: fx.Node, operand: object, layout: Layout) -> None:
+        """Require it of an operand of `reader`; a stored tensor takes it up itself."""
+        if not isinstance(operand, fx.Node):
+            self.stop(reader, "combines the channels with a constant")
+        elif operand.op != "get_attr":
+            self.carry(operand, layout)
+        elif not layout.is_unscaled:
+            axes = [d for d, step in enumerate(layout.steps) if step is not None]
+            if len(axes) != 1:
+                self.stop(reader, f"reads {operand.target} in a layout that is not one axis")
+            channel = layout.along(axes[0], int(operand.meta["val"].shape[axes[0]]))
+            assert channel is not None
+            self.absorb(reader, operand, axes[0], channel, multiply=False)
+
+    def absorb(
+        self, reader: fx.Node, weight: fx.Node, axis: int, channel: Tensor, multiply: bool
+    ) -> None:
+        """Let the stored `weight` that `reader` reads take up the scale."""
+        self._edits[str(weight.target), reader][axis, multiply] = channel
+
+    def consume(self, linear: fx.Node, weight: fx.Node, channel: Tensor) -> None:
+        """Let the linear's columns take up the scale."""
+        self.consumers[linear] = channel
+        self.absorb(linear, weight, 1, channel, multiply=True)
+
+    def note_part(self, channels: Tensor) -> None:
+        """Remember that the graph takes these channels apart from the others."""
+        if not any(channels.equal(part) for part in self.parts):
+            self.parts.append(channels)
+
+    def stop(self, node: fx.Node, why: str) -> NoReturn:
+        """Nothing moves: `node` is what cannot take the scale."""
+        raise Stop(f"{label(node)} {why}")
+
+    # --- the walk ---------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self._visit_placeholder(node)
+        elif node.op == "output":
+            self._visit_output(node)
+        elif not is_size(node):
+            rule = RULES.get(node.target)
+            passes = rule.passes if rule else ()
+            refuses = rule.refuses if rule else {}
+            for position, operand in operands(node):
+                if operand in self.layouts and position not in passes:
+                    default = "cannot let a scale through" if rule else "is not homogeneous"
+                    self._refuse(operand, node, refuses.get(position, default))
+            if rule is None:
+                raise Stop(f"{label(node)} cannot absorb a scale")
+            self.passed.add(rule.through)
+            rule.apply(self, node)
+
+    def _refuse(self, value: fx.Node, reader: fx.Node, why: str) -> None:
+        also = "also " if len(value.users) > 1 else ""
+        raise Stop(f"{label(value)} is {also}read by {label(reader)}, which {why}")
+
+    def _visit_output(self, output: fx.Node) -> None:
+        """A cache may carry the scale if what continues it does; other outputs may not."""
+        past_of = {new: past for past, new in self.cache_pairs.items()}
+        results = output.args[0]
+        assert isinstance(results, (tuple, list))
+        for value, name in zip(results, self.output_names, strict=True):
+            layout = self.layout(value)
+            if layout is not None and name not in past_of:
+                raise Stop(f"{label(value)} is an output of the graph")
+            if layout is not None:
+                self.carry(self._placeholder(past_of[name]), layout)
+
+    def _visit_placeholder(self, node: fx.Node) -> None:
+        name = self.cache_pairs.get(str(node.target))
+        if name is None:
+            raise Stop(f"{label(node)} is an input of the graph")
+        results = next(reversed(self.gm.graph.nodes)).args[0]
+        self.carry(results[self.output_names.index(name)], self.layouts[node])
+
+    def _placeholder(self, name: str) -> fx.Node:
+        return next(n for n in self.gm.graph.nodes if n.op == "placeholder" and n.target == name)
+
+    # --- the result -------------------------------------------------------------------------
+
+    def _site(self, source: fx.Node, name: str) -> ScaleSite:
+        edits = self._agreed_edits()
+        used = torch.cat([edit.channel for edit in edits]).unique()
+        used = used[used >= 0]
+
+        def compact(channel: Tensor) -> Tensor:
+            return torch.where(channel < 0, -1, torch.searchsorted(used, channel.clamp_min(0)))
+
+        return ScaleSite(
+            kind=self._kind(source),
+            name=name,
+            channels=len(used),
+            source=source,
+            values=tuple(n for n in self.gm.graph.nodes if n in self.layouts),
+            edits=tuple(
+                WeightEdit(e.weight, e.axis, compact(e.channel), e.multiply) for e in edits
+            ),
+            consumers=tuple(
+                Consumer(linear, str(linear.args[1].target), compact(self.consumers[linear]))
+                for linear in self.gm.graph.nodes
+                if linear in self.consumers
+            ),
+        )
+
+    def _agreed_edits(self) -> list[WeightEdit]:
+        """One list of edits per weight, on which all of its readers must agree."""
+        agreed: list[WeightEdit] = []
+        for weight in dict.fromkeys(name for name, _ in self._edits):
+            readers = _readers(self.gm, weight)
+            first = next(self._edits[weight, r] for r in readers if (weight, r) in self._edits)
+            for reader in readers:
+                role = self._edits.get((weight, reader), {})
+                same = role.keys() == first.keys() and all(role[k].equal(first[k]) for k in first)
+                if not same or readers.count(reader) > 1:
+                    how = "in another role" if role else "too"
+                    raise Stop(f"weight {weight} is read by {label(reader)} {how}")
+            agreed += [WeightEdit(weight, axis, c, mul) for (axis, mul), c in first.items()]
+        return agreed
+
+    def _kind(self, source: fx.Node) -> str:
+        if source.target in NORMS:
+            return "norm_linear"
+        if source.target is EMBEDDING:
+            return "embedding_linear"
+        if "attention" in self.passed:
+            return "value_output"
+        return "up_down" if "product" in self.passed else "linear_linear"
+
+
+def _readers(gm: fx.GraphModule, weight: str) -> list[fx.Node]:
+    """Who reads this weight, through whichever node; twice where it is two arguments."""
+    return [
+        user
+        for node in gm.graph.nodes
+        if node.op == "get_attr" and node.target == weight
+        for user in node.users
+        for _, operand in operands(user)
+        if operand is node
+    ]
+
+
+def _spell_part(part: Tensor) -> str:
+    first, last = int(part[0]), int(part[-1])
+    return f"[{first}:{last + 1}]" if last - first + 1 == len(part) else f"[{first}…{last}]"

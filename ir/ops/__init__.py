@@ -1,0 +1,1 @@
+"""The ops of graphs: the op set, raised ops, and those that store and restore codes."""

@@ -1,0 +1,101 @@
+"""The ops that canonicalize raises tracing patterns into: one spelling per thing.
+
+Each computes in float32 what the model's own modules compute (float64 stays float64), and
+returns the dtype of its first argument; `rms_norm` with a wider weight returns the weight's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from panguq.ir.ops.opset import define_op
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@define_op(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    fake=lambda x, weight, eps: torch.empty_like(x, dtype=torch.result_type(x, weight)),
+)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight * (x / sqrt(mean(x^2) + eps))` over the last axis; x `[..., k]`, weight `[k]`."""
+    wide = _wide(x)
+    # vector_norm sums the squares in one pass and without a copy of them.
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div_(x.shape[-1])
+    normalized = (wide * mean_square.add_(eps).rsqrt_()).to(x.dtype)
+    return normalized.mul_(weight) if weight.dtype == x.dtype else weight * normalized
+
+
+@define_op(
+    "rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    fake=lambda x, cos, sin: torch.empty_like(x),
+)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves rotated: `x * cos + concat(-x2, x1) * sin`.
+
+    x `[batch, heads, seq, d]`; cos and sin `[batch, seq, d]`.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    half = x.shape[-1] // 2
+    result = x * cos
+    result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    result[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return result
+
+
+@define_op(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    fake=lambda gate, up: torch.empty_like(gate),
+)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, elementwise, both `[..., n]`."""
+    return functional.silu(gate).mul_(up)
+
+
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    batch, heads, seq, _ = query.shape
+    return query.new_empty((batch, seq, heads, value.shape[-1])).transpose(1, 2)
+
+
+@define_op(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor",
+    fake=_attention_fake,
+)
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Scaled dot-product attention with grouped heads.
+
+    query `[batch, heads, seq, d]`; key and value `[batch, kv_heads, total, d]` with heads a
+    multiple of kv_heads; mask broadcastable to `[batch, heads, seq, total]`, boolean (True
+    attends) or additive. A mask without elements stands for plain causal attention: query i
+    attends to the keys 0 ... total - seq + i. The result is laid out as `[batch, seq, heads, d]`,
+    as the next matmul reads it.
+    """
+    result = _attention(query, key, value, mask, scale)
+    return result.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    seq, total = query.shape[2], key.shape[2]
+    if mask.numel() == 0:
+        if seq == 1:
+            folded = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
+            out = functional.scaled_dot_product_attention(folded, key, value, scale=scale)
+            return out.reshape(*query.shape[:-1], value.shape[-1])
+        if seq != total:
+            mask = torch.ones(seq, total, dtype=torch.bool, device=query.device)
+            mask = mask.tril(diagonal=total - seq)
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    if mask.numel() == 0:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale
+        )
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -1,0 +1,1 @@
+"""Running graphs: whole, block by block, backwards, and two against each other."""

@@ -1,0 +1,287 @@
+"""Proof on the spot that an exact pass changed no function: both graphs run in float64.
+
+Casts to narrower floats are lifted, so what remains is the rounding of the weights that the
+pass rewrote: each was rounded once to its dtype, a relative error of half its epsilon. Outputs
+may differ by `TOLERANCE_IN_EPSILONS` epsilons of the widest weight dtype, relative to the
+largest output. Below a dtype's normal numbers, where steps no longer shrink with the numbers, that
+is not enough: there the proof measures what a step of each rewritten weight does (`_step_effects`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import NumericsError
+from panguq.ir.edit import ancestors, find_label, get_tensor, label, weights_of
+from panguq.ir.run.interpret import Environment, ensure_finite, last_uses
+from panguq.ir.views import Linear, operand, results_of
+from panguq.tensors.folded_weight import materialized
+from panguq.tensors.row_slices import ELEMENTS_AT_ONCE, row_slices
+
+aten = torch.ops.aten
+TOLERANCE_IN_EPSILONS = 16
+TOLERANCE_IN_STEPS = 2  # rounding moves a subnormal weight by half a step at most
+PROBE_SIZES = {"batch": 2, "seq": 6, "past": 4, "kept": 3}
+# A site may change what a cache holds (v / s), so regions are proved without a past: what the
+# graph then appends to its own cache is part of the region.
+SITE_PROBE_SIZES = {**PROBE_SIZES, "past": 0}
+OTHER_SIZE = 4
+Sizes = Mapping[str, int]
+Weights = Callable[[fx.GraphModule, str], Tensor]
+
+
+def _lift(value: Any) -> Any:
+    """Tensors and dtypes in floating point become float64; everything else stays."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def evaluate(
+    gm: fx.GraphModule,
+    inputs: Mapping[fx.Node, Tensor],
+    outputs: list[fx.Node],
+    weights: Weights = get_tensor,
+) -> dict[fx.Node, Tensor]:
+    """The `outputs` in float64, given the values of the nodes that the region starts from.
+
+    `weights` gives the graph's stored tensors by name.
+    """
+    needed = ancestors(outputs, stop=inputs)
+    order = [n for n in gm.graph.nodes if n in needed]
+    freed = last_uses(order)
+    environment: Environment = {}
+
+    def value(node: fx.Node) -> Any:
+        """A weight is lifted where it is read and kept nowhere: all at once are twice the model."""
+        if node.op == "get_attr" and node not in environment:
+            return _lift(weights(gm, str(node.target)))
+        return environment[node]
+
+    with torch.no_grad():
+        for node in order:
+            if node in inputs:
+                environment[node] = _lift(inputs[node])
+            elif node.op == "get_attr":
+                pass
+            elif (large := _on_large_weight(gm, node, value, weights)) is not None:
+                environment[node] = large
+            else:
+                args = fx.map_arg(node.args, value)
+                lifted = tuple(_lift(a) for a in args)
+                kwargs = fx.map_arg(node.kwargs, value)
+                assert callable(node.target)
+                environment[node] = node.target(*lifted, **{k: _lift(v) for k, v in kwargs.items()})
+            for source in freed.get(node, ()):
+                if source not in outputs:
+                    environment.pop(source, None)
+    return {node: value(node) for node in outputs}
+
+
+def _on_large_weight(
+    gm: fx.GraphModule, node: fx.Node, value: Callable[[fx.Node], Any], weights: Weights
+) -> Tensor | None:
+    """An embedding or a linear in float64, its stored weight lifted row by row where it is large.
+
+    None for everything else: a vocabulary's weight in float64 may take more than all memory.
+    """
+    if node.target not in (aten.embedding.default, aten.linear.default):
+        return None
+    table, index = (0, 1) if node.target is aten.embedding.default else (1, 0)
+    stored = operand(node, table)
+    if stored.op != "get_attr":
+        return None
+    weight = materialized(weights(gm, str(stored.target)))
+    if weight.numel() <= ELEMENTS_AT_ONCE or not weight.is_floating_point():
+        return None
+    given = _lift(value(operand(node, index)))
+    if node.target is aten.embedding.default:
+        return _lift(torch.nn.functional.embedding(given, weight))
+    product = given.new_empty((*given.shape[:-1], len(weight)))
+    for rows in row_slices(weight):
+        product[..., rows] = torch.nn.functional.linear(given, _lift(weight[rows]))
+    bias = Linear.of(node).bias
+    return product if bias is None else product + _lift(value(bias))
+
+
+def probe_size(gm: fx.GraphModule, size: int | torch.SymInt, sizes: Sizes) -> int:
+    """A small concrete value for a possibly symbolic size, the same in every tensor."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    names = gm.meta.get("symbol_names", {})
+    expr = size.node.expr
+    return int(expr.subs({s: sizes.get(names.get(s, ""), OTHER_SIZE) for s in expr.free_symbols}))
+
+
+def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator, sizes: Sizes) -> Any:
+    """A random value of the node's type: float64 normal, all-true mask, small integers."""
+    val = node.meta["val"]
+    if isinstance(val, torch.SymInt):
+        return probe_size(gm, val, sizes)
+    shape = tuple(probe_size(gm, s, sizes) for s in val.shape)
+    if val.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    if val.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool).tril(shape[-1] - shape[-2])
+    high = min(sizes["seq"], *shape[-1:]) if node.target == "logit_positions" else 4
+    return torch.randint(0, max(high, 1), shape, generator=generator)
+
+
+def _weight_epsilon(gm: fx.GraphModule) -> float:
+    tensors = (get_tensor(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr")
+    return max((torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()), default=2**-23)
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    """Largest difference relative to the largest reference value; inf where shapes differ.
+
+    An infinity, as masks hold it, must stay the same infinity; a NaN is always a difference.
+    """
+    if before.shape != after.shape:
+        return math.inf
+    finite = before.isfinite()
+    if not torch.equal(before[~finite], after[~finite]):
+        return math.inf
+    before, after = before[finite], after[finite]
+    if before.numel() == 0:
+        return 0.0
+    scale = before.abs().max().item() or 1.0
+    worst = (before - after).abs().max().item() / scale
+    return worst if math.isfinite(worst) else math.inf
+
+
+def prove_site(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    generator: torch.Generator,
+    turned: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> float:
+    """Run one rewritten region, named by labels, in both graphs; the largest difference.
+
+    `turned` maps the old value of an input or output to the new one, where they are to differ.
+    Raises NumericsError, naming the first output that differs, beyond the stated tolerance.
+    """
+
+    def turn(name: str, value: Tensor) -> Tensor:
+        return turned[name](value) if turned and name in turned else value
+
+    starts = [find_label(before, name) for name in inputs]
+    probe = {label(n): probe_value(before, n, generator, SITE_PROBE_SIZES) for n in starts}
+    sizes_before, sizes_after = _sizes(before), _sizes(after)
+    old = evaluate(
+        before,
+        {**sizes_before, **{n: probe[label(n)] for n in starts}},
+        [find_label(before, name) for name in outputs],
+    )
+    given = {**sizes_after, **{find_label(after, name): turn(name, probe[name]) for name in inputs}}
+    ends = [find_label(after, name) for name in outputs]
+    wanted = [turn(name, value) for name, value in zip(outputs, old.values(), strict=True)]
+    return _judge(before, after, given, ends, wanted)
+
+
+def prove_whole(before: fx.GraphModule, after: fx.GraphModule, generator: torch.Generator) -> float:
+    """Run both graphs on one probe; the largest difference over all values they share by name.
+
+    Raises NumericsError, naming the first node that differs, beyond the stated tolerance.
+    """
+    new_nodes = {n.name: n for n in after.graph.nodes if n.op == "call_function"}
+    shared = [
+        n for n in before.graph.nodes if n.name in new_nodes and isinstance(n.meta["val"], Tensor)
+    ]
+    ends_before, ends_after = _results(before), _results(after)
+    probe = {
+        str(n.target): probe_value(before, n, generator, PROBE_SIZES)
+        for n in before.graph.nodes
+        if n.op == "placeholder"
+    }
+    old = evaluate(before, _by_name(before, probe), [*shared, *ends_before])
+    ends = [*(new_nodes[n.name] for n in shared), *ends_after]
+    wanted = [old[n] for n in (*shared, *ends_before)]
+    return _judge(before, after, _by_name(after, probe), ends, wanted)
+
+
+def _judge(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    given: Mapping[fx.Node, Tensor],
+    ends: list[fx.Node],
+    wanted: list[Tensor],
+) -> float:
+    """The largest difference of `ends` of `after`, computed from `given`, from the `wanted`."""
+    new = evaluate(after, given, ends)
+    bound = TOLERANCE_IN_EPSILONS * _weight_epsilon(after)
+    steps: list[float] | None = None
+    worst = 0.0
+    for index, (node, x) in enumerate(zip(ends, wanted, strict=True)):
+        difference = _difference(x.double(), new[node].double())
+        worst = max(worst, difference)
+        if difference <= bound:
+            continue
+        if not x.isfinite().all():  # no fault of the rewrite
+            for weight, tensor in weights_of(before).items():
+                ensure_finite(weight, tensor)
+        steps = steps or _step_effects(before, after, given, [new[end] for end in ends], ends)
+        explained = bound + TOLERANCE_IN_STEPS * steps[index]
+        if difference > explained:
+            raise NumericsError(
+                f"{label(node)} changed by {difference:.3g} of its largest value in float64; "
+                f"rounding explains at most {explained:.3g}",
+                "the rewrite is not exact: this is a defect of the pass, please report it",
+            )
+    return worst
+
+
+def _step_effects(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    given: Mapping[fx.Node, Tensor],
+    new: list[Tensor],
+    ends: list[fx.Node],
+) -> list[float]:
+    """How far the `ends`, now `new`, move if every rewritten subnormal weight moves by a step.
+
+    Below the smallest normal number of a dtype the step between two numbers is always the same, so
+    that a weight of five steps is rounded by a tenth of itself.
+    """
+    known = weights_of(before)
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(gm: fx.GraphModule, name: str) -> Tensor:
+        weight: Tensor = get_tensor(gm, name)
+        if not weight.is_floating_point() or known.get(name) is weight:
+            return weight
+        weight = materialized(weight)
+        limits = torch.finfo(weight.dtype)
+        step = limits.smallest_normal * limits.eps
+        sign = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8) * 2 - 1
+        return torch.where(weight.abs() < limits.smallest_normal, weight + sign * step, weight)
+
+    there = evaluate(after, given, ends, moved)
+    values = zip(new, (there[end] for end in ends), strict=True)
+    return [_difference(x.double(), y.double()) for x, y in values]
+
+
+def _results(gm: fx.GraphModule) -> list[fx.Node]:
+    return results_of(gm)
+
+
+def _by_name(gm: fx.GraphModule, probe: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+    return {n: probe[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"}
+
+
+def _sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Values of the nodes that read a dynamic size, so that a region needs no inputs for them."""
+    return {
+        n: probe_size(gm, n.meta["val"], SITE_PROBE_SIZES)
+        for n in gm.graph.nodes
+        if n.op == "call_function" and isinstance(n.meta["val"], torch.SymInt)
+    }

@@ -1,0 +1,247 @@
+"""Run calibration batches through a graph block by block, showing values to an observer.
+
+A sweep may also *pause* where a value is ready for all batches, so that weights that read it can be
+chosen from it and the rest of the model sees what was chosen: one sweep quantizes a whole model
+layer after layer, in the order in which data flows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir.analysis.blocks import blocks
+from panguq.ir.edit import ancestors, label
+from panguq.ir.run.interpret import Environment, compute, ensure_finite, without_inputs
+from panguq.ir.views import DequantizedWeight, Item, operand
+from panguq.tensors import spill
+from panguq.tensors.memory import return_free_pages
+
+Observe = Callable[[fx.Node, Tensor], None]
+Progress = Callable[[str, int, int], None]
+Chosen = Mapping[fx.Node, Tensor]
+"""Values that stand for what these nodes would compute from here on; none depends on an input."""
+
+Pause = Callable[[Sequence[Tensor], Sequence[Tensor]], Chosen]
+"""Called with a value of every batch and with the same of the float model (empty without it)."""
+
+
+def sweep(
+    gm: fx.GraphModule,
+    batches: Sequence[dict[str, Tensor]],
+    watch: set[fx.Node],
+    observe: Observe,
+    progress: Progress,
+) -> None:
+    """Call `observe(node, value)` for every watched node and batch.
+
+    All batches pass a block before the next block starts, so each weight is read once; what
+    no watched node depends on is not run. Raises NumericsError for a weight or a watched value
+    that is not finite.
+    """
+    _Sweep(gm, batches, progress, watch, observe).run(watch)
+
+
+def solving_sweep(
+    gm: fx.GraphModule,
+    batches: Sequence[dict[str, Tensor]],
+    pauses: Mapping[fx.Node, Pause],
+    progress: Progress,
+    beside_float: bool = False,
+) -> None:
+    """Stop at each of these values, in graph order, once it is computed for all batches.
+
+    What a pause returns replaces the values of nodes that depend on stored tensors alone, such as
+    a dequantized weight; everything after it is computed with them. `beside_float` runs the float
+    model along: quantize/dequantize pairs of the graph count as nothing there, and weights as they
+    were before they were quantized. Raises as `sweep`.
+    """
+    run = _Sweep(gm, batches, progress, set(pauses), lambda node, value: None)
+    run.pauses = pauses
+    run.beside_float = beside_float
+    run.run(set(pauses))
+
+
+@dataclass
+class _Sweep:
+    gm: fx.GraphModule
+    batches: Sequence[dict[str, Tensor]]
+    progress: Progress
+    watch: set[fx.Node]
+    observe: Observe
+    pauses: Mapping[fx.Node, Pause] = field(default_factory=dict)
+    beside_float: bool = False
+    chosen: dict[fx.Node, Any] = field(default_factory=dict)
+    constants: dict[fx.Node, Any] = field(default_factory=dict)
+    float_constants: dict[fx.Node, Any] = field(default_factory=dict)
+    done: set[fx.Node] = field(default_factory=set)
+    held_bytes: dict[int, int] = field(default_factory=dict)
+
+    def run(self, wanted: set[fx.Node]) -> None:
+        needed = ancestors(wanted)
+        inputs = [n for n in self.gm.graph.nodes if n.op == "placeholder" and n in needed]
+        self.fixed = without_inputs(self.gm)
+        steps = [[n for n in b if n in needed and n not in self.fixed] for b in blocks(self.gm)]
+        steps = [step for step in steps if step]
+        self.freed = _last_uses([node for step in steps for node in step])
+        environments: list[Environment] = [
+            {n: batch[str(n.target)] for n in inputs} for batch in self.batches
+        ]
+        floats = [dict(e) for e in environments] if self.beside_float else []
+        with torch.no_grad():
+            for node in inputs:
+                if node in self.watch:
+                    self._show(node, environments, floats)
+            for done, step in enumerate(steps):
+                self.progress("calibration sweep", done, len(steps))
+                for segment in self._segments(step):
+                    self._compute(segment, environments, floats)
+                self._end_block(step)
+            self.progress("calibration sweep", len(steps), len(steps))
+
+    def _segments(self, step: list[fx.Node]) -> list[list[fx.Node]]:
+        """A block's nodes, split after every value at which the sweep pauses."""
+        segments: list[list[fx.Node]] = [[]]
+        for node in step:
+            segments[-1].append(node)
+            if node in self.pauses:
+                segments.append([])
+        return [segment for segment in segments if segment]
+
+    def _compute(
+        self, segment: list[fx.Node], environments: list[Environment], floats: list[Environment]
+    ) -> None:
+        """One segment for all batches; the values that are read for the last time are dropped."""
+        for node in segment:
+            for source in node.all_input_nodes:
+                if source in self.fixed:
+                    self._constant(source, self.constants)
+        last = segment[-1]
+        everyone = [*environments, *floats]
+        for environment in environments:
+            for node in segment:
+                environment[node] = compute(self.gm, node, _Layered(environment, self.constants))
+                if node in self.watch:
+                    ensure_finite(label(node), environment[node], "activation")
+                    self.observe(node, environment[node])
+                if node is not last:
+                    self._drop(node, environment)
+            self._spill(environment, everyone)
+        for environment in floats:
+            for node in segment:
+                environment[node] = self._float_value(node, environment)
+                if node is not last:
+                    self._drop(node, environment)
+            self._spill(environment, everyone)
+        if last in self.pauses:
+            self._show(last, environments, floats)
+        for environment in everyone:
+            self._drop(last, environment)
+
+    def _show(
+        self, node: fx.Node, environments: list[Environment], floats: list[Environment]
+    ) -> None:
+        if node not in self.pauses:
+            for environment in environments:
+                ensure_finite(label(node), environment[node], "activation")
+                self.observe(node, environment[node])
+            return
+        values = [environment[node] for environment in environments]
+        self.chosen |= self.pauses[node](values, [environment[node] for environment in floats])
+
+    def _drop(self, node: fx.Node, environment: Environment) -> None:
+        for source in self.freed.get(node, ()):
+            environment.pop(source, None)
+
+    def _spill(self, changed: Environment, everyone: Sequence[Environment]) -> None:
+        """Move the values of all batches to files where they take too much memory."""
+        self.held_bytes[id(changed)] = sum(spill.held_bytes(v) for v in changed.values())
+        if sum(self.held_bytes.values()) > spill.SPILL_BYTES:
+            spill.to_files(everyone)
+            self.held_bytes.clear()
+
+    def _constant(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+        """The value of a node that no input reaches; computed once a block."""
+        if node not in known:
+            source = _float_weight(node) if known is self.float_constants else None
+            if source is not None:
+                known[node] = self._constant(source, known)
+            elif node in self.chosen and known is self.constants:
+                known[node] = self.chosen[node]
+            else:
+                inputs = {n: self._constant(n, known) for n in node.all_input_nodes}
+                known[node] = compute(self.gm, node, inputs)
+                if node.op == "get_attr":
+                    ensure_finite(label(node), known[node])
+        return known[node]
+
+    def _float_value(self, node: fx.Node, environment: Environment) -> Any:
+        """The node's value in the float model, where quantized values stand for themselves."""
+        if _is_quantization(node):
+            return environment[operand(node, 0)]
+        for source in node.all_input_nodes:
+            if source in self.fixed:
+                self._constant(source, self.float_constants)
+        return compute(self.gm, node, _Layered(environment, self.float_constants))
+
+    def _end_block(self, step: list[fx.Node]) -> None:
+        self.constants.clear()
+        self.float_constants.clear()
+        return_free_pages()
+        self.done.update(step)
+        for node in [n for n in self.chosen if self.done.issuperset(n.users)]:
+            del self.chosen[node]
+
+
+class _Layered(Mapping[fx.Node, Any]):
+    """Values of a batch before constants."""
+
+    def __init__(self, first: Environment, second: dict[fx.Node, Any]) -> None:
+        self.first, self.second = first, second
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self.first[node] if node in self.first else self.second[node]
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter({**self.second, **self.first})
+
+    def __len__(self) -> int:
+        return len({**self.second, **self.first})
+
+
+def _float_weight(node: fx.Node) -> fx.Node | None:
+    """The stored float weight behind `dequantize_weight(quantize_weight(w))`."""
+    weight = DequantizedWeight.match(node)
+    quantizer = None if weight is None else weight.quantizer
+    return None if quantizer is None else quantizer.weight
+
+
+def _is_quantization(node: fx.Node) -> bool:
+    """Whether this quantizes or dequantizes an activation, or takes such a quantizer's codes."""
+    panguq = torch.ops.panguq
+    quantizers = (
+        panguq.quantize_per_tensor.default,
+        panguq.quantize_per_token.default,
+        panguq.quantize_per_channel.default,
+    )
+    item = Item.match(node)
+    if item is not None:
+        return item.source.target in quantizers
+    return node.target in (*quantizers, panguq.dequantize.default)
+
+
+def _last_uses(order: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """What may be dropped after each node: values read for the last time, or never again."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        last.setdefault(node, node)
+        for source in node.all_input_nodes:
+            last[source] = node
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        freed.setdefault(node, []).append(source)
+    return freed

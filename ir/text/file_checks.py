@@ -1,0 +1,85 @@
+"""What a graph file must be before its parts are used: format, names, weights, calls."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from panguq.errors import StorageError
+from panguq.ir.ops.opset import name_of
+from panguq.ir.text.plain_arguments import DAMAGED
+from panguq.ir.text.value_types import type_text
+
+FORMAT = "panguq-graph"
+VERSION = 1
+_INPUT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_WEIGHT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_MODULE_ATTRIBUTES = frozenset(dir(torch.nn.Module()))
+_GRAPH_ATTRIBUTES = frozenset({*dir(fx.GraphModule), "meta"})
+
+
+def node_entries(data: Mapping[str, Any], source: str) -> list[Any]:
+    """The list of nodes in a graph's data, after a look at format and version."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise StorageError(f"{source}: not a graph of panguq", "its format should be " + FORMAT)
+    if type(data.get("version")) is not int or data["version"] != VERSION:
+        raise StorageError(
+            f"{source}: graph version {data.get('version')!s:.40}, but this panguq reads {VERSION}",
+            "load it with the version of panguq that saved it, or compile the model again",
+        )
+    if not isinstance(data.get("nodes"), list) or set(data) != {"format", "version", "nodes"}:
+        raise StorageError(f"{source}: it should hold format, version and a list of nodes", DAMAGED)
+    return data["nodes"]
+
+
+def check_call(
+    op: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
+) -> None:
+    """Refuse arguments that the op's schema does not have, or misses."""
+    if not isinstance(op, OpOverload):
+        if kwargs:
+            raise StorageError(f"{where}: {name_of(op)} takes no keyword arguments", DAMAGED)
+        return
+    schema = op._schema.arguments
+    positional = [a.name for a in schema if not a.kwarg_only]
+    filled = {*positional[: len(args)], *kwargs}
+    missing = [a.name for a in schema if not a.has_default_value() and a.name not in filled]
+    unknown = set(kwargs) - {a.name for a in schema[len(args) :]}
+    if len(args) > len(positional) or missing or unknown:
+        problem = f"misses {', '.join(missing)}" if missing else "has arguments it cannot take"
+        raise StorageError(f"{where}: {name_of(op)} {problem}", f"its schema is {op._schema}")
+
+
+def check_input_name(name: str, where: str) -> None:
+    """Refuse names of inputs that are more than a name in fx's source."""
+    if not _INPUT.fullmatch(name) or keyword.iskeyword(name) or name == "self":
+        raise StorageError(f"{where}: {name[:80]!r} cannot name an input", "use a plain identifier")
+
+
+def check_weight_name(name: str, where: str) -> None:
+    """Refuse names that would reach something other than a weight, or break fx's source."""
+    parts = name.split(".")
+    taken = _MODULE_ATTRIBUTES.intersection(parts) or _GRAPH_ATTRIBUTES.intersection(parts[:1])
+    if not _WEIGHT.fullmatch(name) or taken or any(part.startswith("__") for part in parts):
+        raise StorageError(
+            f"{where}: {name[:80]!r} cannot name a weight",
+            "weights are named like modules: letters, digits, _ and -, joined by dots",
+        )
+
+
+def check_weight(name: str, tensors: Mapping[str, Tensor], expected: str, where: str) -> None:
+    """Refuse a weight that is missing or of another type than the graph was saved with."""
+    if name not in tensors:
+        raise StorageError(f"{where}: there is no weight {name}", "the weights' file is another's")
+    found = type_text(tensors[name], {})
+    if found != expected:
+        raise StorageError(
+            f"{where}: weight {name} is {found}, but the graph wants {expected[:80] or 'no type'}",
+            "graph and weights do not belong together",
+        )

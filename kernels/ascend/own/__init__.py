@@ -1,0 +1,1 @@
+"""panguq's own NPU kernels: contract, body, fake, and tiles."""

@@ -1,0 +1,150 @@
+"""W4A16 by panguq's own kernel: 16-bit activations times 4-bit weights with one scale per group.
+
+A vector core turns codes into 16-bit weights, the cube core multiplies. With one split
+(data-parallel) each core computes whole outputs; with more, k is divided, too (Split-K), for shapes
+with too few outputs to keep every core busy. The body here is what the Triton kernels in
+`triton/w4a16.py` compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from panguq.errors import LoweringError
+from panguq.ir.ops.opset import define_op
+from panguq.ir.ops.packing import unpack_int4
+from panguq.kernels.ascend.own.tiles import split_bounds, tile_refusal
+from panguq.kernels.ascend.own.triton.launch import NAMESPACE, launch_w4a16
+
+CODES_PER_WORD = 8
+BIAS_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float16}
+
+
+def refusal(
+    m: int | None,
+    n: int,
+    k: int,
+    group_size: int,
+    splits: int = 1,
+    tile: tuple[int, int, int] | None = None,
+) -> str | None:
+    """Why the kernels cannot do this matmul of m tokens (None: any), n outputs, k inputs.
+
+    `group_size` 0 is one scale per output. `tile` is (block_m, block_n, block_k).
+    """
+    if n % CODES_PER_WORD:
+        return f"n={n} is not a multiple of {CODES_PER_WORD}: the weight is stored 8 codes a word"
+    if group_size < 0:
+        return f"group size {group_size} is negative"
+    if splits < 1:
+        return f"{splits} splits: there is at least one"
+    if tile is None:
+        return None
+    if reason := tile_refusal("w4a16_split_k" if splits > 1 else "w4a16_data_parallel", tile):
+        return reason
+    if group_size % tile[2]:
+        return f"block_k={tile[2]} does not divide the group size {group_size}"
+    if splits > -(-k // tile[2]):
+        return f"{splits} splits: k={k} has only {-(-k // tile[2])} blocks of {tile[2]}"
+    return None
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    splits: int,
+    tile: list[int],
+) -> None:
+    """Raise LoweringError unless the arguments are what the op documents."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise LoweringError(f"{NAMESPACE}.w4a16: {message}")
+
+    require(x.dtype in BIAS_DTYPE, f"x is {x.dtype}, not float16 or bfloat16")
+    require(weight.dtype == torch.int32, f"weight is {weight.dtype}, not int32")
+    require(weight.dim() == 2, f"weight has {weight.dim()} dimensions, not 2")
+    k, n = weight.shape[0], weight.shape[1] * CODES_PER_WORD
+    require(x.shape[-1] == k, f"x has {x.shape[-1]} inputs, weight {k}")
+    require(len(tile) == 3, f"tile {tile} is not (block_m, block_n, block_k)")
+    reason = refusal(None, n, k, group_size, splits, (tile[0], tile[1], tile[2]))
+    require(reason is None, str(reason))
+    groups = -(-k // group_size) if group_size else 1
+    for name, tensor in (("scale", scale), ("offset", offset)):
+        if tensor is None:
+            continue
+        require(tensor.dtype == x.dtype, f"{name} is {tensor.dtype}, x is {x.dtype}")
+        shapes = [[groups, n]] if group_size else [[n], [1, n]]
+        require(list(tensor.shape) in shapes, f"{name} is {list(tensor.shape)}, not {shapes[0]}")
+    if bias is not None:
+        expected = BIAS_DTYPE[x.dtype]
+        require(
+            bias.dtype == expected, f"bias is {bias.dtype}; with x of {x.dtype} it is {expected}"
+        )
+        require(tuple(bias.shape) == (n,), f"bias is {list(bias.shape)}, not [{n}]")
+
+
+def dequantize(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
+    """(code + offset) * scale in float32, rounded once to scale's dtype: [k, n].
+
+    weight int32 [k, n / 8]; scale and offset float16 or bfloat16 [ceil(k / group_size), n], or
+    [n] with `group_size` 0.
+    """
+    values = unpack_int4(weight.contiguous().view(torch.uint8)).to(torch.float32)
+    groups = values.split(group_size) if group_size else (values,)
+    scales = scale.to(torch.float32).reshape(len(groups), -1)
+    offsets = None if offset is None else offset.to(torch.float32).reshape(len(groups), -1)
+    for number, rows in enumerate(groups):  # views of `values`, changed in place
+        if offsets is not None:
+            rows.add_(offsets[number])
+        rows.mul_(scales[number])
+    return values.to(scale.dtype)
+
+
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1] * CODES_PER_WORD))
+
+
+@define_op(
+    "w4a16(Tensor x, Tensor weight, Tensor scale, Tensor? offset, Tensor? bias,"
+    " int group_size, int splits, int[] tile) -> Tensor",
+    fake=_fake,
+    namespace=NAMESPACE,
+    check=_check,
+    npu=launch_w4a16,
+)
+def w4a16(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    splits: int,
+    tile: list[int],
+) -> Tensor:
+    """x @ ((code + offset) * scale) + bias: float16 or bfloat16 [..., n].
+
+    x float16 or bfloat16 [..., k]; weight int32 [k, n / 8], 8 codes of [-8, 7] in a word, the
+    lowest nibble first; scale and offset [ceil(k / group_size), n] in x's dtype, or [n] with
+    `group_size` 0; bias [n], float32 for bfloat16 and float16 for float16. Weights are rounded to
+    x's dtype, sums are float32, the result is rounded once. With `splits` above 1, k is divided
+    into so many parts of whole blocks, whose sums are added in the order of k, so that the same
+    input gives the same bits in every run. Raises LoweringError.
+    """
+    values = dequantize(weight, scale, offset, group_size).to(torch.float32)
+    tokens = x.reshape(-1, x.shape[-1]).to(torch.float32)
+    if splits == 1:
+        total = tokens @ values
+    else:
+        total = tokens.new_zeros((tokens.shape[0], values.shape[1]))
+        for start, stop in split_bounds(x.shape[-1], tile[2], splits):
+            total += tokens[:, start:stop] @ values[start:stop]
+    if bias is not None:
+        total.add_(bias)
+    return total.to(x.dtype).view(*x.shape[:-1], total.shape[1])

@@ -1,0 +1,1 @@
+"""torch_npu's ops: contract, CPU body, fake."""

@@ -1,0 +1,36 @@
+"""Importing this module registers every torch_npu op that a lowered graph may contain."""
+
+from __future__ import annotations
+
+from panguq.kernels.ascend.vendor.attention import npu_fused_infer_attention_score
+from panguq.kernels.ascend.vendor.dynamic_quant import npu_dynamic_quant
+from panguq.kernels.ascend.vendor.format_cast import npu_format_cast
+from panguq.kernels.ascend.vendor.int4pack import npu_convert_weight_to_int4pack
+from panguq.kernels.ascend.vendor.quant_matmul import npu_quant_matmul
+from panguq.kernels.ascend.vendor.quantize import npu_quantize
+from panguq.kernels.ascend.vendor.rms_norm import npu_add_rms_norm, npu_rms_norm
+from panguq.kernels.ascend.vendor.rms_norm_quant import (
+    npu_add_rms_norm_dynamic_quant,
+    npu_add_rms_norm_quant,
+)
+from panguq.kernels.ascend.vendor.rotary_mul import npu_rotary_mul
+from panguq.kernels.ascend.vendor.swiglu import npu_swiglu
+from panguq.kernels.ascend.vendor.trans_quant_param import npu_trans_quant_param
+from panguq.kernels.ascend.vendor.weight_quant_matmul import npu_weight_quant_batchmatmul
+
+__all__ = [
+    "npu_add_rms_norm",
+    "npu_add_rms_norm_dynamic_quant",
+    "npu_add_rms_norm_quant",
+    "npu_convert_weight_to_int4pack",
+    "npu_dynamic_quant",
+    "npu_format_cast",
+    "npu_fused_infer_attention_score",
+    "npu_quant_matmul",
+    "npu_quantize",
+    "npu_rms_norm",
+    "npu_rotary_mul",
+    "npu_swiglu",
+    "npu_trans_quant_param",
+    "npu_weight_quant_batchmatmul",
+]

@@ -1,0 +1,1 @@
+"""What fuse-ascend recognizes, one file an op."""

@@ -1,0 +1,91 @@
+"""panguq's canonical ops spelled in aten ops, for where no fused op of the vendor fits.
+
+Each computes what the canonical op's body computes, in the same dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from panguq.ir.canonical_views import Attention, RmsNorm, Rotary, SwiGlu
+from panguq.ir.edit import call
+from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
+from panguq.lowering.ascend.fusions.cache import spell_dequantize, spell_quantize_per_channel
+from panguq.lowering.ascend.fusions.masks import attended_mask
+from panguq.lowering.ascend.fusions.shared import FusionState, size_key
+
+aten = torch.ops.aten
+panguq = torch.ops.panguq
+
+
+def spell_rms_norm(node: fx.Node, state: FusionState) -> fx.Node:
+    """`weight * (x * rsqrt(mean(x^2) + eps))`, the norm in float32, rounded before the weight."""
+    given = RmsNorm.of(node)
+    x, weight, eps = given.x, given.weight, given.eps
+    dtype = x.meta["val"].dtype
+    narrow = dtype not in (torch.float32, torch.float64)
+    wide = _step(node, aten.to.dtype, (x, torch.float32), "wide") if narrow else x
+    square = _step(node, aten.pow.Tensor_Scalar, (wide, 2), "square")
+    mean = _step(node, aten.mean.dim, (square, [-1], True), "mean")
+    shifted = _step(node, aten.add.Tensor, (mean, eps), "shifted")
+    factor = _step(node, aten.rsqrt.default, (shifted,), "factor")
+    normalized = _step(node, aten.mul.Tensor, (wide, factor), "normalized")
+    if narrow:
+        normalized = _step(node, aten.to.dtype, (normalized, dtype), "rounded")
+    return call(node, aten.mul.Tensor, (normalized, weight), origin=node)
+
+
+def spell_rotary(node: fx.Node, state: FusionState) -> fx.Node:
+    """`x * cos + concat(-x2, x1) * sin`."""
+    x, tables = Rotary.of(node).x, Rotary.of(node).tables
+    half = x.meta["val"].shape[-1] // 2
+    cos, sin = (
+        state.call_once(node, aten.unsqueeze.default, (t, 1), suffix=".per_head") for t in tables
+    )
+    first = _step(node, aten.slice.Tensor, (x, -1, 0, half), "first_half")
+    second = _step(node, aten.slice.Tensor, (x, -1, half, 2 * half), "second_half")
+    negated = _step(node, aten.neg.default, (second,), "negated")
+    rotated = _step(node, aten.cat.default, ([negated, first], -1), "rotated")
+    direct = _step(node, aten.mul.Tensor, (x, cos), "times_cos")
+    turned = _step(node, aten.mul.Tensor, (rotated, sin), "times_sin")
+    return call(node, aten.add.Tensor, (direct, turned), origin=node)
+
+
+def spell_swiglu(node: fx.Node, state: FusionState) -> fx.Node:
+    """`silu(gate) * up`."""
+    gate, up = SwiGlu.of(node).gate, SwiGlu.of(node).up
+    activated = _step(node, aten.silu.default, (gate,), "silu")
+    return call(node, aten.mul.Tensor, (activated, up), origin=node)
+
+
+def spell_attention(node: fx.Node, state: FusionState) -> fx.Node:
+    """`scaled_dot_product_attention` with each key and value head repeated for its group."""
+    given, mask = Attention.of(node), attended_mask(node, state)
+    query, key, value = given.query, given.key, given.value
+    heads, kv_heads = query.meta["val"].shape[1], key.meta["val"].shape[1]
+    if size_key(heads) != size_key(kv_heads):
+        groups = int(heads // kv_heads)
+        repeat = aten.repeat_interleave.self_int
+        key = _step(node, repeat, (key, groups, 1), "keys")
+        value = _step(node, repeat, (value, groups, 1), "values")
+    args = (query, key, value, mask, 0.0, False)
+    op = aten.scaled_dot_product_attention.default
+    return call(node, op, args, {"scale": given.scale}, origin=node)
+
+
+def _step(node: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], suffix: str) -> fx.Node:
+    return call(node, op, args, origin=node, suffix=f".{suffix}")
+
+
+SPELLINGS: dict[Any, Callable[[fx.Node, FusionState], fx.Node]] = {
+    panguq.rms_norm.default: spell_rms_norm,
+    panguq.rotary.default: spell_rotary,
+    panguq.swiglu.default: spell_swiglu,
+    panguq.attention.default: spell_attention,
+    panguq.quantize_per_channel.default: spell_quantize_per_channel,
+    panguq.dequantize.default: spell_dequantize,
+}

@@ -1,0 +1,1 @@
+"""What a kernel call costs, from formulas with sources."""

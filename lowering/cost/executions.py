@@ -1,0 +1,206 @@
+"""How a candidate runs on an Ascend NPU: the formulas and numbers that its cost follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Literal
+
+from panguq.lowering.ascend.rules import weight_quant_templates
+from panguq.lowering.cost.terms import ARGUMENTS, Form, Layout
+from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
+from panguq.lowering.target import Target
+
+# Blocks of which the sums fit L0C (128 KiB) and two steps of k fit L0A, L0B and L1: what CATLASS
+# and CANN's tuned tilings use.
+VENDOR_BLOCKS = ((128, 256), (256, 128), (64, 512))
+FLOAT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+FRACTAL_K = {2.0: 16, 1.0: 32, 0.5: 64}  # by bytes of an input; CANN platform_config, DtypeMKN
+_CUBE_SIZE = 16 * 16
+_W4A8_SCALE_BYTES, _FLOAT32 = 8, 4
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One way to run a matmul: `numbers` are values of `cost_terms.ARGUMENTS`, without m, n, k and
+    the target's constants. It is taken for first_m <= m <= last_m (None: no limit)."""
+
+    form: Form
+    numbers: dict[str, float] = field(hash=False)
+    label: str
+    first_m: int = 1
+    last_m: int | None = None
+
+    def argument(self, name: str, problem: MatmulProblem, target: Target) -> float:
+        """The value of one of `cost_terms.ARGUMENTS` other than m."""
+        if name in self.numbers:
+            return self.numbers[name]
+        return getattr(problem, name) if name in ("n", "k") else target[name]
+
+    def arguments(self, problem: MatmulProblem, target: Target) -> list[float]:
+        """The values of all `cost_terms.ARGUMENTS` but m, which is the first."""
+        return [self.argument(name, problem, target) for name in ARGUMENTS[1:]]
+
+
+def executions(candidate: Candidate, problem: MatmulProblem, target: Target) -> list[Execution]:
+    """The ways to run a candidate. Of several, the cheapest counts: CANN tunes its tilings."""
+    if candidate.schedule != "vendor":
+        return [own_execution(candidate, problem, target)]
+    first, found = 1, []
+    for last, template in _templates(candidate, problem):
+        if last and last < first:
+            continue
+        if template == "nz_split_k":
+            found.append(_nz_split_k(problem, target, first, last))
+            first = last + 1
+            continue
+        form, numbers = _vendor_form(template, problem, target)
+        found += [
+            Execution(form, numbers | blocks, f"{template}, {label}", first, last or None)
+            for label, blocks in _grids(target, numbers["x_bytes"])
+        ]
+        first = last + 1
+    return found
+
+
+def own_execution(
+    candidate: Candidate,
+    problem: MatmulProblem,
+    target: Target,
+    dequantize: Literal["ring", "workspace"] = "ring",
+    launches: int | None = None,
+    tile_vector_cores: int = 1,
+) -> Execution:
+    """A kernel with tiles of its own. In panguq's, one vector core unpacks a whole tile of a 4-bit
+    weight, and a second kernel adds the partial sums of Split-K.
+
+    `dequantize`, `launches` and `tile_vector_cores` describe other people's kernels, to compare.
+    """
+    assert candidate.tile is not None
+    split = candidate.schedule == "split_k"
+    form = Form("tiles", "kn", mixed=True, split=split)
+    if problem.scheme.activation is None:
+        form = Form("tiles", "kn", mixed=True, split=split, dequantize=dequantize)
+        numbers = _weight_only(problem)
+    else:
+        numbers = _int8(problem)
+    numbers |= {"launches": launches or (2 if split else 1), "splits": candidate.splits}
+    numbers |= dict(zip(("block_m", "block_n", "block_k"), candidate.tile, strict=True))
+    numbers |= {"grid_m": 1, "grid_n": 1, "tile_vector_cores": tile_vector_cores}
+    return Execution(form, numbers, str(candidate))
+
+
+def scheme_numbers(problem: MatmulProblem, target: Target) -> dict[str, float]:
+    """The numbers of a scheme whose stored weights the cube multiplies as they are."""
+    weight, activation = problem.scheme.weight, problem.scheme.activation
+    if weight is None:
+        return _float(problem, target)
+    assert activation is not None
+    if weight.bits == 8:
+        return _int8(problem)
+    if activation.bits == 8:  # 8-bit inputs as two 4-bit halves
+        return _int4(problem, 2, _W4A8_SCALE_BYTES / 256)
+    return _int4(problem, 1, _FLOAT32 / problem.k)
+
+
+def _templates(candidate: Candidate, problem: MatmulProblem) -> list[tuple[int, str]]:
+    if candidate.kernel == "npu_weight_quant_batchmatmul":
+        return weight_quant_templates(problem)
+    if candidate.kernel == "npu_quant_matmul":
+        weight, activation = problem.scheme.weight, problem.scheme.activation
+        assert weight is not None and activation is not None
+        return [(0, f"w{weight.bits}a{activation.bits}")]
+    return [(0, "float")]
+
+
+def _vendor_form(
+    template: str, problem: MatmulProblem, target: Target
+) -> tuple[Form, dict[str, float]]:
+    if template == "float":
+        return Form("rectangles", "nk", mixed=False), _float(problem, target)
+    layout: Layout = "blocked" if problem.weight_format == "NZ" else "kn"
+    form = Form("rectangles", layout, mixed=True)
+    if problem.scheme.activation is not None:
+        return form, scheme_numbers(problem, target)
+    scale_bytes = _weight_only(problem)["scale_bytes"]
+    if template == "msd":
+        weight = problem.scheme.weight
+        if weight is not None and weight.bits == 4:
+            return form, _int4(problem, 3, scale_bytes)
+        return form, _int8(problem) | {"x_parts": 2, "scale_bytes": scale_bytes}
+    return replace(form, dequantize="vendor"), _weight_only(problem)
+
+
+def _nz_split_k(problem: MatmulProblem, target: Target, first_m: int, last_m: int) -> Execution:
+    """CANN's own Split-K for NZ weights: blocks of 128 x 128, at least 1024 of k for each part.
+
+    Source: ops-nn, weight_quant_batch_matmul_v2, custom_nz_splitk tiling.
+    """
+    splits = min(-(-problem.k // 1024), int(target["cube_cores"]))
+    form = Form("tiles", "blocked", mixed=True, split=True, dequantize="ring")
+    blocks = {"block_m": 128, "block_n": 128, "block_k": 512, "splits": splits, "launches": 1}
+    grid = {"grid_m": 1, "grid_n": 1, "tile_vector_cores": 2}
+    numbers = _weight_only(problem) | blocks | grid
+    return Execution(form, numbers, f"nz_split_k, {splits} splits", first_m, last_m)
+
+
+def _grids(target: Target, x_bytes: float) -> list[tuple[str, dict[str, float]]]:
+    """Ways to cut the result into one rectangle a core, on all cores, a half, a third … of them
+    (fewer cores start sooner), times every block size."""
+    cores = int(target["cube_cores"])
+    block_k = max(16, int(target["memory_unit_bytes"] / x_bytes))
+    pairs: dict[tuple[int, int], None] = {}
+    for used in [cores // share for share in range(1, cores + 1) if cores % share == 0]:
+        for grid_m in range(1, used + 1):
+            grid_n = used // grid_m
+            pairs[used // grid_n, grid_n] = None  # with so many columns, so many rows fit
+    found: list[tuple[str, dict[str, float]]] = []
+    for (grid_m, grid_n), (block_m, block_n) in product(pairs, VENDOR_BLOCKS):
+        label = f"{grid_m}x{grid_n} cores, blocks {block_m}x{block_n}"
+        blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+        grid = {"grid_m": grid_m, "grid_n": grid_n, "splits": 1, "launches": 1}
+        found.append((label, {**blocks, **grid, "tile_vector_cores": 2}))
+    return found
+
+
+def _float(problem: MatmulProblem, target: Target) -> dict[str, float]:
+    size = FLOAT_BYTES[problem.dtype]
+    fractal_k = FRACTAL_K.get(size, target["float32_macs_per_cycle"] / _CUBE_SIZE)
+    return _scheme(1, size, size, size, 0, size, fractal_k)
+
+
+def _int8(problem: MatmulProblem) -> dict[str, float]:
+    return _scheme(1, 1, 1, 1, _FLOAT32 / problem.k, 2, FRACTAL_K[1.0])
+
+
+def _int4(problem: MatmulProblem, x_parts: int, scale_bytes: float) -> dict[str, float]:
+    return _scheme(x_parts, 0.5, 0.5, 0.5, scale_bytes, 2, FRACTAL_K[0.5])
+
+
+def _weight_only(problem: MatmulProblem) -> dict[str, float]:
+    """Weights that become 16-bit before the cube multiplies."""
+    weight = problem.scheme.weight
+    assert weight is not None
+    per_group = FLOAT_BYTES[problem.dtype] * (1 if weight.symmetric else 2)
+    scale_bytes = per_group / problem.group_size
+    return _scheme(1, 2, weight.bits / 8, 2, scale_bytes, 2, FRACTAL_K[2.0])
+
+
+def _scheme(
+    x_parts: int,
+    x_bytes: float,
+    stored_bytes: float,
+    cube_bytes: float,
+    scale_bytes: float,
+    output_bytes: float,
+    fractal_k: float,
+) -> dict[str, float]:
+    return {
+        "x_parts": x_parts,
+        "x_bytes": x_bytes,
+        "stored_bytes": stored_bytes,
+        "cube_bytes": cube_bytes,
+        "scale_bytes": scale_bytes,
+        "output_bytes": output_bytes,
+        "fractal_k": fractal_k,
+    }

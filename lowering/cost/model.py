@@ -1,0 +1,204 @@
+"""What a kernel is expected to cost. A wrong cost makes a slow choice, never a wrong result."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import sympy
+from numpy.typing import NDArray
+
+from panguq.errors import LoweringError
+from panguq.lowering.cost.executions import Execution, executions
+from panguq.lowering.cost.terms import (
+    ARGUMENTS,
+    OVERLAPPED,
+    SERIAL,
+    TERMS,
+    Form,
+    S,
+    compiled,
+    terms,
+)
+from panguq.lowering.problem import Candidate, MatmulProblem
+from panguq.lowering.target import KernelCost, Target
+
+M = sympy.Symbol("m", positive=True)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of one call. `total_us` is the sum of the serial terms and the largest of the
+    overlapped ones (`cost_terms.OVERLAPPED`); `how` names the tiling that it is the cost of."""
+
+    total_us: float
+    terms: dict[str, float]
+    how: str = ""
+
+    @property
+    def bound_by(self) -> str:
+        """The overlapped term that decides."""
+        return max(OVERLAPPED, key=lambda name: self.terms[name])
+
+
+def cost(candidate: Candidate, problem: MatmulProblem, target: Target) -> Cost:
+    """The cost on an Ascend target. Raises LoweringError if the problem does not fix m."""
+    if problem.m is None:
+        raise LoweringError(
+            "a cost needs a number of tokens, and m is symbolic",
+            "give m, or select a kernel over a mix of m",
+        )
+    found = [e for e in executions(candidate, problem, target) if _covers(e, problem.m)]
+    return min(
+        (execution_cost(e, problem, target) for e in found), key=lambda found: found.total_us
+    )
+
+
+def execution_cost(execution: Execution, problem: MatmulProblem, target: Target) -> Cost:
+    """The cost of one way to run the matmul, for the problem's m."""
+    assert problem.m is not None
+    m = np.array([float(problem.m)])
+    values = [v[0, 0] for v in _term_arrays(execution.form, [execution], problem, target, m)]
+    named = {name: float(value) for name, value in zip(TERMS, values, strict=True)}
+    total = sum(named[name] for name in SERIAL) + max(named[name] for name in OVERLAPPED)
+    return Cost(total, named, execution.label)
+
+
+def total_us(
+    candidates: Sequence[Candidate],
+    problem: MatmulProblem,
+    target: Target,
+    tokens: NDArray[np.int64],
+) -> Floats:
+    """Microseconds `[candidates, tokens]` of every candidate for every m in `tokens`."""
+    result: Floats = np.full((len(candidates), len(tokens)), np.inf)
+    by_form: dict[Form, list[tuple[int, Execution]]] = defaultdict(list)
+    for row, candidate in enumerate(candidates):
+        for execution in executions(candidate, problem, target):
+            by_form[execution.form].append((row, execution))
+    for form, pairs in by_form.items():
+        rows = [row for row, _ in pairs]
+        found = [execution for _, execution in pairs]
+        named = dict(
+            zip(
+                TERMS, _term_arrays(form, found, problem, target, tokens.astype(float)), strict=True
+            )
+        )
+        serial = sum((named[name] for name in SERIAL), np.zeros((1, 1)))
+        overlapped = np.max(np.stack([named[name] for name in OVERLAPPED]), axis=0)
+        totals = serial + overlapped
+        for position, execution in enumerate(found):
+            outside = tokens < execution.first_m
+            if execution.last_m is not None:
+                outside |= tokens > execution.last_m
+            totals[position, outside] = np.inf
+        np.minimum.at(result, rows, totals)
+    return result
+
+
+def expression(execution: Execution, problem: MatmulProblem, target: Target) -> sympy.Expr:
+    """The cost as an expression in m alone, with exact rational numbers."""
+    parts = _terms_in_m(execution, problem, target)
+    overlapped = sympy.Max(*(parts[name] for name in OVERLAPPED), evaluate=False)
+    return sympy.Add(*(parts[name] for name in SERIAL), overlapped)
+
+
+def crossing(
+    first: Execution, second: Execution, last_m: int, problem: MatmulProblem, target: Target
+) -> sympy.Rational | None:
+    """Where in (last_m, last_m + 1] the first becomes dearer than the second, solved exactly.
+
+    Between whole numbers every ceiling is constant, so every term is a straight line there and a
+    cost the largest of some lines. None if the costs do not meet inside: then a step at last_m,
+    such as one more tile, decides, if anything does.
+    """
+    costs = [_lines(execution, last_m, problem, target) for execution in (first, second)]
+    corners = {sympy.Integer(0), sympy.Integer(1)}
+    for lines in costs:
+        for (low, high), (other_low, other_high) in itertools.combinations(lines, 2):
+            slope = (high - low) - (other_high - other_low)
+            if slope != 0 and 0 < (other_low - low) / slope < 1:
+                corners.add((other_low - low) / slope)
+
+    def difference(part: sympy.Rational) -> sympy.Rational:
+        tops = [max(low + part * (high - low) for low, high in lines) for lines in costs]
+        return tops[0] - tops[1]
+
+    for left, right in itertools.pairwise(sorted(corners)):
+        low, high = difference(left), difference(right)
+        if low <= 0 < high:
+            return last_m + left + (right - left) * (-low) / (high - low)
+    return None
+
+
+def _terms_in_m(
+    execution: Execution, problem: MatmulProblem, target: Target
+) -> dict[str, sympy.Expr]:
+    known = {
+        S[name]: sympy.Rational(str(execution.argument(name, problem, target)))
+        for name in ARGUMENTS[1:]
+    }
+    return {name: term.xreplace(known) for name, term in terms(execution.form).items()}
+
+
+def _lines(
+    execution: Execution, last_m: int, problem: MatmulProblem, target: Target
+) -> list[tuple[sympy.Rational, sympy.Rational]]:
+    """The straight lines of which the cost is the largest, by their values just above last_m and
+    at last_m + 1."""
+    parts = _terms_in_m(execution, problem, target)
+    ends: dict[str, tuple[sympy.Rational, sympy.Rational]] = {}
+    for name, term in parts.items():
+        steps = {c: c.subs(M, last_m + 1) for c in term.atoms(sympy.ceiling)}
+        line = term.xreplace(steps)
+        ends[name] = (line.subs(M, last_m), line.subs(M, last_m + 1))
+    serial = [sum(ends[name][end] for name in SERIAL) for end in (0, 1)]
+    return [(ends[name][0] + serial[0], ends[name][1] + serial[1]) for name in OVERLAPPED]
+
+
+def _covers(execution: Execution, m: int) -> bool:
+    return execution.first_m <= m and (execution.last_m is None or m <= execution.last_m)
+
+
+def _term_arrays(
+    form: Form,
+    found: Sequence[Execution],
+    problem: MatmulProblem,
+    target: Target,
+    tokens: Floats,
+) -> list[Floats]:
+    """The terms `[executions, tokens]`, in the order of `TERMS`."""
+    shape = (len(found), len(tokens))
+    columns = np.array([e.arguments(problem, target) for e in found], dtype=float).T[:, :, None]
+    values = compiled(form)(tokens[None, :], *columns)
+    return [np.broadcast_to(np.asarray(value, dtype=float), shape) for value in values]
+
+
+def at(problem: MatmulProblem, m: int) -> MatmulProblem:
+    """The problem for a fixed number of tokens."""
+    return replace(problem, m=m)
+
+
+# --- CPU ----------------------------------------------------------------------------------------
+
+
+def cost_us(kernel: str, problem: MatmulProblem, target: Target) -> sympy.Expr:
+    """Microseconds of one call on a CPU, an expression in m (a number if the problem fixes m)."""
+    constants: KernelCost = target.kernels[kernel]
+    weights = problem.n * problem.k
+    weight_us = weights * constants.weight_bytes_per_weight / (constants.gb_per_s * 1e3)
+    m = M if problem.m is None else problem.m
+    return constants.launch_us + weight_us + m * weights / (constants.gmac_per_s * 1e3)
+
+
+def crossover_m(first: str, second: str, problem: MatmulProblem, target: Target) -> int:
+    """The largest m up to which `first` is at most as expensive as `second`; 0 if never."""
+    difference = sympy.expand(cost_us(first, problem, target) - cost_us(second, problem, target))
+    slope = difference.coeff(M, 1)
+    if slope <= 0:
+        return 2**31 - 1 if difference.subs(M, 1) <= 0 else 0
+    return max(0, int(sympy.floor(-difference.coeff(M, 0) / slope)))

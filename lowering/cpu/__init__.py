@@ -1,0 +1,1 @@
+"""Lowering for a plain CPU."""

@@ -1,0 +1,1 @@
+"""Measuring what this machine's kernels cost."""

@@ -1,0 +1,1 @@
+"""From a saved lowered graph to one that runs."""

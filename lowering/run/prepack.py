@@ -1,0 +1,65 @@
+"""Run once what depends on stored weights alone: layouts that only a machine's kernels know."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from panguq.ir.edit import finish, get_tensor, label, replace, tensor_node
+from panguq.ir.run.interpret import compute
+from panguq.kernels.ascend.vendor import format_cast as npu_format_cast  # noqa: F401  (registers the op)
+
+aten = torch.ops.aten
+PREPACKING = {
+    "panguq": ("unpack_codes", "unpack_mixed_codes"),
+    "panguq_cpu": ("int4_kernel_weight", "int4_kernel_scales", "weight_row_sums"),
+    "panguq_npu": ("int4_weight",),
+}
+# Of integer codes alone: a float weight that is turned or sliced may be as large as the model.
+FORMAT_CAST = torch.ops.npu.npu_format_cast.default
+LAYOUTS = (aten.t.default, aten.clone.default, aten.slice.Tensor)
+
+
+def prepack(gm: fx.GraphModule, keep_formats: bool = False) -> fx.GraphModule:
+    """Replace every prepacking call of a stored weight by its result; returns `gm`.
+
+    What it makes depends on the machine, so a prepacked graph is run and never saved. With
+    `keep_formats`, casts to an NPU's memory formats stay, to be run there.
+    """
+    ops = {
+        getattr(getattr(torch.ops, namespace), name).default
+        for namespace, names in PREPACKING.items()
+        for name in names
+        if hasattr(getattr(torch.ops, namespace), name)
+    }
+    for node in list(gm.graph.nodes):
+        sources = node.all_input_nodes
+        if not sources or any(source.op != "get_attr" for source in sources):
+            continue
+        if node.target is FORMAT_CAST and not keep_formats:
+            replace(node, sources[0])  # a CPU knows one memory format
+        elif node.target in ops or (node.target in LAYOUTS and _is_codes(gm, sources[0])):
+            values = {s: compute(gm, s, {}) for s in sources}
+            name = label(node).replace(":", ".")
+            replace(node, tensor_node(node, f"prepacked.{name}", compute(gm, node, values)))
+    finish(gm)
+    return _with_plain_attributes(gm)
+
+
+def _is_codes(gm: fx.GraphModule, source: fx.Node) -> bool:
+    return get_tensor(gm, str(source.target)).dtype in (torch.int8, torch.uint8, torch.int32)
+
+
+def _with_plain_attributes(gm: fx.GraphModule) -> fx.GraphModule:
+    """Weights as plain attributes under short names: a nested module's buffer takes several
+    look-ups in Python to reach, a twelfth of a decoding step on a small model."""
+    names: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            name = names.setdefault(str(node.target), f"weight_{len(names)}")
+            object.__setattr__(gm, name, get_tensor(gm, str(node.target)))
+            node.target = name
+    gm._modules.clear()
+    gm._buffers.clear()
+    gm.recompile()
+    return gm

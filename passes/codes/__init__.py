@@ -1,0 +1,1 @@
+"""Choosing a weight's codes and scales."""

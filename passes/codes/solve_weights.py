@@ -1,0 +1,240 @@
+"""What all passes share that choose a weight's codes from the inputs that meet it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import InputError
+from panguq.ir.edit import get_tensor, label
+from panguq.ir.node_meta import meta_of, weight_spec_of
+from panguq.ir.properties import Property
+from panguq.ir.quant_spec import QuantSpec
+from panguq.ir.run.interpret import ensure_finite
+from panguq.ir.run.sweep import solving_sweep
+from panguq.ir.views import DequantizedWeight, Linear, QuantizedWeight, by_input, matmul_of
+from panguq.passes.codes.stored_codes import set_grid, store_codes
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
+from panguq.tensors.folded_weight import materialized
+from panguq.tensors.weight_store import WeightStore
+from panguq.tensors.work_folder import Finished
+
+panguq = torch.ops.panguq
+
+
+@dataclass(frozen=True)
+class WeightProblem:
+    """The weights that read one value, row by row under each other, and that value.
+
+    `weight` float32 `[n, k]`; `inputs` one tensor `[..., k]` a batch, as the matmuls meet it: every
+    weight before them is quantized, and so is the value itself where the scheme says so; after
+    weigh-tokens, times the root of each token's weight.
+    `float_inputs` is the same value in the float model, empty unless the pass asks for it.
+    `dtype` is that of the stored weights; scales of 8-bit codes must be values of it.
+    """
+
+    names: tuple[str, ...]
+    weight: Tensor
+    spec: QuantSpec
+    group_size: int
+    dtype: torch.dtype
+    inputs: Sequence[Tensor]
+    float_inputs: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes int8 `[n, k]`, scale `[n, groups]` and zero point int8 `[n, groups]` for a problem.
+
+    `extra` holds what else a method stores, by name, each with n rows; `shared` what they share.
+    `notes` are the method's own columns of the pass's table.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str | int | float | None, ...] = ()
+
+    def rows(self, start: int, stop: int) -> Solution:
+        """The solution for these rows alone."""
+        zero = None if self.zero_point is None else self.zero_point[start:stop]
+        extra = {name: tensor[start:stop] for name, tensor in self.extra.items()}
+        return Solution(
+            self.codes[start:stop], self.scale[start:stop], zero, extra, self.shared, self.notes
+        )
+
+
+@dataclass(frozen=True)
+class SolveWeights(Pass):
+    """Before: `quantize_weight(w, scale, zero_point)`.  After: codes that `solve` chose.
+
+    One sweep: where the value that matmuls read is ready for all batches, their weights are solved
+    together, and everything behind them is computed with the quantized weights (true-sequential by
+    data flow; q, k, v share one problem, gate and up another).
+    """
+
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.WEIGHT_CODES})
+    needs_calibration: ClassVar[bool] = True
+    beside_float: ClassVar[bool] = False
+    note_columns: ClassVar[tuple[str, ...]] = ()
+
+    def solve(self, problem: WeightProblem) -> Solution:
+        """The codes for a problem; raises NumericsError where the inputs allow none."""
+        raise NotImplementedError
+
+    def dequantize(self, problem: WeightProblem, solution: Solution) -> Tensor:
+        """The weights `[n, k]` that a solution stands for, in the stored dtype."""
+        weight: Tensor = panguq.dequantize_weight(
+            solution.codes, solution.scale, solution.zero_point, problem.group_size, problem.dtype
+        )
+        return weight
+
+    def store(
+        self, gm: fx.GraphModule, store: WeightStore, node: fx.Node, solution: Solution
+    ) -> None:
+        """Replace `node`, a `quantize_weight`, by the stored solution of its rows."""
+        set_grid(gm, node, store.put, solution.scale, solution.zero_point)
+        bits = weight_spec_of(matmul_of(node)).bits
+        store_codes(node, store, solution.codes, bits)
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        result = PassResult()
+        groups = _weights_by_input(gm, result)
+        if groups and not ctx.batches:
+            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        solved: list[tuple[fx.Node, Solution]] = []
+        rows: list[tuple[object, ...]] = []
+        pauses = {
+            value: partial(self._pause, gm, ctx, matmuls, solved, rows)
+            for value, matmuls in groups.items()
+        }
+        solving_sweep(gm, ctx.batches, pauses, ctx.progress, self.beside_float)
+        for node, solution in solved:
+            self.store(gm, ctx.store, node, solution)
+        result.changed = len(solved)
+        columns = ("weight", "bits", "group_size", "weight_sqnr_db", *self.note_columns)
+        result.tables["weights"] = Table(columns, tuple(rows))
+        return result
+
+    def _pause(
+        self,
+        gm: fx.GraphModule,
+        ctx: PassContext,
+        matmuls: list[fx.Node],
+        solved: list[tuple[fx.Node, Solution]],
+        rows: list[tuple[object, ...]],
+        values: Sequence[Tensor],
+        float_values: Sequence[Tensor],
+    ) -> dict[fx.Node, Tensor]:
+        for value in values:
+            ensure_finite(label(Linear.of(matmuls[0]).input), value, "activation")
+        chosen = {}
+        for same in _alike(matmuls):
+            quantizers = [quantizer_of(matmul) for matmul in same]
+            stored = [materialized(get_tensor(gm, q.weight_name)) for q in quantizers]
+            for quantizer, tensor in zip(quantizers, stored, strict=True):
+                ensure_finite(quantizer.weight_name, tensor)
+            spec = weight_spec_of(same[0])
+            problem = WeightProblem(
+                names=tuple(label(matmul) for matmul in same),
+                weight=torch.cat([tensor.float() for tensor in stored]),
+                spec=spec,
+                group_size=spec.group_size_for(int(stored[0].shape[1])),
+                dtype=stored[0].dtype,
+                inputs=_weighted(values, same[0]),
+                float_inputs=_weighted(float_values, same[0]),
+            )
+            solution = self._solved(ctx, problem)
+            weight = self.dequantize(problem, solution)
+            start = 0
+            for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
+                stop = start + len(tensor)
+                solved.append((quantizer.node, solution.rows(start, stop)))
+                chosen[Linear.of(matmul).weight] = weight[start:stop].contiguous()
+                sqnr_db = _sqnr_db(tensor, weight[start:stop])
+                rows.append(
+                    (label(matmul), spec.bits, problem.group_size, sqnr_db, *solution.notes)
+                )
+                start = stop
+        return chosen
+
+    def _solved(self, ctx: PassContext, problem: WeightProblem) -> Solution:
+        """`solve`, its tensors in files: a model's codes need no memory until the end."""
+
+        def compute() -> Finished:
+            found = self.solve(problem)
+            tensors = {"codes": found.codes, "scale": found.scale}
+            if found.zero_point is not None:
+                tensors["zero_point"] = found.zero_point
+            tensors |= {f"extra.{name}": tensor for name, tensor in found.extra.items()}
+            tensors |= {f"shared.{name}": tensor for name, tensor in found.shared.items()}
+            return Finished(tensors, {str(i): note for i, note in enumerate(found.notes)})
+
+        done = ctx.once(problem.names[0], compute)
+
+        def named(kind: str) -> dict[str, Tensor]:
+            items = done.tensors.items()
+            return {k.removeprefix(kind): tensor for k, tensor in items if k.startswith(kind)}
+
+        return Solution(
+            done.tensors["codes"],
+            done.tensors["scale"],
+            done.tensors.get("zero_point"),
+            named("extra."),
+            named("shared."),
+            tuple(done.facts.values()),
+        )
+
+
+def quantizer_of(matmul: fx.Node) -> QuantizedWeight:
+    """The `quantize_weight` behind a fake-quant matmul's weight."""
+    return QuantizedWeight.of(DequantizedWeight.of(Linear.of(matmul).weight).codes)
+
+
+def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, list[fx.Node]]:
+    """Fake-quant matmuls whose codes are still computed, by the value that they read."""
+    seen: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        linear = Linear.match(node)
+        weight = None if linear is None else DequantizedWeight.match(linear.weight)
+        if weight is None or weight.quantizer is None or meta_of(node).scheme is None:
+            continue
+        if weight.codes in seen:
+            result.skip(node, f"its weight is that of {label(seen[weight.codes])}")
+        else:
+            seen[weight.codes] = node
+    return by_input(seen.values())
+
+
+def _weighted(values: Sequence[Tensor], matmul: fx.Node) -> Sequence[Tensor]:
+    """The batches, each token times the root of its weight where weigh-tokens gave it one."""
+    weights = meta_of(matmul).token_weights
+    if weights is None or not values:
+        return values
+    return [
+        value.reshape(-1, value.shape[-1]) * weight.sqrt().to(value.dtype)[:, None]
+        for value, weight in zip(values, weights, strict=True)
+    ]
+
+
+def _alike(matmuls: list[fx.Node]) -> list[list[fx.Node]]:
+    """The matmuls by the quantization of their weights: side matmuls may have another."""
+    groups: dict[QuantSpec, list[fx.Node]] = defaultdict(list)
+    for matmul in matmuls:
+        groups[weight_spec_of(matmul)].append(matmul)
+    return list(groups.values())
+
+
+def _sqnr_db(weight: Tensor, quantized: Tensor) -> float:
+    noise = (quantized.float() - weight.float()).square().sum()
+    ratio = weight.float().square().sum() / noise.clamp_min(1e-30)
+    return float(10 * torch.log10(ratio.clamp_min(1e-30)))

@@ -1,0 +1,1 @@
+"""What a pass is, the registry of passes, and their runner."""

@@ -1,0 +1,165 @@
+"""What a pass is: a frozen dataclass whose fields are its options, and what it must declare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from panguq.ir.edit import label
+from panguq.ir.interface import Interface
+from panguq.ir.properties import Property as Property
+from panguq.ir.quant_spec import Scheme
+from panguq.ir.views import Linear
+from panguq.tensors.weight_store import WeightStore
+from panguq.tensors.work_folder import Finished
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A candidate that a pass left alone, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A region that an exact pass rewrote: outputs as a function of inputs, all by label.
+
+    `turned` maps the old value to the new one where the pass meant to change an input or output.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    turned: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A pass's own table: column names and rows, written as CSV into the dump."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+
+
+@dataclass
+class PassResult:
+    """What a pass did: how many rewrites, what it left alone, its tables, its exact sites."""
+
+    changed: int = 0
+    skipped: list[Skip] = field(default_factory=list)
+    tables: dict[str, Table] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+
+    def skip(self, node: fx.Node, reason: str) -> None:
+        """Note that this node was left alone."""
+        self.skipped.append(Skip(label(node), reason))
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(what, done, total)` by work that takes long."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The silent Progress."""
+
+
+class MatmulRules(Protocol):
+    """What the target says about a linear under a scheme."""
+
+    def refusal(self, node: fx.Node, scheme: Scheme) -> str | None:
+        """Why the target cannot run it; None if it can."""
+
+    def predicted_us(self, node: fx.Node, scheme: Scheme) -> float:
+        """Its predicted time, in microseconds over a mix of decoding steps and prompts."""
+
+
+@dataclass
+class PassContext:
+    """What passes may read besides the graph.
+
+    `batches` are calibration inputs by input name, as the front door prepares them; `probe` is
+    one small such batch; `store` takes the tensors that passes make; `matmul_rules` speak for the
+    target, if there is one. `stage` names the pass that is running, by its place in the pipeline.
+    `reference` is the float model's graph, which no pass changes. `allow_unmatched` says which
+    globs over module paths may match nothing (`module_globs.py`).
+    """
+
+    interface: Interface
+    store: WeightStore
+    batches: Sequence[dict[str, Tensor]] = ()
+    probe: dict[str, Tensor] | None = None
+    seed: int = 0
+    progress: Progress = no_progress
+    matmul_rules: MatmulRules | None = None
+    stage: str = ""
+    reference: fx.GraphModule | None = None
+    allow_unmatched: bool | tuple[str, ...] = False
+
+    def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
+        """What `compute` yields for this unit of the running pass, its tensors in the store.
+
+        A compile that goes on after it was killed gets what the first run had finished. So the
+        result must follow from the compile's inputs alone, and `unit` from the graph.
+        """
+        return self.store.once(f"{self.stage}/{unit}", compute)
+
+    def generator(self) -> torch.Generator:
+        """A fresh random generator with the compile's seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+GRADIENT_SWEEPS = 4.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses are frozen dataclasses; their docstring is Before / After."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[Property]] = frozenset()
+    establishes: ClassVar[frozenset[Property]] = frozenset()
+    breaks: ClassVar[frozenset[Property]] = frozenset()
+    exact: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """The globs over module paths among its options, each of which is to match a matmul."""
+        return ()
+
+    @property
+    def has_static_activation(self) -> bool:
+        """Whether the pass may give a matmul statically quantized activations."""
+        return False
+
+    @property
+    def sweeps(self) -> float:
+        """About how many forward passes over the calibration data take as long as this pass does.
+
+        One with a gradient counts `GRADIENT_SWEEPS`: forward, again by block, and backward.
+        """
+        return float(self.needs_calibration)
+
+    def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
+        """What must hold before this pass, given its options and the passes before it."""
+        return self.requires
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+        """Rewrite `gm` in place."""
+        raise NotImplementedError
+
+
+def linears(gm: fx.GraphModule) -> list[fx.Node]:
+    """Every `aten.linear` whose weight is a stored tensor, in graph order."""
+    found = (Linear.match(node) for node in gm.graph.nodes)
+    return [linear.node for linear in found if linear is not None and linear.is_stored]
+
+
+def labels(nodes: Iterable[fx.Node]) -> str:
+    """Labels joined for a message."""
+    return ", ".join(label(n) for n in nodes)

@@ -1,0 +1,1 @@
+"""Orthogonal matrices and how weights absorb them."""

@@ -1,0 +1,1 @@
+"""What calibration observes and how it is used."""

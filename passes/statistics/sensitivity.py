@@ -1,0 +1,228 @@
+"""What each way of quantizing a group of matmuls would cost the model, from one reverse sweep.
+
+To second order, a change d of the model's parameters and inner values changes its predictions by
+
+    KL(model ‖ changed)  =  1/2 · E[(g · d)^2],    g = gradient of log p(label)
+
+with labels drawn from the model itself (the Fisher information; Amari, Neural Computation 10,
+1998). Rounding errors are as good as uncorrelated from one element to the next, so only the squares
+of their products with the gradient count:
+
+    KL  =  1/2 · ( sum_ij F_ij · (Q(W) - W)_ij^2  +  sum_tj Gx_tj^2 · (Q(x) - x)_tj^2 ) / tokens
+    F_ij  = sum over batches of (sum_t Gy_ti · x_tj)^2      `[n, k]`
+    Gx_tj = sum over the group's matmuls of sum_i Gy_ti · W_ij
+
+in nats, mean per scored token, with x `[tokens, k]` the input of the group and Gy `[tokens, n]` the
+gradient at a matmul's output. Labels of one sequence are independent given its tokens, so the
+square of a whole sequence's gradient is, in the mean, the sum of its labels' squares: one backward
+sweep serves all groups and all schemes. Squares of gradients of W as the weight's sensitivity:
+Kim et al., SqueezeLLM, arXiv 2306.07629, who take them at the data's labels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from panguq.errors import InputError
+from panguq.ir.edit import get_tensor
+from panguq.ir.input_statistics import InputStatistics
+from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
+from panguq.ir.quant_spec import QuantSpec, Scheme
+from panguq.ir.run.reverse_sweep import reverse_sweep
+from panguq.ir.views import Linear, results_of
+from panguq.passes.codes.static_scales import affine
+from panguq.passes.codes.weight_scales import quantize_groups, search_scale
+from panguq.passes.pipeline.base import PassContext
+from panguq.tensors.folded_weight import materialized
+from panguq.tensors.memory import return_free_pages
+from panguq.tensors.row_slices import row_slices
+
+panguq = torch.ops.panguq
+LOGITS_AT_ONCE = 1 << 26  # elements: beyond that, only some of a sequence's positions are scored
+
+
+@dataclass
+class _Matmul:
+    """Sums over the batches for one linear: squared gradients `[n, k]`, squared inputs `[k]`."""
+
+    fisher: Tensor
+    square_sum: Tensor
+    tokens: int = 0
+
+
+@dataclass
+class _Sums:
+    """What the current block has gathered."""
+
+    matmuls: dict[fx.Node, _Matmul] = field(default_factory=dict)
+    activation: dict[tuple[fx.Node, QuantSpec], float] = field(
+        default_factory=lambda: defaultdict(float)
+    )
+    weights: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def weight(self, gm: fx.GraphModule, node: fx.Node) -> Tensor:
+        """The linear's weight `[n, k]`, computed once a block if it is a product not yet stored."""
+        if node not in self.weights:
+            self.weights[node] = materialized(get_tensor(gm, Linear.of(node).weight_name))
+        return self.weights[node]
+
+    def clear(self) -> None:
+        """Forget the block."""
+        self.matmuls.clear()
+        self.activation.clear()
+        self.weights.clear()
+
+
+def measure(
+    gm: fx.GraphModule,
+    ctx: PassContext,
+    choices: Mapping[tuple[fx.Node, ...], Sequence[Scheme]],
+    ratios: tuple[float, ...],
+) -> dict[tuple[fx.Node, ...], list[float]]:
+    """The expected KL of quantizing each group alone, for each of its schemes, in nats a token.
+
+    choices: for each group of linears that read one tensor, the schemes in question.
+    ratios: the clip ratios of the search for each weight's scales, weighted by the inputs.
+
+    For a graph that is no language model the outputs' relative squared error takes the place of
+    the KL: half the squared error over the mean square. Raises InputError without calibration
+    data and NumericsError for values that are not finite.
+    """
+    if not ctx.batches:
+        raise InputError("there is no calibration data", "give calibration=, or a text file")
+    group_of = {node: group for group in choices for node in group}
+    result = {group: [0.0] * len(schemes) for group, schemes in choices.items()}
+    score = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())
+    sums = _Sums()
+
+    def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
+        for node, (x, gradient) in seen.items():
+            _add_matmul(sums.matmuls, node, x, gradient)
+        for group in dict.fromkeys(group_of[node] for node in seen):
+            specs = dict.fromkeys(s.activation for s in choices[group] if s.activation)
+            if specs:
+                _add_activation(gm, sums, group, seen, tuple(specs))
+
+    def block_done() -> None:
+        for group in dict.fromkeys(group_of[node] for node in sums.matmuls):
+            for index, scheme in enumerate(choices[group]):
+                total = 0.0
+                if scheme.activation is not None:
+                    total = sums.activation.get((group[0], scheme.activation), 0.0)
+                for node in group:
+                    if node in sums.matmuls and scheme.weight is not None:
+                        weight = sums.weight(gm, node)
+                        total += _weight_error(weight, sums.matmuls[node], scheme.weight, ratios)
+                result[group][index] += total / 2
+        sums.clear()
+        return_free_pages()
+
+    batches = [scored_batch(batch, gm) for batch in ctx.batches]
+    reverse_sweep(gm, batches, group_of, score.gradient, observe, block_done, ctx.progress)
+    return {group: [kl / score.total for kl in kls] for group, kls in result.items()}
+
+
+class SampledLabels:
+    """The gradient of the log likelihood of labels that the model draws from its own logits."""
+
+    def __init__(self, causal_lm: bool, generator: torch.Generator) -> None:
+        self.causal_lm = causal_lm
+        self.generator = generator
+        self.total = 0.0
+
+    def gradient(self, output: Tensor) -> Tensor:
+        """At logits `[..., vocab]`: one-hot(label) - softmax. `total` counts the tokens.
+
+        Elsewhere: Gaussian noise, under which E[(g · d)^2] is |d|^2; `total` sums squares.
+        """
+        if not self.causal_lm:
+            self.total += float(output.double().square().sum()) or 1.0
+            noise = torch.randn(output.shape, generator=self.generator)
+            return noise.to(output.dtype)
+        rows = output.reshape(-1, output.shape[-1])
+        self.total += len(rows)
+        probabilities = rows.float().softmax(-1)
+        # Gumbel's trick, or the smallest exponential: multinomial() refuses large vocabularies.
+        noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        labels = noise.div_(probabilities).argmin(-1, keepdim=True)
+        gradient = probabilities.neg_()
+        gradient.scatter_add_(1, labels, torch.ones_like(labels, dtype=gradient.dtype))
+        return gradient.view(output.shape).to(output.dtype)
+
+
+def scored_batch(batch: dict[str, Tensor], gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The batch with logits at all of its positions, or at evenly spread ones if they are many."""
+    if "logit_positions" not in batch:
+        return batch
+    ids = batch["input_ids"]
+    vocabulary = int(results_of(gm)[0].meta["val"].shape[-1])
+    step = -(-ids.numel() * vocabulary // LOGITS_AT_ONCE)
+    return batch | {"logit_positions": torch.arange(0, ids.shape[1], step)}
+
+
+def _add_matmul(
+    matmuls: dict[fx.Node, _Matmul], node: fx.Node, x: Tensor, gradient: Tensor
+) -> None:
+    tokens = x.reshape(-1, x.shape[-1]).float()
+    at_output = gradient.reshape(-1, gradient.shape[-1]).float()
+    fisher = (at_output.T @ tokens).square_()
+    square_sum = tokens.square().sum(0)
+    if node not in matmuls:
+        matmuls[node] = _Matmul(fisher, square_sum, len(tokens))
+        return
+    matmuls[node].fisher += fisher
+    matmuls[node].square_sum += square_sum
+    matmuls[node].tokens += len(tokens)
+
+
+def _add_activation(
+    gm: fx.GraphModule,
+    sums: _Sums,
+    group: tuple[fx.Node, ...],
+    seen: dict[fx.Node, tuple[Tensor, Tensor]],
+    specs: tuple[QuantSpec, ...],
+) -> None:
+    x = next(seen[node][0] for node in group if node in seen)
+    at_input = torch.zeros_like(x, dtype=torch.float32)
+    for node in group:
+        if node in seen:
+            weight = sums.weight(gm, node)
+            at_input += (seen[node][1].to(weight.dtype) @ weight).float()
+    for spec in specs:
+        error = quantize_activation(x, spec).float() - x.float()
+        product = at_input * error
+        sums.activation[group[0], spec] += float(product.square().sum(dtype=torch.float64))
+
+
+def quantize_activation(x: Tensor, spec: QuantSpec) -> Tensor:
+    """x `[..., k]` rounded to the grid of `spec`; a static range is that of x's plain tokens."""
+    if spec.dynamic:
+        codes, scale = panguq.quantize_per_token(x, spec.quant_max)
+        return panguq.dequantize(codes, scale, None, x.dtype)
+    seen = InputStatistics(x.shape[-1], torch.ones(x.shape[-1]))
+    seen.add(x)
+    step, offset = affine(seen.histogram.low, seen.histogram.high, spec, x.dtype)
+    scale, zero = torch.tensor([step]), torch.tensor([offset], dtype=torch.int32)
+    codes = panguq.quantize_per_tensor(x, scale, zero, spec.quant_min, spec.quant_max)
+    return panguq.dequantize(codes, scale, zero, x.dtype)
+
+
+def _weight_error(
+    weight: Tensor, seen: _Matmul, spec: QuantSpec, ratios: tuple[float, ...]
+) -> float:
+    """sum_ij F_ij (Q(W) - W)_ij^2, with the scales that the clip search finds."""
+    size = spec.group_size_for(weight.shape[1])
+    importance = seen.square_sum / max(seen.tokens, 1)
+    total = 0.0
+    for some in row_slices(weight):
+        rows = weight[some]
+        scale, zero = search_scale(rows, size, spec, importance, ratios)
+        groups = rows.float().reshape(rows.shape[0], -1, size)
+        error = quantize_groups(groups, scale, zero, spec).sub_(groups).square_().view(rows.shape)
+        total += float(error.mul_(seen.fisher[some]).sum())
+    return total

@@ -1,0 +1,1 @@
+"""What a saved checkpoint is checked for, one file a format."""

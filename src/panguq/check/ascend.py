@@ -1,0 +1,313 @@
+"""Rules for folders in msModelSlim's AscendV1 format: what loaders look up, and in which form.
+
+What loaders do was read in vllm-ascend (quantization/modelslim_config.py, method_adapters.py,
+methods/) and MindIE-LLM (examples/atb_models); the format in msModelSlim's writer and its pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from panguq.check.ascend_values import VALUE_RULES
+from panguq.check.files import NOBODY, CheckedFolder, Hit, Rule, shards_of
+from panguq.servers import (
+    ASCEND_TYPES,
+    FUSED,
+    NPU_SERVERS,
+    W4A8_GROUP,
+    Server,
+    too_large,
+)
+
+FLOATS = ("F32", "BF16", "F16")
+_VLLM: tuple[Server, ...] = ("vllm-ascend",)
+_MINDIE: tuple[Server, ...] = ("mindie",)
+_LOADER = "vllm-ascend, quantization/modelslim_config.py"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a quantized linear: its dtypes and shapes for a weight of [n, k]."""
+
+    dtypes: tuple[str, ...]
+    shapes: Callable[[int, int], list[tuple[int, ...]]]
+    required: bool = True
+
+
+def _weight(n: int, k: int) -> list[tuple[int, ...]]:
+    return [(n, k)]
+
+
+def _column(n: int, k: int) -> list[tuple[int, ...]]:
+    return [(n, 1)]
+
+
+def _row(n: int, k: int) -> list[tuple[int, ...]]:
+    return [(n,)]
+
+
+def _one(n: int, k: int) -> list[tuple[int, ...]]:
+    return [(1,)]
+
+
+_CODES = {"weight": Part(("I8",), _weight)}
+_PER_CHANNEL = {
+    "weight_scale": Part(FLOATS, _column),
+    "weight_offset": Part((*FLOATS, "I8", "I32", "I64"), _column),
+}
+_STATIC = {
+    "input_scale": Part(FLOATS, _one),
+    "input_offset": Part((*FLOATS, "I8", "I32"), _one),
+    "deq_scale": Part(("F32", "I64"), _row),
+    "quant_bias": Part(("I32",), _row),
+}
+_GROUPS = {
+    "weight_scale_second": Part(FLOATS, lambda n, k: [(n, k // W4A8_GROUP)], False),
+    "weight_offset_second": Part(
+        (*FLOATS, "I8", "I32", "I64"), lambda n, k: [(n, k // W4A8_GROUP)], False
+    ),
+}
+PARTS: dict[str, dict[str, Part]] = {
+    "W8A8": {
+        **_CODES,
+        **_STATIC,
+        **{leaf: Part(part.dtypes, part.shapes, False) for leaf, part in _PER_CHANNEL.items()},
+    },
+    "W8A8_MIX": {**_CODES, **_STATIC, **_PER_CHANNEL},
+    "W8A8_DYNAMIC": {**_CODES, **_PER_CHANNEL},
+    "W8A16": {**_CODES, **_PER_CHANNEL},
+    "W4A8_DYNAMIC": {
+        "weight": Part(("I8",), lambda n, k: [(n // 2, k)]),
+        **_PER_CHANNEL,
+        **_GROUPS,
+        "scale_bias": Part(("F32",), lambda n, k: [(n, 1), (n, 16)]),
+    },
+    "W4A4_DYNAMIC": {**_CODES, **_PER_CHANNEL},
+}
+
+
+def quantized(folder: CheckedFolder) -> Iterator[tuple[str, str, int, int]]:
+    """(path, type, n, k) of each linear that the description says is quantized."""
+    for name, kind in tensor_types(folder).items():
+        path, _, leaf = name.rpartition(".")
+        info = folder.tensors.get(name)
+        if leaf != "weight" or kind == "FLOAT" or info is None or len(info.shape) != 2:
+            continue
+        n, k = info.shape
+        linears = folder.model.linears if folder.model is not None else {}
+        n, k = linears.get(path, (2 * n if kind == "W4A8_DYNAMIC" else n, k))
+        yield path, kind, n, k
+
+
+def tensor_types(folder: CheckedFolder) -> dict[str, str]:
+    """The description's entries that are types of tensors; those of the model have no dot."""
+    entries = (folder.description or {}).items()
+    return {name: kind for name, kind in entries if "." in name and isinstance(kind, str)}
+
+
+# --- the description ----------------------------------------------------------------------------
+
+
+def _no_description(folder: CheckedFolder) -> Iterator[Hit]:
+    if folder.description is not None:
+        return
+    others = sorted(file.name for file in folder.path.glob("quant_model_description_*.json"))
+    more = f"; rename {others[0]}" if others else ""
+    yield Hit("quant_model_description.json", f"missing: the loader opens it by this name{more}")
+
+
+def _leftover_quantization_config(folder: CheckedFolder) -> Iterator[Hit]:
+    if folder.quantization_config is not None:
+        yield Hit(
+            "config.json",
+            "it has a quantization_config, which contradicts --quantization ascend; remove it",
+        )
+
+
+def _described_missing(folder: CheckedFolder) -> Iterator[Hit]:
+    for name, kind in tensor_types(folder).items():
+        if name not in folder.tensors and not (folder.is_tied and name == "lm_head.weight"):
+            yield Hit(name, f"described as {kind}, and in no file")
+
+
+def _undescribed_module(folder: CheckedFolder) -> Iterator[Hit]:
+    """The type of every linear and embedding is looked up; there is no default."""
+    if folder.description is None:  # which another rule says
+        return
+    known = tensor_types(folder)
+    if folder.model is not None:
+        paths = [*folder.model.embeddings, *folder.model.linears]
+        names = [f"{path}.weight" for path in paths]
+    else:
+        stored = folder.tensors.items()
+        names = [n for n, t in stored if n.endswith(".weight") and len(t.shape) == 2]
+    for name in names:
+        if name not in known:
+            yield Hit(name, "the description has no entry for it: KeyError in the loader")
+
+
+def _undescribed_norm_bias(folder: CheckedFolder) -> Iterator[Hit]:
+    """vllm-ascend makes norm biases only if the description speaks of one."""
+    known = tensor_types(folder)
+    for name in folder.tensors if known else ():
+        if name.endswith("norm.bias") and name not in known:
+            yield Hit(name, "not described, so that norms get no bias and this one is dropped")
+
+
+def _undescribed_tensor(folder: CheckedFolder) -> Iterator[Hit]:
+    known = tensor_types(folder)
+    for name in folder.tensors if known else ():
+        if name not in known and not name.endswith((".weight", "norm.bias")):
+            yield Hit(name, "the description has no entry for it")
+
+
+def _unknown_type(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, _, _ in quantized(folder):
+        if kind not in ASCEND_TYPES:
+            yield Hit(f"{path}.weight", f"type {kind!r} is none that panguq knows a kernel for")
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+def _no_kernel(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, _, _ in quantized(folder):
+        for server in NPU_SERVERS:
+            entry = ASCEND_TYPES.get(kind, {}).get(server)
+            if entry is not None and not entry.takes:
+                message = f"{server} cannot run {kind}: {entry.reason}; use {entry.instead}"
+                yield Hit(f"{path}.weight", message, (server,))
+
+
+def _too_large(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, n, k in quantized(folder):
+        for server in NPU_SERVERS:
+            why = too_large(server, kind, n, k)
+            if why:
+                yield Hit(f"{path}.weight", f"{why} ({server})", (server,))
+
+
+def _mixed_fused_types(folder: CheckedFolder) -> Iterator[Hit]:
+    types = tensor_types(folder)
+    paths = [name.removesuffix(".weight") for name in types if name.endswith(".weight")]
+    for whole, shards in shards_of(paths, FUSED):
+        kinds = {shard: types[f"{shard}.weight"] for shard in shards}
+        if len(set(kinds.values())) > 1:
+            listed = ", ".join(
+                f"{shard.rpartition('.')[2]} {kind}" for shard, kind in kinds.items()
+            )
+            yield Hit(whole, f"its shards have several types ({listed}): the loader stops")
+
+
+def _w4a8_bias(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, _, _ in quantized(folder):
+        if kind == "W4A8_DYNAMIC" and f"{path}.bias" in folder.tensors:
+            yield Hit(f"{path}.bias", "the int8 x int4 kernel takes no bias (aclnnQuantMatmulV5)")
+
+
+def _w4a8_groups(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, _, k in quantized(folder):
+        if kind != "W4A8_DYNAMIC":
+            continue
+        name = f"{path}.weight_scale_second"
+        if name not in folder.tensors:
+            yield Hit(name, "missing: the loader multiplies weight_scale by it")
+        elif k % W4A8_GROUP:
+            yield Hit(name, f"k = {k} is no multiple of the kernel's group of {W4A8_GROUP}")
+
+
+def _w8a16_bias(folder: CheckedFolder) -> Iterator[Hit]:
+    if folder.dtype != "bfloat16":
+        return
+    for path, kind, _, _ in quantized(folder):
+        if kind == "W8A16" and f"{path}.bias" in folder.tensors:
+            yield Hit(
+                f"{path}.bias",
+                "vllm-ascend hands it over in bfloat16, where npu_weight_quant_batchmatmul's page "
+                "wants float32; whether the NPU takes it is not established",
+            )
+            return  # once is enough
+
+
+def _no_mindie_model(folder: CheckedFolder) -> Iterator[Hit]:
+    if (folder.config or {}).get("model_type") == "PanguEmbedded":
+        yield Hit("config.json", "MindIE has no openPangu; alias it to the Llama architecture")
+
+
+def _float32_model(folder: CheckedFolder) -> Iterator[Hit]:
+    if folder.config is not None and folder.dtype not in ("float16", "bfloat16"):
+        what = folder.dtype or "not given"
+        yield Hit("config.json", f"dtype is {what}: servers choose one, and deq_scale must fit it")
+
+
+# --- forms --------------------------------------------------------------------------------------
+
+
+def _missing_part(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, _, _ in quantized(folder):
+        for leaf, part in PARTS.get(kind, {}).items():
+            if part.required and f"{path}.{leaf}" not in folder.tensors:
+                yield Hit(f"{path}.{leaf}", f"missing, and {kind} needs it")
+
+
+def _wrong_dtype(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, _, _ in quantized(folder):
+        for leaf, part in PARTS.get(kind, {}).items():
+            info = folder.tensors.get(f"{path}.{leaf}")
+            if info is not None and info.dtype not in part.dtypes:
+                wanted = " or ".join(part.dtypes)
+                yield Hit(f"{path}.{leaf}", f"{info.dtype}, and {kind} wants {wanted}")
+    for name, kind in tensor_types(folder).items():
+        info = folder.tensors.get(name)
+        if kind == "FLOAT" and info is not None and info.dtype not in FLOATS:
+            yield Hit(name, f"{info.dtype}, and described as FLOAT")
+
+
+def _wrong_shape(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, n, k in quantized(folder):
+        for leaf, part in PARTS.get(kind, {}).items():
+            info = folder.tensors.get(f"{path}.{leaf}")
+            shapes = part.shapes(n, k)
+            if info is not None and info.shape not in shapes:
+                wanted = " or ".join(str(list(shape)) for shape in shapes)
+                yield Hit(f"{path}.{leaf}", f"{list(info.shape)}, and {kind} wants {wanted}")
+    parameters = folder.model.parameters if folder.model is not None else {}
+    for name, kind in tensor_types(folder).items():
+        info = folder.tensors.get(name)
+        expected = parameters.get(name)
+        if kind == "FLOAT" and info is not None and expected not in (None, info.shape):
+            yield Hit(name, f"{list(info.shape)}, and the architecture's is {list(expected or ())}")
+
+
+def _deq_scale_dtype(folder: CheckedFolder) -> Iterator[Hit]:
+    wanted = {"bfloat16": "F32", "float16": "I64"}.get(folder.dtype)
+    for path, kind, _, _ in quantized(folder):
+        name = f"{path}.deq_scale"
+        info = folder.tensors.get(name)
+        if kind in ("W8A8", "W8A8_MIX") and wanted and info is not None and info.dtype != wanted:
+            yield Hit(name, f"{info.dtype}, and a {folder.dtype} model wants {wanted}")
+
+
+ASCEND_RULES = (
+    Rule("no-description", NPU_SERVERS, _no_description, _LOADER),
+    Rule("leftover-quantization-config", _VLLM, _leftover_quantization_config, _LOADER),
+    Rule("described-missing", NPU_SERVERS, _described_missing),
+    Rule("undescribed-module", NPU_SERVERS, _undescribed_module, "vllm-ascend #569, #580, #619"),
+    Rule("undescribed-norm-bias", _VLLM, _undescribed_norm_bias, "vllm-ascend, ops/layernorm.py"),
+    Rule("undescribed-tensor", NOBODY, _undescribed_tensor),
+    Rule("unknown-type", NPU_SERVERS, _unknown_type, _LOADER),
+    Rule("no-kernel", NPU_SERVERS, _no_kernel, "see panguq.servers"),
+    Rule("too-large", NPU_SERVERS, _too_large, "op-plugin, npu_quant_matmul"),
+    Rule("mixed-fused-types", _VLLM, _mixed_fused_types, "vllm-ascend #2588"),
+    Rule("w4a8-bias", _MINDIE, _w4a8_bias, "MindIE-LLM, w4a8_operation.cpp"),
+    Rule("w4a8-groups", _MINDIE, _w4a8_groups, "MindIE-LLM, atb_llm/utils/quantize/w4a8.py"),
+    Rule("w8a16-bias", NOBODY, _w8a16_bias, "vllm-ascend, methods/w8a16.py; op-plugin"),
+    Rule("no-mindie-model", _MINDIE, _no_mindie_model, "MindIE-LLM"),
+    Rule("float32-model", NOBODY, _float32_model, "vllm-ascend, methods/w8a8/w8a8_static.py"),
+    Rule("missing-part", NPU_SERVERS, _missing_part),
+    Rule("wrong-dtype", NPU_SERVERS, _wrong_dtype),
+    Rule("wrong-shape", NPU_SERVERS, _wrong_shape),
+    Rule("deq-scale-dtype", NPU_SERVERS, _deq_scale_dtype, "vllm-ascend, w8a8_static.py"),
+    *VALUE_RULES,
+)

@@ -1,0 +1,142 @@
+"""Will a server take this folder? Checks of checkpoints that panguq or another tool wrote.
+
+No server runs here: what their loaders look up, and in which form, is written down as rules
+(`check_files`, `check_ascend`, `check_compressed_tensors`), each with the servers that fail
+without it. A folder that keeps them all may still be refused for what no rule knows of.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from panguq.check.ascend import ASCEND_RULES, tensor_types
+from panguq.check.compressed_tensors import COMPRESSED_TENSORS_RULES, quantized
+from panguq.check.files import FILE_RULES, CheckedFolder, Rule, open_folder
+from panguq.servers import READS, SERVERS, find_server
+
+Kind = Literal["ascend", "compressed-tensors", "float"]
+Verdict = Literal["takes", "refuses", "does not read this format"]
+RULES: dict[Kind, tuple[Rule, ...]] = {
+    "ascend": (*FILE_RULES, *ASCEND_RULES),
+    "compressed-tensors": (*FILE_RULES, *COMPRESSED_TENSORS_RULES),
+    "float": FILE_RULES,
+}
+_SHOWN = 5
+
+
+class Finding(BaseModel):
+    """A rule that the folder breaks at a tensor (or module, or file). `breaks`: the servers that
+    refuse it or compute something else; none: a note."""
+
+    model_config = ConfigDict(frozen=True)
+    rule: str
+    tensor: str
+    message: str
+    breaks: tuple[str, ...]
+    source: str
+
+
+class CheckReport(BaseModel):
+    """What a folder is, what is wrong with it, and which server will take it."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    format: Kind
+    types: dict[str, int]
+    findings: tuple[Finding, ...]
+    servers: dict[str, Verdict]
+
+    def refused_by(self, server: str | None = None) -> bool:
+        """Whether that server would not take the folder; None: any that reads its format."""
+        if server is None:
+            return "refuses" in self.servers.values()
+        return self.servers[find_server(server)] != "takes"
+
+    def render(self, server: str | None = None) -> str:
+        """The report as text: findings of one rule together, then the verdicts."""
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.types.items())
+        lines = [f"{self.path}: {self.format}{f' ({counts})' if counts else ''}"]
+        by_rule: dict[tuple[str, tuple[str, ...]], list[Finding]] = {}
+        for finding in self.findings:
+            if server is None or not finding.breaks or server in finding.breaks:
+                by_rule.setdefault((finding.rule, finding.breaks), []).append(finding)
+        for (rule, breaks), found in sorted(by_rule.items(), key=lambda item: not item[0][1]):
+            who = ", ".join(breaks)
+            lines.append(f"{rule}: breaks {who}" if breaks else f"{rule}: a note")
+            lines += [f"  {finding.tensor}: {finding.message}" for finding in found[:_SHOWN]]
+            if len(found) > _SHOWN:
+                lines.append(f"  and {len(found) - _SHOWN} more")
+        asked = self.servers if server is None else {server: self.servers[find_server(server)]}
+        lines += [f"{name}: {verdict}" for name, verdict in asked.items()]
+        return "\n".join(lines)
+
+
+def check_folder(path: str | Path) -> CheckReport:
+    """Check a checkpoint's folder against what loaders do with it.
+
+    The format follows from the files: quant_model_description.json or quant_model_weight*, or a
+    quantization_config in config.json. Raises StorageError if there is no such folder; anything
+    wrong inside it is a finding.
+    """
+    folder = open_folder(path)
+    kind = _kind(folder)
+    findings = tuple(finding for rule in RULES[kind] for finding in _apply(rule, folder, kind))
+    return CheckReport(
+        path=str(path),
+        format=kind,
+        types=_types(folder, kind),
+        findings=findings,
+        servers={server: _verdict(server, kind, findings) for server in SERVERS},
+    )
+
+
+def _kind(folder: CheckedFolder) -> Kind:
+    if any(folder.path.glob("quant_model_description*.json")) or any(
+        folder.path.glob("quant_model_weight*")
+    ):
+        return "ascend"
+    return "compressed-tensors" if folder.quantization_config is not None else "float"
+
+
+def _reads(server: str, kind: Kind) -> bool:
+    return kind == "float" or kind in READS[find_server(server)]
+
+
+def _apply(rule: Rule, folder: CheckedFolder, kind: Kind) -> list[Finding]:
+    found = []
+    for hit in rule.find(folder):
+        breaks = rule.breaks if hit.breaks is None else hit.breaks
+        found.append(
+            Finding(
+                rule=rule.name,
+                tensor=hit.tensor,
+                message=hit.message,
+                breaks=tuple(server for server in breaks if _reads(server, kind)),
+                source=rule.source,
+            )
+        )
+    return found
+
+
+def _types(folder: CheckedFolder, kind: Kind) -> dict[str, int]:
+    """How many weights there are of each type."""
+    counts: dict[str, int] = {}
+    if kind == "ascend":
+        types = tensor_types(folder).items()
+        listed = [what for name, what in types if name.endswith(".weight")]
+    elif kind == "compressed-tensors":
+        listed = [group.name for _, group, _ in quantized(folder)]
+    else:
+        listed = []
+    for what in listed:
+        counts[what] = counts.get(what, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _verdict(server: str, kind: Kind, findings: tuple[Finding, ...]) -> Verdict:
+    if not _reads(server, kind):
+        return "does not read this format"
+    return "refuses" if any(server in finding.breaks for finding in findings) else "takes"

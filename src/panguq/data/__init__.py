@@ -1,0 +1,1 @@
+"""What goes into a graph: calibration data, and a call's inputs."""

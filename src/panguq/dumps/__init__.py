@@ -1,0 +1,1 @@
+"""Pass-by-pass dumps: writing, reading, running and bisecting them."""

@@ -1,0 +1,135 @@
+"""An explanation as a CSV file, and the gain of Split-K as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from panguq.errors import LoweringError
+from panguq.explain.matmul import Row
+from panguq.extras import require
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.lowering.candidates import ascend_candidates
+from panguq.lowering.cost.model import Floats, total_us
+from panguq.lowering.cost.terms import TERMS
+from panguq.lowering.problem import MatmulProblem
+from panguq.lowering.target import Target
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def candidates_csv(problem: MatmulProblem, rows: Sequence[Row]) -> str:
+    """A line per candidate: shape, kernel, cost, every term in microseconds, refusal."""
+    names = list(TERMS) if any(r.cost and "hbm" in r.cost.terms for r in rows) else []
+    names = names or sorted({name for r in rows if r.cost for name in r.cost.terms})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    first = ["m", "n", "k", "scheme", "kernel", "schedule", "splits", "tile", "storage", "total_us"]
+    writer.writerow([*first, *names, "refusal"])
+    for row in rows:
+        c = row.candidate
+        tile = "x".join(map(str, c.tile)) if c.tile else ""
+        cells = [problem.m, problem.n, problem.k, problem.scheme.name]
+        cells += [c.kernel, c.schedule, c.splits, tile, c.storage]
+        values = [""] * (1 + len(names))
+        if row.cost is not None:
+            found = [row.cost.total_us, *(row.cost.terms[name] for name in names)]
+            values = [f"{value:.4f}" for value in found]
+        writer.writerow([*cells, *values, c.refusal or ""])
+    return text.getvalue()
+
+
+def split_k_gain(problem: MatmulProblem, target: Target, tokens: Sequence[int] = TOKENS) -> Floats:
+    """For each m, the cost of the cheapest kernel that does not split k over the cheapest Split-K
+    kernel of panguq: above 1, Split-K is faster. Raises LoweringError if no Split-K kernel fits."""
+    found = [
+        c
+        for c in ascend_candidates(replace(problem, m=None), target)
+        if c.refusal is None and c.storage != "float"
+    ]
+    split = [row for row, c in enumerate(found) if c.schedule == "split_k"]
+    whole = [row for row, c in enumerate(found) if c.schedule != "split_k"]
+    if not split or not whole:
+        raise LoweringError(
+            f"{problem.scheme.name} for n={problem.n}, k={problem.k} has no Split-K kernel",
+            "a heat map is for W8A8, W8A8_DYNAMIC, W4A16 and W4A16_ASYM on an Ascend target",
+        )
+    costs = total_us(found, problem, target, np.array(tokens))
+    gain: Floats = costs[whole].min(axis=0) / costs[split].min(axis=0)
+    return gain
+
+
+def neighbours(problem: MatmulProblem) -> list[tuple[int, int]]:
+    """(n, k) of the problem and of shapes with about as many weights, from wide to deep, as far
+    as CANN takes them."""
+    pairs = []
+    for power in range(4, -5, -1):
+        factor = 2.0**power
+        n, k = (
+            max(256, round(size / 256) * 256) for size in (problem.n * factor, problem.k / factor)
+        )
+        if power == 0:
+            pairs.append((problem.n, problem.k))
+        elif max(n, k) <= LARGEST_DIMENSION:
+            pairs.append((n, k))
+    return list(dict.fromkeys(pairs))
+
+
+def save_heat_map(
+    path: Path,
+    problem: MatmulProblem,
+    shapes: Sequence[tuple[int, int]],
+    target: Target,
+    tokens: Sequence[int] = TOKENS,
+) -> None:
+    """A PNG of `split_k_gain` over m and (n, k). Raises InputError without matplotlib."""
+    require("matplotlib", "a heat map")
+    agg = import_module("matplotlib.backends.backend_agg")
+    colors = import_module("matplotlib.colors")
+    figures = import_module("matplotlib.figure")
+    gains = np.array([split_k_gain(replace(problem, n=n, k=k), target, tokens) for n, k in shapes])
+    figure = figures.Figure(figsize=(1.5 + 0.75 * len(tokens), 1.8 + 0.42 * len(shapes)))
+    agg.FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    norm = colors.TwoSlopeNorm(1.0, min(0.5, float(gains.min())), max(2.0, float(gains.max())))
+    image = axes.imshow(gains, cmap="RdBu", norm=norm, aspect="auto")
+    axes.set_xticks(range(len(tokens)), [str(m) for m in tokens])
+    axes.set_yticks(range(len(shapes)), [f"{n} x {k}" for n, k in shapes])
+    axes.set_xlabel("m (tokens)")
+    axes.set_ylabel("n x k")
+    for (row, column), gain in np.ndenumerate(gains):
+        ink = "white" if abs(float(norm(gain)) - 0.5) > 0.35 else "black"
+        axes.text(column, row, f"{gain:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set_title(f"Predicted gain of Split-K, {problem.scheme.name}, {target.name}")
+    figure.colorbar(image, ax=axes, label="time without / time with Split-K")
+    figure.tight_layout()
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a temporary name, then rename it to `path`.
+
+    Raises LoweringError, naming the path, if it cannot be written.
+    """
+    temporary = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise LoweringError(
+            f"{path}: cannot be written: {error.strerror or error}", "choose another place"
+        ) from error

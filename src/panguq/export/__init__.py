@@ -1,1 +1,0 @@
-"""Ways out: ONNX to look at, and checkpoints in the formats that servers load."""

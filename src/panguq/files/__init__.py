@@ -1,0 +1,1 @@
+"""Reading and writing files strictly: JSON, YAML, manifests, whole folders."""

@@ -1,0 +1,1 @@
+"""What a compiled model is saved as, one folder a format."""

@@ -1,0 +1,1 @@
+"""Checkpoints for servers: compressed-tensors and AscendV1."""

@@ -1,0 +1,172 @@
+"""A compiled model as a checkpoint in msModelSlim's AscendV1 format, for vllm-ascend and MindIE.
+
+    quant_model_description.json         the type of every tensor: FLOAT, W8A8, …
+    quant_model_weights.safetensors      or -0000x-of-0000y with an index
+    config.json, generation_config.json  of the source model
+    tokenizer.json …                     if the model has a tokenizer
+
+What neither server has a kernel for is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from panguq.artifact import Artifact
+from panguq.formats.checkpoint.ascend_v1_tensors import (
+    FLOAT,
+    TYPES,
+    Entry,
+    float_entry,
+    linear_entries,
+)
+from panguq.formats.checkpoint.folder import SHARD_BYTES, marked, write_checkpoint
+from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
+from panguq.formats.checkpoint.linear import ExportError, LinearForm
+from panguq.formats.checkpoint.served_files import config_of, served_files
+from panguq.servers import W4A8_GROUP, Server, support, too_large
+
+logger = logging.getLogger("panguq")
+
+DESCRIPTION = "quant_model_description.json"
+STEM = "quant_model_weights"
+FORMAT_VERSION = "1.0.0"
+READERS: tuple[Server, ...] = ("vllm-ascend", "mindie")
+_BY_PRECISION = ("W8A16", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
+"""The last one present names the model as a whole, as msModelSlim has it."""
+
+
+def save_ascend_v1(
+    artifact: Artifact,
+    path: str | Path,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a compiled model as the folder `path`, whole or not at all, one tensor at a time.
+
+    Raises ExportError, naming the matmul, the server and the reason, for what no server takes:
+    schemes without a kernel, weights with zero points, matmuls that were split, float32 models
+    (NPU kernels take float16 and bfloat16 alone, and scales are rounded to the model's dtype when
+    it is compiled). Raises StorageError if there is something at `path` already (unless `overwrite`
+    and panguq wrote it), or if it cannot be written.
+    """
+    graph = read_checkpoint_graph(artifact)
+    _refuse_mixed(graph)
+    for warning in check_linears(graph.quantized, artifact.dtype):
+        logger.warning(warning)
+    entries = list(checkpoint_entries(graph))
+    files: dict[str, bytes | str] = {
+        DESCRIPTION: _json_text(description(entries)),
+        "config.json": _json_text(marked(config_of(artifact, graph.is_tied), artifact.recipe.name)),
+        **served_files(artifact),
+    }
+    tensors = {entry.name: entry.output for entry in entries}
+    write_checkpoint(path, files, tensors, overwrite, STEM, shard_bytes)
+
+
+def checkpoint_entries(graph: CheckpointGraph) -> Iterator[Entry]:
+    """Every tensor of the checkpoint. A tied lm_head is written too: loaders look it up."""
+    for name, tensor in graph.weights.items():
+        yield float_entry(name, tensor)
+    embeddings = [name for name in graph.weights if name.endswith("embed_tokens.weight")]
+    if graph.is_tied and embeddings:
+        yield float_entry("lm_head.weight", graph.weights[embeddings[0]])
+    for linear in graph.quantized.values():
+        yield from linear_entries(linear)
+
+
+def description(entries: list[Entry]) -> dict[str, Any]:
+    """`quant_model_description.json`: what the model is, and the type of every tensor."""
+    types = {entry.type for entry in entries}
+    present = [kind for kind in _BY_PRECISION if kind in types]
+    return {
+        "model_quant_type": present[-1] if present else FLOAT,
+        "version": FORMAT_VERSION,
+        "group_size": W4A8_GROUP if "W4A8_DYNAMIC" in types else 0,
+        "metadata": {},
+        "optional": {},
+        **{entry.name: entry.type for entry in sorted(entries, key=lambda entry: entry.name)},
+    }
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype) -> list[str]:
+    """A sentence for each server that will not take these linears, by path, though another does.
+
+    Raises ExportError if no server takes them all, or none a model of this dtype.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ExportError(
+            f"the model computes in {str(dtype).removeprefix('torch.')}, and the NPU kernels that "
+            f"{' and '.join(READERS)} call take float16 and bfloat16 alone",
+            "compile it with dtype=torch.bfloat16 (--dtype bfloat16)",
+        )
+    refused: dict[Server, dict[str, str]] = {}
+    for server in READERS:
+        reasons = {path: _refusal(linear, server) for path, linear in linears.items()}
+        refused[server] = {path: why for path, why in reasons.items() if why}
+    told = {
+        server: f"{next(iter(reasons.values()))} ({next(iter(reasons))}, {len(reasons)} in all)"
+        for server, reasons in refused.items()
+        if reasons
+    }
+    if all(refused.values()):
+        listed = "; ".join(f"{server}: {why}" for server, why in told.items())
+        first = next(iter(refused[READERS[0]]))
+        raise ExportError(
+            f"no server of this format takes the model. {listed}", _instead(linears[first])
+        )
+    return [f"{server} will not take this checkpoint: {why}" for server, why in told.items()]
+
+
+def _refusal(linear: LinearForm, server: Server) -> str:
+    """Why the server would not take it; empty if it would."""
+    n, k = linear.shape
+    name = linear.scheme.name.partition("-")[0]
+    per_channel = linear.group_size == k
+    entry = support(server, "ascend", name, None if per_channel else linear.group_size)
+    if not entry.takes:
+        return entry.reason
+    if linear.has_zero_point:
+        return "it takes weights without zero points"
+    if name == "W4A8" and (k % W4A8_GROUP or n % 2):
+        return f"its int8 x int4 kernel wants k % {W4A8_GROUP} == 0 and n % 2 == 0, not {n} x {k}"
+    if name == "W4A8" and linear.has_bias:
+        return "its int8 x int4 kernel takes no bias"
+    if name not in TYPES:
+        return "the format has no such type"
+    return too_large(server, name, n, k)
+
+
+def _instead(linear: LinearForm) -> str:
+    """What to choose, of the servers' advice the first; for a shape, what takes any."""
+    name = linear.scheme.name.partition("-")[0]
+    advice = [support(server, "ascend", name, linear.group_size).instead for server in READERS]
+    return f"choose {next((text for text in advice if text), 'W8A8_DYNAMIC or FLOAT')} for it"
+
+
+def _refuse_mixed(graph: CheckpointGraph) -> None:
+    """Linears that servers fuse have one type, or the loader stops (vllm-ascend issue #2588)."""
+    for paths in graph.fused:
+        types = {
+            path: graph.quantized[path].scheme.name if path in graph.quantized else FLOAT
+            for path in paths
+        }
+        if len(set(types.values())) > 1:
+            listed = ", ".join(f"{path} {kind}" for path, kind in types.items())
+            raise ExportError(
+                f"linears that read one tensor have several types: {listed}",
+                "servers fuse them into one matmul; let one glob of the recipe name them all",
+            )
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,199 @@
+"""Checkpoints in the compressed-tensors format, which transformers, vLLM and vllm-ascend load.
+
+For a quantized linear P of the source model, weight `[n, k]`, g inputs a scale:
+
+    int-quantized (W8A8, W8A8_DYNAMIC, W4A8)
+      P.weight           int8 [n, k]
+      P.weight_scale     [n, 1] or [n, k / g]
+      P.input_scale      float32 [1]             static activations only
+      P.input_zero_point int8 [1]                static activations only
+    pack-quantized (W8A16, W4A16)
+      P.weight_packed    int32 [n, k * bits / 32], code + 2^(bits - 1), lowest bits first
+      P.weight_scale     [n, 1] or [n, k / g]
+      P.weight_shape     int64 [2]
+
+Scales of 8-bit codes are float32; those of 4-bit codes, bfloat16 in panguq, have the model's dtype
+where that holds them exactly. Everything else is written as the source model has it and in
+its dtype: biases, norms (with what smoothing folded into them), embeddings.
+
+A model of openPangu's is written as what it was compiled as: the Llama architecture with
+`attention_bias`, which transformers and vLLM define themselves. vLLM has a class of its own for
+openPangu, `PanguEmbeddedForCausalLM`; it computes the same, but transformers has none, so that no
+checkpoint of that name would load there without code of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from panguq.artifact import Artifact
+from panguq.formats.checkpoint.compressed_tensors_config import group_of, quantization_config
+from panguq.formats.checkpoint.folder import SHARD_BYTES, Output, marked, write_checkpoint
+from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
+from panguq.formats.checkpoint.linear import ExportError, LinearForm, QuantizedLinear
+from panguq.formats.checkpoint.served_files import config_of, served_files
+from panguq.servers import Format, Server, support
+
+logger = logging.getLogger("panguq")
+
+FORMAT: Format = "compressed-tensors"
+LOADERS: tuple[Server, ...] = ("transformers", "vllm", "vllm-ascend")
+
+
+def save_compressed_tensors(
+    artifact: Artifact,
+    path: str | Path,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the fake-quant stage of a compiled model as the folder `path`, whole or not at all.
+
+    The folder holds config.json, safetensors (in shards of at most `shard_bytes`, with an
+    index), generation_config.json and the tokenizer's files; equal models give equal bytes. Weights
+    are converted one at a time. A server that will not take it, where another does, is named in
+    a warning.
+
+    Raises ExportError, saying which loader refuses what and why, for a model that transformers
+    itself cannot load in this format (4-bit weights with zero points, split outlier channels,
+    GPT-2's Conv1D), or where nothing is quantized; StorageError for a place that is taken or
+    cannot be written.
+    """
+    graph = read_checkpoint_graph(artifact)
+    for warning in check_loaders(graph):
+        logger.warning(warning)
+    tensors = dict(_tensors(graph, artifact.dtype))
+    files = {
+        "config.json": _json(marked(_config(artifact, graph), artifact.recipe.name)),
+        **served_files(artifact),
+    }
+    write_checkpoint(path, files, tensors, overwrite, shard_bytes=shard_bytes)
+
+
+def check_loaders(graph: CheckpointGraph) -> list[str]:
+    """As `check_linears`, and raises for linears that are fused and differ in scheme, too."""
+    _check_fused(graph)
+    return check_linears(graph.quantized)
+
+
+def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype | None = None) -> list[str]:
+    """A sentence for each loader that will not take these linears, though transformers does.
+
+    Raises ExportError if transformers does not, or nothing is quantized. Any dtype will do.
+    """
+    if not linears:
+        raise ExportError("nothing in this model is quantized", "serve the source model's folder")
+    refusals = {loader: _refusals(linears, loader) for loader in LOADERS}
+    if refusals["transformers"]:
+        listed = "; ".join(f"{loader}: {'; '.join(why)}" for loader, why in refusals.items() if why)
+        raise ExportError(
+            f"no loader takes this model as {FORMAT}: {listed}",
+            "compile with the scheme that is named, or save in panguq's own format",
+        )
+    return [
+        f"{loader} will not load this checkpoint: {'; '.join(why)}"
+        for loader, why in refusals.items()
+        if why
+    ]
+
+
+def _refusals(linears: Mapping[str, LinearForm], loader: Server) -> list[str]:
+    paths: dict[str, list[str]] = defaultdict(list)
+    for linear in linears.values():
+        paths[linear.scheme.name].append(linear.path)
+    found = []
+    for scheme, same in paths.items():
+        entry = support(loader, FORMAT, scheme)
+        if not entry.takes:
+            more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+            found.append(f"{same[0]}{more} ({scheme}): {entry.reason}; choose {entry.instead}")
+    heads = [path for path in linears if path.rpartition(".")[2] == "lm_head"]
+    if heads and loader != "transformers":
+        found.append(
+            f"{heads[0]}: it has quantized linears only, and this is its LM head; keep it FLOAT"
+        )
+    return found
+
+
+def _check_fused(graph: CheckpointGraph) -> None:
+    """Servers make one matmul of linears that read one tensor, and want one scheme for it."""
+    for paths in graph.fused:
+        linears = [graph.quantized.get(path) for path in paths]
+        kinds = {None if q is None else (q.scheme.weight, q.scheme.activation) for q in linears}
+        if len(kinds) > 1:
+            raise ExportError(
+                f"{', '.join(paths)} read one tensor and differ in scheme: vLLM and vllm-ascend "
+                "fuse them and refuse that",
+                "let one glob of the recipe name them all",
+            )
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def _tensors(graph: CheckpointGraph, dtype: torch.dtype) -> Iterator[tuple[str, Output]]:
+    for name, tensor in graph.weights.items():
+        yield name, Output.of(tensor)
+    for linear in graph.quantized.values():
+        for leaf, output in _linear_tensors(linear, dtype).items():
+            yield f"{linear.path}.{leaf}", output
+
+
+def _linear_tensors(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Output]:
+    n, k = linear.shape
+    group = group_of(linear)
+    outputs = {"weight_scale": Output.of(_scale(linear.weight_scale, dtype))}
+    if linear.bias is not None:
+        outputs["bias"] = Output.of(linear.bias)
+    if linear.input_scale is not None and linear.input_zero_point is not None:
+        outputs["input_scale"] = Output.of(linear.input_scale)
+        outputs["input_zero_point"] = Output.of(linear.input_zero_point.to(torch.int8))
+    if group.format == "int-quantized":
+        outputs["weight"] = Output(torch.int8, (n, k), linear.codes)
+        return outputs
+    words = -(-k * group.bits // 32)
+    outputs["weight_packed"] = Output(torch.int32, (n, words), partial(packed, linear.stored))
+    outputs["weight_shape"] = Output.of(torch.tensor([n, k]))
+    return outputs
+
+
+def packed(stored: Tensor) -> Tensor:
+    """Stored codes as pack-quantized has them, int32 `[n, ceil(k * bits / 32)]`.
+
+    stored: int8 `[n, k]`, or uint8 `[n, k / 2]` with two 4-bit codes a byte, low nibble first. Both
+    are in order already: only the sign bit turns over, which makes code + 2^(bits - 1) of two's
+    complement. What is missing of a last word is zero.
+    """
+    flipped = stored.view(torch.uint8) ^ (0x88 if stored.dtype == torch.uint8 else 0x80)
+    return functional.pad(flipped, (0, -flipped.shape[1] % 4)).view(torch.int32)
+
+
+def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """4-bit scales in the model's dtype if they are exact there."""
+    if scale.dtype == torch.float32:
+        return scale
+    cast = scale.to(dtype)
+    return cast if torch.equal(cast.float(), scale.float()) else scale
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+def _config(artifact: Artifact, graph: CheckpointGraph) -> dict[str, Any]:
+    data = config_of(artifact, graph.is_tied)
+    quantized = list(graph.quantized.values())
+    data["quantization_config"] = quantization_config(quantized, graph.float_linears)
+    return data
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

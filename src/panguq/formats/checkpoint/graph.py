@@ -1,0 +1,240 @@
+"""What a served model's checkpoint is made of, read from a compiled model's fake-quant graph.
+
+Checkpoint formats store a model by the names of its source: `model.layers.0.mlp.up_proj.weight`.
+Passes rewrite weights in place or store codes beside their scales, and every node keeps the path of
+the module that it came from; so the graph can be read back into modules. What has no place in a
+checkpoint of the source's architecture is refused here, for every format alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from panguq.artifact import FAKE_QUANT, Artifact
+from panguq.formats.checkpoint.linear import (
+    ExportError,
+    LinearForm,
+    QuantizedLinear,
+    read_linear,
+    reads_float,
+)
+from panguq.ir.edit import get_tensor, label, module_path
+from panguq.ir.views import Linear
+
+aten = torch.ops.aten
+panguq = torch.ops.panguq
+
+LINEAR = aten.linear.default
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointGraph:
+    """A compiled model as its source's modules.
+
+    `quantized` by module path in graph order; `weights` all other tensors by their names in the
+    source model, biases of quantized linears excluded, each tied tensor once, under its first
+    name; `float_linears` the paths of linears that stay float, the logits' among them; `fused` the
+    paths of linears that read one tensor (q, k, v; gate, up), quantized and float ones, which
+    servers fuse; `is_tied` says that the logits' linear reads the embedding's own tensor.
+    """
+
+    quantized: Mapping[str, QuantizedLinear]
+    weights: Mapping[str, Tensor]
+    float_linears: tuple[str, ...]
+    fused: tuple[tuple[str, ...], ...]
+    is_tied: bool
+
+
+def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
+    """The modules and weights of a compiled model.
+
+    Weights are those of the model, not copies. Raises ExportError, naming the modules, for what a
+    checkpoint of the source's architecture cannot hold: matmuls that were split or added, weights
+    that the architecture does not have or that no longer exist, quantized modules that are no
+    `torch.nn.Linear` (GPT-2's `Conv1D`), a quantized KV cache, a model that is no transformers
+    language model. An op without weights that a pass of your own inserted is not noticed.
+    """
+    if artifact.config is None or FAKE_QUANT not in artifact.stages:
+        raise ExportError(
+            "only a compiled transformers language model can be saved as a checkpoint",
+            "save other modules in panguq's own format",
+        )
+    gm = artifact.stages[FAKE_QUANT]
+    skeleton = _skeleton(artifact.config)
+    by_path: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        if node.target is LINEAR:
+            by_path[module_path(node)].append(node)
+    _refuse_split(by_path)
+    _refuse_quantized_values(gm)
+    nodes = {path: same[0] for path, same in by_path.items()}
+    quantized = {p: read_linear(gm, p, n) for p, n in nodes.items() if not reads_float(n)}
+    check_modules(skeleton, quantized.values())
+    weights, is_tied = _float_weights(gm, skeleton, quantized)
+    return CheckpointGraph(
+        quantized=quantized,
+        weights=weights,
+        float_linears=tuple(path for path in nodes if path not in quantized),
+        fused=_fused(nodes),
+        is_tied=is_tied,
+    )
+
+
+def _skeleton(config: Any) -> nn.Module:
+    """The source's modules without memory for their weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its configurations happen to
+        raise ExportError(
+            f"transformers has no language model for a config of type {config.model_type!r}",
+            "checkpoints are loaded by architecture; save in panguq's own format",
+        ) from error
+    return model
+
+
+def _refuse_split(by_path: Mapping[str, list[fx.Node]]) -> None:
+    split = [path or "the top module" for path, nodes in by_path.items() if len(nodes) > 1]
+    if split:
+        raise ExportError(
+            f"{_listed(split)}: several matmuls each, where the architecture has one (outlier "
+            "channels were split off into a float matmul, or the module runs more than once)",
+            "compile with a recipe that does not split, such as w8a8-serving or "
+            "w8a8-dynamic-serving",
+        )
+
+
+def _refuse_quantized_values(gm: fx.GraphModule) -> None:
+    """No checkpoint says that a value is rounded that no quantized matmul reads, as in a cache."""
+    rounded = [
+        label(node)
+        for node in gm.graph.nodes
+        if node.target is panguq.dequantize.default
+        and any(user.target is not LINEAR for user in node.users)
+    ]
+    if rounded:
+        raise ExportError(
+            f"{_listed(rounded)}: quantized, and read by something else than a matmul",
+            "compile without quantize-kv-cache, and let the server quantize its cache",
+        )
+
+
+# --- against the architecture -------------------------------------------------------------------
+
+
+def check_modules(skeleton: nn.Module, linears: Iterable[LinearForm]) -> None:
+    """Raises ExportError for a linear that the architecture has not as `torch.nn.Linear`.
+
+    `skeleton` is the source's architecture, with or without weights.
+    """
+    modules = dict(skeleton.named_modules())
+    for linear in linears:
+        module = modules.get(linear.path)
+        if not isinstance(module, nn.Linear):
+            raise ExportError(
+                f"{linear.path} is a {type(module).__name__}, and loaders take quantized weights "
+                "for torch.nn.Linear alone",
+                "save in panguq's own format, or take an architecture with linears",
+            )
+        shape = (module.out_features, module.in_features)
+        if shape != linear.shape or (module.bias is not None) != linear.has_bias:
+            raise ExportError(
+                f"{linear.path} is {list(linear.shape)} with{'out' * (not linear.has_bias)} a "
+                f"bias, the architecture's is {list(shape)} with{'out' * (module.bias is None)}",
+                "a pass changed the module's form, which a checkpoint cannot express",
+            )
+
+
+def _float_weights(
+    gm: fx.GraphModule, skeleton: nn.Module, quantized: Mapping[str, QuantizedLinear]
+) -> tuple[dict[str, Tensor], bool]:
+    """Every tensor that is not a quantized linear's, by the source's names."""
+    expected = skeleton.state_dict(keep_vars=True)
+    taken = {f"{path}.{leaf}" for path in quantized for leaf in ("weight", "bias")}
+    wanted = {name: tensor for name, tensor in expected.items() if name not in taken}
+    found = _by_source_name(gm, skeleton, wanted, quantized.values())
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ExportError(
+            f"the graph does not read {_listed(missing)}, which the architecture has",
+            "a checkpoint without them cannot be loaded; save in panguq's own format",
+        )
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise ExportError(
+                f"{name} is {list(tensor.shape)}, the architecture's is {list(wanted[name].shape)}",
+                "a pass changed the module's form, which a checkpoint cannot express",
+            )
+    return _without_tied(found, wanted)
+
+
+def _by_source_name(
+    gm: fx.GraphModule,
+    skeleton: nn.Module,
+    names: Iterable[str],
+    linears: Iterable[QuantizedLinear],
+) -> dict[str, Tensor]:
+    """A weight is called as the module that reads it: a tied one has one name in the graph."""
+    wanted, computed = set(names), {name for name, _ in skeleton.named_buffers()}
+    known = {id(t) for q in linears for t in vars(q).values() if isinstance(t, Tensor)}
+    found: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name, tensor = str(node.target), get_tensor(gm, str(node.target))
+        leaf = name.rpartition(".")[2]
+        readers = {f"{module_path(user)}.{leaf}".lstrip(".") for user in node.users}
+        matching = {*readers, name} & wanted if readers & wanted else {name} & wanted
+        found |= dict.fromkeys(matching, tensor)
+        is_constant = not tensor.is_floating_point() or tensor.numel() <= 1 or name in computed
+        if not matching and id(tensor) not in known and not is_constant:
+            unknown.append(name)
+    if unknown:
+        raise ExportError(
+            f"the architecture has no place for {_listed(unknown)}",
+            "compile without the pass that added them",
+        )
+    return found
+
+
+def _without_tied(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], bool]:
+    """One name for each tensor where the architecture ties several, if they still are one."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in expected.items():
+        names[id(parameter)].append(name)
+    weights: dict[str, Tensor] = {}
+    is_tied = False
+    for tied in names.values():
+        one = len({_place(found[name]) for name in tied}) == 1
+        is_tied |= one and len(tied) > 1
+        weights |= {name: found[name] for name in (tied[:1] if one else tied)}
+    return weights, is_tied
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _fused(nodes: Mapping[str, fx.Node]) -> tuple[tuple[str, ...], ...]:
+    """The paths of linears that read one value, before it is quantized."""
+    readers: dict[fx.Node, list[str]] = defaultdict(list)
+    for path, node in nodes.items():
+        readers[Linear.of(node).source].append(path)
+    return tuple(tuple(paths) for paths in readers.values() if len(paths) > 1)
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return ", ".join(listed[:4]) + more

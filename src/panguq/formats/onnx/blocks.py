@@ -1,0 +1,189 @@
+"""panguq's canonical ops, and their kin on Ascend, as ONNX nodes: norms, rotary, SwiGLU, attention.
+
+Where a 16-bit graph rounds in the middle of an op, so do the nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from panguq.formats.onnx.builder import Value
+from panguq.formats.onnx.step import Emitter, Step
+from panguq.formats.onnx.types import NARROW, known_size
+
+
+def _rms_norm(step: Step) -> str:
+    x, weight, eps = step.node.args
+    values = step.read(x, step.dtype)
+    if step.dtype not in NARROW:
+        gamma = step.read(weight, step.dtype)
+        return step.finish("RMSNormalization", values, gamma, axis=-1, epsilon=eps)
+    normalized = step.round_to(normalize(step, values, weight, eps), step.dtype, "normalized")
+    return step.finish("Mul", normalized, step.read(weight, step.dtype))
+
+
+def normalize(step: Step, values: str, weight: Any, eps: Any) -> str:
+    """x / sqrt(mean(x^2) + eps) over the last axis, without the weight, in float32."""
+    ones = torch.ones(int(weight.meta["val"].shape[-1]))
+    unit = step.builder.add_tensor(f"{step.label}.ones", ones)
+    attributes = {"axis": -1, "epsilon": eps}
+    return step.add("RMSNormalization", values, unit, suffix="norm", **attributes)
+
+
+def _rotary(step: Step) -> str:
+    x, *tables = step.node.args
+    axis = step.integers([1], "heads_axis")
+    cos, sin = (
+        step.add("Unsqueeze", step.read(table, step.dtype), axis, suffix=name)
+        for table, name in zip(tables, ("cos", "sin"), strict=True)
+    )
+    values = step.read(x)
+    direct = step.add("Mul", values, cos, suffix="times_cos")
+    direct = step.round_to(direct, step.dtype, "direct")
+    return step.finish("Add", direct, _turned(step, values, sin))
+
+
+def _npu_rotary_mul(step: Step) -> str:
+    given = step.arguments()
+    if given["rotary_mode"] != "half" or given["rotate"] is not None:
+        raise step.error(f"rotary_mode is {given['rotary_mode']!r}, and only 'half' is written")
+    values = step.read(given["input"])
+    direct = step.add("Mul", values, step.read(given["r1"]), suffix="times_cos")
+    return step.finish("Add", direct, _turned(step, values, step.read(given["r2"])))
+
+
+def _turned(step: Step, values: str, sin: str) -> str:
+    """concat(-x2, x1) * sin, x1 and x2 the halves of the last axis."""
+    first, second = _halves(step, values, -1)
+    negated = step.add("Neg", second, suffix="negated")
+    turned = step.add("Concat", negated, first, suffix="turned", axis=-1)
+    return step.add("Mul", turned, sin, suffix="times_sin")
+
+
+def _halves(step: Step, values: str, axis: int) -> list[str]:
+    names = [step.builder.unique(f"{step.label}.{name}_half") for name in ("first", "second")]
+    step.split(values, names, axis)
+    return names
+
+
+def _swiglu(step: Step) -> str:
+    gate, up = (step.read(argument) for argument in step.node.args)
+    activated = step.add("Swish", gate, suffix="silu")
+    return step.finish("Mul", step.round_to(activated, step.dtype, "activated"), up)
+
+
+def _npu_swiglu(step: Step) -> str:
+    given = step.arguments()
+    gate, up = _halves(step, step.read(given["input"]), given["dim"])
+    return step.finish("Mul", step.add("Swish", gate, suffix="silu"), up)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def _attention(step: Step) -> str:
+    query, key, value, mask, scale = step.arguments().values()
+    if any(known_size(size) == 0 for size in mask.meta["val"].shape):
+        attended = _causal(step, query, key)
+    else:
+        attended = _read_mask(step, mask)
+    return _attend(step, query, key, value, attended, scale)
+
+
+def _sdpa(step: Step) -> str:
+    given = step.arguments()
+    mask, causal = given["attn_mask"], given["is_causal"]
+    attended = _read_mask(step, mask) if mask is not None else ""
+    if causal:
+        attended = _causal(step, given["query"], given["key"], aligned_to_first=True)
+    parts = (given["query"], given["key"], given["value"])
+    return _attend(step, *parts, attended, given["scale"])
+
+
+def _npu_attention(step: Step) -> Value:
+    given = step.arguments()
+    if given["input_layout"] != "BNSD" or given["sparse_mode"] != 0 or given["softmax_lse_flag"]:
+        raise step.error("only layout BNSD with a mask in full and without lse is written")
+    result = step.result_name(0)
+    attended = ""
+    if given["atten_mask"] is not None:
+        hidden = step.read(given["atten_mask"], torch.bool)
+        attended = step.add("Not", hidden, suffix="attended")
+    parts = [step.read(given[name]) for name in ("query", "key", "value")]
+    wide = step.add("Attention", *parts, attended, suffix="attention", scale=given["scale"])
+    return (step.call_it(step.round_to(wide, step.dtype, "rounded"), result), "")
+
+
+def _read_mask(step: Step, mask: fx.Node) -> str:
+    dtype = mask.meta["val"].dtype
+    return step.read(mask, torch.bool if dtype == torch.bool else step.dtype)
+
+
+def _attend(step: Step, query: Any, key: Any, value: Any, mask: str, scale: float | None) -> str:
+    parts = [step.read(argument, step.dtype) for argument in (query, key, value)]
+    return step.finish("Attention", *parts, mask, scale=scale)
+
+
+def _causal(step: Step, query: Any, key: Any, aligned_to_first: bool = False) -> str:
+    """bool `[seq, total]`: query i attends to keys 0 … i, counted from the last key or the first.
+
+    ONNX's own is_causal leaves open which, where seq is not total.
+    """
+    seq = step.add("Shape", step.read(query), suffix="seq", start=2, end=3)
+    total = step.add("Shape", step.read(key), suffix="total", start=2, end=3)
+    shape = step.add("Concat", seq, total, suffix="mask_shape", axis=0)
+    ones = step.add("Expand", step.number(True, torch.bool, "true"), shape, suffix="all_keys")
+    if aligned_to_first:
+        past = step.number(0, torch.int64, "diagonal")
+    else:
+        past = step.add("Squeeze", step.add("Sub", total, seq, suffix="past"), suffix="diagonal")
+    return step.add("Trilu", ones, past, suffix="causal_mask", upper=0)
+
+
+# --- norms of the vendor ------------------------------------------------------------------------
+
+
+def _npu_rms_norm(step: Step) -> Value:
+    x, gamma, eps = _norm_arguments(step, "input")
+    result = step.result_name(0)
+    values = step.read(x)
+    wide = step.add(
+        "RMSNormalization", values, step.read(gamma), suffix="wide", axis=-1, epsilon=eps
+    )
+    return (step.call_it(step.round_to(wide, step.dtype, "rounded"), result), "")
+
+
+def _npu_add_rms_norm(step: Step) -> Value:
+    given = step.arguments()
+    _, gamma, eps = _norm_arguments(step, "x1")
+    norm, total = step.result_name(0), step.result_name(2)
+    added = step.add("Add", step.read(given["x1"]), step.read(given["x2"]), suffix="sum.wide")
+    step.call_it(step.round_to(added, step.dtype, "sum"), total)
+    normalized = step.round_to(normalize(step, total, gamma, eps), step.dtype, "normalized")
+    scaled = step.add("Mul", normalized, step.read(gamma), suffix="scaled")
+    return (step.call_it(step.round_to(scaled, step.dtype, "rounded"), norm), "", total)
+
+
+def _norm_arguments(step: Step, x: str) -> tuple[Any, Any, float]:
+    given = step.arguments()
+    gamma = given["gamma"]
+    if gamma.meta["val"].dim() != 1:
+        raise step.error("normalizes several axes at once, which ONNX export does not write")
+    return given[x], gamma, given["epsilon"]
+
+
+EMITTERS: dict[str, Emitter] = {
+    "aten.scaled_dot_product_attention.default": _sdpa,
+    "npu.npu_add_rms_norm.default": _npu_add_rms_norm,
+    "npu.npu_fused_infer_attention_score.default": _npu_attention,
+    "npu.npu_rms_norm.default": _npu_rms_norm,
+    "npu.npu_rotary_mul.default": _npu_rotary_mul,
+    "npu.npu_swiglu.default": _npu_swiglu,
+    "panguq.attention.default": _attention,
+    "panguq.rms_norm.default": _rms_norm,
+    "panguq.rotary.default": _rotary,
+    "panguq.swiglu.default": _swiglu,
+}

@@ -1,0 +1,1 @@
+"""panguq's own folder: safetensors and JSON, with checksums."""

@@ -1,0 +1,92 @@
+"""The formats in which a compiled model is saved, by name. Each is loaded when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from panguq.errors import InputError
+from panguq.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from panguq.artifact import Artifact
+    from panguq.formats.checkpoint.linear import LinearForm
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: who reads it, and the `module:function` that write it and check a place for it."""
+
+    name: str
+    readers: str
+    writer: str
+    place_check: str
+    linears: str = ""  # refuses what no reader takes; without it the format holds everything
+
+    def write(self, artifact: Artifact, path: Path, overwrite: bool = False) -> None:
+        """Write the artifact as the folder `path`, whole or not at all.
+
+        Raises PanguqError for what the format cannot express, StorageError for a place that is
+        taken or cannot be written.
+        """
+        _function(self.writer)(artifact, path, overwrite)
+
+    def check_place(self, path: Path, overwrite: bool) -> None:
+        """Raises StorageError if `path` holds something that `write` would not replace."""
+        _function(self.place_check)(path, overwrite)
+
+    def linears_check(self) -> LinearsCheck | None:
+        """What refuses linears that the format cannot hold; None if it holds all."""
+        return _function(self.linears) if self.linears else None
+
+
+LinearsCheck: TypeAlias = "Callable[[Mapping[str, LinearForm], torch.dtype], list[str]]"
+"""Called with quantized linears by path and the model's dtype. Returns a sentence for each reader
+that will not take them though another does; raises ExportError if none does."""
+
+_CHECKPOINT_PLACE = "panguq.formats.checkpoint.folder:check_target"
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format(
+            "panguq",
+            "panguq.load",
+            "panguq.formats.own.model_folder:save_model",
+            "panguq.formats.own.storage:check_target",
+        ),
+        Format(
+            "compressed-tensors",
+            "transformers, vLLM and vllm-ascend",
+            "panguq.formats.checkpoint.compressed_tensors:save_compressed_tensors",
+            _CHECKPOINT_PLACE,
+            "panguq.formats.checkpoint.compressed_tensors:check_linears",
+        ),
+        Format(
+            "ascend",
+            "vllm-ascend and MindIE (msModelSlim's format)",
+            "panguq.formats.checkpoint.ascend_v1:save_ascend_v1",
+            _CHECKPOINT_PLACE,
+            "panguq.formats.checkpoint.ascend_v1:check_linears",
+        ),
+    )
+}
+
+
+def find_format(name: str) -> Format:
+    """The format of that name. Raises InputError, with the nearest, if there is none."""
+    if name not in FORMATS:
+        raise InputError(
+            f"unknown format {name!r} of a saved model", did_you_mean(name, FORMATS, "formats")
+        )
+    return FORMATS[name]
+
+
+def _function(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function

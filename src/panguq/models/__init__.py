@@ -1,0 +1,1 @@
+"""Where float models come from: local folders in several forms."""

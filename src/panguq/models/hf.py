@@ -1,0 +1,256 @@
+"""Local model folders in transformers' format: nothing is downloaded, no code of theirs is run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from panguq.errors import InputError, PanguqError, StorageError
+from panguq.files.strict_json import parse_json
+from panguq.models.checkpoint_files import (
+    CONFIG,
+    other_files,
+    refuse_adapter,
+    stored_dtype,
+    stored_tensors,
+)
+from panguq.models.config import (
+    build_config,
+    build_generation_config,
+    read_object,
+    refuse_quantized,
+)
+from panguq.models.gguf.tokenizer import read_gguf_tokenizer
+from panguq.models.gguf.weights import find_gguf, gguf_config, load_gguf
+from panguq.models.load_weights import load_weights, name_groups
+from panguq.models.openpangu import config as openpangu_config
+from panguq.models.openpangu.chat import chat_inputs, chat_prompt, split_thinking
+from panguq.models.tokenizer_files import read_tokenizer
+
+logger = logging.getLogger("panguq")
+
+GENERATION_CONFIG = "generation_config.json"
+
+__all__ = [
+    "chat_inputs",
+    "chat_prompt",
+    "load_pretrained",
+    "load_tokenizer",
+    "skeleton",
+    "split_thinking",
+]
+
+_SERVED = "panguq compiles decoder-only causal language models that transformers itself defines"
+
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.gguf", "spiece.model")
+
+
+def load_pretrained(folder: str | Path) -> Any:
+    """The transformers model in a local folder, in the dtype in which most weights are stored.
+
+    Weights are memory-mapped. `model.panguq_unused_weights` names those of the checkpoint that the
+    architecture does not use (layers that predict further tokens, a vision tower), and files of
+    weights that were not read; a warning does so, too. Of config.json and generation_config.json
+    only what transformers' classes know counts, and nothing that chooses code or files. openPangu's
+    dense models (model type `PanguEmbedded`), which come with code of their own, load as the Llama
+    architecture; see `openpangu_config`. A GGUF file, or a folder with one and no config.json,
+    loads as float32.
+
+    Raises InputError for a folder that is missing, has no config or no weights, or holds
+    another kind of model, a quantized one or an adapter; StorageError, naming the file, for a
+    damaged checkpoint.
+    """
+    path = _existing(folder)
+    gguf = find_gguf(path)
+    refuse_adapter(path if gguf is None else gguf.parent)
+    if gguf is not None:
+        model = load_gguf(gguf, _gguf_config(gguf))
+        model.config.name_or_path = str(gguf)
+        return model
+    data = _config_data(path)
+    config = _config(data, path)
+    tensors = stored_tensors(path)
+    others = other_files(path, tensors)
+    _check_layers(path, config, len(tensors))
+    dtype = stored_dtype(tensors) or torch.float32
+    model, unused = load_weights(path, config, tensors, dtype)
+    if data.get("model_type") == openpangu_config.MODEL_TYPE:
+        openpangu_config.check_no_other_weights(path, unused)
+    if unused:
+        logger.warning(
+            "%s: %s has no use for %d weights, which are left out: %s",
+            path, type(model).__name__, len(unused), name_groups(model, unused),
+        )  # fmt: skip
+    model.panguq_unused_weights = (*unused, *others)
+    model.generation_config = _generation_config(path, data)
+    model.config.name_or_path = model.name_or_path = str(path)
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a local folder, or in the folder of a GGUF file, or in that file.
+
+    Raises InputError if there is none that loads.
+    """
+    path = _existing(folder)
+    gguf = find_gguf(path)
+    if gguf is None:
+        return read_tokenizer(path)
+    if (gguf.parent / "tokenizer_config.json").is_file():
+        return read_tokenizer(gguf.parent)
+    return read_gguf_tokenizer(gguf)
+
+
+def skeleton(folder: str | Path) -> nn.Module:
+    """The model in a local folder without its weights: all tensors are fake.
+
+    Only config.json and the headers of weight files are read, and the weights may be missing. It
+    can be traced and planned, not run. Raises InputError as `load_pretrained` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = _existing(folder)
+    gguf = find_gguf(path)
+    refuse_adapter(path if gguf is None else gguf.parent)
+    config = read_config(path) if gguf is None else _gguf_config(gguf)
+    dtype = torch.float32 if gguf is not None else _dtype_if_stored(path)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def read_config(folder: Path) -> Any:
+    """The folder's config, an object of transformers' own class for its model type.
+
+    Raises InputError for anything but a decoder-only causal language model in floating point.
+    """
+    return _config(_config_data(folder), folder)
+
+
+def _dtype_if_stored(path: Path) -> torch.dtype | None:
+    if not any(path.glob("*.safetensors")):
+        return None
+    return stored_dtype(stored_tensors(path))
+
+
+def _gguf_config(file: Path) -> Any:
+    config = gguf_config(file)
+    _check_causal_lm(config, file)
+    return config
+
+
+def _config_data(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: there is no {CONFIG}",
+            "give a folder as transformers' save_pretrained writes it",
+        )
+    return read_object(path)
+
+
+def _config(data: dict[str, Any], folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    model_type = str(data.get("model_type", ""))
+    refuse_quantized(data, folder)
+    if model_type == openpangu_config.MODEL_TYPE:
+        data = openpangu_config.as_llama(data)
+    elif model_type not in CONFIG_MAPPING:
+        own_code = "; it needs code of its own, which is not run" if "auto_map" in data else ""
+        raise InputError(f"{folder}: unknown model type {model_type!r}{own_code}", _SERVED)
+    config = build_config(data, folder / CONFIG)
+    _check_causal_lm(config, folder)
+    return config
+
+
+def _generation_config(folder: Path, data: dict[str, Any]) -> Any:
+    """What the folder says about generation, in older ones in config.json."""
+    path = folder / GENERATION_CONFIG
+    if path.is_file():
+        return build_generation_config(read_object(path), path)
+    return build_generation_config(data, folder / CONFIG, from_model=True)
+
+
+def _check_layers(folder: Path, config: Any, stored: int) -> None:
+    """Refuse a config with more layers than there are weights, before they are all built."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > stored:
+        raise StorageError(
+            f"{folder}: {CONFIG} asks for {layers} layers, and there are {stored} weights",
+            "the checkpoint is damaged or belongs to another config; download it again",
+        )
+
+
+def _check_causal_lm(config: Any, folder: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    given = getattr(config, "architectures", None) or []
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        raise StorageError(f"{folder / CONFIG}: architectures is no list of names", "correct it")
+    encodes = getattr(config, "is_encoder_decoder", False)
+    if not isinstance(name, str) or encodes or (given and name not in given):
+        what = ", ".join(given) or f"model type {config.model_type}"
+        raise InputError(
+            f"{folder}: holds a {what}, which is no decoder-only causal language model", _SERVED
+        )
+    if getattr(config.get_text_config(decoder=True), "is_causal", None) is False:
+        raise InputError(
+            f"{folder}: is_causal is false in {CONFIG}, so each token sees those after it", _SERVED
+        )
+
+
+def _existing(folder: str | Path) -> Path:
+    path = Path(folder)
+    if not path.exists():
+        raise InputError(
+            f"{folder}: no such folder",
+            "panguq loads models from local folders only; download the model first",
+        )
+    if not path.is_dir() and path.suffix != ".gguf":
+        raise InputError(f"{folder}: not a folder", "give the folder that holds config.json")
+    return path.resolve()
+
+
+def source_tokenizer(model: Any) -> Any:
+    """The tokenizer in the local folder that a transformers model was loaded from.
+
+    None for a model that names no such folder, for one whose folder has no tokenizer, which is
+    said, and for one that has other tokens than its folder says.
+    """
+    place = Path(str(getattr(getattr(model, "config", None), "name_or_path", None) or ""))
+    if place == Path() or not place.exists():
+        return None
+    if place.is_dir() and not any(f for p in _TOKENIZERS for f in place.glob(p)):
+        return None
+    if _resized(model, place):
+        logger.warning(
+            "the vocabulary was resized after the model was loaded from %s, so that folder's "
+            "tokenizer is not saved along; pass tokenizer=",
+            place,
+        )
+        return None
+    try:
+        return load_tokenizer(place)
+    except PanguqError as error:
+        logger.info("no tokenizer: %s", error.message)
+        return None
+
+
+def _resized(model: Any, folder: Path) -> bool:
+    """Whether the embedding has other rows than the folder's config.json says."""
+    try:
+        said = parse_json((folder / "config.json").read_bytes(), "config.json")
+        table = model.get_input_embeddings().weight
+    except (OSError, StorageError, AttributeError, NotImplementedError):
+        return False
+    text = said.get("text_config", said) if isinstance(said, dict) else {}
+    rows = text.get("vocab_size") if isinstance(text, dict) else None
+    return isinstance(rows, int) and rows != table.shape[0]

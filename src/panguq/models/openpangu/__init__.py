@@ -1,0 +1,1 @@
+"""openPangu's configuration, tokenizer and chat template."""

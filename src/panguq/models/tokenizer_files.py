@@ -1,0 +1,80 @@
+"""A tokenizer's own files: into a compiled model's folder, and out of any local folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from panguq.errors import InputError
+
+logger = logging.getLogger("panguq")
+
+_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+_WHERE_IT_CAME_FROM = ("is_local", "local_files_only", "name_or_path", "auto_map")
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes | str]:
+    """The files that `save_pretrained` writes, without code and without where it was loaded from,
+    so that a tokenizer that was saved and loaded gives the same bytes again.
+
+    openPangu's comes with a tokenizer.json of equal tokens, which other loaders take as it is.
+    """
+    with tempfile.TemporaryDirectory(prefix="panguq-") as folder:
+        several = isinstance(getattr(tokenizer, "chat_template", None), dict)
+        tokenizer.save_pretrained(folder, **({"save_jinja_files": False} if several else {}))
+        paths = [p for p in Path(folder).iterdir() if p.is_file() and p.suffix in _SUFFIXES]
+        files: dict[str, bytes | str] = {path.name: path.read_bytes() for path in sorted(paths)}
+    name = "tokenizer_config.json"
+    settings = json.loads(files[name])
+    kept = {key: value for key, value in settings.items() if key not in _WHERE_IT_CAME_FROM}
+    if type(tokenizer).__name__ == "PanguTokenizer":
+        _add_fast(tokenizer, files, kept)
+    files[name] = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return files
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a local folder. Its own code, if it comes with any, is not run.
+
+    Raises InputError if there is none, or none that transformers can load by itself; StorageError
+    for an openPangu tokenizer whose files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    has_fast = (folder / "tokenizer.json").is_file()
+    if not has_fast or importlib.util.find_spec("sentencepiece") is not None:
+        from panguq.models.openpangu.tokenizer import is_openpangu_folder, read_openpangu_tokenizer
+
+        if is_openpangu_folder(folder):
+            return read_openpangu_tokenizer(folder)
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises whatever its loaders happen to
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{folder}: no tokenizer that can be loaded: {lines[0][:200]}",
+            "put tokenizer.json there, or load the tokenizer yourself and pass tokenizer=; code "
+            "that comes with a model is never run",
+        ) from error
+
+
+def _add_fast(tokenizer: Any, files: dict[str, bytes | str], settings: dict[str, Any]) -> None:
+    from panguq.models.openpangu.tokenizer import as_fast
+
+    fast = as_fast(tokenizer)
+    if fast is None:
+        logger.warning(
+            "openPangu's vocabulary has no equal tokenizer.json: servers will need the original's "
+            "tokenizer files"
+        )
+        return
+    files["tokenizer.json"] = fast
+    settings["original_tokenizer_class"] = settings["tokenizer_class"]
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)

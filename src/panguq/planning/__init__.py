@@ -1,0 +1,1 @@
+"""The dry run: what a compile would do and cost."""

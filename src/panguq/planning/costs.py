@@ -1,0 +1,131 @@
+"""What a compile is expected to cost. Estimates: of the right order, not promises.
+
+The constants were fitted to compiles of a Llama of 135M parameters on one thread of an AMD EPYC
+(Zen 4) with PyTorch 2.13; nothing but what the dry run prints depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from panguq.ir.node_meta import is_quantized, scheme_of, weight_spec_of
+from panguq.ir.views import Linear
+from panguq.lowering.targets import CPU
+from panguq.passes.codes.solve_weights import SolveWeights
+from panguq.passes.pipeline.base import Pass, linears
+from panguq.passes.quantize_weights import QuantizeWeights
+
+_PROCESS_BYTES = 350 << 20  # Python, torch and transformers, loaded and idle
+_NODE_BYTES = 400  # of a saved graph's text, for each node and stage
+_ALLOCATOR_BYTES = 768 << 20  # freed, and kept by the C library for the next use
+_FLOAT64_S_PER_WEIGHT = 20e-9  # one exact pass, proved in float64
+_QUANTIZE_S_PER_WEIGHT = 5e-9
+_CLIP_RATIO_S_PER_WEIGHT = 3e-9  # for each ratio of a clip search
+_OBSERVED_SLOWDOWN = 1.4  # a calibration sweep against its matmuls alone
+
+
+def weight_bytes(gm: fx.GraphModule) -> int:
+    """The traced model's weights as they are, each once."""
+    return sum(_bytes(value) for value in _weights(gm).values())
+
+
+def disk_bytes(gm: fx.GraphModule) -> int:
+    """Size of the saved model: codes, scales and zero points; other weights as they are; graphs.
+
+    8-bit codes take a byte and 4-bit codes half a byte a weight; a scale takes 4 bytes and so
+    does a zero point, for each output or group. A weight that something else reads too (tied
+    embeddings) is stored for it as well.
+    """
+    values = _weights(gm)
+    total = 2 * _NODE_BYTES * len(gm.graph.nodes)
+    readers: dict[str, set[fx.Node]] = {name: set() for name in values}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)].update(node.users)
+    for name, value in values.items():
+        quantized = [n for n in readers[name] if _is_quantized(n, name)]
+        total += sum(_code_bytes(node) for node in quantized)
+        if len(quantized) < len(readers[name]):
+            total += _bytes(value)
+    return total
+
+
+def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
+    """Peak memory that is not backed by files, for weights that are memory-mapped.
+
+    The process itself + what its allocator keeps + a float64 copy of the largest weight (the
+    proofs of exact passes) + one value as wide as the widest matmul input for all calibration
+    tokens + six as wide as the widest output for one window.
+    """
+    largest = max((value.numel() for value in _weights(gm).values()), default=0)
+    quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
+    shapes = [Linear.of(node).shape for node in quantized]
+    widest = max((n for n, _ in shapes), default=0)
+    stream = max((k for _, k in shapes), default=0)
+    activations = 4 * (windows * window * stream + 6 * window * widest)
+    return _PROCESS_BYTES + _ALLOCATOR_BYTES + 8 * largest + activations
+
+
+def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> float:
+    """Seconds after the trace, on one thread.
+
+    For each sweep that the passes count over the calibration data: tokens · weights of the matmuls
+    at the target's float speed, times 1.4. For each exact pass: a float64
+    run of all weights. Quantizing: a constant for each weight, and another for each ratio of a clip
+    search; passes of GPTQ's family also form X^T X, factor it and work through the columns.
+    """
+    quantized = sum(_size(n) for n in linears(gm) if not scheme_of(n).is_float)
+    weights = sum(_size(n) for n in linears(gm))
+    sweeps = sum(p.sweeps for p in passes) if quantized else 0.0
+    ratios = sum(
+        len(p.ratios()) for p in passes if isinstance(p, QuantizeWeights) and p.clip_search
+    )
+    mac_per_s = CPU.kernels["linear"].gmac_per_s * 1e9
+    sweep_s = tokens * quantized / mac_per_s
+    solvers = sum(isinstance(p, SolveWeights) for p in passes)
+    return (
+        sweeps * _OBSERVED_SLOWDOWN * sweep_s
+        + sum(p.exact for p in passes) * _FLOAT64_S_PER_WEIGHT * weights
+        + (_QUANTIZE_S_PER_WEIGHT + ratios * _CLIP_RATIO_S_PER_WEIGHT) * quantized
+        + solvers * _solving_macs(gm, tokens) / mac_per_s
+    )
+
+
+def _solving_macs(gm: fx.GraphModule, tokens: int) -> float:
+    """tokens k^2 for the second moments and k^3 for the factor of each value, n k^2 a weight.
+
+    The factor is float64 and the column loop runs at a quarter of a large product's speed.
+    """
+    quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
+    shapes = [Linear.of(node).shape for node in quantized]
+    inputs = {Linear.of(n).input: k for n, (_, k) in zip(quantized, shapes, strict=True)}
+    return sum(tokens * k**2 + 2 * k**3 for k in inputs.values()) + sum(
+        4 * n * k**2 for n, k in shapes
+    )
+
+
+def _weights(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    return {str(n.target): n.meta["val"] for n in gm.graph.nodes if n.op == "get_attr"}
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return int(value.numel()) * value.element_size()
+
+
+def _size(node: fx.Node) -> int:
+    return math.prod(Linear.of(node).shape)
+
+
+def _is_quantized(node: fx.Node, weight: str) -> bool:
+    return is_quantized(node) and Linear.of(node).weight_name == weight
+
+
+def _code_bytes(node: fx.Node) -> int:
+    weight = weight_spec_of(node)
+    n, k = Linear.of(node).shape
+    scales = n * k // weight.group_size_for(k)
+    return n * k * weight.bits // 8 + scales * 4 * (1 if weight.symmetric else 2)

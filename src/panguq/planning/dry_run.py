@@ -1,0 +1,196 @@
+"""The dry run: what a compile would do, without touching weights or data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from panguq.data.calibration import WINDOW, WINDOWS
+from panguq.errors import LoweringError, PanguqError, RecipeError
+from panguq.ir.analysis.channels import find_scale_sites
+from panguq.ir.edit import label, module_path
+from panguq.ir.interface import Interface
+from panguq.ir.node_meta import scheme_of
+from panguq.ir.views import Linear
+from panguq.lowering.lower_matmuls import Choices
+from panguq.lowering.select_kernel import Choice
+from panguq.lowering.stages import default_dtype
+from panguq.lowering.targets import find_target
+from panguq.passes.assign_schemes import AssignSchemes, gives_logits
+from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, linears
+from panguq.passes.pipeline.module_globs import check_globs, matches
+from panguq.passes.pipeline.runner import Runner
+from panguq.passes.smoothquant import SmoothQuant
+from panguq.planning.costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
+from panguq.planning.report import MatmulPlan, Plan
+from panguq.recipe import Recipe
+from panguq.report.left_in_float import left_in_float
+from panguq.schedule import Schedule
+from panguq.tensors.weight_store import WeightStore
+from panguq.tracing import trace
+
+__all__ = ["Plan", "plan"]
+
+
+def plan(
+    model: nn.Module | str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    target: str = "cpu",
+    example_inputs: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    windows: int = WINDOWS,
+    window: int = WINDOW,
+) -> Plan:
+    """What `compile` would do with this model: schemes, kernels, predicted cost, refusals.
+
+    model: as for `compile`, or the path of a local model folder, of which only the config is read.
+    windows, window: how much calibration data there would be, for the predicted time and memory.
+
+    The checks are those that `compile` makes before any calibration; what they refuse is listed in
+    `Plan.refusals` instead of raised. Raises RecipeError for a recipe that cannot be read,
+    LoweringError for an unknown target, TraceError and InputError for a model that has no graph.
+    """
+    recipe = Recipe.of(recipe)
+    schedule = Schedule.of(recipe, target)
+    if isinstance(model, str | Path):
+        from panguq.models.hf import skeleton
+
+        model = skeleton(model)
+    started = time.perf_counter()
+    dtype = dtype or default_dtype(target)
+    gm, interface = trace(model, example_inputs, dtype, compare=False)  # it would run the weights
+    ctx = PassContext(interface, WeightStore(), allow_unmatched=recipe.allow_unmatched)
+    runner = Runner(ctx, prove=False)  # a proof would need the weights
+    runner.run(gm, [Canonicalize()])
+    trace_seconds = time.perf_counter() - started
+
+    refusals = _order_refusals(schedule)
+    assigned, refused = _assign(gm, ctx, recipe)
+    results = [assigned]
+    notes = {skip.node: skip.reason for skip in assigned.skipped}
+    refusals += [*refused, *_glob_refusals(gm, recipe)]
+    for step in schedule.fitting:
+        try:
+            results.append(step.run(gm, ctx))
+            notes |= {skip.node: skip.reason for skip in results[-1].skipped}
+        except LoweringError as error:
+            refusals.append(_with_hint(error))
+    matmuls = []
+    choices = Choices(find_target(target), recipe.precision, recipe.ascend)
+    for node in linears(gm):
+        try:
+            choice = choices.choose(node)
+            row = _describe(node, choice, notes.get(label(node), ""))
+        except LoweringError as error:
+            refusals.append(f"{label(node)}: {error.message}")
+            row = _describe(node, None, f"refused: {error.message}")
+        matmuls.append(row)
+    sites, blocked = _smoothing(gm, interface, schedule.passes)
+    seconds = compile_seconds(gm, schedule.passes, windows * window)
+    return Plan(
+        recipe=recipe.name,
+        target=target,
+        passes=tuple(step.name for step in schedule.passes),
+        inputs={name: list(interface.input_shapes[name]) for name in interface.inputs},
+        nodes=len(gm.graph.nodes),
+        matmuls=tuple(matmuls),
+        smoothing_sites=sites,
+        smoothing_blocked=blocked,
+        refusals=tuple(refusals),
+        warnings=() if refused else tuple(left_in_float(gm, _assign_pass(recipe), results)),
+        calibration_tokens=windows * window,
+        weight_bytes=weight_bytes(gm),
+        disk_bytes=disk_bytes(gm),
+        peak_bytes=peak_bytes(gm, windows, window),
+        trace_seconds=round(trace_seconds, 1),
+        compile_seconds=round(trace_seconds + seconds, 1),
+    )
+
+
+def _order_refusals(schedule: Schedule) -> list[str]:
+    try:
+        schedule.check_order()
+    except RecipeError as error:
+        return [_with_hint(error)]
+    return []
+
+
+def _assign(gm: fx.GraphModule, ctx: PassContext, recipe: Recipe) -> tuple[PassResult, list[str]]:
+    """Assign schemes; what the pass said, and what was refused.
+
+    Globs that match nothing are refused one by one, so that the rest can still be planned.
+    """
+    paths = [module_path(node) for node in linears(gm)]
+    used, refusals = [], []
+    for glob, scheme in recipe.schemes.items():
+        if glob == "*" or matches(glob, paths):
+            used.append((glob, scheme))
+            continue
+        try:
+            AssignSchemes(schemes=((glob, scheme),)).run(gm, ctx)
+        except RecipeError as error:
+            refusals.append(_with_hint(error))
+    try:
+        return AssignSchemes(schemes=tuple(used)).run(gm, ctx), refusals
+    except RecipeError as error:  # matmuls that read one tensor disagree: each has its scheme
+        return PassResult(), [*refusals, _with_hint(error)]
+
+
+def _assign_pass(recipe: Recipe) -> AssignSchemes:
+    return AssignSchemes(schemes=tuple(recipe.schemes.items()))
+
+
+def _glob_refusals(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
+    """What the recipe's passes say of their own globs."""
+    refusals = []
+    for step in recipe.passes:
+        try:
+            check_globs(step.name, step.globs, gm, recipe.allow_unmatched)
+        except RecipeError as error:
+            refusals.append(_with_hint(error))
+    return refusals
+
+
+def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
+    scheme = scheme_of(node)
+    n, k = Linear.of(node).shape
+    weight = scheme.weight
+    grouped = weight if weight is not None and weight.granularity == "per_group" else None
+    return MatmulPlan(
+        name=module_path(node) or label(node),
+        n=n,
+        k=k,
+        scheme=scheme.name,
+        group_size=grouped.group_size_for(k) if grouped else None,
+        kernel=choice.kernel if choice else None,
+        few_tokens=choice.few_tokens if choice else 0,
+        decode_us=round(choice.decode_us, 1) if choice else None,
+        prefill_us=round(choice.prefill_us, 1) if choice else None,
+        others=dict(choice.losers) if choice else {},
+        gives_logits=gives_logits(node),
+        bias=Linear.of(node).bias is not None,
+        note=note,
+    )
+
+
+def _smoothing(
+    gm: fx.GraphModule, interface: Interface, passes: Sequence[Pass]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """How many sites of each kind the recipe's smoothquant finds; what cannot move, and why."""
+    kinds = {kind for p in passes if isinstance(p, SmoothQuant) for kind in p.sites}
+    if not kinds:
+        return {}, {}
+    sites, blocked = find_scale_sites(gm, interface)
+    found = [s for s in sites if all(scheme_of(c.linear).activation for c in s.consumers)]
+    counts = {kind: sum(site.kind == kind for site in found) for kind in sorted(kinds)}
+    return counts, {label(entry.source): entry.reason for entry in blocked}
+
+
+def _with_hint(error: PanguqError) -> str:
+    return f"{error.message} ({error.hint})" if error.hint else error.message

@@ -1,0 +1,127 @@
+"""What a format will refuse of a compile, said before it begins: from a dry run, without data.
+
+Only what the recipe decides is known here. What the data decide (a bias that is too large for an
+int32 sum, outlier channels that are split off) is said when the model is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from panguq.formats.checkpoint.graph import check_modules
+from panguq.formats.checkpoint.linear import ExportError
+from panguq.formats.registry import LinearsCheck, find_format
+from panguq.ir.quant_spec import Scheme, parse_scheme
+from panguq.lowering.stages import default_dtype
+from panguq.passes.mixed_precision import MixedPrecision
+from panguq.passes.outliers import Outliers
+from panguq.passes.quantize_kv_cache import QuantizeKvCache
+from panguq.passes.rotate import Rotate
+from panguq.planning.dry_run import plan
+from panguq.planning.report import MatmulPlan, Plan
+from panguq.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """A linear that is to be quantized, in the terms of `LinearForm`."""
+
+    path: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    has_bias: bool
+
+    @classmethod
+    def of(cls, row: MatmulPlan) -> PlannedLinear:
+        """The linear of a planned matmul."""
+        return cls(row.name, parse_scheme(row.scheme), (row.n, row.k), row.bias)
+
+    @property
+    def group_size(self) -> int:
+        assert self.scheme.weight is not None
+        return self.scheme.weight.group_size_for(self.shape[1])
+
+    @property
+    def has_zero_point(self) -> bool:
+        return self.scheme.weight is not None and not self.scheme.weight.symmetric
+
+
+def check_format(
+    format: str,
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    target: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Plan | None, list[str]]:
+    """Raises ExportError, in the words of saving, for a compile that the format could not hold.
+
+    model: a transformers causal language model, with or without weights. Returns the dry run that
+    told, None where the format takes everything, and a sentence for each server that will not take
+    the checkpoint though others do, or that may not. InputError for an unknown format; otherwise
+    raises what `plan` does.
+    """
+    check = find_format(format).linears_check()
+    if check is None:
+        return None, []
+    found = plan(model, recipe, target=target, dtype=dtype)
+    _check_passes(recipe)
+    linears = {row.name: PlannedLinear.of(row) for row in found.matmuls if row.scheme != "FLOAT"}
+    check_modules(model, linears.values())
+    computes_in = dtype or default_dtype(target) or next(model.parameters()).dtype
+    warnings = _first_that_passes(_possible(linears, recipe, found), check, computes_in)
+    if any(isinstance(p, Outliers) and p.treatment == "split" for p in recipe.passes):
+        warnings.append(
+            f"{format} cannot hold outlier channels that are split off, and the recipe splits them "
+            "where the data have any; w8a8-serving and w8a8-dynamic-serving do not"
+        )
+    return found, warnings
+
+
+def _check_passes(recipe: Recipe) -> None:
+    for step in recipe.passes:
+        if isinstance(step, QuantizeKvCache):
+            raise ExportError(
+                "no checkpoint format says that a KV cache is quantized",
+                "compile without quantize-kv-cache, and let the server quantize its cache",
+            )
+        if isinstance(step, Rotate) and step.online:
+            raise ExportError(
+                "no checkpoint format has a place for rotations that the graph computes",
+                "compile without rotate's online",
+            )
+
+
+def _possible(
+    linears: Mapping[str, PlannedLinear], recipe: Recipe, found: Plan
+) -> list[Mapping[str, PlannedLinear]]:
+    """The schemes that may come out: those of the plan, or one of a later pass's choices."""
+    choosers = [step for step in recipe.passes if isinstance(step, MixedPrecision)]
+    if not choosers:
+        return [linears]
+    fixed = {row.name for row in found.matmuls if row.gives_logits}
+    return [
+        {
+            name: linear if name in fixed else replace(linear, scheme=scheme)
+            for name, linear in linears.items()
+        }
+        for scheme in choosers[-1].schemes
+    ]
+
+
+def _first_that_passes(
+    possible: list[Mapping[str, PlannedLinear]], check: LinearsCheck, dtype: torch.dtype
+) -> list[str]:
+    """The warnings of what the format takes. Raises ExportError, the last, if it takes none."""
+    error: ExportError | None = None
+    for linears in possible:
+        try:
+            return list(check(linears, dtype))
+        except ExportError as refused:
+            error = refused
+    assert error is not None
+    raise error

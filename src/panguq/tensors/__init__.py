@@ -1,0 +1,1 @@
+"""Tensors larger than memory: mapped, sliced, spilled, kept in work folders."""

@@ -1,0 +1,85 @@
+"""Tensors that passes make, kept in files so that they need no memory of their own.
+
+A stored tensor is a memory map of a file: the system can write its pages out when memory is short.
+By default the file has no name any more and its space comes back when the process ends, however it
+ends. With a `UnitFolder` what a pass has finished is kept under a name, see `unit_folder.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from panguq.errors import StorageError
+from panguq.tensors.work_folder import Finished, UnitFolder
+
+
+class WeightStore:
+    """Puts tensors into files under `folder` (default: the system's temporary folder).
+
+    Tensors below `in_memory_bytes` stay in memory. `units` remembers what passes have finished.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        in_memory_bytes: int = 1 << 14,
+        units: UnitFolder | None = None,
+    ) -> None:
+        self.folder = folder
+        self.in_memory_bytes = in_memory_bytes
+        self.units = units
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same values, shape and dtype, backed by a file if it is large.
+
+        Raises StorageError when the disk is full.
+        """
+        tensor = tensor.detach().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if size < self.in_memory_bytes:
+            return tensor.clone() if tensor._base is not None else tensor
+        folder = self.folder or (self.units.temporary if self.units else None)
+        try:
+            storage = _nameless(folder, size)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {size / 2**20:.0f} MiB of weights to "
+                f"{folder or tempfile.gettempdir()}: {error.strerror or error}",
+                "free some space there, or set TMPDIR to a folder with more",
+            ) from error
+        mapped = torch.empty(0, dtype=tensor.dtype).set_(storage).view(tensor.shape)
+        mapped.copy_(tensor)
+        return mapped
+
+    def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
+        """What `compute` yields, its tensors stored; or what an earlier run has kept of it.
+
+        `unit` names the work within its compile. Raises StorageError when the disk is full.
+        """
+        if self.units is None:
+            done = compute()
+            tensors = {name: self.put(tensor) for name, tensor in done.tensors.items()}
+            return Finished(tensors, done.facts)
+        return self.units.find(unit) or self.units.keep(unit, compute())
+
+
+def _nameless(folder: Path | None, size: int) -> torch.UntypedStorage:
+    """A map of a new file of this size, whose name is gone already. Raises OSError."""
+    handle, path = tempfile.mkstemp(prefix="panguq-", suffix=".bin", dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):  # elsewhere a full disk shows itself on writing
+            os.posix_fallocate(handle, 0, size)
+        else:
+            os.ftruncate(handle, size)
+        found = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
+        assert isinstance(found, torch.UntypedStorage)
+        return found
+    finally:
+        os.close(handle)
+        os.unlink(path)

@@ -1,0 +1,142 @@
+"""W4A16 of panguq's own kernels: reference bodies within the summation bound, contracts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from panguq.errors import LoweringError
+from panguq.kernels.ascend.own.tiles import split_bounds
+from panguq.kernels.ascend.own.w4a16 import (
+    BIAS_DTYPE,
+    dequantize,
+    refusal,
+    w4a16,
+)
+
+TILE = [16, 128, 64]
+
+
+def packed(codes):
+    """int [k, n] in [-8, 7] -> int32 [k, n / 8], column 8 c + i in bits 4 i of word c."""
+    nibbles = (codes & 15).to(torch.int64).reshape(codes.shape[0], -1, 8)
+    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+    return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
+def problem(*tokens, n=40, k=192, group_size=64, dtype=torch.bfloat16, offset=True, bias=True):
+    """x, codes int64 [k, n], scale, offset, bias."""
+    groups = -(-k // group_size) if group_size else 1
+    return (
+        torch.randn(*tokens, k).to(dtype),
+        torch.randint(-8, 8, (k, n)),
+        (torch.rand(groups, n) * 0.05 + 0.01).to(dtype),
+        torch.randint(-8, 8, (groups, n)).to(dtype) if offset else None,
+        torch.randn(n).to(BIAS_DTYPE[dtype]) if bias else None,
+    )
+
+
+def exact_weight(codes, scale, offset, group_size):
+    """(code + offset) * scale in float64, rounded to scale's dtype."""
+    rows = torch.arange(len(codes)) // (group_size or len(codes))
+    shifted = codes.double() if offset is None else codes + offset.double()[rows]
+    return (shifted * scale.double()[rows]).to(scale.dtype)
+
+
+@given(
+    k=st.integers(1, 200),
+    words=st.integers(1, 9),
+    group_size=st.sampled_from([0, 32, 64]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    offset=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_weights_are_exact(k, words, group_size, dtype, offset):
+    _, codes, scale, zero, _ = problem(
+        1, n=8 * words, k=k, group_size=group_size, dtype=dtype, offset=offset
+    )
+    values = dequantize(packed(codes), scale, zero, group_size)
+    assert torch.equal(values, exact_weight(codes, scale, zero, group_size))
+
+
+@given(
+    m=st.integers(1, 20),
+    words=st.integers(1, 9),
+    k=st.integers(1, 400),
+    splits=st.integers(1, 6),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    bias=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_both_ops_are_within_the_summation_bound(m, words, k, splits, dtype, bias):
+    x, codes, scale, zero, added = problem(m, n=8 * words, k=k, dtype=dtype, bias=bias)
+    arguments = (x, packed(codes), scale, zero, added, 64)
+    weight = exact_weight(codes, scale, zero, 64).double()
+    exact, magnitude = x.double() @ weight, x.double().abs() @ weight.abs()
+    if added is not None:
+        exact, magnitude = exact + added, magnitude + added.abs()
+    # k + splits + 1 additions in float32, then half the distance of two neighbours of the result.
+    additions = (k + splits + 1) * 2.0**-24
+    summed = additions / (1 - additions) * magnitude
+    rounded = torch.finfo(dtype).eps / 2 * (exact.abs() + summed) + 2.0**-25
+    results = [w4a16(*arguments, 1, TILE)]
+    if splits <= -(-k // TILE[2]):
+        results.append(w4a16(*arguments, splits, TILE))
+    for result in results:
+        assert ((result.double() - exact).abs() <= summed + rounded).all()
+
+
+def test_partial_sums_are_of_whole_blocks_and_added_in_their_order():
+    x, codes, scale, _, _ = problem(3, n=8, k=200, offset=False, bias=False)
+    weight = exact_weight(codes, scale, None, 64).float()
+    total = torch.zeros(3, 8)
+    for start, stop in split_bounds(200, 64, 3):
+        total += x.float()[:, start:stop] @ weight[start:stop]
+    result = w4a16(x, packed(codes), scale, None, None, 64, 3, TILE)
+    assert torch.equal(result, total.bfloat16())
+
+
+@pytest.mark.parametrize("tokens", [(1,), (7,), (2, 5), (0,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [0, 64])
+def test_fakes(tokens, dtype, group_size):
+    x, codes, scale, zero, bias = problem(*tokens, dtype=dtype, group_size=group_size)
+    arguments = (x, packed(codes), scale, zero, bias, group_size)
+    opcheck(w4a16, (*arguments, 1, TILE))
+    opcheck(w4a16, (*arguments, 2, TILE))
+    assert w4a16(*arguments, 2, TILE).shape == (*tokens, 40)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.randn(3, 192)}, "x is torch.float32, not float16 or bfloat16"),
+        ({"x": torch.randn(3, 128).bfloat16()}, "x has 128 inputs, weight 192"),
+        ({"weight": torch.zeros(192, 5, dtype=torch.int8)}, "weight is torch.int8, not int32"),
+        ({"scale": torch.ones(3, 40)}, "scale is torch.float32, x is torch.bfloat16"),
+        ({"scale": torch.ones(2, 40).bfloat16()}, r"scale is \[2, 40\], not \[3, 40\]"),
+        ({"offset": torch.ones(40).bfloat16()}, "offset is"),
+        ({"bias": torch.ones(40).bfloat16()}, "bias is torch.bfloat16; with x of torch.bfloat16"),
+        ({"bias": torch.ones(8)}, r"bias is \[8\], not \[40\]"),
+        ({"group_size": 48}, "block_k=64 does not divide the group size 48"),
+        ({"splits": 4}, "4 splits: k=192 has only 3 blocks of 64"),
+        ({"splits": 0}, "0 splits"),
+        ({"tile": [16, 128]}, "is not"),
+        ({"tile": [16, 128, 128]}, "bytes of UB"),
+    ],
+)
+def test_wrong_arguments_are_refused(changed, message):
+    x, codes, scale, zero, bias = problem(3)
+    arguments = {"x": x, "weight": packed(codes), "scale": scale, "offset": zero, "bias": bias}
+    arguments |= {"group_size": 64, "splits": 2, "tile": TILE} | changed
+    with pytest.raises(LoweringError, match=message):
+        w4a16(**arguments)
+
+
+def test_refusal_without_a_tile():
+    assert refusal(None, 4096, 4096, 128) is None
+    assert refusal(16, 36, 64, 32) == (
+        "n=36 is not a multiple of 8: the weight is stored 8 codes a word"
+    )
+    assert refusal(16, 40, 100, 32, splits=4, tile=(16, 256, 32)) is None

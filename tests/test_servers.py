@@ -1,0 +1,152 @@
+"""Which server takes which scheme: the table, and what a dry run says with --for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from panguq.cli import main
+from panguq.errors import InputError
+from panguq.ir.quant_spec import SCHEMES, parse_scheme
+from panguq.servers import (
+    ASCEND_TYPES,
+    NPU_SERVERS,
+    READS,
+    SERVERS,
+    SUPPORT,
+    support,
+    too_large,
+    verdicts,
+)
+from tests.model_folders import make_folder, make_model
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    n: int
+    k: int
+    scheme: str
+    group_size: int | None = None
+
+
+def rows(scheme: str, group_size: int | None = None) -> list[Row]:
+    return [Row(f"layers.{i}.up", 512, 256, scheme, group_size) for i in range(3)]
+
+
+def test_the_table_is_complete_and_says_what_to_do() -> None:
+    assert SUPPORT.keys() == {(server, form) for server in SERVERS for form in READS[server]}
+    for entries in SUPPORT.values():
+        assert entries.keys() <= SCHEMES.keys() - {"FLOAT"}
+        for entry in entries.values():
+            assert entry.takes or (entry.reason and entry.instead)
+    for kinds in ASCEND_TYPES.values():
+        assert set(kinds) == set(NPU_SERVERS)
+
+
+@pytest.mark.parametrize(
+    "scheme", [*sorted(SCHEMES.keys() - {"FLOAT"}), "W6A16-asym", "W3A16-sym-g64"]
+)
+@pytest.mark.parametrize(("server", "form"), SUPPORT)
+def test_every_scheme_has_a_verdict(server: str, form: str, scheme: str) -> None:
+    found = support(server, form, scheme)
+    assert found.takes or (found.reason and found.instead)
+    assert not found.takes or parse_scheme(scheme).weight.bits in (4, 8)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_float_is_taken_by_all(server: str) -> None:
+    assert verdicts(rows("FLOAT"), server).takes
+
+
+@pytest.mark.parametrize(
+    ("server", "scheme", "form", "takes"),
+    [
+        ("vllm-ascend", "W8A8", "ascend", True),
+        ("vllm-ascend", "W8A16", "ascend", True),
+        ("vllm-ascend", "W8A8_DYNAMIC", "ascend", True),
+        ("vllm-ascend", "W4A16", "ascend", False),
+        ("vllm-ascend", "W4A8", "ascend", False),
+        ("mindie", "W4A8", "ascend", True),
+        ("mindie", "W4A16", "ascend", False),
+        ("vllm", "W4A16-g64", "compressed-tensors", True),
+        ("vllm", "W4A16_ASYM", "compressed-tensors", False),
+        ("vllm", "W4A8", "compressed-tensors", False),
+        ("transformers", "W4A8", "compressed-tensors", True),
+        ("transformers", "W4A4", "compressed-tensors", False),
+    ],
+)
+def test_verdicts(server: str, scheme: str, form: str, takes: bool) -> None:
+    verdict = verdicts(rows(scheme), server)
+    assert (verdict.format, verdict.takes) == (form, takes)
+    if not takes:
+        assert len(verdict.refusals) == 3 and verdict.refusals[0].instead
+        assert "layers.0.up and 2 more" in verdict.render()
+
+
+def test_mindie_wants_groups_of_256() -> None:
+    assert verdicts(rows("W4A8", 256), "mindie").takes
+    refused = verdicts(rows("W4A8-g128", 128), "mindie")
+    assert "one scale per 256 inputs" in refused.render()
+
+
+def test_a_format_that_a_server_does_not_read() -> None:
+    entry = support("mindie", "compressed-tensors", "W8A8")
+    assert not entry.takes and "ascend" in entry.instead
+
+
+def test_large_matmuls_are_beyond_the_npu_ops() -> None:
+    head = [Row("lm_head", 153376, 4096, "W8A8")]
+    assert "153376 is more than the 65535" in verdicts(head, "vllm-ascend").render()
+    assert too_large("vllm-ascend", "W8A8_DYNAMIC", 153376, 4096) == ""
+    assert too_large("mindie", "W8A8_DYNAMIC", 153376, 4096)
+    assert too_large("vllm", "W8A8", 153376, 4096) == ""
+
+
+def test_unknown_servers_are_refused() -> None:
+    with pytest.raises(InputError, match="unknown server 'tgi'"):
+        verdicts(rows("W8A8"), "tgi")
+
+
+# --- the dry run --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("model") / "m", make_model().bfloat16())
+
+
+def dry_run(folder: Path, recipe: str, *more: str) -> int:
+    return main(["compile", str(folder), "--recipe", recipe, "--dry-run", *more])
+
+
+def test_a_dry_run_refuses_w4a16_for_vllm_ascend(folder: Path, capsys: Any) -> None:
+    assert dry_run(folder, "w4a16", "--for", "vllm-ascend") == 1
+    text = capsys.readouterr().out
+    assert "vllm-ascend with format='ascend': refuses 14 matmuls" in text
+    assert "choose W8A16" in text
+    assert dry_run(folder, "w4a16", "--for", "vllm") == 0
+
+
+def test_a_dry_run_warns_of_outliers_that_may_be_split(folder: Path, capsys: Any) -> None:
+    assert dry_run(folder, "w8a8", "--for", "vllm-ascend", "--json") == 0
+    server = json.loads(capsys.readouterr().out)["server"]
+    assert server["takes"] and server["format"] == "ascend"
+    assert any("split outlier channels" in note for note in server["notes"])
+    assert dry_run(folder, "w8a16", "--for", "mindie", "--json") == 0
+    notes = json.loads(capsys.readouterr().out)["server"]["notes"]
+    assert not any("split" in note for note in notes)
+
+
+def test_without_a_server_nothing_is_said(folder: Path, capsys: Any) -> None:
+    assert dry_run(folder, "w4a16", "--json") == 0
+    assert "server" not in json.loads(capsys.readouterr().out)
+
+
+def test_for_needs_a_dry_run(folder: Path, capsys: Any) -> None:
+    assert main(["compile", str(folder), "--recipe", "w4a16", "--for", "vllm"]) == 1
+    assert "--dry-run" in capsys.readouterr().err
