@@ -26,7 +26,8 @@ SMALLEST = 1e-4
 class Awq(ScaleSites):
     """Before: x / 1 ─► linear(W).  After: x / s ─► linear(W · s); same function, no new node.
 
-    Per site of `ir/analysis/channels.py` and channel j, with all calibration tokens t of the float model:
+    Per site of `ir/analysis/channels.py` and channel j, with all calibration tokens t of the
+    float model:
 
         m_j = mean_t |X_tj|                                   X [tokens, k]
         s_j = max(m_j^r, 1e-4) / sqrt(max s · min s)          s_j = 1 where m_j = 0

@@ -21,7 +21,7 @@ INSTALLED_FOLDERS = {
     "passes": "panguq/passes",
     "lowering": "panguq/lowering",
     "kernels": "panguq/kernels",
-    "recipes": "panguq/recipes",
+    "recipes": "panguq/builtin_recipes",
 }
 
 
@@ -88,7 +88,7 @@ def installed_files(wheel: Path) -> list[str]:
 
 def test_the_wheel_holds_the_folders_and_nothing_else(source: Path, wheel: Path) -> None:
     expected, installed = expected_files(source), installed_files(wheel)
-    assert "panguq/recipes/w8a8.yaml" in expected
+    assert "panguq/builtin_recipes/w8a8.yaml" in expected
     missing = sorted(expected - set(installed))
     assert not missing, f"list their packages or package data in pyproject.toml: {missing}"
     assert sorted(set(installed) - expected) == []

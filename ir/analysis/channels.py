@@ -2,9 +2,9 @@
 
 A *source* divides its output by the scale through its own weights: a norm's weight (and bias),
 the rows (and bias) of a linear, the columns of an embedding. From there the scale is followed
-by data flow alone, one rule per op (`ir/analysis/channel_rules.py`), to every value that must carry it,
-forward to readers and backward to whatever else must be divided alike (the other side of a
-sum, the cached past). Linears absorb it: their weight's columns are multiplied. If anything
+by data flow alone, one rule per op (`ir/analysis/channel_rules.py`), to every value that must
+carry it, forward to readers and backward to whatever else must be divided alike (the other side of
+a sum, the cached past). Linears absorb it: their weight's columns are multiplied. If anything
 else meets the scale, nothing moves, and the reason names the node.
 
     x ─► norm / s ─► linear, columns · s                      norm_linear

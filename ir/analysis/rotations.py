@@ -1,11 +1,11 @@
 """Where an orthogonal matrix Q can move through the graph without changing its function.
 
 A value x `[..., n]` is *rotated* when every run of `block` numbers of its last dim is multiplied
-by Q `[block, block]`. What makes such a value takes up Q in its weights (the columns of an
-embedding, the rows and bias of a linear); what reads it takes up Q^T (a linear's columns). In
-between the rotation is followed by data flow alone, one rule per op (`ir/analysis/rotation_rules.py`),
-forward to readers and backward to whatever else must be rotated alike. If anything else meets
-it, nothing moves, and the reason names the node.
+by Q `[block, block]`. The op that produces such a value absorbs Q into its weights (the columns of
+an embedding, the rows and bias of a linear); the op that reads it absorbs Q^T (a linear's columns).
+In between the rotation is followed by data flow alone, one rule per op
+(`ir/analysis/rotation_rules.py`), forward to readers and backward to whatever else must be rotated
+alike. If anything else meets it, nothing moves, and the reason names the node.
 
     embedding Q ─► rms_norm ─► linear, columns Q          residual: the stream between all norms
     linear, Q^T rows ─► add ─┘                            (the norm's weight goes to its readers)

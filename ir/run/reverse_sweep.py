@@ -1,8 +1,8 @@
 """The gradient of a scalar through a graph, block by block, at the inputs and outputs of matmuls.
 
-A forward sweep keeps only what enters each block (`ir/analysis/blocks.py`). Then, from the last block to
-the first, each batch runs a block once more under autograd and hands its gradient on to the block
-before, so that one block's weights and intermediate values are alive at a time.
+A forward sweep keeps only what enters each block (`ir/analysis/blocks.py`). Then, from the last
+block to the first, each batch runs a block once more under autograd and hands its gradient on to
+the block before, so that one block's weights and intermediate values are alive at a time.
 """
 
 from __future__ import annotations

@@ -10,9 +10,7 @@ compiled = panguq.load("out")
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from panguq.errors import (
@@ -78,18 +76,6 @@ _LAZY = {
     "read_calibration": ("panguq.data.calibration_data", "read_calibration"),
     "recipes": ("panguq.recipe", "preset_names"),
 }
-
-
-class _FrontDoor(ModuleType):
-    """Keeps `panguq.plan`, `panguq.evaluate` and `panguq.recipes` functions: Python would bind the
-    modules that carry those names over them, as soon as anything imports one."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _LAZY and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _FrontDoor
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,7 @@ RecipeLike: TypeAlias = Union["Recipe", str, Path, Mapping[str, Any]]
 
 def preset_names() -> tuple[str, ...]:
     """The built-in recipes, by name."""
-    files = resources.files("panguq.recipes").iterdir()
+    files = resources.files("panguq.builtin_recipes").iterdir()
     return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
 
 
@@ -143,7 +143,7 @@ class Recipe(BaseModel):
         if name not in preset_names():
             hint = did_you_mean(name, preset_names(), "presets")
             raise RecipeError(f"unknown recipe {name!r}", f"{hint}; a path must end in .yaml")
-        file = resources.files("panguq.recipes") / f"{name}.yaml"
+        file = resources.files("panguq.builtin_recipes") / f"{name}.yaml"
         recipe = cls._from_data(parse_yaml(file.read_bytes(), file.name), file.name, name)
         own = tuple(glob for step in recipe.build() for glob in step.globs if glob != "*")
         return recipe.model_copy(update={"allow_unmatched": own}) if own else recipe

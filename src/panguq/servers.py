@@ -178,7 +178,7 @@ def too_large(server: Server, scheme: str, n: int, k: int) -> str:
 
 
 class Matmul(Protocol):
-    """What a verdict needs of a matmul `[m, k] x [n, k]^T`; `panguq.planning.dry_run.MatmulPlan` has it."""
+    """What a verdict needs of a matmul `[m, k] x [n, k]^T`; a `MatmulPlan` has it."""
 
     @property
     def name(self) -> str: ...

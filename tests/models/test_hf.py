@@ -186,7 +186,7 @@ def test_a_quantized_checkpoint(folder: Path, tmp_path: Path) -> None:
 def test_public_names_mean_the_functions_whatever_was_imported_before() -> None:
     import importlib
 
-    for module in ("panguq.evaluation", "panguq.planning.dry_run", "panguq.recipes"):
+    for module in ("panguq.evaluation", "panguq.planning.dry_run", "panguq.builtin_recipes"):
         importlib.import_module(module)
     assert callable(panguq.evaluate)
     assert callable(panguq.plan)

@@ -51,8 +51,8 @@ def define_npu_op(
 
     `schema` is torch_npu's without the namespace. It and the body have the whole signature; `fake`
     and `contract` name those of the arguments that they read. The name becomes the OpOverload, as
-    with `panguq.ir.ops.opset.define_op`. Results are contiguous, unless `keeps_strides`: then they are
-    what the body makes.
+    with `panguq.ir.ops.opset.define_op`. Results are contiguous, unless `keeps_strides`: then they
+    are what the body makes.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"

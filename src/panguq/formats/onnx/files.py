@@ -101,7 +101,7 @@ def _bytes_of(weight: Weight) -> memoryview:
     if flat.numel() != weight.nbytes:
         raise StorageError(
             f"weight {weight.name} has {flat.numel()} bytes, its type says {weight.nbytes}",
-            "this is a defect of an emitter in panguq/export",
+            "this is a defect of an emitter in panguq/formats/onnx",
         )
     return flat.numpy().data
 

@@ -120,7 +120,7 @@ def _emit(builder: Builder, node: fx.Node, notes: Mapping[str, str]) -> None:
     if emitter is None:
         raise ExportError(
             f"node {label(node)}: ONNX export does not know the op {op}",
-            "export another stage, or add an emitter to panguq/export",
+            "export another stage, or add an emitter to panguq/formats/onnx",
         )
     value = emitter(Step(builder, node, notes))
     if value is not None:
