@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
+from panguq.errors import InputError
 from panguq.ir.edit import label
 from panguq.ir.interface import Interface
 from panguq.ir.properties import Property as Property
@@ -76,6 +77,12 @@ class MatmulRules(Protocol):
 
     def predicted_us(self, node: fx.Node, scheme: Scheme) -> float:
         """Its predicted time, in microseconds over a mix of decoding steps and prompts."""
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that torch's generators cannot take."""
+    if not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed {seed:.3g}: it has more than 64 bits", "choose a smaller number")
 
 
 @dataclass

@@ -29,6 +29,9 @@ from panguq.tensors.work_folder import Finished
 logger = logging.getLogger("panguq")
 
 
+MOST_SAMPLED = 1 << 14
+
+
 @dataclass
 class CompileData:
     """What the caller gave, first as it was read, then as batches of the graph's inputs.
@@ -60,6 +63,11 @@ class CompileData:
         """Raises InputError, before any long work, for what is no calibration data."""
         if sampled < 0:
             raise InputError(f"sampled {sampled}: a number of sequences is not negative")
+        if sampled > MOST_SAMPLED:
+            raise InputError(
+                f"sampled {sampled}: at most {MOST_SAMPLED} sequences are written side by side",
+                "a hundred are plenty",
+            )
         if given is not None and is_causal_lm(model):
             config: Any = model.config
             longest = getattr(config, "max_position_embeddings", None)

@@ -22,7 +22,7 @@ from panguq.lowering.lower_matmuls import check_lowerable
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.models.hf import source_tokenizer
-from panguq.passes.pipeline.base import PassContext, Progress
+from panguq.passes.pipeline.base import PassContext, Progress, check_seed
 from panguq.passes.pipeline.runner import Runner
 from panguq.recipe import Recipe, RecipeLike
 from panguq.report.left_in_float import left_in_float
@@ -85,6 +85,7 @@ def compile(
     StorageError for a full disk or a `work_dir` that cannot be used.
     """
     return_large_blocks()
+    check_seed(seed)
     recipe = Recipe.of(recipe, allow_unmatched=allow_unmatched)
     schedule = Schedule.of(recipe, target)
     schedule.check_order()

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from panguq.cli import (
     check,
@@ -76,6 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # what the commands themselves write and read has errors of its own
+        if os.environ.get("PANGUQ_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):  # stdout may be what is full, and is flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _version() -> str:
