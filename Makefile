@@ -3,7 +3,8 @@
 # TORCH="torch==2.13.0 --index-url ...", ARGS="-k recipe".
 PYTHON ?= python3
 # Installed before all else, since its build may come from an index of its own.
-TORCH ?= $(shell grep '^torch==' constraints.txt)
+PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(PINNED_TORCH)
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -46,7 +47,8 @@ test-oldest: setup  ## the same with the lowest releases that pyproject.toml all
 test-newest: setup  ## the same with the newest releases there are; says what breaks
 	$(RUN) -m conformance.versions newest --torch '$(TORCH)' $(ARGS)
 
-test-torch: setup  ## the same with another torch: TORCH=torch==2.14.1 (several GB)
+test-torch:  ## the same with another torch: TORCH=torch==2.14.1 (several GB)
+	@$(MAKE) --no-print-directory setup TORCH='$(PINNED_TORCH)'
 	$(RUN) -m conformance.versions torch --torch '$(TORCH)' $(ARGS)
 
 test-wheel: setup  ## build the wheel, install it alone outside this folder, and use it

@@ -41,7 +41,7 @@ def default_cache() -> Path:
 
 def download_wheel(requirement: str, folder: Path) -> Path:
     """One wheel by name through pip, without its dependencies and without installing it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl"))

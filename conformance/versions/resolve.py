@@ -80,11 +80,15 @@ def _write(path: Path, what: str, pins: dict[str, str]) -> None:
 
 
 def loose_bounds(pins: dict[str, str]) -> list[Requirement]:
-    """Requirements whose upper bound is not the minor release after the one that is pinned."""
+    """Requirements whose upper bound is not the minor release after the one that is pinned.
+
+    torch has builds of several GB: it is pinned to one that is small, and others are tried by hand.
+    """
     return [
         one
         for one in requirements(*SETUP_EXTRAS)
-        if next_minor(pins[canonicalize_name(one.name)]) != Version(one.below)
+        if one.name != "torch"
+        and next_minor(pins[canonicalize_name(one.name)]) != Version(one.below)
     ]
 
 
