@@ -64,7 +64,7 @@ def scheme_refusal(problem: MatmulProblem, target: Target) -> str | None:
 def fallbacks(scheme: Scheme) -> tuple[Scheme, ...]:
     """The schemes that take this one's place, in order, where no kernel takes a shape.
 
-    See `ascend_rules.fallback_names` for the order and its reasons.
+    See `ascend.rules.fallback_names` for the order and its reasons.
     """
     return tuple(SCHEMES[name] for name in fallback_names(scheme))
 

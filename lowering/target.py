@@ -48,7 +48,7 @@ class Target:
     """A machine and what its kernels cost.
 
     A CPU has one affine cost per kernel; an Ascend NPU has `constants`, from which
-    `cost_model.py` computes the cost of any kernel. Both are plain data: see `target_files.py`.
+    `cost/model.py` computes the cost of any kernel. Both are plain data: see `target_files.py`.
     """
 
     name: str

@@ -35,7 +35,7 @@ class Awq(ScaleSites):
         W[:, j]              *= s_j                           W [n, k]
 
     r is that of 0, 1/20 … 19/20 (`steps`) with the least sum, over the quantized linears that read
-    the site, of |Q(W s) (x / s) - W x|^2 relative to |W x|^2 (`scale_search.py`). Q is the linear's
+    the site, of |Q(W s) (x / s) - W x|^2 relative to |W x|^2 (`search.py`). Q is the linear's
     own scheme with a short search of clip ratios; where activations are quantized too, x / s goes
     through its quantizer. r = 0 is s = 1: a site that no other r helps is left alone, and no site
     gets worse by this measure. One channel may be several columns: then m_j is their mean.

@@ -16,7 +16,7 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.views import Linear, by_input
 from panguq.passes.calibrate import static_spec
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Site, Table, linears
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, Table, linears
 from panguq.passes.statistics.observers import sqnr_db
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ class Outliers(Pass):
                 )
                 continue
             for node in nodes:
-                result.sites.append(Site((label(value),), (label(node),)))
+                result.sites.append(Region((label(value),), (label(node),)))
                 _split_channels(gm, ctx, node, channels)
                 result.changed += 1
             listed = " ".join(str(c) for c in channels.tolist())

@@ -15,7 +15,7 @@ from panguq.ir.analysis.rotations import RotationSite, find_rotation_sites, rota
 from panguq.ir.edit import ancestors, get_tensor, label, weights_of
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.properties import Property
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Site, Table
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, Table
 from panguq.passes.rotation.matrices import Rotation, random_rotation
 from panguq.passes.rotation.online import ONLINE_KINDS, find_online_sites
 from panguq.passes.rotation.weights import WeightPlan
@@ -134,13 +134,13 @@ def _stored_bytes(gm: fx.GraphModule) -> int:
 
 def _regions(
     gm: fx.GraphModule, rotations: dict[RotationSite, Rotation], edited: list[fx.Node]
-) -> list[Site]:
+) -> list[Region]:
     """What is computed from rotated values and is itself as it was, cut where only the rotated
     stream connects it, so that rounding does not add up over the layers."""
     streams = {n: q for s, q in rotations.items() if s.kind == "residual" for n in s.values}
     rotated = rotated_values(rotations)
     ends = {n for n in cuts(gm) if n in streams and n.target in (EMBEDDING, ADD)}
-    regions: list[Site] = []
+    regions: list[Region] = []
     start: fx.Node | None = None
     outputs: list[fx.Node] = []
     for node in gm.graph.nodes:
@@ -152,7 +152,7 @@ def _regions(
                 inputs = [n for n in gm.graph.nodes if n in needed and n.op == "placeholder"]
                 turned = {label(n): streams[n].apply for n in (*stops, node) if n in ends}
                 read = tuple(map(label, [*inputs, *stops]))
-                regions.append(Site(read, tuple(map(label, outputs)), turned))
+                regions.append(Region(read, tuple(map(label, outputs)), turned))
             start, outputs = node, []
         elif (
             node.op == "call_function"

@@ -44,7 +44,7 @@ class SmoothQuant(ScaleSites):
 
     `alpha: search` chooses statistic and alpha for every site: 0, 0.1 … 1 under both statistics,
     then 0.05 around the best, by the output error of the site's linears with weights and
-    activations quantized under their schemes (`scale_search.py`), on a sample of tokens. A site
+    activations quantized under their schemes (`search.py`), on a sample of tokens. A site
     that no alpha helps is left alone. `alphas` holds some kinds of site at a fixed alpha.
     """
 

@@ -11,8 +11,8 @@ import pytest
 
 from panguq.cli import main
 from panguq.formats.own import storage
-from panguq.tensors import work_folder as unit_folder
-from panguq.tensors.work_folder import UnitFolder
+from panguq.tensors import work_folder
+from panguq.tensors.work_folder import WorkFolder
 from tests.model_folders import TEXT, make_folder, make_model
 
 TIMES = {"report.json", "manifest.json"}  # the report tells seconds, the manifest its hash
@@ -114,14 +114,14 @@ def uninterrupted(place: Path) -> Callable[[str], dict[str, str]]:
 @pytest.mark.parametrize(
     ("recipe", "owner", "name", "count", "before"),
     [
-        ("w4a16", UnitFolder, "keep", 1, True),  # the calibration is done, and lost
-        ("w4a16", unit_folder, "write_tensors", 6, True),  # some weights are quantized
+        ("w4a16", WorkFolder, "keep", 1, True),  # the calibration is done, and lost
+        ("w4a16", work_folder, "write_tensors", 6, True),  # some weights are quantized
         ("w4a16", storage, "_write_shard", 1, False),  # the result is half saved
-        ("w8a8-dynamic", UnitFolder, "keep", 7, False),  # scales are folded, and codes chosen
-        ("searches", UnitFolder, "keep", 2, False),  # some sites have a scale
-        ("searches", UnitFolder, "keep", 6, False),  # the second search has begun
-        ("gptq", UnitFolder, "keep", 4, False),  # in the middle of a sweep
-        ("gptq", UnitFolder, "keep", 6, False),  # some epochs of tuning are done
+        ("w8a8-dynamic", WorkFolder, "keep", 7, False),  # scales are folded, and codes chosen
+        ("searches", WorkFolder, "keep", 2, False),  # some sites have a scale
+        ("searches", WorkFolder, "keep", 6, False),  # the second search has begun
+        ("gptq", WorkFolder, "keep", 4, False),  # in the middle of a sweep
+        ("gptq", WorkFolder, "keep", 6, False),  # some epochs of tuning are done
     ],
 )
 def test_the_bits_are_those_of_an_uninterrupted_compile(
@@ -138,14 +138,14 @@ def test_the_bits_are_those_of_an_uninterrupted_compile(
     work = tmp_path / ".out.work"
     kept = len(list(work.rglob("facts.json")))
     found = []
-    read = UnitFolder.find
+    read = WorkFolder.find
 
     def counted(self, unit):
         result = read(self, unit)
         found.extend([unit] if result else [])
         return result
 
-    monkeypatch.setattr(UnitFolder, "find", counted)
+    monkeypatch.setattr(WorkFolder, "find", counted)
     assert compile_model(place, recipe, out) == 0
     assert hashes(out) == uninterrupted(recipe)
     assert len(found) == kept  # nothing that was finished is computed again
@@ -157,7 +157,7 @@ def test_another_recipe_starts_anew(place, uninterrupted, tmp_path, caplog) -> N
     out = tmp_path / "out"
 
     def run() -> None:
-        die_at(5, UnitFolder, "keep")
+        die_at(5, WorkFolder, "keep")
         compile_model(place, "w4a16", out)
 
     assert killed(run)
@@ -175,7 +175,7 @@ def test_other_weights_start_anew(tmp_path, caplog) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
 
     def run() -> None:
-        die_at(5, UnitFolder, "keep")
+        die_at(5, WorkFolder, "keep")
         compile_model(tmp_path, "w4a16", tmp_path / "out")
 
     assert killed(run)
@@ -190,7 +190,7 @@ def test_a_chosen_folder_is_used_and_removed(place, tmp_path) -> None:
     work = tmp_path / "elsewhere" / "work"
 
     def run() -> None:
-        die_at(3, UnitFolder, "keep")
+        die_at(3, WorkFolder, "keep")
         compile_model(place, "w4a16", tmp_path / "out", "--work-dir", str(work))
 
     assert killed(run)
@@ -222,7 +222,7 @@ def test_a_full_disk_at_the_end_keeps_the_finished_parts(
     assert "the disk is full" in capsys.readouterr().err
     assert f"the same command goes on from them in {tmp_path / '.out.work'}" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
-    monkeypatch.setattr(UnitFolder, "keep", lambda self, unit, done: pytest.fail(f"{unit} again"))
+    monkeypatch.setattr(WorkFolder, "keep", lambda self, unit, done: pytest.fail(f"{unit} again"))
     assert compile_model(place, "w4a16", tmp_path / "out") == 0
     assert hashes(tmp_path / "out") == whole
 
@@ -233,7 +233,7 @@ def test_a_second_compile_into_the_same_place_touches_nothing(place, tmp_path, c
     first = os.fork()
     if first == 0:
         try:
-            stop_after(4, UnitFolder, "keep")
+            stop_after(4, WorkFolder, "keep")
             os._exit(compile_model(place, "w4a16", tmp_path / "out"))
         finally:
             os._exit(99)

@@ -18,6 +18,7 @@ from panguq.ir.edit import call, get_tensor, label, value_types
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput, calls, operand
+from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.kernels.ascend.own import int4_weight  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.vendor.contracts import check_call
@@ -35,7 +36,6 @@ npu = torch.ops.npu
 panguq = torch.ops.panguq
 own = torch.ops.panguq_npu
 
-W4A8_GROUP = 256
 LARGEST_INT32_BIAS = 2**30  # leaves the other half of int32 to the sum of products
 
 

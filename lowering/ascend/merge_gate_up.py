@@ -27,7 +27,7 @@ from panguq.ir.properties import Property
 from panguq.ir.views import Linear
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Site
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
@@ -67,7 +67,7 @@ class MergeGateUp(Pass):
             if reason is not None:
                 result.skip(node, reason)
                 continue
-            result.sites.append(Site((label(Linear.of(gate).input),), (label(node),)))
+            result.sites.append(Region((label(Linear.of(gate).input),), (label(node),)))
             _merge(gm, ctx, node)
             result.changed += 1
         ctx.progress("merge gate and up", len(nodes), len(nodes))

@@ -7,11 +7,9 @@ ops-nn on aclnnQuantMatmulV5 and aclnnWeightQuantBatchMatmulV2.
 from __future__ import annotations
 
 from panguq.ir.quant_spec import Scheme
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP, W4A8_SMALLEST_REFUSED_K
 from panguq.lowering.problem import MatmulProblem
 
-W4A8_GROUP = 256
-W4A8_LARGEST_K = 29576
 WORD_CODES = 8  # 4-bit codes in one int32
 GROUP_UNIT = 32
 
@@ -48,8 +46,8 @@ def _w4a8_refusal(problem: MatmulProblem) -> str | None:
     assert activation is not None
     if k % W4A8_GROUP:
         return f"k={k} is not a multiple of {W4A8_GROUP}, the group of 4-bit weights"
-    if k >= W4A8_LARGEST_K:
-        return f"k={k} is not below {W4A8_LARGEST_K}"
+    if k >= W4A8_SMALLEST_REFUSED_K:
+        return f"k={k} is not below {W4A8_SMALLEST_REFUSED_K}"
     if n % WORD_CODES:
         return f"n={n} is not a multiple of {WORD_CODES}: codes are stored 8 a word"
     # A scale per output is written as one per 256 inputs, repeated.

@@ -22,7 +22,7 @@ _W4A8_SCALE_BYTES, _FLOAT32 = 8, 4
 
 @dataclass(frozen=True)
 class Execution:
-    """One way to run a matmul: `numbers` are values of `cost_terms.ARGUMENTS`, without m, n, k and
+    """One way to run a matmul: `numbers` are values of `terms.ARGUMENTS`, without m, n, k and
     the target's constants. It is taken for first_m <= m <= last_m (None: no limit)."""
 
     form: Form
@@ -32,13 +32,13 @@ class Execution:
     last_m: int | None = None
 
     def argument(self, name: str, problem: MatmulProblem, target: Target) -> float:
-        """The value of one of `cost_terms.ARGUMENTS` other than m."""
+        """The value of one of `terms.ARGUMENTS` other than m."""
         if name in self.numbers:
             return self.numbers[name]
         return getattr(problem, name) if name in ("n", "k") else target[name]
 
     def arguments(self, problem: MatmulProblem, target: Target) -> list[float]:
-        """The values of all `cost_terms.ARGUMENTS` but m, which is the first."""
+        """The values of all `terms.ARGUMENTS` but m, which is the first."""
         return [self.argument(name, problem, target) for name in ARGUMENTS[1:]]
 
 

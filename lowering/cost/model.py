@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True)
 class Cost:
     """Microseconds of one call. `total_us` is the sum of the serial terms and the largest of the
-    overlapped ones (`cost_terms.OVERLAPPED`); `how` names the tiling that it is the cost of."""
+    overlapped ones (`terms.OVERLAPPED`); `how` names the tiling that it is the cost of."""
 
     total_us: float
     terms: dict[str, float]

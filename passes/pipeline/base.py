@@ -28,7 +28,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Site:
+class Region:
     """A region that an exact pass rewrote: outputs as a function of inputs, all by label.
 
     `turned` maps the old value to the new one where the pass meant to change an input or output.
@@ -54,7 +54,7 @@ class PassResult:
     changed: int = 0
     skipped: list[Skip] = field(default_factory=list)
     tables: dict[str, Table] = field(default_factory=dict)
-    sites: list[Site] = field(default_factory=list)
+    sites: list[Region] = field(default_factory=list)
 
     def skip(self, node: fx.Node, reason: str) -> None:
         """Note that this node was left alone."""
@@ -91,9 +91,9 @@ class PassContext:
 
     `batches` are calibration inputs by input name, as the front door prepares them; `probe` is
     one small such batch; `store` takes the tensors that passes make; `matmul_rules` speak for the
-    target, if there is one. `stage` names the pass that is running, by its place in the pipeline.
-    `reference` is the float model's graph, which no pass changes. `allow_unmatched` says which
-    globs over module paths may match nothing (`module_globs.py`).
+    target, if there is one. `pass_label` names the pass that is running, by its place in the
+    pipeline. `reference` is the float model's graph, which no pass changes. `allow_unmatched` says
+    which globs over module paths may match nothing (`module_globs.py`).
     """
 
     interface: Interface
@@ -103,7 +103,7 @@ class PassContext:
     seed: int = 0
     progress: Progress = no_progress
     matmul_rules: MatmulRules | None = None
-    stage: str = ""
+    pass_label: str = ""
     reference: fx.GraphModule | None = None
     allow_unmatched: bool | tuple[str, ...] = False
 
@@ -113,7 +113,7 @@ class PassContext:
         A compile that goes on after it was killed gets what the first run had finished. So the
         result must follow from the compile's inputs alone, and `unit` from the graph.
         """
-        return self.store.once(f"{self.stage}/{unit}", compute)
+        return self.store.once(f"{self.pass_label}/{unit}", compute)
 
     def generator(self) -> torch.Generator:
         """A fresh random generator with the compile's seed."""

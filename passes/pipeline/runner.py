@@ -120,7 +120,7 @@ class Runner:
         return record
 
     def _rewrite(self, index: int, step: Pass, gm: fx.GraphModule) -> PassRecord:
-        self.ctx.stage = f"{index:02d}_{step.name}"
+        self.ctx.pass_label = f"{index:02d}_{step.name}"
         before = clone(gm) if step.exact and self.prove else None
         started = time.perf_counter()
         result = step.run(gm, self.ctx)

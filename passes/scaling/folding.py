@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.analysis.channels import KINDS, ScaleSite, find_scale_sites
 from panguq.ir.edit import get_tensor, label, set_tensor
-from panguq.passes.pipeline.base import PassContext, PassResult, Site
+from panguq.passes.pipeline.base import PassContext, PassResult, Region
 from panguq.suggest import did_you_mean
 from panguq.tensors.folded_weight import FoldedWeight, materialized
 
@@ -90,7 +90,7 @@ def _may_overflow(weight: Tensor, by_axis: dict[int, Tensor]) -> bool:
     return not bound < torch.finfo(weight.dtype).max / 2
 
 
-def regions(gm: fx.GraphModule, sites: Sequence[ScaleSite]) -> list[Site]:
+def regions(gm: fx.GraphModule, sites: Sequence[ScaleSite]) -> list[Region]:
     """What each site rewrote, as functions whose inputs and outputs no site rescales.
 
     Where one site's consumer is another's source (norm ─► v_proj ─► o_proj) the value between
@@ -113,5 +113,5 @@ def regions(gm: fx.GraphModule, sites: Sequence[ScaleSite]) -> list[Site]:
         read = {source for node in nodes for source in node.all_input_nodes}
         sizes = {n for n in read if isinstance(n.meta["val"], torch.SymInt)}
         inputs = {n for n in read - nodes - sizes if n.op != "get_attr"}
-        closed.append(Site(labels_of(inputs), labels_of(nodes - rescaled)))
+        closed.append(Region(labels_of(inputs), labels_of(nodes - rescaled)))
     return closed

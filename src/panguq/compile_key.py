@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from panguq.ir.edit import weights_of
 from panguq.ir.text.printer import content_hash, print_graph
 from panguq.recipe import Recipe
-from panguq.tensors.work_folder import UnitFolder
+from panguq.tensors.work_folder import WorkFolder
 
 SAMPLED_PER_AXIS = 64
 logger = logging.getLogger("panguq")
@@ -66,15 +66,15 @@ def _model_hash(gm: fx.GraphModule) -> str:
 
 
 @contextmanager
-def held_units(place: str | Path | UnitFolder | None) -> Iterator[UnitFolder | None]:
+def held_units(place: str | Path | WorkFolder | None) -> Iterator[WorkFolder | None]:
     """The folder of finished parts as this process's alone; one that the caller holds stays his.
 
     Raises StorageError for a folder that another compile holds, or that holds something else.
     """
-    if place is None or isinstance(place, UnitFolder):
+    if place is None or isinstance(place, WorkFolder):
         yield place
         return
-    units = UnitFolder(Path(place))
+    units = WorkFolder(Path(place))
     try:
         yield units
     finally:
@@ -82,7 +82,7 @@ def held_units(place: str | Path | UnitFolder | None) -> Iterator[UnitFolder | N
 
 
 def open_units(
-    units: UnitFolder | None,
+    units: WorkFolder | None,
     gm: fx.GraphModule,
     batches: Sequence[Mapping[str, Tensor]] | None,
     sampled: int,

@@ -31,7 +31,7 @@ from panguq.report.quality import Quality
 from panguq.schedule import Schedule
 from panguq.tensors.memory import return_large_blocks
 from panguq.tensors.weight_store import WeightStore
-from panguq.tensors.work_folder import UnitFolder
+from panguq.tensors.work_folder import WorkFolder
 from panguq.tracing import trace
 
 
@@ -47,7 +47,7 @@ def compile(
     dtype: torch.dtype | None = None,
     allow_unmatched: bool = False,
     dump_dir: str | Path | None = None,
-    work_dir: str | Path | UnitFolder | None = None,
+    work_dir: str | Path | WorkFolder | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompiledModule:
@@ -74,7 +74,7 @@ def compile(
     work_dir: a folder for finished parts. Where a compile was killed, the same one goes on from
         them, with the bits of one that was not; another one starts anew. A model saved on the same
         disk shares the large parts. The folder is not needed once the model is saved. One compile
-        at a time may use it; a `UnitFolder` that the caller holds stays the caller's.
+        at a time may use it; a `WorkFolder` that the caller holds stays the caller's.
 
     The C library is told to return freed blocks of 4 MiB and more to the system at once, for the
     whole process and from now on; without that a compile needs a gigabyte more.

@@ -36,5 +36,9 @@ class LoweringError(PanguqError):
     """A matmul for which the target has no legal kernel."""
 
 
+class ExportError(PanguqError):
+    """A compiled model, or a part of it, that a format, or what loads it, cannot express."""
+
+
 class StorageError(PanguqError):
     """A file or folder that is missing, damaged, or cannot be written."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from panguq.errors import InputError
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP
 
 Server: TypeAlias = Literal["vllm-ascend", "mindie", "vllm", "transformers"]
 Format: TypeAlias = Literal["ascend", "compressed-tensors"]
@@ -27,7 +27,6 @@ READS: dict[Server, tuple[Format, ...]] = {
     "vllm": ("compressed-tensors",),
     "transformers": ("compressed-tensors",),
 }
-W4A8_GROUP = 256  # inputs per scale of the int8 x int4 kernel (aclnnQuantMatmulV5)
 # Modules that servers join into one matmul, by the last part of their names.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 

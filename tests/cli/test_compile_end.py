@@ -12,8 +12,7 @@ from torch import nn
 
 import panguq
 from panguq.cli import main
-from panguq.errors import StorageError
-from panguq.formats.checkpoint.linear import ExportError
+from panguq.errors import ExportError, StorageError
 from panguq.planning import disk_forecast
 from panguq.planning.disk_forecast import check_disk, forecast_bytes
 from panguq.planning.format_check import check_format

@@ -7,7 +7,7 @@ import pytest
 from panguq.cli.compile_places import Places, check_out, held_places
 from panguq.errors import StorageError
 from panguq.formats.own.storage import write_folder
-from panguq.tensors.work_folder import Finished, UnitFolder
+from panguq.tensors.work_folder import Finished, WorkFolder
 
 
 def work_in(places: Places) -> None:
@@ -79,7 +79,7 @@ def test_parts_of_a_stopped_compile_outlive_one_with_parts_elsewhere(tmp_path: P
         raise RuntimeError
     with held_places(tmp_path / "out", tmp_path / "work") as places:
         places.saved = True
-    assert UnitFolder(tmp_path / ".out.work").holds_units
+    assert WorkFolder(tmp_path / ".out.work").holds_units
 
 
 def test_somebodys_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

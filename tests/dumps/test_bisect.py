@@ -16,7 +16,7 @@ from panguq.dumps.reader import DumpReader
 from panguq.dumps.replay import run_stage
 from panguq.ir.edit import find_label, get_tensor, label, set_tensor
 from panguq.passes.pipeline import runner as pipeline
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Site, linears
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, linears
 
 VICTIM = "model.layers.1.mlp.up_proj:linear"
 panguq = torch.ops.panguq
@@ -67,7 +67,7 @@ class NotExact(Pass):
         set_tensor(gm, name, get_tensor(gm, name) * self.factor)
         result = PassResult(changed=1)
         if self.with_site:
-            result.sites.append(Site((label(node.args[0]),), (VICTIM,)))  # type: ignore[arg-type]
+            result.sites.append(Region((label(node.args[0]),), (VICTIM,)))  # type: ignore[arg-type]
         return result
 
 

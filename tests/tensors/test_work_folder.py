@@ -11,9 +11,9 @@ from panguq.errors import StorageError
 from panguq.files import claimed_folder
 from panguq.files.claimed_folder import MARKER
 from panguq.formats.own.storage import read_folder, write_folder
-from panguq.tensors import work_folder as unit_folder
+from panguq.tensors import work_folder
 from panguq.tensors.weight_store import WeightStore
-from panguq.tensors.work_folder import FACTS, Finished, UnitFolder
+from panguq.tensors.work_folder import FACTS, Finished, WorkFolder
 
 KEY = {"recipe": "w8a8", "model": "abc"}
 
@@ -33,8 +33,8 @@ def finished() -> Finished:
     )
 
 
-def open_folder(path: Path, key: dict[str, str] = KEY) -> UnitFolder:
-    units = UnitFolder(path)
+def open_folder(path: Path, key: dict[str, str] = KEY) -> WorkFolder:
+    units = WorkFolder(path)
     units.open_for(key)
     return units
 
@@ -50,7 +50,7 @@ def assert_same(one: Finished, other: Finished) -> None:
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of a kilobyte have files of their own here."""
-    monkeypatch.setattr(unit_folder, "ALONE_BYTES", 1024)
+    monkeypatch.setattr(work_folder, "ALONE_BYTES", 1024)
 
 
 def test_a_finished_unit_is_read_back_by_the_next_process(tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_another_compile_starts_anew_and_says_what_differs(tmp_path: Path) -> No
     units = open_folder(tmp_path)
     units.keep("pass/unit", finished())
     units.close()
-    other = UnitFolder(tmp_path)
+    other = WorkFolder(tmp_path)
     assert other.open_for(KEY | {"recipe": "w4a16"}) == ("recipe",)
     assert other.find("pass/unit") is None
     other.close()
-    back = UnitFolder(tmp_path)
+    back = WorkFolder(tmp_path)
     assert back.open_for(KEY) == ("recipe",)
     assert back.find("pass/unit") is None
 
@@ -116,16 +116,16 @@ def test_units_without_a_key_are_nobodys(tmp_path: Path) -> None:
 def test_two_compiles_cannot_share_a_folder(tmp_path: Path) -> None:
     open_folder(tmp_path)
     with pytest.raises(StorageError, match="in use"):
-        UnitFolder(tmp_path)
+        WorkFolder(tmp_path)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("all my work")
     with pytest.raises(StorageError, match="something else"):
-        UnitFolder(tmp_path)
+        WorkFolder(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "all my work"
     with pytest.raises(StorageError, match="is a file"):
-        UnitFolder(tmp_path / "thesis.tex")
+        WorkFolder(tmp_path / "thesis.tex")
 
 
 @pytest.mark.parametrize("entry", ["units/mine.txt", "temporary/mine.txt", "compile.json"])
@@ -135,7 +135,7 @@ def test_a_folder_without_the_mark_is_somebodys(tmp_path: Path, entry: str) -> N
     file.parent.mkdir(parents=True)
     file.write_text("all my work")
     with pytest.raises(StorageError, match=f"no {MARKER}"):
-        UnitFolder(tmp_path / "work")
+        WorkFolder(tmp_path / "work")
     assert [path for path in (tmp_path / "work").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "all my work"
 
@@ -147,7 +147,7 @@ def test_a_link_in_a_marked_folder_is_not_followed(tmp_path: Path) -> None:
     home.mkdir()
     (tmp_path / "work" / "units").symlink_to(home)
     with pytest.raises(StorageError, match="units"):
-        UnitFolder(tmp_path / "work")
+        WorkFolder(tmp_path / "work")
 
 
 def test_what_another_put_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_process_that_died_writing_the_mark_blocks_nobody(tmp_path: Path, writ
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / MARKER).write_text("my own words")
     with pytest.raises(StorageError, match="something else"):
-        UnitFolder(tmp_path / "other")
+        WorkFolder(tmp_path / "other")
 
 
 def test_a_folder_that_its_holder_deletes_is_made_anew(tmp_path: Path, monkeypatch) -> None:
@@ -188,7 +188,7 @@ def test_a_folder_that_its_holder_deletes_is_made_anew(tmp_path: Path, monkeypat
         lock(handle, how)
 
     monkeypatch.setattr(claimed_folder.fcntl, "flock", late)
-    second = UnitFolder(tmp_path / "work")
+    second = WorkFolder(tmp_path / "work")
     assert (tmp_path / "work" / MARKER).is_file()
     assert second.path == tmp_path / "work"
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.kernels.ascend.vendor.dtypes import dtype_of
 from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD, unpack_words
 from panguq.kernels.ascend.vendor.library import define_npu_op
-from panguq.kernels.ascend.vendor.quant_matmul_rules import GROUP_SIZE, quant_matmul_contract
+from panguq.kernels.ascend.vendor.quant_matmul_rules import quant_matmul_contract
 from panguq.kernels.ascend.vendor.trans_quant_param import (
     offset_of,
     round_offset,
@@ -132,9 +133,9 @@ def _int8_by_int4(
     """
     weight = unpack_words(x2)
     scales = scale_of(scale)
-    shift = torch.full((1, GROUP_SIZE), SHIFT, dtype=torch.int8)
+    shift = torch.full((1, W4A8_GROUP), SHIFT, dtype=torch.int8)
     total = torch.zeros((x1.shape[0], weight.shape[1]), dtype=torch.float32)
-    groups = zip(x1.split(GROUP_SIZE, dim=1), weight.split(GROUP_SIZE), scales, strict=True)
+    groups = zip(x1.split(W4A8_GROUP, dim=1), weight.split(W4A8_GROUP), scales, strict=True)
     for codes, group_weight, group_scale in groups:
         product = int32_matmul(codes, group_weight).sub_(int32_matmul(shift, group_weight))
         total.add_(product.to(torch.float32).mul_(group_scale))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP, W4A8_SMALLEST_REFUSED_K
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
@@ -24,12 +24,10 @@ from panguq.kernels.ascend.vendor.contracts import (
 from panguq.kernels.ascend.vendor.dtypes import dtype_of
 from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD
 
-GROUP_SIZE = 256
-SMALLEST_REFUSED_K = 29576
 _DOCS = OP_PLUGIN.format("npu_quant_matmul")
 _META = "torch_npu's Meta kernel for npu_quant_matmul"
 _ACLNN = "aclnnQuantMatmulV5"
-_INT4 = f"{_ACLNN}, int8 x int4 with groups of {GROUP_SIZE}"
+_INT4 = f"{_ACLNN}, int8 x int4 with groups of {W4A8_GROUP}"
 
 
 @dataclass(frozen=True)
@@ -194,12 +192,12 @@ def _int8_by_int4(
         yield Finding(f"x1 must have shape [m, k], not {list(x1.shape)}", _INT4)
         return
     m, k = x1.shape
-    if surely(k % GROUP_SIZE != 0):
-        yield Finding(f"k must be a multiple of {GROUP_SIZE}, not {k}", _INT4)
-    if surely(k >= SMALLEST_REFUSED_K):
-        yield Finding(f"k must be less than {SMALLEST_REFUSED_K}, not {k}", _INT4)
+    if surely(k % W4A8_GROUP != 0):
+        yield Finding(f"k must be a multiple of {W4A8_GROUP}, not {k}", _INT4)
+    if surely(k >= W4A8_SMALLEST_REFUSED_K):
+        yield Finding(f"k must be less than {W4A8_SMALLEST_REFUSED_K}, not {k}", _INT4)
     yield from wrong_dtype("scale", scale, (torch.int64,), _META)
-    yield from wrong_shape("scale", scale, [[k // GROUP_SIZE, n]], _META)
+    yield from wrong_shape("scale", scale, [[k // W4A8_GROUP, n]], _META)
     for what, tensor, shape in (
         ("offset", offset, [n]),
         ("pertoken_scale", pertoken_scale, [m, 1]),
@@ -211,5 +209,5 @@ def _int8_by_int4(
     yield from not_given({"bias": bias}, _INT4)
     if output not in (torch.float16, torch.bfloat16):
         yield Finding(f"output_dtype must be float16 or bfloat16, not {output}", _META)
-    if group_sizes is not None and list(group_sizes) not in ([], [0, 0, GROUP_SIZE]):
-        yield Finding(f"group_sizes must be [0, 0, {GROUP_SIZE}], not {list(group_sizes)}", _INT4)
+    if group_sizes is not None and list(group_sizes) not in ([], [0, 0, W4A8_GROUP]):
+        yield Finding(f"group_sizes must be [0, 0, {W4A8_GROUP}], not {list(group_sizes)}", _INT4)

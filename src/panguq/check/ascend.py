@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from panguq.check.ascend_values import VALUE_RULES
 from panguq.check.files import NOBODY, CheckedFolder, Hit, Rule, shards_of
+from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.servers import (
     ASCEND_TYPES,
     FUSED,
     NPU_SERVERS,
-    W4A8_GROUP,
     Server,
     too_large,
 )

@@ -1,7 +1,7 @@
 """Will a server take this folder? Checks of checkpoints that panguq or another tool wrote.
 
 No server runs here: what their loaders look up, and in which form, is written down as rules
-(`check_files`, `check_ascend`, `check_compressed_tensors`), each with the servers that fail
+(`files`, `ascend`, `compressed_tensors`), each with the servers that fail
 without it. A folder that keeps them all may still be refused for what no rule knows of.
 """
 

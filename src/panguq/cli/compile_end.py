@@ -31,7 +31,7 @@ def check_end(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) 
     if options.out is None:
         return
     _check_room(options, recipe, dtype, model)
-    from panguq.formats.checkpoint.linear import ExportError
+    from panguq.errors import ExportError
     from panguq.planning.format_check import check_format
     from panguq.servers import verdicts
 

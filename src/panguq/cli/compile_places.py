@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from panguq.errors import StorageError
 
 if TYPE_CHECKING:
-    from panguq.tensors.work_folder import UnitFolder
+    from panguq.tensors.work_folder import WorkFolder
 
 logger = logging.getLogger("panguq")
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("panguq")
 class Places:
     """The folder of the finished parts, if there is one, and whether the result was saved."""
 
-    units: UnitFolder | None
+    units: WorkFolder | None
     saved: bool = False
 
 
@@ -62,16 +62,16 @@ def held_places(out: Path | None, work_dir: Path | None) -> Iterator[Places]:
     ends the work otherwise leaves the finished parts and says so. Raises StorageError for places
     that another compile holds, or that hold something else.
     """
-    from panguq.tensors.work_folder import UnitFolder
+    from panguq.tensors.work_folder import WorkFolder
 
     default = None if out is None else out.resolve().with_name(f".{out.resolve().name}.work")
     chosen = default if work_dir is None else work_dir.resolve()
     if out is not None and chosen is not None and chosen != default:
         _check_apart(out.resolve(), chosen)
     beside = default if default != chosen else None
-    claim = None if beside is None else UnitFolder(beside)
+    claim = None if beside is None else WorkFolder(beside)
     try:
-        places = Places(None if chosen is None else UnitFolder(chosen))
+        places = Places(None if chosen is None else WorkFolder(chosen))
         try:
             yield places
         except BaseException:

@@ -2,7 +2,7 @@
 
     summary.txt   dump.json   probe.safetensors   00_trace/   01_canonicalize/   02_…
 
-What lies in it is described in `dump_files.py`. A dump is a diagnosis, so it never costs the
+What lies in it is described in `files.py`. A dump is a diagnosis, so it never costs the
 compile: if the disk fills up, dumping stops with a warning, what is complete stays readable,
 and the compile goes on. A folder that cannot take a dump is refused before any work.
 """

@@ -2,7 +2,7 @@
 
 An NPU runs the kernels of one stream one after another, so the predicted time is the sum over all
 nodes; the critical path, the longest chain of nodes that wait for each other, is what no number of
-streams could undercut. Matmuls cost what `cost_model.py` says, with the kernel that the dispatch
+streams could undercut. Matmuls cost what `cost/model.py` says, with the kernel that the dispatch
 table takes for that number of tokens. Attention costs its multiplications at the cube's full rate
 or its traffic, whichever is longer. What else reads or writes tensors costs its traffic at the
 memory's rate, without starting a kernel, as most of it is fused into its neighbours; so does

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from panguq.errors import ExportError
 from panguq.formats.checkpoint.graph import check_modules
-from panguq.formats.checkpoint.linear import ExportError
 from panguq.formats.registry import LinearsCheck, find_format
 from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.lowering.stages import default_dtype

@@ -2,7 +2,7 @@
 
 A stored tensor is a memory map of a file: the system can write its pages out when memory is short.
 By default the file has no name any more and its space comes back when the process ends, however it
-ends. With a `UnitFolder` what a pass has finished is kept under a name, see `unit_folder.py`.
+ends. With a `WorkFolder` what a pass has finished is kept under a name, see `work_folder.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from panguq.errors import StorageError
-from panguq.tensors.work_folder import Finished, UnitFolder
+from panguq.tensors.work_folder import Finished, WorkFolder
 
 
 class WeightStore:
@@ -29,7 +29,7 @@ class WeightStore:
         self,
         folder: Path | None = None,
         in_memory_bytes: int = 1 << 14,
-        units: UnitFolder | None = None,
+        units: WorkFolder | None = None,
     ) -> None:
         self.folder = folder
         self.in_memory_bytes = in_memory_bytes

@@ -48,7 +48,7 @@ class Finished:
     facts: Facts = field(default_factory=dict)
 
 
-class UnitFolder:
+class WorkFolder:
     """The units of one compile under `path`, which one process at a time may use.
 
     Tensors below `in_memory_bytes` are read into memory. Raises StorageError for a folder that

@@ -13,11 +13,10 @@ from torch import Tensor
 
 import panguq
 from panguq.check.report import check_folder
-from panguq.errors import PanguqError, StorageError
+from panguq.errors import ExportError, PanguqError, StorageError
 from panguq.formats.checkpoint.ascend_v1 import DESCRIPTION, save_ascend_v1
 from panguq.formats.checkpoint.ascend_v1_tensors import pack_rows, unpack_rows
 from panguq.formats.checkpoint.graph import read_checkpoint_graph
-from panguq.formats.checkpoint.linear import ExportError
 from panguq.formats.checkpoint.served_files import served_config
 from panguq.ir.edit import find_label, get_tensor
 from panguq.models.hf import read_config

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 import panguq
-from panguq.errors import StorageError
+from panguq.errors import ExportError, StorageError
 from panguq.formats.checkpoint.compressed_tensors import packed, save_compressed_tensors
 from panguq.formats.checkpoint.graph import read_checkpoint_graph
-from panguq.formats.checkpoint.linear import ExportError
 from panguq.ir.ops.packing import pack_int4
 from tests.model_folders import SIZES, make_folder, make_tokenizer
 from tests.model_folders import make_model as make_llama

@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 import panguq
+from panguq.errors import ExportError
 from panguq.formats.checkpoint.graph import FAKE_QUANT, CheckpointGraph, read_checkpoint_graph
-from panguq.formats.checkpoint.linear import ExportError
 from panguq.ir.edit import call, clone, tensor_node
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.report.local_sqnr import sqnr_db

@@ -17,7 +17,7 @@ from panguq.ir.edit import clone, get_tensor, set_tensor, weights_of
 from panguq.ir.run.equivalence import _difference, prove_site, prove_whole
 from panguq.ir.run.interpret import first_non_finite
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Site
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region
 from tests.model_shelf import (
     TwoLinears,
     canonical,
@@ -55,7 +55,7 @@ class ScaleWeight(Pass):
     exact: ClassVar[bool] = True
     weight: str = "first.weight"
     factor: float = 2.0
-    sites: tuple[Site, ...] = ()
+    sites: tuple[Region, ...] = ()
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         set_tensor(gm, self.weight, get_tensor(gm, self.weight) * self.factor)
@@ -158,7 +158,7 @@ def test_an_exact_pass_that_lies_is_stopped() -> None:
 
 def test_an_exact_pass_that_lies_about_its_site_is_stopped() -> None:
     gm, interface = trace_tiny(TwoLinears(8, 12, 8, norm=True), torch.randn(3, 5, 8))
-    site = Site(("norm:layer_norm",), ("second:linear",))
+    site = Region(("norm:layer_norm",), ("second:linear",))
     with pytest.raises(NumericsError, match="second:linear changed"):
         run_pipeline(gm, [ScaleWeight(sites=(site,))], tiny_context(interface))
 

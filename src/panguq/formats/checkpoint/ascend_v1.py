@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from panguq.artifact import Artifact
+from panguq.errors import ExportError
 from panguq.formats.checkpoint.ascend_v1_tensors import (
     FLOAT,
     TYPES,
@@ -28,9 +29,10 @@ from panguq.formats.checkpoint.ascend_v1_tensors import (
 )
 from panguq.formats.checkpoint.folder import SHARD_BYTES, marked, write_checkpoint
 from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
-from panguq.formats.checkpoint.linear import ExportError, LinearForm
+from panguq.formats.checkpoint.linear import LinearForm
 from panguq.formats.checkpoint.served_files import config_of, served_files
-from panguq.servers import W4A8_GROUP, Server, support, too_large
+from panguq.kernels.ascend.limits import W4A8_GROUP
+from panguq.servers import Server, support, too_large
 
 logger = logging.getLogger("panguq")
 

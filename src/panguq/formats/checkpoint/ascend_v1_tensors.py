@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from panguq.errors import ExportError
 from panguq.formats.checkpoint.folder import Output
-from panguq.formats.checkpoint.linear import ExportError, QuantizedLinear
+from panguq.formats.checkpoint.linear import QuantizedLinear
+from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.lowering.ascend.calls import LARGEST_INT32_BIAS
-from panguq.servers import W4A8_GROUP
 
 TYPES = {"W8A8": "W8A8", "W8A8_DYNAMIC": "W8A8_DYNAMIC", "W8A16": "W8A16", "W4A8": "W4A8_DYNAMIC"}
 """What the format calls panguq's schemes."""

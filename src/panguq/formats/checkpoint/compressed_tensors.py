@@ -37,10 +37,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from panguq.artifact import Artifact
+from panguq.errors import ExportError
 from panguq.formats.checkpoint.compressed_tensors_config import group_of, quantization_config
 from panguq.formats.checkpoint.folder import SHARD_BYTES, Output, marked, write_checkpoint
 from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
-from panguq.formats.checkpoint.linear import ExportError, LinearForm, QuantizedLinear
+from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.servers import Format, Server, support
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from panguq.formats.checkpoint.linear import ExportError, QuantizedLinear
+from panguq.errors import ExportError
+from panguq.formats.checkpoint.linear import QuantizedLinear
 from panguq.ir.quant_spec import QuantSpec
 
 Format = Literal["int-quantized", "pack-quantized"]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from panguq.artifact import FAKE_QUANT, Artifact
+from panguq.errors import ExportError
 from panguq.formats.checkpoint.linear import (
-    ExportError,
     LinearForm,
     QuantizedLinear,
     read_linear,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import PanguqError
+from panguq.errors import ExportError
 from panguq.ir.edit import get_tensor
 from panguq.ir.node_meta import meta_of
 from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops matched here)
@@ -16,10 +16,6 @@ from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
 
 panguq = torch.ops.panguq
-
-
-class ExportError(PanguqError):
-    """A compiled model that a format, or what loads it, cannot express."""
 
 
 class LinearForm(Protocol):

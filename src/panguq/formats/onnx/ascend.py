@@ -18,10 +18,10 @@ from panguq.formats.onnx.blocks import normalize
 from panguq.formats.onnx.builder import Value
 from panguq.formats.onnx.quantize import packed, token_codes
 from panguq.formats.onnx.step import Emitter, Step
+from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.kernels.ascend.vendor.dtypes import dtype_number, dtype_of
 from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.quant_matmul import SHIFT
-from panguq.kernels.ascend.vendor.quant_matmul_rules import GROUP_SIZE
 from panguq.kernels.ascend.vendor.trans_quant_param import scale_bits, scale_of
 from panguq.lowering.dispatch import Operands
 
@@ -140,10 +140,10 @@ def _int8_by_int4(step: Step, given: dict[str, Any]) -> str:
     `[g, 256, n]`.
     """
     k, words = (int(size) for size in given["x2"].meta["val"].shape)
-    groups, n = k // GROUP_SIZE, words * CODES_PER_WORD
-    weight = _int4(step, given["x2"], (groups, GROUP_SIZE, n))
+    groups, n = k // W4A8_GROUP, words * CODES_PER_WORD
+    weight = _int4(step, given["x2"], (groups, W4A8_GROUP, n))
     weight = step.add("Cast", weight, suffix="weight_int8", to=TensorProto.INT8)
-    shape = step.integers([-1, groups, GROUP_SIZE], "groups")
+    shape = step.integers([-1, groups, W4A8_GROUP], "groups")
     apart = step.add("Reshape", step.read(given["x1"]), shape, suffix="x_groups")
     batched = step.add("Transpose", apart, suffix="x_batched", perm=[1, 0, 2])
     shift = step.number(SHIFT, torch.int8, "shift")

@@ -15,6 +15,7 @@ import torch
 from onnx import ModelProto, helper
 from torch import Tensor, fx
 
+from panguq.errors import ExportError
 from panguq.formats.onnx import ascend as onnx_ascend
 from panguq.formats.onnx import blocks as onnx_blocks
 from panguq.formats.onnx import cpu as onnx_cpu
@@ -22,7 +23,7 @@ from panguq.formats.onnx import elementwise as onnx_elementwise
 from panguq.formats.onnx import quantize as onnx_quantize
 from panguq.formats.onnx import shapes as onnx_shapes
 from panguq.formats.onnx.builder import MICROSOFT, OPSET, Builder, Weight
-from panguq.formats.onnx.step import Emitter, ExportError, Step
+from panguq.formats.onnx.step import Emitter, Step
 from panguq.formats.onnx.types import Shape, carried_type, shape_of
 from panguq.ir.edit import clone, get_tensor, label
 from panguq.ir.interface import Interface

@@ -10,16 +10,12 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, fx
 
-from panguq.errors import PanguqError
+from panguq.errors import ExportError
 from panguq.formats.onnx.builder import Builder, Value
 from panguq.formats.onnx.types import NARROW, carried, carried_type, stored_type
 from panguq.ir.edit import label, module_path
 from panguq.ir.ops.opset import name_of
 from panguq.ir.views import Item, argument, arguments
-
-
-class ExportError(PanguqError):
-    """A graph, or a part of it, that cannot be written as ONNX."""
 
 
 @dataclass
