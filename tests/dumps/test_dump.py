@@ -288,7 +288,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch, transformers
-from panguq.report import stage_writer
+from panguq.dumps import stage_writer
 import panguq
 write = stage_writer.write_file
 def until_killed(path, chunks):

@@ -45,7 +45,7 @@ def with_torch_npu(tmp_path: Path) -> Path:
 def test_torch_npus_own_definitions_stay(with_torch_npu: Path) -> None:
     code = """
 import torch, torch_npu
-from panguq.kernels.ascend import npu_ops
+from panguq.kernels.ascend.vendor import ops as npu_ops
 from panguq.kernels.ascend.vendor.library import npu_op
 from panguq.kernels.ascend.device import has_device, load_torch_npu
 load_torch_npu()
@@ -72,7 +72,7 @@ print(list(pack(torch.ones(2, 8, device="meta")).shape))
 def test_torch_npu_must_come_first(with_torch_npu: Path) -> None:
     code = """
 from panguq.errors import LoweringError
-from panguq.kernels.ascend import npu_ops
+from panguq.kernels.ascend.vendor import ops as npu_ops
 from panguq.kernels.ascend.device import has_device, load_torch_npu
 try: load_torch_npu()
 except LoweringError as error: print(error.message); print(error.hint)
