@@ -15,7 +15,7 @@ from panguq.cli import main
 from tests.openpangu_folders import CONFIG, TEXT, make_openpangu, make_weights
 
 pytest.importorskip("sentencepiece")
-PAGE = Path(__file__).parent.parent / "docs" / "openpangu.md"
+PAGE = Path(__file__).parents[3] / "docs" / "openpangu.md"
 SIZES = dict(
     hidden_size=128, intermediate_size=256, max_position_embeddings=1024, torch_dtype="bfloat16"
 )  # fmt: skip
