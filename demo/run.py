@@ -1,6 +1,6 @@
 """The main job on a real model: fetch it, compile it W8A8 and W4A16, show what that gives.
 
-    python -m demo.run [--windows 8] [--calibration-windows 8] [--repeats 3] [--out .cache/demo]
+    python -m demo.run [--windows 4] [--calibration-windows 4] [--repeats 3] [--out .cache/demo]
 
 Prints a table, a row as soon as it is known: perplexity on text that calibration has not seen, for
 the float model, for naive quantization (round to nearest, ranges from the extremes, nothing else)
@@ -85,8 +85,8 @@ class Job:
 def main() -> int:
     """Fetch, compile, measure, print. 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, to evaluate on")
-    parser.add_argument("--calibration-windows", type=int, default=8, help="of 512 tokens")
+    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, to evaluate on")
+    parser.add_argument("--calibration-windows", type=int, default=4, help="of 512 tokens")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each model")
     parser.add_argument("--out", type=Path, default=default_cache() / "demo")
     quiet_transformers()
