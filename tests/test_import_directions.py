@@ -18,7 +18,7 @@ ROOMS = (
     "panguq.cli",
     "panguq",
     "panguq.compiler",
-    "panguq.compile_data panguq.compile_key",
+    "panguq.compile_data panguq.compile_key panguq.calibration",
     "panguq.planning",
     "panguq.explain",
     "panguq.check",
