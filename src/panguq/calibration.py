@@ -1,4 +1,4 @@
-"""Calibration data under one name: what may be given, and the graph's inputs that are made of it."""
+"""Calibration data under one name: what may be given, and the inputs that are made of it."""
 
 from __future__ import annotations
 
