@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from panguq.ir.kv_cache import CACHE_NAME, cache_of
+
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 24
 PROMPT_TOKENS = 64
@@ -61,7 +63,7 @@ def decode_ms(model: Any, ids: Tensor) -> float:
         start = time.perf_counter()
         for _ in range(DECODE_TOKENS):
             step = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=step, **{CACHE_NAME: cache_of(output)}, use_cache=True)
     return (time.perf_counter() - start) * 1e3 / DECODE_TOKENS
 
 
