@@ -1,17 +1,19 @@
 # Every target needs python3 (3.11 or later) and make, nothing else; `setup` installs the rest into
 # .venv, in the releases that constraints.txt pins. Variables: PYTHON=python3.12,
-# TORCH="torch==2.13.0 --index-url ...", ARGS="-k recipe".
+# TORCH="torch==2.13.0 --index-url ...", ARGS="-k recipe", SEED=7, MINUTES=30.
 PYTHON ?= python3
 # Installed before all else, since its build may come from an index of its own.
 PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH ?= $(PINNED_TORCH)
+SEED ?= 7
+MINUTES ?= 30
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint docs conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
+.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +72,10 @@ lint: setup  ## check style and types
 
 docs: setup  ## build the manual into build/site
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
+# A fault ends it with status 1 and the command that repeats it. ARGS="recipes modules --go-on".
+fuzz: setup  ## attack panguq with random input: SEED=7 MINUTES=30
+	$(RUN) -m fuzz --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
 conformance: setup  ## check against real parts of the Ascend stack, in environments of their own
 	$(RUN) -m conformance --environment .venv-npu --torch '$(TORCH)'

@@ -110,7 +110,9 @@ def parse_scheme(text: str) -> Scheme:
     if base not in SCHEMES:
         near = difflib.get_close_matches(base, SCHEMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise RecipeError(f"unknown scheme {text!r}", f"{hint}The schemes are {', '.join(SCHEMES)}")
+        raise RecipeError(
+            f"unknown scheme {text!r:.80}", f"{hint}The schemes are {', '.join(SCHEMES)}"
+        )
     for option in [o for o in options if o in _SYMMETRY]:
         base = _with_symmetry(text, base, option)
         options.remove(option)

@@ -307,6 +307,19 @@ def test_a_missing_file(tmp_path: Path) -> None:
     fails(lambda: Recipe.from_yaml(tmp_path), "there is no such file")
 
 
+def test_values_that_no_file_holds() -> None:
+    round_and_round: list[Any] = []
+    round_and_round.append(round_and_round)
+    fails(lambda: Recipe.of({"schemes": round_and_round}), "nested too deeply")
+    fails(lambda: Recipe.of(round_and_round), "a list is no recipe")  # type: ignore[arg-type]
+    fails(
+        lambda: Recipe.of({"schemes": {"*": "W8A8"}, "ascend": {"tokens": object()}}),
+        "recipe: ascend: tokens",
+        "is a object",
+    )
+    fails(lambda: Recipe.of("a" * 9999), "unknown recipe 'aaa")
+
+
 # Did you mean
 
 

@@ -45,7 +45,7 @@ def pass_from_entry(entry: object, where: str) -> Pass:
     known = passes_by_name()
     if name not in known:
         hint = did_you_mean(str(name), known, "passes")
-        raise RecipeError(f"{where}: unknown pass {name!r}", hint)
+        raise RecipeError(f"{where}: unknown pass {name!r:.80}", hint)
     if options is None:
         options = {}
     if not isinstance(options, Mapping):
@@ -64,7 +64,7 @@ def make_pass(cls: type[Pass], options: Mapping[str, Any], where: str) -> Pass:
     for option, value in options.items():
         if option not in fields:
             hint = did_you_mean(str(option), fields, "options")
-            raise RecipeError(f"{where}: unknown option {option!r}", hint)
+            raise RecipeError(f"{where}: unknown option {option!r:.80}", hint)
         values[option] = _check_option(fields[option], annotations[option], value, where)
     try:
         return cls(**values)

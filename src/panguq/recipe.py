@@ -37,7 +37,7 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from panguq.errors import LoweringError, RecipeError
-from panguq.files.plain_yaml import at, dump_yaml, parse_yaml, read_yaml
+from panguq.files.plain_yaml import at, check_depth, check_plain, dump_yaml, parse_yaml, read_yaml
 from panguq.ir.quant_spec import parse_scheme
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Precision
@@ -68,9 +68,11 @@ def _check_schemes(schemes: object, info: ValidationInfo) -> object:
         return schemes
     checked = {}
     for glob, name in sorted(schemes.items(), key=lambda item: item[0] != "*"):
-        where = at(_source(info), f"schemes[{glob!r}]")
+        where = at(_source(info), f"schemes[{glob!r:.80}]")
         if not isinstance(glob, str) or not glob.strip() or not isinstance(name, str):
-            raise RecipeError(f"{where} = {name!r}", "write a glob and a scheme's name: '*': W8A8")
+            raise RecipeError(
+                f"{where} = {name!r:.80}", "write a glob and a scheme's name: '*': W8A8"
+            )
         try:
             checked[glob] = parse_scheme(name).name
         except RecipeError as error:
@@ -96,11 +98,12 @@ def _ascend_options(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, Mapping):
         return value
     where = at(_source(info), "ascend")
+    check_plain(value, where)
     known = [field.name for field in dataclasses.fields(AscendOptions)]
     for key in value:
         if key not in known:
             raise RecipeError(
-                f"{where}: unknown option {key!r}", did_you_mean(str(key), known, "options")
+                f"{where}: unknown option {key!r:.80}", did_you_mean(str(key), known, "options")
             )
     try:
         return TypeAdapter(AscendOptions).validate_json(json.dumps(dict(value)), strict=True)
@@ -142,7 +145,7 @@ class Recipe(BaseModel):
         """A built-in recipe. It is for all models, so its own globs may match nothing in some."""
         if name not in preset_names():
             hint = did_you_mean(name, preset_names(), "presets")
-            raise RecipeError(f"unknown recipe {name!r}", f"{hint}; a path must end in .yaml")
+            raise RecipeError(f"unknown recipe {name!r:.80}", f"{hint}; a path must end in .yaml")
         file = resources.files("panguq.builtin_recipes") / f"{name}.yaml"
         recipe = cls._from_data(parse_yaml(file.read_bytes(), file.name), file.name, name)
         own = tuple(glob for step in recipe.build() for glob in step.globs if glob != "*")
@@ -159,11 +162,12 @@ class Recipe(BaseModel):
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, Mapping):
+            check_depth(recipe, "recipe")
             return cls._from_data(dict(recipe), "recipe")
-        if isinstance(recipe, Path) or str(recipe).endswith((".yaml", ".yml")):
-            return cls.from_yaml(recipe)
-        if isinstance(recipe, str):
+        if isinstance(recipe, str) and not recipe.endswith((".yaml", ".yml")):
             return cls.named(recipe)
+        if isinstance(recipe, str | Path):
+            return cls.from_yaml(recipe)
         raise RecipeError(
             f"a {type(recipe).__name__} is no recipe",
             "give a preset's name, the path of a .yaml file, a mapping or a Recipe",
@@ -193,7 +197,7 @@ class Recipe(BaseModel):
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 hint = did_you_mean(key, cls.model_fields, "keys")
-                raise RecipeError(f"{_source(info)}: unknown key {key!r}", hint) from None
+                raise RecipeError(f"{_source(info)}: unknown key {key!r:.80}", hint) from None
             if first["type"] == "missing":
                 message = f"{_source(info)}: the key {key!r} is missing"
                 raise RecipeError(message, 'at least write `schemes: {"*": W8A8}`') from None

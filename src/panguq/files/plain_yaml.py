@@ -19,6 +19,9 @@ from panguq.errors import RecipeError
 MAX_BYTES = 64 * 1024
 """A recipe is a screen of text; what is far larger is some other file."""
 
+MAX_DEPTH = 32
+"""Lists and mappings within each other; a recipe has four."""
+
 _QUOTE_GLOBS = 'a key or value that begins with *, & or ! needs quotes: "*": W8A8'
 
 
@@ -88,14 +91,23 @@ def parse_yaml(content: bytes | str, source: str) -> object:
     return data
 
 
+def check_depth(value: object, source: str, depth: int = 0) -> None:
+    """Raise RecipeError for lists and mappings that are nested deeper than any recipe's."""
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"{source}: is nested too deeply", "this is not a recipe")
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            check_depth(item, source, depth + 1)
+
+
 def check_plain(value: object, source: str, key: str = "") -> None:
     """Raise RecipeError, naming the key, unless `value` is plain data."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             if not isinstance(name, str):
-                problem = f"the key {name!r} is not text"
-                raise RecipeError(f"{at(source, key)}: {problem}", f'write "{name}"')
-            check_plain(item, source, f"{key}.{name}" if key else name)
+                problem = f"the key {name!r:.80} is not text"
+                raise RecipeError(f"{at(source, key)}: {problem}", f'write "{name!s:.80}"')
+            check_plain(item, source, f"{key}.{name:.80}" if key else name[:80])
     elif isinstance(value, list | tuple):
         for position, item in enumerate(value):
             check_plain(item, source, f"{key}[{position}]")
@@ -106,7 +118,7 @@ def check_plain(value: object, source: str, key: str = "") -> None:
     elif value is not None and not isinstance(value, str | int | float | bool):
         kind = type(value).__name__
         raise RecipeError(
-            f"{at(source, key)}: {value!r} is a {kind}", "use text, numbers, lists and mappings"
+            f"{at(source, key)}: {value!r:.80} is a {kind}", "use text, numbers, lists and mappings"
         )
 
 

@@ -1,0 +1,8 @@
+"""All kinds of attack. A new one is a file beside this, and a line here."""
+
+from __future__ import annotations
+
+from fuzz import recipe_texts
+from fuzz.kind import Kind
+
+KINDS: tuple[Kind, ...] = (recipe_texts.KIND,)
