@@ -1,4 +1,4 @@
-"""How numbers are quantized: bits and granularity of a tensor, and the schemes of a matmul."""
+"""How numbers are quantized: format and granularity of a tensor, and the schemes of a matmul."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from panguq.errors import RecipeError
+from panguq.ir.number_format import INT4, INT8, Integer, NumberFormat
 
 Granularity = Literal["per_tensor", "per_token", "per_channel", "per_group"]
 
@@ -21,22 +22,46 @@ class QuantSpec:
     `dynamic` computes the scale from the value itself at run time.
     """
 
-    bits: int
+    format: NumberFormat
     granularity: Granularity
     symmetric: bool = True
     dynamic: bool = False
     group_size: int | None = None
 
+    def __post_init__(self) -> None:
+        static = self.granularity == "per_tensor" and not self.dynamic
+        if not self.is_integer and (not self.symmetric or static):
+            raise ValueError(f"{self.format}: integers alone have zero points and static scales")
+
+    @property
+    def bits(self) -> int:
+        """Of a stored code."""
+        return self.format.bits
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers, which count steps of the scale."""
+        return isinstance(self.format, Integer)
+
     @property
     def quant_min(self) -> int:
-        """The smallest code. Symmetric activations leave out -2^(bits-1), as the NPU does."""
-        low = -(2 ** (self.bits - 1))
+        """The smallest integer code. Symmetric activations leave out -2^(bits-1), as the NPU does.
+
+        Raises TypeError for a format of other numbers.
+        """
+        low = int(self._integer.smallest)
         return low + 1 if self.symmetric and self.granularity == "per_token" else low
 
     @property
     def quant_max(self) -> int:
-        """The largest code."""
-        return 2 ** (self.bits - 1) - 1
+        """The largest integer code. Raises TypeError for a format of other numbers."""
+        return int(self._integer.largest)
+
+    @property
+    def _integer(self) -> Integer:
+        if isinstance(self.format, Integer):
+            return self.format
+        raise TypeError(f"the codes of {self.format} are no integers")
 
     def group_size_for(self, k: int) -> int:
         """Inputs per scale for a weight with k inputs.
@@ -69,12 +94,12 @@ class Scheme:
         return self.weight is None
 
 
-_PER_CHANNEL_8 = QuantSpec(8, "per_channel")
-_PER_GROUP_4 = QuantSpec(4, "per_group", group_size=128)
-_PER_TENSOR_8 = QuantSpec(8, "per_tensor", symmetric=False)
-_PER_TOKEN_8 = QuantSpec(8, "per_token", dynamic=True)
-_PER_TOKEN_6 = replace(_PER_TOKEN_8, bits=6)
-_PER_TOKEN_4 = replace(_PER_TOKEN_8, bits=4)
+_PER_CHANNEL_8 = QuantSpec(INT8, "per_channel")
+_PER_GROUP_4 = QuantSpec(INT4, "per_group", group_size=128)
+_PER_TENSOR_8 = QuantSpec(INT8, "per_tensor", symmetric=False)
+_PER_TOKEN_8 = QuantSpec(INT8, "per_token", dynamic=True)
+_PER_TOKEN_6 = replace(_PER_TOKEN_8, format=Integer(6))
+_PER_TOKEN_4 = replace(_PER_TOKEN_8, format=INT4)
 _PER_GROUP_ASYM = replace(_PER_GROUP_4, symmetric=False)
 
 SCHEMES: dict[str, Scheme] = {
@@ -84,17 +109,17 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("W8A8", _PER_CHANNEL_8, _PER_TENSOR_8),
         Scheme("W8A8_DYNAMIC", _PER_CHANNEL_8, _PER_TOKEN_8),
         Scheme("W8A16", _PER_CHANNEL_8),
-        Scheme("W6A16", replace(_PER_GROUP_4, bits=6)),
-        Scheme("W6A6", QuantSpec(6, "per_channel"), _PER_TOKEN_6),
+        Scheme("W6A16", replace(_PER_GROUP_4, format=Integer(6))),
+        Scheme("W6A6", QuantSpec(Integer(6), "per_channel"), _PER_TOKEN_6),
         Scheme("W4A16", _PER_GROUP_4),
         Scheme("W4A16_ASYM", _PER_GROUP_ASYM),
         Scheme("W4A8", replace(_PER_GROUP_4, group_size=256), _PER_TOKEN_8),
         Scheme("W4A8_STATIC", replace(_PER_GROUP_4, group_size=256), _PER_TENSOR_8),
-        Scheme("W4A4", QuantSpec(4, "per_channel"), _PER_TOKEN_4),
+        Scheme("W4A4", QuantSpec(INT4, "per_channel"), _PER_TOKEN_4),
         # With few codes a zero point is worth its bits: a symmetric 2-bit grid wastes one of four.
-        Scheme("W3A16", replace(_PER_GROUP_ASYM, bits=3)),
-        Scheme("W2A16", replace(_PER_GROUP_ASYM, bits=2)),
-        Scheme("W1A16", replace(_PER_GROUP_ASYM, bits=1)),
+        Scheme("W3A16", replace(_PER_GROUP_ASYM, format=Integer(3))),
+        Scheme("W2A16", replace(_PER_GROUP_ASYM, format=Integer(2))),
+        Scheme("W1A16", replace(_PER_GROUP_ASYM, format=Integer(1))),
     )
 }
 
@@ -140,14 +165,16 @@ def _sibling(base: str) -> Scheme:
 
 def _with_symmetry(text: str, base: str, option: str) -> str:
     scheme = SCHEMES[base]
-    if scheme.weight is None or scheme.activation is not None or scheme.weight.bits == 8:
+    weight = scheme.weight
+    takes = weight is not None and weight.is_integer and weight.bits < 8
+    if weight is None or not takes or scheme.activation is not None:
         raise RecipeError(
             f"option {option.lower()!r} of scheme {text!r}: only weight-only schemes below 8 bits "
             "have it",
             f"write {base}",
         )
     stem = base.removesuffix("_ASYM")
-    if SCHEMES[stem].weight == replace(scheme.weight, symmetric=option == "SYM"):
+    if SCHEMES[stem].weight == replace(weight, symmetric=option == "SYM"):
         return stem
     return f"{stem}_{option}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.kernels.ascend.own import w4a16, w8a8
 from panguq.kernels.ascend.own.tiles import legal_tiles
@@ -84,18 +85,18 @@ def ascend_candidates(
     else:
         if problem.mixed:
             found = [Candidate("none", _MIXED)]
-        elif weight.bits not in (4, 8):
+        elif weight.format not in (INT4, INT8):
             found = [Candidate("none", f"no NPU kernel reads {weight.bits}-bit weights")]
         elif activation is not None:
-            storage: Storage = "int8" if weight.bits == 8 else "int4"
+            storage: Storage = "int8" if weight.format == INT8 else "int4"
             found = [Candidate("npu_quant_matmul", quant_matmul_refusal(problem), storage=storage)]
-            if weight.bits == activation.bits == 8:
+            if weight.format == activation.format == INT8:
                 found += _own(problem, target, "w8a8", storage)
         else:
-            storage = "int8" if weight.bits == 8 else "int4"
+            storage = "int8" if weight.format == INT8 else "int4"
             refusal = weight_quant_refusal(problem)
             found = [Candidate("npu_weight_quant_batchmatmul", refusal, storage=storage)]
-            if weight.bits == 4:
+            if weight.format == INT4:
                 found += _own(problem, target, "w4a16", storage)
     off = f"the scheme is {problem.scheme.name}, and allow_float is off"
     return [*found, Candidate(FLOAT_OP, None if allow_float else off)]
@@ -156,7 +157,7 @@ def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
     weight, activation = problem.scheme.weight, problem.scheme.activation
     if weight is None:
         return [Candidate("linear")]
-    if weight.bits == 8 and activation is not None:
+    if weight.format == INT8 and activation is not None:
         grouped = None if weight.granularity == "per_channel" else "weights must be per channel"
         return [Candidate("int8_linear", grouped or int8_linear.refusal(m, n, k))]
     if activation is not None:
@@ -164,11 +165,11 @@ def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
     rounds = "it multiplies in bfloat16, the recipe asks for float32"
     rounded = rounds if problem.precision == "float32" else _MIXED if problem.mixed else None
     fallback = Candidate("dequantized_linear")
-    if weight.bits == 8:
+    if weight.format == INT8:
         grouped = None if weight.granularity == "per_channel" else "weights must be per channel"
         refusal = rounded or grouped or int8_weight_linear.refusal(m, n, k)
         return [Candidate("int8_weight_linear", refusal), fallback]
-    if weight.bits == 4:
+    if weight.format == INT4:
         refusal = rounded or int4_linear.refusal(m, n, k, problem.group_size)
         return [Candidate("int4_linear", refusal), fallback]
     return [fallback]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from panguq.ir.number_format import INT8
 from panguq.lowering.problem import MatmulProblem, WeightFormat
 from panguq.lowering.select_kernel import DEFAULT_MIX, Choice, TokenMix, select_kernel
 from panguq.lowering.target import Target
@@ -26,7 +27,7 @@ def select_format(
     kernel is legal.
     """
     weight, activation = problem.scheme.weight, problem.scheme.activation
-    fractal = weight is not None and weight.bits == 8 and activation is not None
+    fractal = weight is not None and weight.format == INT8 and activation is not None
     formats: tuple[WeightFormat, ...] = ("ND",)
     if target.kind == "ascend" and fractal and option != "ND":
         formats = ("NZ",) if option == "NZ" else ("ND", "NZ")

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import call, replace, tensor_node
+from panguq.ir.number_format import INT1
 from panguq.ir.ops.binary import MAGNITUDES_PER_BLOCK, dequantize_binary
 from panguq.ir.ops.packing import pack_codes, packed_columns, unpack_codes
 from panguq.ir.views import QuantizedWeight
@@ -78,10 +79,10 @@ class BiLlm(SolveWeights):
 
         Raises RecipeError for schemes of more than one bit.
         """
-        if problem.spec.bits != 1:
+        if problem.spec.format != INT1:
             raise RecipeError(
                 f"billm makes 1-bit weights, and the scheme of {problem.names[0]} has "
-                f"{problem.spec.bits}",
+                f"codes of {problem.spec.format}",
                 "give its matmuls the scheme W1A16, or FLOAT",
             )
         n, k = problem.weight.shape

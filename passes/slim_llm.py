@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import call, erase_unused, replace, tensor_node
+from panguq.ir.number_format import INT1, Integer
 from panguq.ir.ops.mixed_packing import pack_mixed_codes, unpack_mixed_codes
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import QuantizedWeight
@@ -75,10 +76,10 @@ class SlimLlm(SolveWeights):
 
         Raises RecipeError for schemes of 1 or 8 bits, which have no neighbour on one side.
         """
-        if not 2 <= problem.spec.bits <= 7:
+        if not (problem.spec.is_integer and 2 <= problem.spec.bits <= 7):
             raise RecipeError(
                 f"slim-llm gives groups one bit more or less than the scheme, and the scheme of "
-                f"{problem.names[0]} has {problem.spec.bits}",
+                f"{problem.names[0]} has codes of {problem.spec.format}",
                 "take a scheme of 2 to 7 bits, such as W2A16",
             )
         chosen, held_out = (gram(part) for part in halves(problem.inputs))
@@ -134,7 +135,7 @@ class GroupFitter:
         self.group_size = group_size
         self.importance = importance.split(group_size)
         self.ratios = ratios
-        self.specs = {bits: replace_field(spec, bits=bits) for bits in range(1, 9)}
+        self.specs = {bits: replace_field(spec, format=Integer(bits)) for bits in range(1, 9)}
 
     def fit(self, group: int, weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
         """Scale bfloat16 and zero point int8 (None if symmetric) `[n]` for `weight` `[n, size]`."""
@@ -153,7 +154,7 @@ def round_to(
 ) -> tuple[Tensor, Tensor]:
     """Codes and values of weights `[..., n]` on the grids `[n]`; float32, the codes too."""
     step = scale.float()
-    if spec.bits == 1:
+    if spec.format == INT1:
         codes = torch.where(weight < 0, -1.0, 1.0)
         return codes, codes * step
     offset = 0.0 if zero_point is None else zero_point.float()

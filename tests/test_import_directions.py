@@ -43,6 +43,7 @@ ROOMS = (
     "panguq.ir.analysis panguq.ir.run panguq.ir.text",
     "panguq.ir",
     "panguq.ir.ops",
+    "panguq.ir.number_format",
     "panguq.tensors",
     "panguq.files",
     "panguq.builtin_recipes",

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from panguq.ir.edit import call, get_tensor, label, value_types
 from panguq.ir.node_meta import scheme_of
+from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput, calls, operand
 from panguq.kernels.ascend.limits import W4A8_GROUP
@@ -63,7 +64,7 @@ class AscendCalls:
         late_bias = None
         if scheme.activation is None:
             given = self._weight_only(node, rows, dtype)
-        elif scheme.weight is not None and scheme.weight.bits == 4:
+        elif scheme.weight is not None and scheme.weight.format == INT4:
             result = self._int4_codes(node, scheme, rows, dtype)
             return self._finish(node, source, result, self._bias(node, rows), rows)
         elif scheme.activation.dynamic:
@@ -120,7 +121,7 @@ class AscendCalls:
         self, node: fx.Node, rows: slice, dtype: torch.dtype, weight_format: WeightFormat
     ) -> Operands:
         given = DequantizedWeight.of(Linear.of(node).weight)
-        x, pertoken_scale = self.inputs.quantize_dynamic(node, 8)
+        x, pertoken_scale = self.inputs.quantize_dynamic(node, INT8)
         stored = self._rows(given.scale, rows).reshape(-1).float()
         name = f"{_stem(given.scale)}npu_scale{_row_name(rows)}"
         weight_scale = self.inputs.small(node, name, stored)
@@ -179,9 +180,9 @@ class AscendCalls:
         scales = self._rows(given.scale, rows).float()
         stem = _stem(given.scale)
         assert scheme.activation is not None
-        x, pertoken_scale = self.inputs.quantize_dynamic(node, scheme.activation.bits)
+        x, pertoken_scale = self.inputs.quantize_dynamic(node, scheme.activation.format)
         named: dict[str, Any] = {"output_dtype": dtype_number(dtype)}
-        if scheme.activation.bits == 4:
+        if scheme.activation.format == INT4:
             stored = self.inputs.small(
                 node, f"{stem}npu_scale{_row_name(rows)}", scales.reshape(-1)
             )

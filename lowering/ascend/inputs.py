@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import call, free_name, get_tensor, tensor_node
+from panguq.ir.number_format import INT8, NumberFormat
 from panguq.ir.views import Linear, QuantizedInput
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.vendor.dtypes import dtype_number
@@ -69,13 +70,13 @@ class AscendInputs:
             self.made[key] = (self.flat(node, codes),)
         return self.made[key][0]
 
-    def quantize_dynamic(self, node: fx.Node, bits: int) -> tuple[fx.Node, fx.Node]:
+    def quantize_dynamic(self, node: fx.Node, format: NumberFormat) -> tuple[fx.Node, fx.Node]:
         """Codes `[m, k]` (int8, or int32 of eight 4-bit codes) and float32 scales `[m]`."""
         given = QuantizedInput.of(Linear.of(node).input)
         key = (given.quantizer, "dynamic")
         if key not in self.made:
             source = given.source
-            named = {} if bits == 8 else {"dst_type": dtype_number(torch.quint4x2)}
+            named = {} if format == INT8 else {"dst_type": dtype_number(torch.quint4x2)}
             pair = call(
                 node,
                 npu.npu_dynamic_quant.default,

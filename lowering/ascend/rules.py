@@ -6,6 +6,7 @@ ops-nn on aclnnQuantMatmulV5 and aclnnWeightQuantBatchMatmulV2.
 
 from __future__ import annotations
 
+from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import Scheme
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP, W4A8_SMALLEST_REFUSED_K
 from panguq.lowering.problem import MatmulProblem
@@ -25,11 +26,11 @@ def quant_matmul_refusal(problem: MatmulProblem) -> str | None:
         return "its result is float16 or bfloat16, the model is float32"
     if not weight.symmetric:
         return "it takes no zero points of weights"
-    if weight.bits == 8:
-        if activation.bits != 8:
+    if weight.format == INT8:
+        if activation.format != INT8:
             return f"{activation.bits}-bit inputs with 8-bit weights"
         return None if weight.granularity == "per_channel" else "8-bit weights must be per channel"
-    if activation.bits == 8:
+    if activation.format == INT8:
         return _w4a8_refusal(problem)
     if weight.granularity != "per_channel":
         return "4-bit weights with 4-bit inputs must be per channel"
@@ -68,7 +69,7 @@ def weight_quant_refusal(problem: MatmulProblem) -> str | None:
         return too_large
     if problem.dtype == "float32":
         return "its inputs are float16 or bfloat16, the model is float32"
-    if weight.bits == 4 and n % WORD_CODES:
+    if weight.format == INT4 and n % WORD_CODES:
         return f"n={n} is not a multiple of {WORD_CODES}: codes are stored 8 a word"
     if weight.granularity == "per_group":
         group = problem.group_size
@@ -76,7 +77,7 @@ def weight_quant_refusal(problem: MatmulProblem) -> str | None:
             return f"group size {group} is not a multiple of {GROUP_UNIT}"
         if group > k - 1:
             return f"group size {group} is more than k - 1 = {k - 1}"
-        if problem.weight_format == "NZ" and weight.bits == 4:
+        if problem.weight_format == "NZ" and weight.format == INT4:
             if group not in (64, 128):
                 return f"group size {group}: in NZ format only 64 and 128"
             if n % 64:
@@ -109,12 +110,12 @@ def weight_quant_templates(problem: MatmulProblem) -> list[Template]:
     last = [(0, "dequantize")]
     if weight.granularity == "per_group":
         group = problem.group_size
-        if weight.bits != 4 or group not in (64, 128) or k > 13952 or k % group or n % 64:
+        if weight.format != INT4 or group not in (64, 128) or k > 13952 or k % group or n % 64:
             return last
         return [(group // 8, "msd"), *last]
     if k % 32 or n % 32:
         return last
-    largest = min(64, n // 2) if weight.bits == 4 else 64
+    largest = min(64, n // 2) if weight.format == INT4 else 64
     if problem.weight_format == "NZ" and not k % 64 and not n % 64:
         return [(largest, "msd"), (64, "dequantize"), (256, "nz_split_k"), *last]
     return [(largest, "msd"), *last]

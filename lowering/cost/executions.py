@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Literal
 
+from panguq.ir.number_format import INT4, INT8
 from panguq.lowering.ascend.rules import weight_quant_templates
 from panguq.lowering.cost.terms import ARGUMENTS, Form, Layout
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
@@ -96,9 +97,9 @@ def scheme_numbers(problem: MatmulProblem, target: Target) -> dict[str, float]:
     if weight is None:
         return _float(problem, target)
     assert activation is not None
-    if weight.bits == 8:
+    if weight.format == INT8:
         return _int8(problem)
-    if activation.bits == 8:  # 8-bit inputs as two 4-bit halves
+    if activation.format == INT8:  # 8-bit inputs as two 4-bit halves
         return _int4(problem, 2, _W4A8_SCALE_BYTES / 256)
     return _int4(problem, 1, _FLOAT32 / problem.k)
 
@@ -125,7 +126,7 @@ def _vendor_form(
     scale_bytes = _weight_only(problem)["scale_bytes"]
     if template == "msd":
         weight = problem.scheme.weight
-        if weight is not None and weight.bits == 4:
+        if weight is not None and weight.format == INT4:
             return form, _int4(problem, 3, scale_bytes)
         return form, _int8(problem) | {"x_parts": 2, "scale_bytes": scale_bytes}
     return replace(form, dequantize="vendor"), _weight_only(problem)

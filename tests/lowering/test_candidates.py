@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
 from panguq.kernels.ascend.own.tiles import legal_tiles
 from panguq.lowering.ascend.rules import fallback_names, weight_quant_templates
@@ -22,10 +23,10 @@ from panguq.lowering.candidates import (
 from panguq.lowering.targets import find_target
 
 B1, B3 = find_target("ascend910b1"), find_target("ascend910b3")
-TOKEN = QuantSpec(8, "per_token", dynamic=True)
-TOKEN_4 = QuantSpec(4, "per_token", dynamic=True)
-CHANNEL_4 = QuantSpec(4, "per_channel")
-W4A8 = Scheme("W4A8", QuantSpec(4, "per_group", group_size=256), TOKEN)
+TOKEN = QuantSpec(INT8, "per_token", dynamic=True)
+TOKEN_4 = QuantSpec(INT4, "per_token", dynamic=True)
+CHANNEL_4 = QuantSpec(INT4, "per_channel")
+W4A8 = Scheme("W4A8", QuantSpec(INT4, "per_group", group_size=256), TOKEN)
 W4A8_CHANNEL = Scheme("W4A8-per_channel", CHANNEL_4, TOKEN)
 W4A4 = Scheme("W4A4", CHANNEL_4, TOKEN_4)
 WORDS = "a word"
@@ -114,13 +115,13 @@ def test_shapes_at_the_limit_are_taken(n, k, scheme) -> None:
 
 
 def test_what_a_scheme_cannot_be() -> None:
-    grouped = Scheme("W8A8-g32", QuantSpec(8, "per_group", group_size=32), TOKEN)
+    grouped = Scheme("W8A8-g32", QuantSpec(INT8, "per_group", group_size=32), TOKEN)
     assert "must be per channel" in (scheme_refusal(problem(512, 512, grouped), B1) or "")
-    skewed = Scheme("W8A8-asym", QuantSpec(8, "per_channel", symmetric=False), TOKEN)
+    skewed = Scheme("W8A8-asym", QuantSpec(INT8, "per_channel", symmetric=False), TOKEN)
     assert "zero points" in (scheme_refusal(problem(512, 512, skewed), B1) or "")
-    group_32 = Scheme("W4A8-g32", QuantSpec(4, "per_group", group_size=32), TOKEN)
+    group_32 = Scheme("W4A8-g32", QuantSpec(INT4, "per_group", group_size=32), TOKEN)
     assert "only 256" in (scheme_refusal(problem(512, 512, group_32), B1) or "")
-    static = Scheme("W4A4-static", CHANNEL_4, QuantSpec(4, "per_tensor"))
+    static = Scheme("W4A4-static", CHANNEL_4, QuantSpec(INT4, "per_tensor"))
     assert "per token" in (scheme_refusal(problem(512, 512, static), B1) or "")
     odd = problem(512, 33, "W4A16")
     assert "divides k = 33" in (scheme_refusal(odd, B1) or "") or "odd" in str(

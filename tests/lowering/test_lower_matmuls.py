@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from panguq.errors import LoweringError
 from panguq.ir.edit import clone, find_label, label, op_name
 from panguq.ir.node_meta import annotate, scheme_of
+from panguq.ir.number_format import INT8, Integer
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.run.interpret import run, values
@@ -234,16 +235,16 @@ def test_lowered_graphs_keep_labels_schemes_and_properties() -> None:
 
 def test_two_bit_weights_with_quantized_inputs_run_dequantized() -> None:
     gm, _ = trace_tiny(OneLinear(64, 8), torch.randn(3, 64))
-    int2 = QuantSpec(2, "per_group", group_size=32)
-    token = QuantSpec(8, "per_token", dynamic=True)
+    int2 = QuantSpec(Integer(2), "per_group", group_size=32)
+    token = QuantSpec(INT8, "per_token", dynamic=True)
     annotate(linears(gm)[0], scheme=Scheme("W2A8", int2, token))
     check_lowerable(gm, find_target("cpu"), "bfloat16")
 
 
 def test_grouped_int8_weights_with_int8_activations_are_refused() -> None:
     gm, _ = trace_tiny(OneLinear(64, 8), torch.randn(3, 64))
-    grouped = QuantSpec(8, "per_group", group_size=32)
-    annotate(linears(gm)[0], scheme=Scheme("W8A8-g32", grouped, QuantSpec(8, "per_token")))
+    grouped = QuantSpec(INT8, "per_group", group_size=32)
+    annotate(linears(gm)[0], scheme=Scheme("W8A8-g32", grouped, QuantSpec(INT8, "per_token")))
     with pytest.raises(LoweringError, match="weights must be per channel"):
         check_lowerable(gm, find_target("cpu"), "bfloat16")
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panguq.errors import LoweringError
+from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme
 from panguq.lowering.candidates import MatmulProblem, cpu_candidates
 from panguq.lowering.cost.model import M, cost_us, crossover_m
@@ -179,7 +180,7 @@ def test_nothing_legal_is_an_error_with_every_reason() -> None:
 
 def test_every_candidate_has_a_cost_and_a_lowering() -> None:
     """Or the first shape that prefers it would fail."""
-    four, token = QuantSpec(4, "per_group", group_size=32), QuantSpec(8, "per_token")
+    four, token = QuantSpec(INT4, "per_group", group_size=32), QuantSpec(INT8, "per_token")
     for scheme in (*SCHEMES.values(), Scheme("W4A8", four, token)):
         for candidate in cpu_candidates(MatmulProblem(None, 64, 64, scheme)):
             if candidate.kernel != "none":

@@ -243,7 +243,7 @@ def compiled_one(k: int) -> tuple[fx.GraphModule, Solution]:
 def test_other_schemes_are_refused():
     gm, interface = trace_tiny(OneLinear(64, 10), torch.randn(3, 64))
     context = tiny_context(interface, torch.randn(50, 64))
-    with pytest.raises(RecipeError, match="the scheme of fc:linear has 2"):
+    with pytest.raises(RecipeError, match="the scheme of fc:linear has codes of int2"):
         run_passes(gm, context, "W2A16", InsertFakeQuant(), BiLlm())
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from panguq.errors import NumericsError
 from panguq.ir.edit import find_label, get_tensor, set_tensor
 from panguq.ir.node_meta import annotate, range_of
+from panguq.ir.number_format import INT8
 from panguq.ir.ops.quantize import dequantize, quantize_per_tensor
 from panguq.ir.quant_spec import SCHEMES, QuantSpec
 from panguq.ir.run.interpret import run, values
@@ -153,7 +154,7 @@ def assigned(gm: fx.GraphModule, ctx, scheme: str) -> fx.GraphModule:
 
 # --- scale and zero point -----------------------------------------------------------------------
 
-SPECS = (SCHEMES["W8A8"].activation, QuantSpec(8, "per_tensor"))
+SPECS = (SCHEMES["W8A8"].activation, QuantSpec(INT8, "per_tensor"))
 
 
 @given(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from panguq.ir.number_format import INT8
 from panguq.ir.ops.quantize import dequantize_weight, quantize_weight
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, parse_scheme
 from panguq.passes.codes.weight_scales import (
@@ -22,8 +23,8 @@ from panguq.passes.codes.weight_scales import (
 
 RATIOS = tuple(torch.linspace(1.0, 0.6, 9).tolist())
 SPECS = {name: SCHEMES[name].weight for name in ("W8A8", "W4A16", "W4A16_ASYM")}
-SPECS["W8-g32"] = QuantSpec(8, "per_group", group_size=32)
-SPECS["W8-asym"] = QuantSpec(8, "per_channel", symmetric=False)
+SPECS["W8-g32"] = QuantSpec(INT8, "per_group", group_size=32)
+SPECS["W8-asym"] = QuantSpec(INT8, "per_channel", symmetric=False)
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
@@ -187,7 +188,7 @@ def test_groups_that_do_not_divide(k, size) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_model_keeps_8_bit_scales_in_its_own_dtype(dtype) -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    spec = QuantSpec(8, "per_channel")
+    spec = QuantSpec(INT8, "per_channel")
     searched, _ = search_scale(weight, 64, spec, None, (1.0, 0.9))
     for scale in (min_max_scale(weight, 64, spec)[0], searched):
         assert scale.dtype == torch.float32
@@ -223,7 +224,7 @@ def test_a_float16_model_keeps_its_smallest_weights(scheme: str, amax: float) ->
 def test_tiny_weights_of_wide_dtypes_are_quantized_as_others(dtype: torch.dtype) -> None:
     """Powers of two change nothing but the scale."""
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    spec = QuantSpec(8, "per_channel")
+    spec = QuantSpec(INT8, "per_channel")
     scale, _ = min_max_scale(weight, 64, spec)
     tiny, _ = min_max_scale(weight * 2.0**-60, 64, spec)
     assert torch.equal(tiny, scale * 2.0**-60)

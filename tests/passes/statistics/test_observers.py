@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from panguq.ir.input_statistics import BINS, Histogram, InputStatistics
+from panguq.ir.number_format import INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec
 from panguq.passes.insert_fake_quant import affine
 from panguq.passes.statistics.observers import OBSERVERS, mean_squared_error, sqnr_db
 
 STATIC = SCHEMES["W8A8"].activation
-SYMMETRIC = QuantSpec(8, "per_tensor")
+SYMMETRIC = QuantSpec(INT8, "per_tensor")
 assert STATIC is not None
 
 

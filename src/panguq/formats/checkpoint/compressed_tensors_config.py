@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from panguq.errors import ExportError
 from panguq.formats.checkpoint.linear import QuantizedLinear
+from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import QuantSpec
 
 Format = Literal["int-quantized", "pack-quantized"]
@@ -52,7 +53,7 @@ class Group:
 def group_of(linear: QuantizedLinear) -> Group:
     """The scheme of a linear. Raises ExportError for weights with zero points or of other bits."""
     weight = linear.scheme.weight
-    if weight is None or weight.bits not in (4, 8) or not weight.symmetric:
+    if weight is None or weight.format not in (INT4, INT8) or not weight.symmetric:
         raise ExportError(
             f"{linear.path}: compressed-tensors loaders take no weights of {linear.scheme.name}",
             "choose another scheme in the recipe",

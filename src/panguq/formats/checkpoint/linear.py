@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from panguq.errors import ExportError
 from panguq.ir.edit import get_tensor
 from panguq.ir.node_meta import meta_of
+from panguq.ir.number_format import INT4
 from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
@@ -149,7 +150,7 @@ def _check_scheme(linear: QuantizedLinear, quantized: QuantizedInput | None) -> 
     weight, activation = linear.scheme.weight, linear.scheme.activation
     agrees = (
         weight is not None
-        and (weight.bits == 4) == (linear.stored.dtype == torch.uint8)
+        and (weight.format == INT4) == (linear.stored.dtype == torch.uint8)
         and weight.symmetric == (linear.weight_zero_point is None)
         and (activation is None) == (quantized is None)
         and (activation is None or activation.dynamic == (linear.input_scale is None))
