@@ -15,14 +15,16 @@ from pydantic import BaseModel, ConfigDict
 from panguq.check.ascend import ASCEND_RULES, tensor_types
 from panguq.check.compressed_tensors import COMPRESSED_TENSORS_RULES, quantized
 from panguq.check.files import FILE_RULES, CheckedFolder, Rule, open_folder
+from panguq.check.unchanged import UNCHANGED, UNCHANGED_RULES, UNKNOWN
+from panguq.files.checksums import CHECKSUMS
 from panguq.servers import READS, SERVERS, find_server
 
 Kind = Literal["ascend", "compressed-tensors", "float"]
 Verdict = Literal["takes", "refuses", "does not read this format"]
 RULES: dict[Kind, tuple[Rule, ...]] = {
-    "ascend": (*FILE_RULES, *ASCEND_RULES),
-    "compressed-tensors": (*FILE_RULES, *COMPRESSED_TENSORS_RULES),
-    "float": FILE_RULES,
+    "ascend": (*FILE_RULES, *UNCHANGED_RULES, *ASCEND_RULES),
+    "compressed-tensors": (*FILE_RULES, *UNCHANGED_RULES, *COMPRESSED_TENSORS_RULES),
+    "float": (*FILE_RULES, *UNCHANGED_RULES),
 }
 _SHOWN = 5
 
@@ -40,12 +42,16 @@ class Finding(BaseModel):
 
 
 class CheckReport(BaseModel):
-    """What a folder is, what is wrong with it, and which server will take it."""
+    """What a folder is, what is wrong with it, and which server will take it.
+
+    `has_checksums`: it lists what its files were when they were written, and they were compared.
+    """
 
     model_config = ConfigDict(frozen=True)
     path: str
     format: Kind
     types: dict[str, int]
+    has_checksums: bool
     findings: tuple[Finding, ...]
     servers: dict[str, Verdict]
 
@@ -69,6 +75,10 @@ class CheckReport(BaseModel):
             lines += [f"  {finding.tensor}: {finding.message}" for finding in found[:_SHOWN]]
             if len(found) > _SHOWN:
                 lines.append(f"  and {len(found) - _SHOWN} more")
+        if not self.has_checksums:
+            lines.append(UNKNOWN)
+        elif all(finding.rule != "changed-file" for finding in self.findings):
+            lines.append(UNCHANGED)
         asked = self.servers if server is None else {server: self.servers[find_server(server)]}
         lines += [f"{name}: {verdict}" for name, verdict in asked.items()]
         return "\n".join(lines)
@@ -88,6 +98,7 @@ def check_folder(path: str | Path) -> CheckReport:
         path=str(path),
         format=kind,
         types=_types(folder, kind),
+        has_checksums=(folder.path / CHECKSUMS).is_file(),
         findings=findings,
         servers={server: _verdict(server, kind, findings) for server in SERVERS},
     )

@@ -55,7 +55,8 @@ def assert_written(folder: Path) -> None:
 
 def test_one_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "out", FILES, outputs())
-    assert sorted(contents(tmp_path / "out")) == ["a.txt", "config.json", "model.safetensors"]
+    names = ["SHA256SUMS", "a.txt", "config.json", "model.safetensors"]
+    assert sorted(contents(tmp_path / "out")) == names
     assert_written(tmp_path / "out")
 
 

@@ -1,7 +1,8 @@
 """A checkpoint's folder: safetensors under the names that loaders look for, whole or not there.
 
 Tensors are made one at a time while they are written, so that a checkpoint needs no memory of its
-own. The folder appears under its name only when it is complete.
+own. The folder appears under its name only when it is complete; SHA256SUMS in it, which loaders
+ignore, lists the checksums of all its other files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from panguq.errors import StorageError
+from panguq.files.checksums import CHECKSUMS, checksums_text
 from panguq.files.partial_folder import check_name, partial_folder
 from panguq.files.strict_json import parse_json
 from panguq.formats.own.storage import (
@@ -81,17 +83,20 @@ def write_checkpoint(
     if len(groups) > 1:
         texts[f"{stem}.safetensors.index.json"] = _index(groups, names, tensors)
     if CONFIG in texts:
-        texts[CONFIG] = _with_files(texts[CONFIG], [*texts, *names])
+        texts[CONFIG] = _with_files(texts[CONFIG], [*texts, *names, CHECKSUMS])
     needed = sum(map(len, texts.values())) + sum(t.nbytes for t in tensors.values()) + SLACK_BYTES
     try:
         check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target, needed)
         with partial_folder(target, overwrite, _is_ours) as folder:
+            digests = {}
             for name, group in zip(names, groups, strict=True):
-                _write_safetensors(folder / name, {key: tensors[key] for key in group})
+                digests[name] = _write_safetensors(folder / name, {k: tensors[k] for k in group})
             for name in sorted(texts):
-                write_file(folder / name, [texts[name]])
+                digests[name] = write_file(folder / name, [texts[name]])["sha256"]
+            sums = {name: str(digest) for name, digest in digests.items()}
+            write_file(folder / CHECKSUMS, [checksums_text(sums)])
     except OSError as error:
         raise write_error(target, needed, error) from error
 
@@ -179,8 +184,11 @@ def _index(groups: list[list[str]], names: list[str], tensors: Mapping[str, Outp
     return json.dumps(index, indent=2).encode() + b"\n"
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Output]) -> None:
-    """Wide dtypes first, as safetensors itself writes, so that every tensor is aligned."""
+def _write_safetensors(path: Path, tensors: Mapping[str, Output]) -> int | str:
+    """Wide dtypes first, as safetensors itself writes, so that every tensor is aligned.
+
+    Returns the sha256 of the file.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -195,7 +203,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Output]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     outputs = (output for _, output in ordered)
-    write_file(path, _chunks(len(text).to_bytes(8, "little") + text, outputs))
+    return write_file(path, _chunks(len(text).to_bytes(8, "little") + text, outputs))["sha256"]
 
 
 def _chunks(header: bytes, outputs: Iterable[Output]) -> Iterator[bytes | memoryview]:
