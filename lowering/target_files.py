@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from panguq.errors import LoweringError, PanguqError
+from panguq.files.limits import TARGET_BYTES, read_limited
 from panguq.files.plain_yaml import check_plain, dump_yaml, read_yaml
 from panguq.files.strict_json import parse_json
 from panguq.lowering.target import ASCEND_UNITS, Constant, KernelCost, Target, check_target
@@ -85,7 +86,7 @@ def save_target(target: Target, path: Path) -> None:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".json" and path.is_file():
-            data = parse_json(path.read_bytes(), str(path))
+            data = parse_json(read_limited(path, TARGET_BYTES), str(path))
             check_plain(data, str(path))
         else:
             data = read_yaml(path)

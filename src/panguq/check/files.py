@@ -12,12 +12,23 @@ from torch import Tensor
 
 from panguq.check.model import ExpectedModel, expected_model
 from panguq.errors import PanguqError, StorageError
+from panguq.files.limits import (
+    CONFIG_BYTES,
+    INDEX_BYTES,
+    TOKENIZER_BYTES,
+    read_limited,
+    refuse_larger,
+)
+from panguq.files.safetensors_header import count_tensors, refuse_too_many
 from panguq.files.strict_json import parse_json
+from panguq.models.config_limits import check_sizes
 from panguq.servers import SERVERS, Server
 
 CONFIG = "config.json"
 DESCRIPTION = "quant_model_description.json"
 ALL: tuple[Server, ...] = SERVERS
+TEXTS = (".json", ".jinja", ".model", ".txt")
+"""Endings of files that a loader reads whole."""
 NOBODY: tuple[Server, ...] = ()
 
 
@@ -104,12 +115,35 @@ def open_folder(path: str | Path) -> CheckedFolder:
     if not folder.is_dir():
         raise StorageError(f"{folder}: no such folder", "give a folder with a checkpoint in it")
     found = CheckedFolder(folder)
-    found.config = _object(found, CONFIG)
+    found.config = _config(found)
     found.description = _object(found, DESCRIPTION)
     found.index = _index(found)
+    _look_at_sizes(found)
     for file in sorted(folder.glob("*.safetensors")):
         _read_header(found, file)
     return found
+
+
+def _config(folder: CheckedFolder) -> dict[str, Any] | None:
+    """config.json, unless it asks for more than any model has."""
+    config = _object(folder, CONFIG)
+    try:
+        plain = {k: v for k, v in (config or {}).items() if k != "quantization_config"}
+        check_sizes(plain, Path(CONFIG))
+    except StorageError as error:
+        folder.damaged[CONFIG] = error.message
+        return None
+    return config
+
+
+def _look_at_sizes(folder: CheckedFolder) -> None:
+    """Name what a server would read whole and is larger than any such file."""
+    for path in sorted(folder.path.iterdir()):
+        if path.suffix in TEXTS and path.is_file():
+            try:
+                refuse_larger(Path(path.name), path.stat().st_size, TOKENIZER_BYTES)
+            except StorageError as error:
+                folder.damaged.setdefault(path.name, error.message)
 
 
 def _object(folder: CheckedFolder, name: str) -> dict[str, Any] | None:
@@ -117,7 +151,8 @@ def _object(folder: CheckedFolder, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = parse_json(path.read_bytes(), name)
+        largest = CONFIG_BYTES if name == CONFIG else INDEX_BYTES
+        value = parse_json(read_limited(path, largest), name)
     except (PanguqError, OSError) as error:
         folder.damaged[name] = getattr(error, "message", str(error))
         return None
@@ -145,6 +180,7 @@ def _read_header(folder: CheckedFolder, file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        refuse_too_many(folder.path, len(folder.tensors) + count_tensors(file))
         with safe_open(str(file), framework="pt", device="cpu") as opened:
             for name in opened.keys():  # noqa: SIM118
                 part = opened.get_slice(name)
@@ -154,6 +190,8 @@ def _read_header(folder: CheckedFolder, file: Path) -> None:
                 folder.tensors[name] = info
     except (SafetensorError, OSError) as error:
         folder.damaged[file.name] = f"truncated or no safetensors file: {error}"
+    except StorageError as error:
+        folder.damaged[file.name] = error.message
 
 
 # --- rules --------------------------------------------------------------------------------------

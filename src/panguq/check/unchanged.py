@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from panguq.check.files import ALL, CheckedFolder, Hit, Rule
+from panguq.check.files import ALL, TEXTS, CheckedFolder, Hit, Rule
 from panguq.errors import StorageError
 from panguq.files.checksums import CHECKSUMS, read_checksums, sha256_of
+from panguq.files.limits import TOKENIZER_BYTES
 
 UNKNOWN = (
     f"bytes: there is no {CHECKSUMS}, as in folders of other tools: whether weights, tokenizer and "
@@ -30,8 +31,11 @@ def _changed_file(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(CHECKSUMS, "missing, and panguq wrote one: nothing here is vouched for")
         return
     for name, digest in listed.items():
+        path = folder.path / name
         try:
-            found = sha256_of(folder.path / name)
+            if path.suffix in TEXTS and path.stat().st_size > TOKENIZER_BYTES:
+                continue  # said already, and not worth the minutes
+            found = sha256_of(path)
         except (StorageError, OSError) as error:
             yield Hit(name, f"{CHECKSUMS} lists it: {_why(error)}")
             continue

@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
 from panguq.errors import StorageError
-from panguq.files.manifest import open_regular
+from panguq.files.limits import OWN_BYTES
+from panguq.files.manifest import open_regular, read_regular
 from panguq.files.strict_json import parse_json
 from panguq.ir.interface import Interface
 from panguq.tensors.safetensors_files import plan_shards
@@ -159,8 +160,7 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_bytes(path: Path) -> bytes:
     """A regular file's bytes. Raises StorageError that names it."""
     try:
-        with open_regular(path) as file:
-            return file.read()
+        return read_regular(path, OWN_BYTES)
     except StorageError as error:
         raise StorageError(error.message, COMPILE_AGAIN) from error
     except OSError as error:

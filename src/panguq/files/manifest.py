@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from panguq.errors import StorageError
+from panguq.files.limits import MANIFEST_BYTES, refuse_larger
 from panguq.files.strict_json import parse_json
 
 FORMAT = "panguq"
@@ -32,8 +33,7 @@ def manifest_text(manifest: Mapping[str, Any]) -> bytes:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, after a look at its form and its own checksum. Raises StorageError."""
-    with open_regular(path) as file:
-        data = file.read()
+    data = read_regular(path, MANIFEST_BYTES)
     manifest = parse_json(data, str(path))
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StorageError(f"{path}: not a compiled model of panguq", "check the path")
@@ -83,6 +83,13 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(handle)
         raise StorageError(f"{path}: not a regular file", SAVE_AGAIN)
     return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, largest: int) -> bytes:
+    """The bytes of a regular file. Raises StorageError for one of more than `largest`."""
+    with open_regular(path) as file:
+        refuse_larger(path, os.fstat(file.fileno()).st_size, largest, SAVE_AGAIN)
+        return file.read(largest)
 
 
 def check_file(path: Path, size: int, sha256: str | None) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from panguq.errors import InputError, StorageError
+from panguq.files.limits import INDEX_BYTES, read_limited
+from panguq.files.safetensors_header import count_tensors, refuse_too_many
 from panguq.files.strict_json import parse_json
 from panguq.tensors.safetensors_files import DTYPES
 
@@ -39,15 +41,19 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     """Every tensor of a checkpoint in safetensors. Only the index and the headers are read.
 
     Raises InputError if there are no weights; StorageError, naming the file, for a shard that is
-    missing or truncated, and for an index that says other than its shards.
+    missing or truncated, for one that lists more than any model has, and for an index that says
+    other than its shards.
     """
     if not (folder / INDEX).is_file():
-        return _tensors_in(_single_file(folder))
+        file = _single_file(folder)
+        count_tensors(file)
+        return _tensors_in(file)
     places = _places(folder / INDEX)
     files = [folder / name for name in sorted(set(places.values()))]
     for file in files:
         if not file.is_file():
             raise StorageError(f"{file}: missing, but {INDEX} names it", _AGAIN)
+    refuse_too_many(folder, sum(count_tensors(file) for file in files))
     tensors = [tensor for file in files for tensor in _tensors_in(file)]
     _check_index(folder / INDEX, places, tensors)
     return tensors
@@ -152,7 +158,7 @@ def _single_file(folder: Path) -> Path:
 
 
 def _places(index: Path) -> dict[str, str]:
-    data = parse_json(index.read_bytes(), str(index))
+    data = parse_json(read_limited(index, INDEX_BYTES, _AGAIN), str(index))
     names = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names, dict) or not all(_is_plain(name) for name in names.values()):
         raise StorageError(f"{index}: no weight_map of file names", _AGAIN)

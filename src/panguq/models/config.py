@@ -16,12 +16,11 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from panguq.errors import InputError, StorageError
+from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.strict_json import parse_json
+from panguq.models.config_limits import check_sizes
 
 logger = logging.getLogger("panguq")
-
-LARGEST_JSON = 16 << 20
-"""Bytes of a configuration file; the largest published ones have some hundred thousand."""
 
 _CHOOSES_CODE = frozenset({
     "attn_implementation", "auto_map", "custom_generate", "custom_pipelines", "distributed_config",
@@ -50,9 +49,7 @@ _UNSAFE_GENERATION = frozenset({"compile_config", "continuous_batching_config", 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises StorageError, naming the file, for anything else."""
-    if path.stat().st_size > LARGEST_JSON:
-        raise StorageError(f"{path}: larger than {LARGEST_JSON >> 20} MiB", _DAMAGED)
-    data = parse_json(path.read_bytes(), str(path))
+    data = parse_json(read_limited(path, CONFIG_BYTES, _DAMAGED), str(path))
     if not isinstance(data, dict):
         raise StorageError(f"{path}: not an object", _DAMAGED)
     return data
@@ -88,7 +85,11 @@ def build_config(data: Mapping[str, Any], path: Path) -> Any:
             path, ", ".join(left), kind.__name__.removesuffix("Config"),
         )  # fmt: skip
     try:
-        return AutoConfig.for_model(data["model_type"], **known_settings(kind, data))
+        settings = known_settings(kind, data)
+        check_sizes(settings, path)
+        return AutoConfig.for_model(data["model_type"], **settings)
+    except StorageError:
+        raise
     except Exception as error:  # each configuration class checks its values in its own way
         raise StorageError(f"{path}: {first_lines(error)}", _DAMAGED) from error
 

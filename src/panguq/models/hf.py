@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from panguq.errors import InputError, PanguqError, StorageError
+from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.strict_json import parse_json
 from panguq.models.checkpoint_files import (
     CONFIG,
@@ -25,6 +26,7 @@ from panguq.models.config import (
     read_object,
     refuse_quantized,
 )
+from panguq.models.config_limits import check_sizes
 from panguq.models.gguf.tokenizer import read_gguf_tokenizer
 from panguq.models.gguf.weights import find_gguf, gguf_config, load_gguf
 from panguq.models.load_weights import load_weights, name_groups
@@ -141,6 +143,7 @@ def _dtype_if_stored(path: Path) -> torch.dtype | None:
 
 def _gguf_config(file: Path) -> Any:
     config = gguf_config(file)
+    check_sizes(config.to_dict(), file)
     _check_causal_lm(config, file)
     return config
 
@@ -247,7 +250,7 @@ def source_tokenizer(model: Any) -> Any:
 def _resized(model: Any, folder: Path) -> bool:
     """Whether the embedding has other rows than the folder's config.json says."""
     try:
-        said = parse_json((folder / "config.json").read_bytes(), "config.json")
+        said = parse_json(read_limited(folder / CONFIG, CONFIG_BYTES), CONFIG)
         table = model.get_input_embeddings().weight
     except (OSError, StorageError, AttributeError, NotImplementedError):
         return False

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from panguq.errors import InputError
+from panguq.files.limits import CONFIG_BYTES, TOKENIZER_BYTES, refuse_larger
 
 logger = logging.getLogger("panguq")
 
 _SUFFIXES = {".json", ".jinja", ".model", ".txt"}
+_READ = _SUFFIXES | {".bpe", ".spm", ".tiktoken", ".vocab"}
 _WHERE_IT_CAME_FROM = ("is_local", "local_files_only", "name_or_path", "auto_map")
 
 
@@ -41,10 +43,11 @@ def read_tokenizer(folder: Path) -> Any:
     """The tokenizer in a local folder. Its own code, if it comes with any, is not run.
 
     Raises InputError if there is none, or none that transformers can load by itself; StorageError
-    for an openPangu tokenizer whose files are damaged.
+    for a file larger than any tokenizer's, and for an openPangu tokenizer whose files are damaged.
     """
     from transformers import AutoTokenizer
 
+    _check_sizes(folder)
     has_fast = (folder / "tokenizer.json").is_file()
     if not has_fast or importlib.util.find_spec("sentencepiece") is not None:
         from panguq.models.openpangu.tokenizer import is_openpangu_folder, read_openpangu_tokenizer
@@ -62,6 +65,13 @@ def read_tokenizer(folder: Path) -> Any:
             "put tokenizer.json there, or load the tokenizer yourself and pass tokenizer=; code "
             "that comes with a model is never run",
         ) from error
+
+
+def _check_sizes(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix in _READ:
+            largest = CONFIG_BYTES if path.name == "config.json" else TOKENIZER_BYTES
+            refuse_larger(path, path.stat().st_size, largest, "download the file again")
 
 
 def _add_fast(tokenizer: Any, files: dict[str, bytes | str], settings: dict[str, Any]) -> None:

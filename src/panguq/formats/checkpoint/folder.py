@@ -19,6 +19,7 @@ from torch import Tensor
 
 from panguq.errors import StorageError
 from panguq.files.checksums import CHECKSUMS, checksums_text
+from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.partial_folder import check_name, partial_folder
 from panguq.files.strict_json import parse_json
 from panguq.formats.own.storage import (
@@ -137,7 +138,7 @@ def _written(target: Path) -> set[str]:
     if not (target / CONFIG).is_file():
         return set()
     try:
-        config = parse_json((target / CONFIG).read_bytes(), str(target / CONFIG))
+        config = parse_json(read_limited(target / CONFIG, CONFIG_BYTES), str(target / CONFIG))
     except StorageError:
         return set()
     mark = config.get(MARK) if isinstance(config, dict) else None

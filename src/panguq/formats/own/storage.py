@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from panguq.errors import StorageError
+from panguq.files.limits import OWN_BYTES
 from panguq.files.manifest import (
     FILE_NAME,
     FORMAT,
@@ -32,10 +33,11 @@ from panguq.files.manifest import (
     VERSION,
     check_file,
     manifest_text,
-    open_regular,
     read_manifest,
+    read_regular,
 )
 from panguq.files.partial_folder import PARTIAL, check_name, partial_folder, replaced_copies
+from panguq.files.safetensors_header import count_tensors
 from panguq.files.strict_json import parse_json
 from panguq.tensors.safetensors_files import (
     Shard,
@@ -105,8 +107,7 @@ class Folder:
         """The bytes of a file. Raises StorageError if the folder has no such file."""
         if name not in self.names:
             raise StorageError(f"{self.path / name}: not in this model", SAVE_AGAIN)
-        with open_regular(self.path / name) as file:
-            return file.read()
+        return read_regular(self.path / name, OWN_BYTES)
 
     def text(self, name: str) -> str:
         """A text file."""
@@ -123,6 +124,7 @@ class Folder:
         """All weights by name, memory-mapped."""
         found: dict[str, Tensor] = {}
         for name in self.manifest["weights"]:
+            count_tensors(self.path / name)
             found |= read_mapped(self.path / name)
         for alias, name in self.manifest["aliases"].items():
             if name not in found:

@@ -19,6 +19,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from panguq.errors import StorageError
 from panguq.extras import require
+from panguq.files.limits import TOKENIZER_BYTES, read_limited
 from panguq.files.strict_json import parse_json
 from panguq.models.checkpoint_files import CONFIG, refuse_pointer
 from panguq.models.openpangu.sentencepiece_file import read_settings
@@ -88,7 +89,7 @@ def is_openpangu_folder(folder: Path) -> bool:
     """Whether a folder's tokenizer is openPangu's, with the vocabulary that it is built from."""
     if not (folder / SETTINGS).is_file() or not (folder / VOCABULARY).is_file():
         return False
-    settings = parse_json((folder / SETTINGS).read_bytes(), str(folder / SETTINGS))
+    settings = parse_json(read_limited(folder / SETTINGS, TOKENIZER_BYTES), str(folder / SETTINGS))
     return isinstance(settings, dict) and PanguTokenizer.__name__ in (
         settings.get("tokenizer_class"),
         settings.get("original_tokenizer_class"),
@@ -274,7 +275,7 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; of a missing file, none."""
     if not path.is_file():
         return {}
-    value = parse_json(path.read_bytes(), str(path))
+    value = parse_json(read_limited(path, TOKENIZER_BYTES), str(path))
     if not isinstance(value, dict):
         raise StorageError(f"{path}: not an object", _AGAIN)
     return value

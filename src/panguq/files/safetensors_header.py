@@ -1,0 +1,38 @@
+"""A look at a safetensors file's header before it is read: its length, and how much it lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from panguq.errors import StorageError
+from panguq.files.limits import HEADER_BYTES, MIB, TENSORS, TENSORS_IN_FILE
+
+_ENTRY = b'"data_offsets"'  # one of these a tensor
+_HINT = "the file is damaged or made to do harm; download it again"
+
+
+def count_tensors(path: Path) -> int:
+    """About how many tensors the file lists, at least as many as there are.
+
+    Raises StorageError if its header is longer, or lists more, than any model's; OSError.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > HEADER_BYTES:
+            raise StorageError(
+                f"{path}: its header claims {length / MIB:.0f} MiB; the largest read is "
+                f"{HEADER_BYTES // MIB} MiB",
+                _HINT,
+            )
+        count = file.read(length).count(_ENTRY)
+    if count > TENSORS_IN_FILE:
+        raise StorageError(
+            f"{path}: lists {count} tensors; the most read of one file is {TENSORS_IN_FILE}", _HINT
+        )
+    return count
+
+
+def refuse_too_many(folder: Path, count: int) -> None:
+    """Raises StorageError for more tensors than any checkpoint has, all files together."""
+    if count > TENSORS:
+        raise StorageError(f"{folder}: {count} tensors; the most read is {TENSORS}", _HINT)
