@@ -26,7 +26,8 @@ _COUNTS = (
 
 def check_sizes(settings: Mapping[str, Any], path: Path) -> None:
     """Raises StorageError, naming the key, for a number beyond what any model has."""
-    layers, experts = 0, 0
+    layers: float = 0
+    experts: float = 0
     for key, value in _numbers(settings):
         name = key.rpartition(".")[2]
         largest = next((most for word, most in _COUNTS if word.search(name)), limits.WIDTH)
