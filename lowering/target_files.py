@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +11,7 @@ from panguq.errors import LoweringError, PanguqError
 from panguq.files.limits import TARGET_BYTES, read_limited
 from panguq.files.plain_yaml import check_plain, dump_yaml, read_yaml
 from panguq.files.strict_json import parse_json
+from panguq.files.whole_file import output_file, write_file
 from panguq.lowering.target import ASCEND_UNITS, Constant, KernelCost, Target, check_target
 from panguq.suggest import did_you_mean
 
@@ -65,22 +64,9 @@ def save_target(target: Target, path: Path) -> None:
         data["constants"] = {name: asdict(c) for name, c in target.constants.items()}
     if target.kernels:
         data["kernels"] = {name: asdict(cost) for name, cost in target.kernels.items()}
-    temporary = None
-    try:
+    with output_file(path, LoweringError) as file:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(dump_yaml(data))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise LoweringError(
-            f"{path}: cannot be written: {error.strerror or error}", "choose another place"
-        ) from error
+        write_file(file, [dump_yaml(data).encode()])
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -22,7 +22,6 @@ from transformers import LlamaForCausalLM
 import panguq
 from panguq.compile_report import CompileReport
 from panguq.dumps import dump as dump_module
-from panguq.dumps import files as dump_files
 from panguq.dumps import stage_writer
 from panguq.dumps.bisect import bisect
 from panguq.dumps.reader import DumpReader
@@ -264,7 +263,7 @@ def test_folders_that_only_look_like_dumps(w8a8: Dumped, tmp_path: Path) -> None
 def test_a_full_disk_ends_the_dump_and_not_the_compile(
     dump_into: Any, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    write = dump_files.write_file
+    write = stage_writer.write_file
 
     def until_full(path: Path, chunks: Iterable[Any]) -> None:
         if "04_calibrate" in str(path) and path.name == "graph.json":

@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_shape(options: argparse.Namespace, scheme: Any, target: Any, dtype: Any) -> int:
-    from panguq.explain.files import candidates_csv, neighbours, save_heat_map, write_whole
+    from panguq.explain.files import candidates_csv, neighbours, save_heat_map
     from panguq.explain.matmul import explain, parse_shape, render
     from panguq.lowering.select_kernel import HYSTERESIS
 
@@ -120,7 +120,7 @@ def _run_shape(options: argparse.Namespace, scheme: Any, target: Any, dtype: Any
     found = explain(problem, target, allow_float=options.allow_float, hysteresis=hysteresis)
     if options.csv is not None:
         text = candidates_csv(problem, found.rows)
-        write_whole(options.csv, lambda file: file.write_text(text, encoding="utf-8"))
+        _write(options.csv, text)
     if options.heat_map is not None:
         save_heat_map(options.heat_map, problem, neighbours(problem), target)
     if options.json:
@@ -128,6 +128,13 @@ def _run_shape(options: argparse.Namespace, scheme: Any, target: Any, dtype: Any
     else:
         print(render(found))
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    from panguq.files.whole_file import output_file, write_file
+
+    with output_file(path, LoweringError) as file:
+        write_file(file, [text.encode()])
 
 
 def graph_of(folder: str | Path, scheme: Any, dtype: str) -> Any:
@@ -151,7 +158,7 @@ def graph_of(folder: str | Path, scheme: Any, dtype: str) -> Any:
 
 def _run_model(options: argparse.Namespace, scheme: Any, target: Any, dtype: str) -> int:
     quiet_transformers()
-    from panguq.explain.files import candidates_csv, save_heat_map, write_whole
+    from panguq.explain.files import candidates_csv, save_heat_map
     from panguq.explain.model import explain_model
     from panguq.explain.model_text import PUBLISHED, render
 
@@ -174,7 +181,7 @@ def _run_model(options: argparse.Namespace, scheme: Any, target: Any, dtype: str
         parts = [_candidates(n, k, scheme, dtype, target, options) for n, k in shapes]
         texts = [candidates_csv(part.problem, part.rows) for part in parts]
         lines = [text if i == 0 else text.split("\n", 1)[1] for i, text in enumerate(texts)]
-        write_whole(options.csv, lambda file: file.write_text("".join(lines), encoding="utf-8"))
+        _write(options.csv, "".join(lines))
     if options.json:
         phases = {name: {"gain": getattr(found, name).gain} for name in ("prefill", "decode")}
         data = dataclasses.asdict(found)

@@ -14,9 +14,7 @@ all. Tensors that equal those of the model's own folder are not copied.
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,6 +27,7 @@ from panguq.errors import StorageError
 from panguq.files.limits import OWN_BYTES
 from panguq.files.manifest import open_regular, read_regular
 from panguq.files.strict_json import parse_json
+from panguq.files.whole_file import whole_file, write_file
 from panguq.ir.interface import Interface
 from panguq.tensors.safetensors_files import plan_shards
 
@@ -122,24 +121,10 @@ class StageInfo(_Strict):
 # --- writing ----------------------------------------------------------------------------------
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """A new file. Raises OSError."""
-    with open(path, "xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """A file that is replaced at once: whoever reads it sees the old or the new one."""
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
+    with whole_file(path) as partial:
         write_file(partial, chunks)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterable[memoryview]:

@@ -20,12 +20,12 @@ from panguq.dumps.files import (
     StageInfo,
     copies,
     tensor_chunks,
-    write_file,
 )
 from panguq.dumps.graph_diff import graph_diff
 from panguq.dumps.text import csv_text
 from panguq.errors import StorageError
 from panguq.files.partial_folder import partial_folder
+from panguq.files.whole_file import write_file
 from panguq.ir.edit import weights_of
 from panguq.ir.text.printer import Hasher, print_graph
 from panguq.ir.text.serialize import to_text

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from panguq.errors import LoweringError
 from panguq.explain.matmul import Row
 from panguq.extras import require
+from panguq.files.whole_file import output_file
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.cost.model import Floats, total_us
@@ -111,25 +110,5 @@ def save_heat_map(
     axes.set_title(f"Predicted gain of Split-K, {problem.scheme.name}, {target.name}")
     figure.colorbar(image, ax=axes, label="time without / time with Split-K")
     figure.tight_layout()
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name, then rename it to `path`.
-
-    Raises LoweringError, naming the path, if it cannot be written.
-    """
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise LoweringError(
-            f"{path}: cannot be written: {error.strerror or error}", "choose another place"
-        ) from error
+    with output_file(path, LoweringError) as file:
+        figure.savefig(file, format="png", dpi=120)

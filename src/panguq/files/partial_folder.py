@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,6 +36,35 @@ def check_name(target: Path) -> None:
         raise StorageError(
             f"{target.name[:40]}…: a name of {len(os.fsencode(target.name))} bytes",
             f"the file system of {parent} takes {longest} bytes here; choose a shorter name",
+        )
+
+
+def is_taken(target: Path, overwrite: bool) -> bool:
+    """Whether a folder with something in it has this name, which only its writer may replace.
+
+    Raises StorageError for a place where no folder can be written at all.
+    """
+    if not target.name:
+        raise StorageError(f"{target} cannot be replaced", "name a folder in it")
+    check_name(target)
+    if not target.exists():
+        return False
+    if not overwrite:
+        raise StorageError(f"{target} already exists", "choose another, or pass overwrite=True")
+    if not target.is_dir():
+        raise StorageError(f"{target} is a file", "choose another path")
+    return any(target.iterdir())
+
+
+def check_no_more(target: Path, written: Set[str]) -> None:
+    """Refuse to replace a folder that holds what panguq has not written. Raises StorageError."""
+    others = sorted(path.name for path in target.iterdir() if path.name not in written)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise StorageError(
+            f"{target} is not overwritten: it holds {', '.join(others[:3])}{more}, which panguq "
+            "did not write",
+            "move that away, or choose another path",
         )
 
 

@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from panguq.errors import StorageError
+from panguq.files.whole_file import write_file
 from panguq.tensors.folded_weight import FoldedWeight, materialized
 
 DTYPES = {
@@ -54,10 +56,44 @@ class Shard:
         """The file's bytes in order. At most one tensor is copied at a time."""
         yield memoryview(self.header)
         for tensor in self.tensors:
-            plain = materialized(tensor)
-            flat = plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            for chunk in flat.split(_CHUNK_BYTES) if flat.numel() else ():
-                yield memoryview(chunk.numpy())
+            yield from byte_chunks(materialized(tensor))
+
+
+class Form(Protocol):
+    """A tensor, or what one will be when its turn to be written comes."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def header_of(tensors: Mapping[str, Form]) -> tuple[bytes, list[str]]:
+    """A safetensors file's bytes before its first tensor, and the names in the file's order.
+
+    Wide dtypes come first, as safetensors itself writes, so that every tensor is aligned.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        offsets = [offset, offset + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes, row by row, some MiB at a time."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for chunk in flat.split(_CHUNK_BYTES) if flat.numel() else ():
+        yield memoryview(chunk.numpy())
 
 
 def plan_shards(
@@ -113,11 +149,7 @@ def read_mapped(path: Path) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file, not forced to disk. Raises OSError."""
-    with open(path, "xb", buffering=0) as file:
-        for chunk in _shard(path.name, tensors).chunks():
-            rest = memoryview(chunk)
-            while rest:  # a disk that fills up takes a part first
-                rest = rest[file.write(rest) :]
+    write_file(path, _shard(path.name, tensors).chunks(), to_disk=False)
 
 
 def read_alone(path: Path, name: str) -> Tensor:
@@ -179,15 +211,5 @@ def _file_name(index: int, count: int) -> str:
 
 
 def _shard(name: str, tensors: Mapping[str, Tensor]) -> Shard:
-    """Wide dtypes first, as safetensors itself writes, so that every tensor is aligned."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, tensor in ordered:
-        offsets = [offset, offset + tensor.nbytes]
-        shape = list(tensor.shape)
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return Shard(name, len(text).to_bytes(8, "little") + text, tuple(t for _, t in ordered))
+    header, names = header_of(tensors)
+    return Shard(name, header, tuple(tensors[key] for key in names))

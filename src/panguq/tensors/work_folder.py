@@ -27,6 +27,7 @@ from torch import Tensor
 
 from panguq.errors import StorageError
 from panguq.files.claimed_folder import ClaimedFolder, delete, writing
+from panguq.files.whole_file import whole_file
 from panguq.tensors.safetensors_files import ALONE_BYTES, read_alone, read_mapped, write_tensors
 
 KEY = "compile.json"
@@ -106,9 +107,8 @@ class WorkFolder:
                     write_tensors(folder / f"{number}.safetensors", {name: done.tensors[name]})
                 write_tensors(folder / SMALL, small)
                 files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-                partial = folder / f"{FACTS}.partial"
-                partial.write_text(_signed({**order, "files": files}), encoding="utf-8")
-                partial.rename(folder / FACTS)
+                with whole_file(folder / FACTS) as partial:
+                    partial.write_text(_signed({**order, "files": files}), encoding="utf-8")
             except OSError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise

@@ -16,13 +16,11 @@ from onnx import TensorProto, helper
 import panguq
 from panguq.cli import main
 from panguq.errors import StorageError
-from panguq.formats.onnx import files as onnx_files
 from panguq.formats.onnx.builder import Weight
 from panguq.formats.onnx.export import export_onnx
 from panguq.formats.onnx.files import ALIGNMENT, write_onnx
 from panguq.formats.onnx.model import OnnxGraph, build
 from panguq.formats.onnx.run import OnnxModel
-from panguq.formats.own import storage
 from tests.model_shelf import shared_model, token_ids
 
 
@@ -109,7 +107,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_keeps_the_old_file(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(onnx_files.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="disk is full"):
         export_onnx(model.artifact, path, overwrite=True)
     assert files(tmp_path) == {"m.onnx": b"old"}
@@ -119,7 +117,7 @@ def test_too_little_space_is_said_before_writing(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="not enough space"):
         export_onnx(model.artifact, tmp_path / "m.onnx")
     assert files(tmp_path) == {}

@@ -331,7 +331,7 @@ def test_too_little_space_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(storage, "write_file", lambda *_: pytest.fail("it began to write"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"1\.4 MiB needed in .*, 0\.0 MiB free"):
         write_folder(tmp_path / "out", {}, {"w": torch.zeros(100_000)})
     assert list(tmp_path.iterdir()) == []
@@ -360,7 +360,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(StorageError, match=r"not enough space: 5\.8 MiB needed"):
             write_folder(disk / "out", {}, values)
         plenty = shutil.disk_usage(disk)._replace(free=1 << 40)
-        monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: plenty)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: plenty)
         with pytest.raises(StorageError, match="disk is full") as caught:
             write_folder(disk / "out", {}, values)
         assert "5.8 MiB needed in " + str(disk) in caught.value.message

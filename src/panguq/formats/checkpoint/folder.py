@@ -19,23 +19,17 @@ from torch import Tensor
 
 from panguq.errors import StorageError
 from panguq.files.checksums import CHECKSUMS, checksums_text
+from panguq.files.disk_space import SLACK_BYTES, check_space, write_error
 from panguq.files.limits import CONFIG_BYTES, read_limited
-from panguq.files.partial_folder import check_name, partial_folder
+from panguq.files.partial_folder import check_no_more, is_taken, partial_folder
 from panguq.files.strict_json import parse_json
-from panguq.formats.own.storage import (
-    SLACK_BYTES,
-    check_no_more,
-    check_space,
-    write_error,
-    write_file,
-)
-from panguq.tensors.safetensors_files import DTYPES
+from panguq.files.whole_file import write_file
+from panguq.tensors.safetensors_files import byte_chunks, header_of
 
 CONFIG = "config.json"
 MARK = "panguq"
 """The key of config.json that says who wrote a checkpoint; loaders keep and ignore it."""
 SHARD_BYTES = 5 * 10**9
-_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,8 @@ def write_checkpoint(
         with partial_folder(target, overwrite, _is_ours) as folder:
             digests = {}
             for name, group in zip(names, groups, strict=True):
-                digests[name] = _write_safetensors(folder / name, {k: tensors[k] for k in group})
+                chunks = _chunks({key: tensors[key] for key in group})
+                digests[name] = write_file(folder / name, chunks)["sha256"]
             for name in sorted(texts):
                 digests[name] = write_file(folder / name, [texts[name]])["sha256"]
             sums = {name: str(digest) for name, digest in digests.items()}
@@ -104,16 +99,7 @@ def write_checkpoint(
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a place where `write_checkpoint` would not write. Raises StorageError."""
-    if not target.name:
-        raise StorageError(f"{target} cannot be replaced", "name a folder in it")
-    check_name(target)
-    if not target.exists():
-        return
-    if not overwrite:
-        raise StorageError(f"{target} already exists", "choose another, or pass overwrite=True")
-    if not target.is_dir():
-        raise StorageError(f"{target} is a file", "choose another path")
-    if not any(target.iterdir()):
+    if not is_taken(target, overwrite):
         return
     written = _written(target)
     if not written:
@@ -185,32 +171,12 @@ def _index(groups: list[list[str]], names: list[str], tensors: Mapping[str, Outp
     return json.dumps(index, indent=2).encode() + b"\n"
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Output]) -> int | str:
-    """Wide dtypes first, as safetensors itself writes, so that every tensor is aligned.
-
-    Returns the sha256 of the file.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, output in ordered:
-        end = offset + output.nbytes
-        header[name] = {
-            "dtype": DTYPES[output.dtype],
-            "shape": list(output.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    outputs = (output for _, output in ordered)
-    return write_file(path, _chunks(len(text).to_bytes(8, "little") + text, outputs))["sha256"]
-
-
-def _chunks(header: bytes, outputs: Iterable[Output]) -> Iterator[bytes | memoryview]:
+def _chunks(tensors: Mapping[str, Output]) -> Iterator[bytes | memoryview]:
+    """A file's bytes in order. One tensor at a time is made."""
+    header, names = header_of(tensors)
     yield header
-    for output in outputs:
-        yield from _bytes_of(output)
+    for name in names:
+        yield from _bytes_of(tensors[name])
         yield b""  # the writer lets go of this tensor before the next one is made
 
 
@@ -218,6 +184,4 @@ def _bytes_of(output: Output) -> Iterator[memoryview]:
     tensor = output.make()
     assert tensor.dtype == output.dtype
     assert tuple(tensor.shape) == output.shape
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    for chunk in flat.split(_CHUNK_BYTES) if flat.numel() else ():
-        yield memoryview(chunk.numpy())
+    return byte_chunks(tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,11 @@ from onnx import TensorProto
 from torch import Tensor
 
 from panguq.errors import StorageError
+from panguq.files.disk_space import check_space, write_error
 from panguq.files.partial_folder import check_name
+from panguq.files.whole_file import write_file
 from panguq.formats.onnx.builder import Weight
 from panguq.formats.onnx.model import OnnxGraph
-from panguq.formats.own.storage import check_space, write_error
 
 INLINE_BYTES = 64 << 20  # a model of more bytes of weights keeps them in a file beside it
 SMALL_BYTES = 1 << 10  # a tensor of fewer stays in the model in any case
@@ -53,8 +54,8 @@ def write_onnx(
         path.parent.mkdir(parents=True, exist_ok=True)
         check_space(path, needed)
         if outside:
-            _write_weights(partial[1], outside)
-        _write(partial[0], [graph.model.SerializeToString()])
+            write_file(partial[1], _padded_weights(outside))
+        write_file(partial[0], [graph.model.SerializeToString()])
         _into_place(partial, [path, data], bool(outside))
     except OSError as error:
         raise write_error(path, needed, error) from error
@@ -106,20 +107,10 @@ def _bytes_of(weight: Weight) -> memoryview:
     return flat.numpy().data
 
 
-def _write_weights(path: Path, weights: Sequence[Weight]) -> None:
-    with open(path, "xb") as file:
-        for weight in weights:
-            file.write(_bytes_of(weight))
-            file.write(b"\0" * (_padded(weight.nbytes) - weight.nbytes))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write(path: Path, chunks: Sequence[bytes]) -> None:
-    with open(path, "xb") as file:
-        file.writelines(chunks)
-        file.flush()
-        os.fsync(file.fileno())
+def _padded_weights(weights: Sequence[Weight]) -> Iterator[bytes | memoryview]:
+    for weight in weights:
+        yield _bytes_of(weight)
+        yield b"\0" * (_padded(weight.nbytes) - weight.nbytes)
 
 
 def _into_place(partial: list[Path], targets: list[Path], has_data: bool) -> None:

@@ -11,11 +11,9 @@ against that, nothing that is read here is executed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from panguq.errors import StorageError
+from panguq.files.disk_space import SLACK_BYTES, check_space, write_error
 from panguq.files.limits import OWN_BYTES
 from panguq.files.manifest import (
     FILE_NAME,
@@ -36,9 +35,16 @@ from panguq.files.manifest import (
     read_manifest,
     read_regular,
 )
-from panguq.files.partial_folder import PARTIAL, check_name, partial_folder, replaced_copies
+from panguq.files.partial_folder import (
+    PARTIAL,
+    check_no_more,
+    is_taken,
+    partial_folder,
+    replaced_copies,
+)
 from panguq.files.safetensors_header import count_tensors
 from panguq.files.strict_json import parse_json
+from panguq.files.whole_file import write_file
 from panguq.tensors.safetensors_files import (
     Shard,
     file_of,
@@ -46,8 +52,6 @@ from panguq.tensors.safetensors_files import (
     plan_shards,
     read_mapped,
 )
-
-SLACK_BYTES = 1 << 20  # for the folder itself and rounding up to blocks
 
 
 def write_folder(
@@ -159,16 +163,7 @@ def read_folder(path: str | Path, verify: bool = True) -> Folder:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a place where `write_folder` would not write. Raises StorageError."""
-    if not target.name:
-        raise StorageError(f"{target} cannot be replaced", "name a folder in it")
-    check_name(target)
-    if not target.exists():
-        return
-    if not overwrite:
-        raise StorageError(f"{target} already exists", "choose another, or pass overwrite=True")
-    if not target.is_dir():
-        raise StorageError(f"{target} is a file", "choose another path")
-    if not any(target.iterdir()):
+    if not is_taken(target, overwrite):
         return
     try:
         manifest = read_manifest(target / MANIFEST)
@@ -180,61 +175,12 @@ def check_target(target: Path, overwrite: bool) -> None:
     check_no_more(target, {MANIFEST, *manifest["files"]})
 
 
-def check_no_more(target: Path, written: Set[str]) -> None:
-    """Refuse to replace a folder that holds what panguq has not written. Raises StorageError."""
-    others = sorted(path.name for path in target.iterdir() if path.name not in written)
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise StorageError(
-            f"{target} is not overwritten: it holds {', '.join(others[:3])}{more}, which panguq "
-            "did not write",
-            "move that away, or choose another path",
-        )
-
-
 def _is_model(folder: Path) -> bool:
     try:
         check_target(folder, overwrite=True)
     except StorageError:
         return False
     return (folder / MANIFEST).is_file()
-
-
-def check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise StorageError(
-            f"{target}: not enough space: {_mib(needed)} needed in {target.parent}, "
-            f"{_mib(free)} free",
-            "free some space there or choose another disk",
-        )
-
-
-def write_error(target: Path, needed: int, error: OSError) -> StorageError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(
-            f"{target}: the disk is full or a limit was reached ({error.strerror}): "
-            f"{_mib(needed)} needed in {target.parent}; nothing was kept",
-            "free some space there, raise the limit, or choose another disk",
-        )
-    return StorageError(f"{target}: cannot be written: {error}", "choose another path")
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
-
-
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "xb", buffering=0) as file:
-        for chunk in chunks:
-            digest.update(chunk)
-            rest = memoryview(chunk)
-            while rest:  # a disk that fills up takes a part first
-                written = file.write(rest)
-                rest, size = rest[written:], size + written
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _write_shard(path: Path, shard: Shard) -> dict[str, int | str]:
