@@ -16,15 +16,15 @@ else meets the scale, nothing moves, and the reason names the node.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor, fx
 
 from panguq.ir.analysis.channel_layout import UNSCALED, Layout
-from panguq.ir.analysis.channel_rules import EMBEDDING, LINEAR, NORMS, RULES, is_size, stored_weight
+from panguq.ir.analysis.channel_rules import EMBEDDING, LINEAR, NORMS, RULES, stored_weight
+from panguq.ir.analysis.walk import Blocked, GraphWalk, Stop
 from panguq.ir.edit import label, operands
 from panguq.ir.interface import Interface
 
@@ -70,18 +70,6 @@ class ScaleSite:
     consumers: tuple[Consumer, ...]
 
 
-@dataclass(frozen=True)
-class Blocked:
-    """A source whose output cannot be rescaled, and why."""
-
-    source: fx.Node
-    reason: str
-
-
-class Stop(Exception):
-    """The scale cannot move; the message says why."""
-
-
 def find_scale_sites(
     gm: fx.GraphModule, interface: Interface
 ) -> tuple[list[ScaleSite], list[Blocked]]:
@@ -109,7 +97,7 @@ Attempt = tuple[ScaleSite | None, str]
 
 
 def _attempts(gm: fx.GraphModule, interface: Interface, source: fx.Node) -> list[Attempt]:
-    whole = Walk(gm, interface)
+    whole = ScaleWalk(gm, interface)
     attempt = whole.try_from(source)
     if attempt[0] is not None or not whole.parts:
         return [attempt]
@@ -118,7 +106,7 @@ def _attempts(gm: fx.GraphModule, interface: Interface, source: fx.Node) -> list
     for part in whole.parts:
         if torch.isin(part, moved).any():  # a part of a part that has moved as a whole
             continue
-        attempts.append(Walk(gm, interface).try_from(source, part))
+        attempts.append(ScaleWalk(gm, interface).try_from(source, part))
         if attempts[-1][0] is not None:
             moved = torch.cat([moved, part])
     return attempts
@@ -130,23 +118,19 @@ def _sources(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in nodes if n.target in absorbing and stored_weight(n) is not None]
 
 
-class Walk:
+class ScaleWalk(GraphWalk[Layout]):
     """All that has to carry one source's scale, grown until every rule is satisfied.
 
-    Rules call `carry`, `absorb` and `stop`; each is asked again whenever one of the op's
-    operands or its result starts to carry the scale.
+    The state of a value is the layout of the scale on it. Rules also call `absorb`, `consume` and
+    `note_part`.
     """
 
     def __init__(self, gm: fx.GraphModule, interface: Interface) -> None:
-        self.gm = gm
-        self.cache_pairs = interface.cache_pairs()
-        self.output_names = interface.outputs
-        self.layouts: dict[fx.Node, Layout] = {}
+        super().__init__(gm, interface)
         self.consumers: dict[fx.Node, Tensor] = {}
         self.parts: list[Tensor] = []
         self.passed: set[str] = set()
         self._edits: dict[tuple[str, fx.Node], dict[tuple[int, bool], Tensor]] = defaultdict(dict)
-        self._queue: deque[fx.Node] = deque()
 
     def try_from(self, source: fx.Node, part: Tensor | None = None) -> Attempt:
         """The site that starts at `source`, or the reason why there is none.
@@ -163,8 +147,7 @@ class Walk:
             name += _spell_part(part)
         try:
             self.carry(source, Layout.last(channels, source.meta["val"].dim()))
-            while self._queue:
-                self._visit(self._queue.popleft())
+            self.finish()
             if not self.consumers:
                 raise Stop(f"no linear reads {label(source)}")
             return self._site(source, name), ""
@@ -174,22 +157,15 @@ class Walk:
 
     # --- what rules call --------------------------------------------------------------------
 
-    def layout(self, node: object) -> Layout | None:
-        """The layout of the scale on this value; None if it carries none."""
-        return self.layouts.get(node) if isinstance(node, fx.Node) else None
-
-    def carry(self, value: fx.Node, layout: Layout | None) -> None:
-        """Require that `value` is divided by the scale in this layout."""
-        if layout is None:
+    def carry(self, value: fx.Node, state: Layout | None) -> None:
+        """Require that `value` is divided by the scale in this layout. Raises Stop."""
+        if state is None:
             raise Stop(f"{label(value)} mixes the channels with other dims")
-        known = self.layouts.get(value)
-        if known is not None and not known.matches(layout):
+        known = self.states.get(value)
+        if known is not None and not known.matches(state):
             raise Stop(f"{label(value)} would need two different scales")
-        if known is not None or layout.is_unscaled:
-            return
-        self.layouts[value] = layout
-        self._queue.append(value)
-        self._queue.extend(value.users)
+        if known is None and not state.is_unscaled:
+            self.put(value, state)
 
     def carry_operand(self, reader: fx.Node, operand: object, layout: Layout) -> None:
         """Require it of an operand of `reader`; a stored tensor takes it up itself."""
@@ -221,55 +197,19 @@ class Walk:
         if not any(channels.equal(part) for part in self.parts):
             self.parts.append(channels)
 
-    def stop(self, node: fx.Node, why: str) -> NoReturn:
-        """Nothing moves: `node` is what cannot take the scale."""
-        raise Stop(f"{label(node)} {why}")
-
-    # --- the walk ---------------------------------------------------------------------------
-
-    def _visit(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self._visit_placeholder(node)
-        elif node.op == "output":
-            self._visit_output(node)
-        elif not is_size(node):
-            rule = RULES.get(node.target)
-            passes = rule.passes if rule else ()
-            refuses = rule.refuses if rule else {}
-            for position, operand in operands(node):
-                if operand in self.layouts and position not in passes:
-                    default = "cannot let a scale through" if rule else "is not homogeneous"
-                    self._refuse(operand, node, refuses.get(position, default))
-            if rule is None:
-                raise Stop(f"{label(node)} cannot absorb a scale")
-            self.passed.add(rule.through)
-            rule.apply(self, node)
-
-    def _refuse(self, value: fx.Node, reader: fx.Node, why: str) -> None:
-        also = "also " if len(value.users) > 1 else ""
-        raise Stop(f"{label(value)} is {also}read by {label(reader)}, which {why}")
-
-    def _visit_output(self, output: fx.Node) -> None:
-        """A cache may carry the scale if what continues it does; other outputs may not."""
-        past_of = {new: past for past, new in self.cache_pairs.items()}
-        results = output.args[0]
-        assert isinstance(results, (tuple, list))
-        for value, name in zip(results, self.output_names, strict=True):
-            layout = self.layout(value)
-            if layout is not None and name not in past_of:
-                raise Stop(f"{label(value)} is an output of the graph")
-            if layout is not None:
-                self.carry(self._placeholder(past_of[name]), layout)
-
-    def _visit_placeholder(self, node: fx.Node) -> None:
-        name = self.cache_pairs.get(str(node.target))
-        if name is None:
-            raise Stop(f"{label(node)} is an input of the graph")
-        results = next(reversed(self.gm.graph.nodes)).args[0]
-        self.carry(results[self.output_names.index(name)], self.layouts[node])
-
-    def _placeholder(self, name: str) -> fx.Node:
-        return next(n for n in self.gm.graph.nodes if n.op == "placeholder" and n.target == name)
+    def visit_op(self, node: fx.Node) -> None:
+        """Apply the rule of a called op. Raises Stop."""
+        rule = RULES.get(node.target)
+        passes = rule.passes if rule else ()
+        refuses = rule.refuses if rule else {}
+        for position, operand in operands(node):
+            if operand in self.states and position not in passes:
+                default = "cannot let a scale through" if rule else "is not homogeneous"
+                self.refuse(operand, node, refuses.get(position, default))
+        if rule is None:
+            self.stop(node, "cannot absorb a scale")
+        self.passed.add(rule.through)
+        rule.apply(self, node)
 
     # --- the result -------------------------------------------------------------------------
 
@@ -286,7 +226,7 @@ class Walk:
             name=name,
             channels=len(used),
             source=source,
-            values=tuple(n for n in self.gm.graph.nodes if n in self.layouts),
+            values=tuple(n for n in self.gm.graph.nodes if n in self.states),
             edits=tuple(
                 WeightEdit(e.weight, e.axis, compact(e.channel), e.multiply) for e in edits
             ),

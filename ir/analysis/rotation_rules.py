@@ -1,8 +1,9 @@
 """One rule per op: how a rotation of the last dim gets from operands to the result and back.
 
-A rule is asked whenever an operand that it lets pass, or the result, is rotated; it then requires
-of the walk what must hold of the others. Operands that a rule does not list in `passes`, and ops
-without a rule, refuse the rotation. (One table, hence one long file.)
+The walk asks a rule when the op's result is rotated, or an operand that the rule lets pass. The
+rule then tells the walk how the op's other values have to be rotated. Operands that a rule does
+not list in `passes` refuse the rotation, and so do ops without a rule. (One table, hence one long
+file.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from panguq.ir.analysis.walk import first_arguments
 from panguq.ir.edit import label
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.views import Item, argument, arguments, operand
@@ -44,18 +46,13 @@ class Turned:
 
 
 @dataclass(frozen=True)
-class Rule:
+class RotationRule:
     """What an op does to a rotation; `passes` are the operands that may be rotated, `refuses`
     says why others may not."""
 
     apply: Callable[[RotationWalk, fx.Node], None]
     passes: tuple[int, ...] = (0,)
     refuses: str = "cannot let a rotation through there"
-
-
-def _args(node: fx.Node, count: int) -> list[Any]:
-    """The first `count` positional arguments, None where the call gives fewer."""
-    return [*node.args, *[None] * count][:count]
 
 
 def _rank(node: fx.Node) -> int:
@@ -92,7 +89,7 @@ def _same(walk: RotationWalk, node: fx.Node) -> None:
 
 
 def _linear(walk: RotationWalk, node: fx.Node) -> None:
-    x, weight, bias = _args(node, 3)
+    x, weight, bias = first_arguments(node, 3)
     read, made = walk.state(x), walk.state(node)
     if not _stored(weight, 2):
         walk.stop(node, "has a weight that is not stored")
@@ -116,7 +113,7 @@ def _embedding(walk: RotationWalk, node: fx.Node) -> None:
 
 def _rms_norm(walk: RotationWalk, node: fx.Node) -> None:
     """`norm(x Q) = norm(x) Q` without its weight, which the readers multiply their columns by."""
-    x, weight = _args(node, 2)
+    x, weight = first_arguments(node, 2)
     size = _last(node)
     if not _stored(weight, 1) or size is None:
         walk.stop(node, "has a weight that is not stored")
@@ -221,14 +218,14 @@ def _spread(walk: RotationWalk, node: fx.Node) -> None:
 
 
 def _repeat_interleave(walk: RotationWalk, node: fx.Node) -> None:
-    dim = _args(node, 3)[2]
+    dim = first_arguments(node, 3)[2]
     if dim is None or dim % _rank(node) == _rank(node) - 1:
         walk.stop(node, "repeats the channels")
     _tie(walk, node, operand(node, 0))
 
 
 def _cat(walk: RotationWalk, node: fx.Node) -> None:
-    tensors, dim = _args(node, 2)
+    tensors, dim = first_arguments(node, 2)
     if (dim or 0) % _rank(node) == _rank(node) - 1:
         walk.stop(node, "puts the channels beside others")
     state = next(s for s in (walk.state(n) for n in (*tensors, node)) if s is not None)
@@ -268,7 +265,7 @@ def _part(walk: RotationWalk, node: fx.Node, whole: fx.Node, low: int, high: int
 
 
 def _slice(walk: RotationWalk, node: fx.Node) -> None:
-    x, dim, start, end, step = _args(node, 5)
+    x, dim, start, end, step = first_arguments(node, 5)
     size = _last(x)
     if (dim or 0) % _rank(node) != _rank(node) - 1 or _last(node) == size:
         _tie(walk, node, x)
@@ -280,7 +277,7 @@ def _slice(walk: RotationWalk, node: fx.Node) -> None:
 
 
 def _select(walk: RotationWalk, node: fx.Node) -> None:
-    x, dim = _args(node, 2)
+    x, dim = first_arguments(node, 2)
     if dim % _rank(x) == _rank(x) - 1:
         walk.stop(node, "takes a part of the rotated channels")
     if walk.state(x) is None:
@@ -295,7 +292,7 @@ def _split(walk: RotationWalk, node: fx.Node) -> None:
 
 def _getitem(walk: RotationWalk, node: fx.Node) -> None:
     split, index = Item.of(node).source, Item.of(node).index
-    dim = _args(split, 3)[2] or 0
+    dim = first_arguments(split, 3)[2] or 0
     if dim % _rank(node) != _rank(node) - 1:
         if walk.state(split) is None:
             walk.stop(node, "is only a part of a tensor")
@@ -305,20 +302,20 @@ def _getitem(walk: RotationWalk, node: fx.Node) -> None:
     _part(walk, node, split, sum(sizes[:-1]), sum(sizes))
 
 
-_KEEPS = Rule(_same)
-_MOVES = Rule(_reshape)
-_SPREADS = Rule(_spread)
-_SPLITS = Rule(_split)
-_ADDS = Rule(_sum, passes=(0, 1))
-_TURNS = Rule(_transpose)
-_ATTENDS = Rule(_attention, passes=(2,), refuses="would change its scores")
-_MATMUL = Rule(_matmul, passes=(1,), refuses="sums over the channels")
+_KEEPS = RotationRule(_same)
+_MOVES = RotationRule(_reshape)
+_SPREADS = RotationRule(_spread)
+_SPLITS = RotationRule(_split)
+_ADDS = RotationRule(_sum, passes=(0, 1))
+_TURNS = RotationRule(_transpose)
+_ATTENDS = RotationRule(_attention, passes=(2,), refuses="would change its scores")
+_MATMUL = RotationRule(_matmul, passes=(1,), refuses="sums over the channels")
 
-RULES: dict[Any, Rule] = {
-    panguq.rms_norm.default: Rule(_rms_norm),
-    aten.layer_norm.default: Rule(_layer_norm),
-    aten.linear.default: Rule(_linear),
-    EMBEDDING: Rule(_embedding, passes=()),
+RULES: dict[Any, RotationRule] = {
+    panguq.rms_norm.default: RotationRule(_rms_norm),
+    aten.layer_norm.default: RotationRule(_layer_norm),
+    aten.linear.default: RotationRule(_linear),
+    EMBEDDING: RotationRule(_embedding, passes=()),
     panguq.attention.default: _ATTENDS,
     aten.scaled_dot_product_attention.default: _ATTENDS,
     aten.matmul.default: _MATMUL,
@@ -336,10 +333,10 @@ RULES: dict[Any, Rule] = {
     aten.type_as.default: _KEEPS,
     aten.add.Tensor: _ADDS,
     aten.sub.Tensor: _ADDS,
-    aten.mul.Tensor: Rule(_product, passes=(0, 1)),
-    aten.div.Tensor: Rule(_quotient, refuses="divides by it"),
-    aten.mul.Scalar: Rule(_quotient),
-    aten.div.Scalar: Rule(_quotient),
+    aten.mul.Tensor: RotationRule(_product, passes=(0, 1)),
+    aten.div.Tensor: RotationRule(_quotient, refuses="divides by it"),
+    aten.mul.Scalar: RotationRule(_quotient),
+    aten.div.Scalar: RotationRule(_quotient),
     aten.reshape.default: _MOVES,
     aten.view.default: _MOVES,
     aten._unsafe_view.default: _MOVES,
@@ -349,18 +346,18 @@ RULES: dict[Any, Rule] = {
     aten.squeeze.dim: _MOVES,
     aten.transpose.int: _TURNS,
     aten.t.default: _TURNS,
-    aten.permute.default: Rule(_permute),
+    aten.permute.default: RotationRule(_permute),
     aten.expand.default: _SPREADS,
     aten.expand_as.default: _SPREADS,
     aten.broadcast_to.default: _SPREADS,
-    aten.repeat_interleave.self_int: Rule(_repeat_interleave),
-    aten.cat.default: Rule(_cat),
-    aten.index.Tensor: Rule(_index),
-    aten.slice.Tensor: Rule(_slice),
-    aten.select.int: Rule(_select),
+    aten.repeat_interleave.self_int: RotationRule(_repeat_interleave),
+    aten.cat.default: RotationRule(_cat),
+    aten.index.Tensor: RotationRule(_index),
+    aten.slice.Tensor: RotationRule(_slice),
+    aten.select.int: RotationRule(_select),
     aten.split.Tensor: _SPLITS,
     aten.split.sizes: _SPLITS,
     aten.split_with_sizes.default: _SPLITS,
     aten.chunk.default: _SPLITS,
-    operator.getitem: Rule(_getitem),
+    operator.getitem: RotationRule(_getitem),
 }

@@ -16,15 +16,14 @@ Source: Ashkboos et al., QuaRot, arXiv 2404.00456.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NoReturn
+from typing import Literal
 
 from torch import fx
 
-from panguq.ir.analysis.channel_rules import is_size
 from panguq.ir.analysis.rotation_rules import ATTENTIONS, EMBEDDING, NORMS, RULES, Turned
+from panguq.ir.analysis.walk import Blocked, GraphWalk, Stop
 from panguq.ir.edit import label, operands
 from panguq.ir.interface import Interface
 
@@ -65,28 +64,16 @@ class RotationSite:
     readers: tuple[fx.Node, ...]
 
 
-@dataclass(frozen=True)
-class Immovable:
-    """A norm's input, an embedding or an attention's result that cannot be rotated, and why."""
-
-    node: fx.Node
-    reason: str
-
-
-class Stop(Exception):
-    """The rotation cannot move; the message says why."""
-
-
 def find_rotation_sites(
     gm: fx.GraphModule, interface: Interface
-) -> tuple[list[RotationSite], list[Immovable]]:
+) -> tuple[list[RotationSite], list[Blocked]]:
     """Every place where a rotation can move, the streams first, and every one where it cannot.
 
     A stream is looked for from the input of each norm and from each embedding, a value from the
     result of each attention.
     """
     sites: list[RotationSite] = []
-    immovable: list[Immovable] = []
+    blocked: list[Blocked] = []
     starts: list[tuple[Kind, fx.Node, fx.Node]] = [
         *(("residual", n, n.args[0]) for n in gm.graph.nodes if n.target in NORMS),
         *(("residual", n, n) for n in gm.graph.nodes if n.target is EMBEDDING),
@@ -104,39 +91,33 @@ def find_rotation_sites(
             taken.update(site.values)
         else:
             reason = reason or f"{label(value)} would be rotated by two sites"
-            immovable.append(Immovable(named, reason))
-            failed.update(walk.turned)
-    return sites, immovable
+            blocked.append(Blocked(named, reason))
+            failed.update(walk.states)
+    return sites, blocked
 
 
-class RotationWalk:
+class RotationWalk(GraphWalk[Turned]):
     """All that has to be rotated with one value, grown until every rule is satisfied.
 
-    Rules call `carry`, `absorb`, `read` and `stop`; each is asked again whenever one of the op's
-    operands or its result starts to be rotated.
+    The state of a value is how it is rotated. Rules also call `absorb` and `read`.
     """
 
     def __init__(self, gm: fx.GraphModule, interface: Interface) -> None:
-        self.gm = gm
-        self.cache_pairs = interface.cache_pairs()
-        self.output_names = interface.outputs
-        self.turned: dict[fx.Node, Turned] = {}
+        super().__init__(gm, interface)
         self.turns: dict[tuple[str, fx.Node, int], Turn] = {}
         self.readers: dict[fx.Node, None] = {}
-        self._queue: deque[fx.Node] = deque()
 
     def try_from(self, kind: Kind, value: fx.Node) -> tuple[RotationSite | None, str]:
         """The site that `value` belongs to, or the reason why there is none."""
         block = int(value.meta["val"].shape[-1])
         try:
             self.carry(value, Turned(block, 0, block))
-            while self._queue:
-                self._visit(self._queue.popleft())
+            self.finish()
             if not self.readers:
                 raise Stop(f"no linear reads {label(value)}")
         except Stop as reason:
             return None, str(reason)
-        values = tuple(n for n in self.gm.graph.nodes if n in self.turned)
+        values = tuple(n for n in self.gm.graph.nodes if n in self.states)
         norms = tuple(n for n in values if n.target in NORMS)
         source = next(n for n in values if n.op == "call_function")
         turns, readers = tuple(self.turns.values()), tuple(self.readers)
@@ -144,13 +125,9 @@ class RotationWalk:
 
     # --- what rules call --------------------------------------------------------------------
 
-    def state(self, node: object) -> Turned | None:
-        """How this value is rotated; None if it is not."""
-        return self.turned.get(node) if isinstance(node, fx.Node) else None
-
     def carry(self, value: fx.Node, state: Turned) -> None:
-        """Require that `value` is rotated in this way."""
-        known = self.turned.get(value)
+        """Require that `value` is rotated in this way. Raises Stop."""
+        known = self.states.get(value)
         if known == state:
             return
         if known is not None:
@@ -160,9 +137,7 @@ class RotationWalk:
                 by = "is read by what cannot take up the weight of"
                 raise Stop(f"{label(value)} {by} {label(norm)}")
             raise Stop(f"{label(value)} would need two different rotations")
-        self.turned[value] = state
-        self._queue.append(value)
-        self._queue.extend(value.users)
+        self.put(value, state)
 
     def carry_operand(self, reader: fx.Node, operand: object, state: Turned) -> None:
         """Require it of an operand of `reader`; a stored tensor takes it up itself."""
@@ -186,51 +161,15 @@ class RotationWalk:
         self.readers[linear] = None
         self.absorb(linear, weight, 1, state)
 
-    def stop(self, node: fx.Node, why: str) -> NoReturn:
-        """Nothing moves: `node` is what cannot take the rotation."""
-        raise Stop(f"{label(node)} {why}")
-
-    # --- the walk ---------------------------------------------------------------------------
-
-    def _visit(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self._visit_placeholder(node)
-        elif node.op == "output":
-            self._visit_output(node)
-        elif not is_size(node):
-            rule = RULES.get(node.target)
-            for position, operand in operands(node):
-                if operand in self.turned and (rule is None or position not in rule.passes):
-                    self._refuse(operand, node, rule.refuses if rule else "mixes its channels")
-            if rule is None:
-                self.stop(node, "cannot take up a rotation")
-            rule.apply(self, node)
-
-    def _refuse(self, value: fx.Node, reader: fx.Node, why: str) -> None:
-        also = "also " if len(value.users) > 1 else ""
-        raise Stop(f"{label(value)} is {also}read by {label(reader)}, which {why}")
-
-    def _visit_output(self, output: fx.Node) -> None:
-        """A cache may be rotated if what continues it is; other outputs may not."""
-        past_of = {new: past for past, new in self.cache_pairs.items()}
-        results = output.args[0]
-        assert isinstance(results, (tuple, list))
-        for value, name in zip(results, self.output_names, strict=True):
-            state = self.state(value)
-            if state is not None and name not in past_of:
-                raise Stop(f"{label(value)} is an output of the graph")
-            if state is not None:
-                self.carry(self._placeholder(past_of[name]), state)
-
-    def _visit_placeholder(self, node: fx.Node) -> None:
-        name = self.cache_pairs.get(str(node.target))
-        if name is None:
-            raise Stop(f"{label(node)} is an input of the graph")
-        results = next(reversed(self.gm.graph.nodes)).args[0]
-        self.carry(results[self.output_names.index(name)], self.turned[node])
-
-    def _placeholder(self, name: str) -> fx.Node:
-        return next(n for n in self.gm.graph.nodes if n.op == "placeholder" and n.target == name)
+    def visit_op(self, node: fx.Node) -> None:
+        """Apply the rule of a called op. Raises Stop."""
+        rule = RULES.get(node.target)
+        for position, operand in operands(node):
+            if operand in self.states and (rule is None or position not in rule.passes):
+                self.refuse(operand, node, rule.refuses if rule else "mixes its channels")
+        if rule is None:
+            self.stop(node, "cannot take up a rotation")
+        rule.apply(self, node)
 
 
 def rotated_values(sites: Iterable[RotationSite]) -> set[fx.Node]:

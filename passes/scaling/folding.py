@@ -43,7 +43,7 @@ def choose_sites(
     """
     found, blocked = find_scale_sites(gm, ctx.interface)
     for item in blocked:
-        result.skip(item.source, item.reason)
+        result.skip(item.node, item.reason)
     chosen = []
     for site in found:
         if site.kind not in kinds:

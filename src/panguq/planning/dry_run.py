@@ -189,7 +189,7 @@ def _smoothing(
     sites, blocked = find_scale_sites(gm, interface)
     found = [s for s in sites if all(scheme_of(c.linear).activation for c in s.consumers)]
     counts = {kind: sum(site.kind == kind for site in found) for kind in sorted(kinds)}
-    return counts, {label(entry.source): entry.reason for entry in blocked}
+    return counts, {label(entry.node): entry.reason for entry in blocked}
 
 
 def _with_hint(error: PanguqError) -> str:

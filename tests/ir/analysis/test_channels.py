@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from panguq.ir.analysis.channel_layout import UNSCALED, Layout
-from panguq.ir.analysis.channels import Blocked, ScaleSite, find_scale_sites
+from panguq.ir.analysis.channels import ScaleSite, find_scale_sites
+from panguq.ir.analysis.walk import Blocked
 from panguq.ir.edit import clone, finish, get_tensor, label, set_tensor, weights_of
 from panguq.ir.interface import Interface
 from panguq.ir.trace import trace_causal_lm, trace_module
@@ -127,7 +128,7 @@ def assert_equal(before: Tensor, after: Tensor) -> None:
 
 
 def reason_for(found: Found, source: str) -> str:
-    return next(b.reason for b in found[1] if label(b.source) == source)
+    return next(b.reason for b in found[1] if label(b.node) == source)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -207,7 +208,7 @@ def test_fused_projections_are_tried_part_by_part() -> None:
         assert value.name.endswith(expected)
         rows = next(e for e in value.edits if e.axis == 0 and "weight" in e.weight).channel
         assert rows[rows >= 0].tolist() == list(range(value.channels))
-        reasons = [b.reason for b in blocked if b.source is value.source]
+        reasons = [b.reason for b in blocked if b.node is value.source]
         assert len(reasons) == 2 and all(r.startswith("[") for r in reasons)
 
 
@@ -395,7 +396,7 @@ def test_small_modules(case: tuple[nn.Module, list[str], dict[str, str]]) -> Non
     sites, blocked = find_scale_sites(gm, interface)
     assert [site.kind for site in sites] == kinds
     for path, reason in reasons.items():
-        given = [b.reason for b in blocked if label(b.source).startswith(f"{path}:")]
+        given = [b.reason for b in blocked if label(b.node).startswith(f"{path}:")]
         assert any(reason in text for text in given), given
     before = weights_of(gm)
     after = rescaled(gm, sites)
@@ -413,7 +414,7 @@ def test_tied_values_are_named_once() -> None:
     assert {e.weight for e in site.edits if not e.multiply} == {
         "first.weight", "first.bias", "other.weight", "other.bias", "shift",
     }  # fmt: skip
-    assert [label(b.source) for b in blocked] == ["second:linear"]
+    assert [label(b.node) for b in blocked] == ["second:linear"]
 
 
 # --- layouts ------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from panguq.ir.analysis.rotations import Immovable, RotationSite, find_rotation_sites
+from panguq.ir.analysis.rotations import RotationSite, find_rotation_sites
+from panguq.ir.analysis.walk import Blocked
 from panguq.ir.edit import label
 from tests.model_shelf import canonical, hand_written, trace_tiny
 
@@ -37,7 +38,7 @@ class Stream(nn.Module):
         return self.head(self.last_norm(stream))
 
 
-def found(module: nn.Module, *shape: int) -> tuple[list[RotationSite], list[Immovable]]:
+def found(module: nn.Module, *shape: int) -> tuple[list[RotationSite], list[Blocked]]:
     return find_rotation_sites(*trace_tiny(module, torch.randn(*(shape or (2, 3, 6)))))
 
 
