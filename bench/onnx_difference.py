@@ -19,10 +19,10 @@ import torch
 import panguq
 from demo.fetch import default_cache, fetch_calibration_text, fetch_model
 from panguq.data.calibration import token_windows
+from panguq.decibels import sqnr_db
 from panguq.evaluation import Perplexity, evaluate, logits_of
 from panguq.formats.onnx.export import export_onnx
 from panguq.formats.onnx.run import OnnxModel
-from panguq.report.local_sqnr import sqnr_db
 
 WINDOW, WINDOWS = 128, 4
 

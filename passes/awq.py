@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.ir.analysis.channels import ScaleSite
 from panguq.ir.edit import label
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import Linear
 from panguq.passes.scaling.folding import Factors
-from panguq.passes.scaling.search import SeenInput, SiteError, decibels
+from panguq.passes.scaling.search import SeenInput, SiteError
 from panguq.passes.scaling.sites import ScaleSites, chosen, left_alone
 from panguq.tensors.work_folder import Finished
 
@@ -77,8 +78,8 @@ class Awq(ScaleSites):
         return chosen(
             scale,
             power=powers[best],
-            db_before=decibels(errors[0]),
-            db_after=decibels(errors[best]),
+            db_before=-decibels(errors[0]),
+            db_after=-decibels(errors[best]),
             scale_spread=float(scale.max() / scale.min()),
         )
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import InputError, RecipeError
+from panguq.errors import RecipeError
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.input_statistics import InputStatistics, fill_state, state_of
 from panguq.ir.node_meta import annotate, is_quantized, scheme_of
@@ -17,7 +17,7 @@ from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.run.sweep import sweep
 from panguq.ir.views import Linear, by_input
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
-from panguq.passes.statistics.observers import OBSERVERS, sqnr_db
+from panguq.passes.statistics.observers import OBSERVERS, range_sqnr_db
 from panguq.tensors.work_folder import Finished
 
 
@@ -48,8 +48,8 @@ class Calibrate(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         readers = by_input(filter(is_quantized, linears(gm)))
-        if readers and not ctx.batches:
-            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        if readers:
+            ctx.require_batches()
         statistics = {
             value: InputStatistics(int(value.meta["val"].shape[-1]), _column_energy(gm, nodes))
             for value, nodes in readers.items()
@@ -83,7 +83,7 @@ class Calibrate(Pass):
             if spec is not None:
                 chosen = OBSERVERS[self.observer](seen.histogram, spec, self.percentile)
                 low, high = (f"{bound:.6g}" for bound in chosen)
-                quality = f"{sqnr_db(seen.histogram, *chosen, spec):.1f}"
+                quality = f"{range_sqnr_db(seen.histogram, *chosen, spec):.1f}"
                 for node in nodes:
                     annotate(node, input_range=chosen)
             result.changed += len(nodes)

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.passes.codes.column_solver import solve_columns
 from panguq.passes.codes.gram import cross_gram, gram, inverse_factor
@@ -112,4 +113,4 @@ class AsymmetricTarget(NamedTuple):
         if not signal > 0:
             return -300.0
         ratio = float(error / signal)
-        return 10 * math.log10(max(ratio, 1e-30)) if math.isfinite(ratio) else math.inf
+        return decibels(ratio) if math.isfinite(ratio) else math.inf

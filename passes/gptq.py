@@ -10,11 +10,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.passes.codes.column_solver import FitScale, GroupGrid, solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor, output_error
 from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
-from panguq.passes.codes.weight_scales import min_max_scale, quantize_groups, search_scale, storable
+from panguq.passes.codes.weight_scales import (
+    check_clip_search,
+    clip_ratios,
+    min_max_scale,
+    quantize_groups,
+    search_scale,
+    storable,
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,7 @@ class Gptq(SolveWeights):
             raise RecipeError(f"{self.name}: damping {self.damping} must be 0 or more", "try 0.01")
         if self.block_size < 1:
             raise RecipeError(f"{self.name}: block_size {self.block_size} must be at least 1")
-        if not 0.0 < self.smallest_ratio <= 1.0 or self.steps < 1:
-            raise RecipeError(
-                f"{self.name}: smallest_ratio {self.smallest_ratio} must lie in (0, 1] and "
-                f"steps {self.steps} be at least 1"
-            )
+        check_clip_search(self.name, self.smallest_ratio, self.steps)
 
     def solve(self, problem: WeightProblem) -> Solution:
         """The codes of GPTQ; raises NumericsError if the inputs' second moments overflow."""
@@ -131,7 +135,7 @@ class Gptq(SolveWeights):
         weight = weight.float()
         if self.clip_search:
             importance = mean_square if self.importance == "activations" else None
-            ratios = tuple(torch.linspace(1.0, self.smallest_ratio, self.steps).tolist())
+            ratios = clip_ratios(self.smallest_ratio, self.steps)
             scale, zero = search_scale(weight, problem.group_size, problem.spec, importance, ratios)
         else:
             scale, zero = min_max_scale(weight, problem.group_size, problem.spec)
@@ -151,4 +155,4 @@ def relative_errors_db(
     if not signal > 0:
         return (-300.0,) * len(candidates)
     errors = (output_error(c - weight, moments).double().sum() for c in candidates)
-    return tuple(10 * math.log10(max(float(error) / signal, 1e-30)) for error in errors)
+    return tuple(decibels(float(error) / signal) for error in errors)

@@ -15,12 +15,11 @@ from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.quant_spec import QuantSpec
 from panguq.passes.codes.gram import gram, output_error
 from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
-from panguq.passes.codes.weight_scales import scale_dtype, search_scale, storable
-from panguq.passes.gptq import Gptq
+from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype, search_scale, storable
+from panguq.passes.gptq import Gptq, relative_errors_db
 
 ROWS_AT_ONCE = 128  # so that what a step reads and writes stays in a core's cache
 WORTH_A_STEP = 1e-6  # of the largest curvature in the row: less is float32's own noise
-CLIP_RATIOS = tuple(torch.linspace(1.0, 0.6, 9).tolist())
 
 panguq = torch.ops.panguq
 
@@ -86,7 +85,7 @@ class LearnedRounding(SolveWeights):
                 learned = refit_scales(learned, problem.weight, moments)
         before, after = (output_error(g.values() - problem.weight, damped) for g in (grid, learned))
         kept = grid.replaced(after < before, learned)
-        errors = (_output_error_db(problem.weight, g.values(), hessian) for g in (grid, kept))
+        errors = relative_errors_db(problem.weight, (grid.values(), kept.values()), hessian)
         changed = float((kept.levels != grid.levels).float().mean())
         return Solution(kept.codes(), kept.scale, first.zero_point, notes=(*errors, changed))
 
@@ -94,7 +93,7 @@ class LearnedRounding(SolveWeights):
         if self.start == "gptq":
             return Gptq(damping=self.damping).solve(problem)
         spec, size = problem.spec, problem.group_size
-        scale, zero = search_scale(problem.weight, size, spec, hessian.diagonal(), CLIP_RATIOS)
+        scale, zero = search_scale(problem.weight, size, spec, hessian.diagonal(), clip_ratios())
         scale = storable(scale, problem.dtype, above=True)
         codes = panguq.quantize_weight(
             problem.weight, scale, zero, size, spec.quant_min, spec.quant_max
@@ -233,11 +232,3 @@ def refit_scales(grid: Grid, weight: Tensor, moments: Tensor) -> Grid:
 def _spread(per_group: Tensor, size: int) -> Tensor:
     """`[n, groups]` for each input of its group, `[n, k]`."""
     return per_group.repeat_interleave(size, dim=1)
-
-
-def _output_error_db(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
-    """10 log10 of the squared output error over the squared output, -300 for nothing."""
-    moments = hessian.float()
-    error = float(output_error(values - weight, moments).double().sum())
-    signal = float(output_error(weight, moments).double().sum())
-    return 10 * math.log10(max(error / signal, 1e-30)) if signal > 0 else -300.0

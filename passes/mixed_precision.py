@@ -19,7 +19,7 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
 from panguq.ir.views import Linear, by_input
 from panguq.passes.assign_schemes import gives_logits
-from panguq.passes.codes.weight_scales import scale_dtype
+from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype
 from panguq.passes.pipeline.base import (
     GRADIENT_SWEEPS,
     MatmulRules,
@@ -30,7 +30,6 @@ from panguq.passes.pipeline.base import (
     linears,
 )
 from panguq.passes.pipeline.module_globs import check_globs
-from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.statistics.allocate import Allocation, Budget, allocate
 from panguq.passes.statistics.sensitivity import measure
 from panguq.tensors.work_folder import Finished
@@ -192,7 +191,7 @@ class MixedPrecision(Pass):
         """The expected KL of each group's schemes; a compile that was killed measures once."""
 
         def compute() -> Finished:
-            ratios = QuantizeWeights(steps=self.clip_steps).ratios()
+            ratios = clip_ratios(steps=self.clip_steps)
             found = measure(gm, ctx, options, ratios)
             every = [kl for group in options for kl in found[group]]
             return Finished({"kl": torch.tensor(every, dtype=torch.float64)})

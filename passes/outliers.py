@@ -17,7 +17,7 @@ from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.views import Linear, by_input
 from panguq.passes.calibrate import static_spec
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, Table, linears
-from panguq.passes.statistics.observers import sqnr_db
+from panguq.passes.statistics.observers import range_sqnr_db
 
 aten = torch.ops.aten
 
@@ -102,7 +102,7 @@ class Outliers(Pass):
             if spec is not None:
                 histogram = statistics_of(nodes[0]).histogram
                 low, high = range_of(nodes[0])
-                quality = sqnr_db(histogram, low, high, spec)
+                quality = range_sqnr_db(histogram, low, high, spec)
                 ranked.append((quality, value, nodes))
         ranked.sort(key=lambda entry: entry[0])
         quantized = [n for n in linears(gm) if not scheme_of(n).is_float]

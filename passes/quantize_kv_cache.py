@@ -147,8 +147,8 @@ def channel_scale(amax: Tensor) -> Tensor:
 
 def _observe(gm: fx.GraphModule, ctx: PassContext, static: list[Cached]) -> dict[fx.Node, Tensor]:
     """The largest magnitude of every new key and value over all tokens, `[heads, d]` each."""
-    if static and not ctx.batches:
-        raise InputError("there is no calibration data", "give calibration=, or a text file")
+    if static:
+        ctx.require_batches()
     seen: dict[fx.Node, Tensor] = {}
 
     def observe(node: fx.Node, value: Tensor) -> None:

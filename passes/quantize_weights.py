@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -10,14 +9,19 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import RecipeError
+from panguq.decibels import decibels
 from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.ir.node_meta import statistics_of, weight_spec_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import QuantizedWeight, matmul_of
 from panguq.passes.codes.stored_codes import codes_name, packed_codes, read_packed
-from panguq.passes.codes.weight_scales import quantize_groups, search_scale
+from panguq.passes.codes.weight_scales import (
+    check_clip_search,
+    clip_ratios,
+    quantize_groups,
+    search_scale,
+)
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.row_slices import row_slices
@@ -56,11 +60,7 @@ class QuantizeWeights(Pass):
     steps: int = 9
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.smallest_ratio <= 1.0 or self.steps < 1:
-            raise RecipeError(
-                f"quantize-weights: smallest_ratio {self.smallest_ratio} must lie in (0, 1] and "
-                f"steps {self.steps} be at least 1"
-            )
+        check_clip_search(self.name, self.smallest_ratio, self.steps)
 
     @property
     def needs_statistics(self) -> bool:
@@ -70,12 +70,6 @@ class QuantizeWeights(Pass):
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """Statistics of the inputs, if the search weighs errors by them."""
         return self.requires | ({Property.STATISTICS} if self.needs_statistics else set())
-
-    def ratios(self) -> tuple[float, ...]:
-        """The clip ratios of the search, 1 first."""
-        if self.steps == 1:
-            return (1.0,)
-        return tuple(torch.linspace(1.0, self.smallest_ratio, self.steps).tolist())
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
@@ -137,7 +131,8 @@ class QuantizeWeights(Pass):
             plain = step = scale[rows]
             offset = None if zero is None else zero[rows]
             if self.clip_search:
-                step, offset = search_scale(some, group_size, spec, importance, self.ratios())
+                ratios = clip_ratios(self.smallest_ratio, self.steps)
+                step, offset = search_scale(some, group_size, spec, importance, ratios)
             limits = (group_size, spec.quant_min, spec.quant_max)
             codes[rows] = panguq.quantize_weight(some, step, offset, *limits)
             groups = some.float().reshape(len(some), -1, group_size)
@@ -148,6 +143,6 @@ class QuantizeWeights(Pass):
             steps[rows] = step
             if zeros is not None and offset is not None:
                 zeros[rows] = offset
-        sqnr_db = 10 * math.log10(max(signal / max(noise, 1e-30), 1e-30))
+        sqnr_db = decibels(signal / max(noise, 1e-30))
         share = clipped / max(scale.numel(), 1)
         return Rounded(codes, steps, zeros, share, sqnr_db)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
@@ -11,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.ir.edit import call, erase_unused, replace, tensor_node
 from panguq.ir.number_format import INT1, Integer
@@ -21,7 +21,12 @@ from panguq.passes.codes.column_solver import solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor, output_error
 from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
 from panguq.passes.codes.stored_codes import set_grid, stem_of
-from panguq.passes.codes.weight_scales import SMALLEST_SCALE, search_scale
+from panguq.passes.codes.weight_scales import (
+    SMALLEST_SCALE,
+    check_clip_search,
+    clip_ratios,
+    search_scale,
+)
 from panguq.tensors.weight_store import WeightStore
 
 SCALE_DTYPE = torch.bfloat16  # for every width: the scales of a weight are one tensor
@@ -65,11 +70,9 @@ class SlimLlm(SolveWeights):
     least_gain_db: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.smallest_ratio <= 1.0 or self.steps < 1 or self.damping < 0:
-            raise RecipeError(
-                f"slim-llm: smallest_ratio {self.smallest_ratio} must lie in (0, 1], steps "
-                f"{self.steps} be at least 1 and damping {self.damping} at least 0"
-            )
+        check_clip_search(self.name, self.smallest_ratio, self.steps)
+        if self.damping < 0:
+            raise RecipeError(f"slim-llm: damping {self.damping} must be 0 or more", "try 0.01")
 
     def solve(self, problem: WeightProblem) -> Solution:
         """Codes int8 `[n, k]`, scales, zero points, and the bits of groups, uint8 `[groups]`.
@@ -94,7 +97,7 @@ class SlimLlm(SolveWeights):
         return Solution(codes, scale, zero, shared={"bits": bits}, notes=notes)
 
     def _loop(self, problem: WeightProblem, hessian: Tensor) -> MixedLoop:
-        ratios = tuple(torch.linspace(1.0, self.smallest_ratio, self.steps).tolist())
+        ratios = clip_ratios(self.smallest_ratio, self.steps)
         return MixedLoop(problem, hessian, self.damping, self.act_order, ratios)
 
     def store(
@@ -231,7 +234,7 @@ def allocate_bits(
         if found >= least * 10 ** (-least_gain_db / 10):
             break
         bits, least = moved, found
-    return bits, 10 * math.log10(max(least, 1e-30) / uniform) if uniform > 0 else 0.0
+    return bits, decibels(max(least, 1e-30) / uniform) if uniform > 0 else 0.0
 
 
 def column_order(mean_square: Tensor, group_size: int, falling: bool) -> Tensor:

@@ -9,13 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.ir.analysis.channels import ScaleSite
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import Linear
 from panguq.passes.scaling.folding import Factors, check_kinds
-from panguq.passes.scaling.search import SeenInput, SiteError, decibels
+from panguq.passes.scaling.search import SeenInput, SiteError
 from panguq.passes.scaling.sites import ScaleSites, chosen, left_alone
 from panguq.tensors.work_folder import Finished
 
@@ -136,7 +137,7 @@ def _search(
     if best is not None:
         near = (best[1] - 0.05, best[1] + 0.05)
         try_all([(best[0], alpha) for alpha in near if 0 <= alpha <= 1])
-    return best, decibels(before), decibels(least)
+    return best, -decibels(before), -decibels(least)
 
 
 def _sizes(

@@ -72,8 +72,7 @@ class TuneScales(Pass):
         scales = _tunable(gm, result)
         if not scales:
             return result
-        if not ctx.batches:
-            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        ctx.require_batches()
         if ctx.reference is None:
             raise InputError("tune-scales needs the float model beside the quantized one")
         batches = [scored_batch(batch, gm) for batch in ctx.batches]

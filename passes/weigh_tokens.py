@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import InputError, RecipeError
+from panguq.errors import RecipeError
 from panguq.ir.edit import label
 from panguq.ir.node_meta import annotate, is_quantized
 from panguq.ir.properties import Property
@@ -64,8 +64,8 @@ class WeighTokens(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
         readers = by_input(filter(is_quantized, linears(gm)))
-        if readers and not ctx.batches:
-            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        if readers:
+            ctx.require_batches()
         rows = []
         found = self._measured(gm, ctx, readers) if readers else {}
         for value, nodes in readers.items():

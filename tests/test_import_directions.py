@@ -48,7 +48,7 @@ ROOMS = (
     "panguq.files",
     "panguq.builtin_recipes",
     "panguq.compile_report",
-    "panguq.extras panguq.versions panguq.suggest",
+    "panguq.decibels panguq.extras panguq.versions panguq.suggest",
     "panguq.errors",
 )
 """From the top down. A module belongs to the longest name that it begins with."""

@@ -13,8 +13,8 @@ import torch
 
 import panguq
 from panguq.data.calibration import token_windows
+from panguq.decibels import sqnr_db
 from panguq.evaluation import evaluate, logits_of, weight_figures
-from panguq.report.local_sqnr import sqnr_db
 from tests import smollm2
 from tests.formats.onnx.onnx_values import perplexities_with_onnx
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import InputError
+from panguq.decibels import decibels
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.node_meta import meta_of, weight_spec_of
 from panguq.ir.properties import Property
@@ -109,8 +109,8 @@ class SolveWeights(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
         groups = _weights_by_input(gm, result)
-        if groups and not ctx.batches:
-            raise InputError("there is no calibration data", "give calibration=, or a text file")
+        if groups:
+            ctx.require_batches()
         solved: list[tuple[fx.Node, Solution]] = []
         rows: list[tuple[object, ...]] = []
         pauses = {
@@ -236,5 +236,4 @@ def _alike(matmuls: list[fx.Node]) -> list[list[fx.Node]]:
 
 def _sqnr_db(weight: Tensor, quantized: Tensor) -> float:
     noise = (quantized.float() - weight.float()).square().sum()
-    ratio = weight.float().square().sum() / noise.clamp_min(1e-30)
-    return float(10 * torch.log10(ratio.clamp_min(1e-30)))
+    return decibels(float(weight.float().square().sum() / noise.clamp_min(1e-30)))

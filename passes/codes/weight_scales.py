@@ -7,11 +7,26 @@ import itertools
 import torch
 from torch import Tensor
 
+from panguq.errors import RecipeError
 from panguq.ir.quant_spec import QuantSpec
 from panguq.tensors.row_slices import row_slices
 
 SMALLEST_SCALE = 1e-30  # a smaller one is of a group without weights, and stands as
 EMPTY_SCALE = 1e-10
+
+
+def clip_ratios(smallest_ratio: float = 0.6, steps: int = 9) -> tuple[float, ...]:
+    """What a clip search multiplies each group's range by: `steps` ratios from 1 down."""
+    return tuple(torch.linspace(1.0, smallest_ratio, steps).tolist())
+
+
+def check_clip_search(owner: str, smallest_ratio: float, steps: int) -> None:
+    """Raises RecipeError, naming the pass `owner`, for options that make no `clip_ratios`."""
+    if not 0.0 < smallest_ratio <= 1.0 or steps < 1:
+        raise RecipeError(
+            f"{owner}: smallest_ratio {smallest_ratio} must lie in (0, 1] and "
+            f"steps {steps} be at least 1"
+        )
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:

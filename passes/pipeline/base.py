@@ -115,6 +115,11 @@ class PassContext:
         """
         return self.store.once(f"{self.pass_label}/{unit}", compute)
 
+    def require_batches(self) -> None:
+        """Raises InputError if there is no calibration data; for passes that found use for it."""
+        if not self.batches:
+            raise InputError("there is no calibration data", "give calibration=, or a text file")
+
     def generator(self) -> torch.Generator:
         """A fresh random generator with the compile's seed."""
         return torch.Generator().manual_seed(self.seed)

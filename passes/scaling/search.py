@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -189,8 +188,3 @@ class SiteError:
             noise = error(so_far * columns)
             total += noise / max(error.signal, 1e-30)
         return total / len(self.parts)
-
-
-def decibels(error: float) -> float:
-    """Signal to noise in dB from noise over signal."""
-    return -10 * math.log10(max(error, 1e-30))

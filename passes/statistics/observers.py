@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from panguq.decibels import decibels
 from panguq.ir.input_statistics import BINS, Histogram
 from panguq.ir.quant_spec import QuantSpec
 
@@ -52,11 +53,11 @@ def mean_squared_error(histogram: Histogram, low: float, high: float, spec: Quan
     return float((error * histogram.counts).sum() / histogram.counts.sum())
 
 
-def sqnr_db(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+def range_sqnr_db(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
     """Signal to quantization noise of the histogram's values on [low, high], in dB."""
     signal = float((histogram.centers.square() * histogram.counts).sum() / histogram.counts.sum())
     noise = mean_squared_error(histogram, low, high, spec)
-    return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
+    return decibels(max(signal, 1e-30) / max(noise, 1e-30))
 
 
 def least_squares(histogram: Histogram, spec: QuantSpec, percentile: float) -> Range:

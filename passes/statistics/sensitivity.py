@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from panguq.errors import InputError
 from panguq.ir.edit import get_tensor
 from panguq.ir.input_statistics import InputStatistics
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
@@ -93,8 +92,7 @@ def measure(
     the KL: half the squared error over the mean square. Raises InputError without calibration
     data and NumericsError for values that are not finite.
     """
-    if not ctx.batches:
-        raise InputError("there is no calibration data", "give calibration=, or a text file")
+    ctx.require_batches()
     group_of = {node: group for group in choices for node in group}
     result = {group: [0.0] * len(schemes) for group, schemes in choices.items()}
     score = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())

@@ -19,7 +19,7 @@ from panguq.ir.run.interpret import run
 from panguq.passes.codes.column_solver import GroupGrid, solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor, output_error
 from panguq.passes.codes.solve_weights import Solution, WeightProblem
-from panguq.passes.codes.weight_scales import min_max_scale, search_scale
+from panguq.passes.codes.weight_scales import clip_ratios, min_max_scale, search_scale
 from panguq.passes.gptq import Gptq, relative_errors_db
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from tests.model_shelf import OneLinear, run_passes, tiny_context, trace_tiny
@@ -98,7 +98,7 @@ def slow_fit(
 ) -> tuple[Tensor, Tensor | None]:
     if not step.clip_search:
         return min_max_scale(weight, size, given.spec)
-    ratios = tuple(torch.linspace(1.0, step.smallest_ratio, step.steps).tolist())
+    ratios = clip_ratios(step.smallest_ratio, step.steps)
     return search_scale(weight, size, given.spec, importance, ratios)
 
 

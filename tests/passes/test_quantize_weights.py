@@ -13,7 +13,7 @@ from panguq.ir.ops.packing import unpack_int4
 from panguq.ir.run.interpret import run, values
 from panguq.ir.text.printer import print_graph
 from panguq.passes.calibrate import Calibrate
-from panguq.passes.codes.weight_scales import search_scale
+from panguq.passes.codes.weight_scales import clip_ratios, search_scale
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights
 from tests.model_shelf import OneLinear, run_passes, tiny_context, trace_tiny
@@ -97,14 +97,13 @@ def test_a_group_size_that_does_not_divide() -> None:
 
 def test_the_search_weighs_by_activations() -> None:
     gm = quantized("W4A16", QuantizeWeights(clip_search=True))
-    step = QuantizeWeights(clip_search=True)
     matmul = find_label(gm, "fc:linear")
     statistics, spec = statistics_of(matmul), scheme_of(matmul).weight
     weight = OneLinear(128, 5).fc.weight.detach()
-    wanted, _ = search_scale(weight, 128, spec, statistics.mean_square, step.ratios())
+    wanted, _ = search_scale(weight, 128, spec, statistics.mean_square, clip_ratios())
     assert torch.equal(weights_of(gm)["fc.weight_scale"], wanted)
     plain = quantized("W4A16", QuantizeWeights(clip_search=True, importance="none"))
-    unweighted, _ = search_scale(weight, 128, spec, None, step.ratios())
+    unweighted, _ = search_scale(weight, 128, spec, None, clip_ratios())
     assert torch.equal(weights_of(plain)["fc.weight_scale"], unweighted)
 
 
@@ -155,5 +154,5 @@ def test_wrong_options_are_refused(options) -> None:
 
 
 def test_the_grid_of_ratios() -> None:
-    assert QuantizeWeights(steps=1).ratios() == (1.0,)
-    assert QuantizeWeights(steps=3, smallest_ratio=0.5).ratios() == (1.0, 0.75, 0.5)
+    assert clip_ratios(steps=1) == (1.0,)
+    assert clip_ratios(smallest_ratio=0.5, steps=3) == (1.0, 0.75, 0.5)

@@ -10,12 +10,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx
 
+from panguq.decibels import finite, spelled
 from panguq.dumps.reader import DumpReader
-from panguq.dumps.replay import decibels, probe_for, reference_stage
+from panguq.dumps.replay import probe_for, reference_stage
 from panguq.dumps.stage_checks import exact_faults, float_values, lossy_quality
 from panguq.errors import StorageError
 from panguq.ir.run import interpret
-from panguq.report.local_sqnr import finite
 
 Verdict = Literal["clean", "below_floor", "largest_drop", "not_exact", "float_not_finite"]
 
@@ -59,7 +59,7 @@ class BisectResult(BaseModel):
         for entry in self.stages:
             found = entry.note or ("exact" if entry.exact else "equal to the float graph")
             if entry.worst_db is not None and entry.worst_db < 999.0:
-                found = f"worst {decibels(entry.worst_db)}: {entry.worst_node}"
+                found = f"worst {spelled(entry.worst_db)}: {entry.worst_node}"
             lines.append(f"{entry.stage:<{width}}  {found}")
         return "\n".join(lines) + "\n"
 
@@ -212,5 +212,5 @@ def _noise(db: float) -> float:
 
 
 def _change(result: BisectResult) -> str:
-    before = decibels(result.before_db if result.before_db is not None else 999.0)
-    return f"{before} before, {decibels(result.db or 0.0)} after"
+    before = spelled(result.before_db if result.before_db is not None else 999.0)
+    return f"{before} before, {spelled(result.db or 0.0)} after"

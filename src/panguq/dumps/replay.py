@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx
 
 from panguq.data.inputs import prepare, takes_empty_mask
+from panguq.decibels import finite, spelled, sqnr_db
 from panguq.dumps.reader import FAILED, DumpReader
 from panguq.dumps.rerun import rerun_failed
 from panguq.ir.run import interpret
-from panguq.report.local_sqnr import finite, sqnr_db
 
 TOP = 5
 
@@ -53,7 +53,7 @@ class RunResult(BaseModel):
         if self.probe_tokens is not None:
             lines[0] += f", on {self.probe_tokens} tokens"
         lines += [f"note              {self.note}"] if self.note else []
-        lines.append(f"output SQNR       {decibels(self.output_sqnr_db)}")
+        lines.append(f"output SQNR       {spelled(self.output_sqnr_db)}")
         if self.kl is not None:
             lines.append(f"KL divergence     {self.kl:.4g} nats a token")
         if self.top1 is not None:
@@ -64,13 +64,6 @@ class RunResult(BaseModel):
             listed = ", ".join(f"{g.token_id} ({g.probability:.1%})" for g in guesses)
             lines += [f"{name + 'next token':<18}{listed}"] if guesses else []
         return "\n".join(lines) + "\n"
-
-
-def decibels(db: float) -> str:
-    """`31.2 dB`, in words where two values are equal or one is not finite."""
-    if db >= 999.0:
-        return "equal"
-    return "not finite" if db <= -999.0 else f"{db:.1f} dB"
 
 
 def run_stage(reader: DumpReader, limit: str | None = None) -> RunResult:

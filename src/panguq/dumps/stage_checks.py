@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.decibels import sqnr_db
 from panguq.dumps.files import SiteInfo
 from panguq.ir.edit import ancestors, find_label, get_tensor, label
 from panguq.ir.run import interpret
 from panguq.ir.run.equivalence import TOLERANCE_IN_EPSILONS, evaluate
-from panguq.report.local_sqnr import sqnr_db
 
 
 def computed(gm: fx.GraphModule) -> list[fx.Node]:

@@ -81,9 +81,7 @@ def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> 
     quantized = sum(_size(n) for n in linears(gm) if not scheme_of(n).is_float)
     weights = sum(_size(n) for n in linears(gm))
     sweeps = sum(p.sweeps for p in passes) if quantized else 0.0
-    ratios = sum(
-        len(p.ratios()) for p in passes if isinstance(p, QuantizeWeights) and p.clip_search
-    )
+    ratios = sum(p.steps for p in passes if isinstance(p, QuantizeWeights) and p.clip_search)
     mac_per_s = CPU.kernels["linear"].gmac_per_s * 1e9
     sweep_s = tokens * quantized / mac_per_s
     solvers = sum(isinstance(p, SolveWeights) for p in passes)

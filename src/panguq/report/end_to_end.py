@@ -14,13 +14,13 @@ from torch import Tensor, fx
 
 from panguq.compile_report import EndToEnd
 from panguq.data.inputs import prepare, takes_empty_mask
+from panguq.decibels import finite, ratio_db, sqnr_db
 from panguq.errors import LoweringError, NumericsError, PanguqError
 from panguq.evaluation import Divergence, TopOne
 from panguq.ir.edit import label
 from panguq.ir.interface import Interface
 from panguq.ir.run import interpret
 from panguq.ir.views import results_of
-from panguq.report.local_sqnr import finite, ratio_db, sqnr_db
 
 ROWS, TOKENS, FEW = 4, 64, 16
 LOGITS = 1 << 22

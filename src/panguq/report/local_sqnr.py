@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from panguq.decibels import sqnr_db
 from panguq.ir.edit import ancestors, label
 from panguq.ir.run import interpret
 from panguq.ir.views import Linear
@@ -22,27 +22,6 @@ class MatmulReference:
     input_label: str
     input: Tensor
     output: Tensor
-
-
-def sqnr_db(reference: Tensor, actual: Tensor) -> float:
-    """10 log10 of signal power over noise power; inf if equal, -inf if not finite."""
-    signal = reference.double().square().sum().item()
-    noise = (reference.double() - actual.double()).square().sum().item()
-    return ratio_db(signal, noise)
-
-
-def ratio_db(signal: float, noise: float) -> float:
-    """10 log10 of two powers; inf without noise, -inf if it is not finite."""
-    if not math.isfinite(noise):
-        return -math.inf
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(max(signal, 1e-300) / noise)
-
-
-def finite(db: float) -> float:
-    """JSON knows no infinity: an exact result (inf) and a broken one (-inf) become +-999 dB."""
-    return round(max(min(db, 999.0), -999.0), 2) if not math.isnan(db) else -999.0
 
 
 def matmul_references(

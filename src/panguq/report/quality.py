@@ -15,6 +15,7 @@ from panguq.compile_report import (
     MatmulSummary,
     PassSummary,
 )
+from panguq.decibels import finite
 from panguq.errors import PanguqError
 from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.node_meta import meta_of, scheme_of
@@ -23,7 +24,7 @@ from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.pipeline.base import Pass, PassContext
 from panguq.passes.pipeline.runner import PassRecord
 from panguq.report.end_to_end import Graphs, Outcome, check_end_to_end, other_kernel
-from panguq.report.local_sqnr import MatmulReference, finite, local_sqnr, matmul_references
+from panguq.report.local_sqnr import MatmulReference, local_sqnr, matmul_references
 
 aten = torch.ops.aten
 POOR_DB = 5.0

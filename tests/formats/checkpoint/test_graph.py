@@ -13,11 +13,11 @@ import transformers
 from torch import nn
 
 import panguq
+from panguq.decibels import sqnr_db
 from panguq.errors import ExportError
 from panguq.formats.checkpoint.graph import FAKE_QUANT, CheckpointGraph, read_checkpoint_graph
 from panguq.ir.edit import call, clone, tensor_node
 from panguq.ir.node_meta import annotate, meta_of
-from panguq.report.local_sqnr import sqnr_db
 from tests.model_shelf import CONFIGS, shared_model, token_ids
 
 WITH_LINEARS = ("llama", "qwen2", "openpangu", "opt")

@@ -10,11 +10,11 @@ import onnx
 import torch
 from torch import Tensor, fx
 
+from panguq.decibels import sqnr_db
 from panguq.evaluation import Perplexity, evaluate, logits_of
 from panguq.formats.onnx.run import OnnxModel
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.interface import Interface
-from panguq.report.local_sqnr import sqnr_db
 
 
 def all_values(path: Path, interface: Interface, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ import transformers
 
 import panguq
 from panguq.data.inputs import prepare
+from panguq.decibels import sqnr_db
 from panguq.errors import PanguqError
 from panguq.formats.onnx.export import export_graph, export_onnx
 from panguq.formats.onnx.run import OnnxModel
 from panguq.ir.edit import label
 from panguq.ir.run.interpret import run
-from panguq.report.local_sqnr import sqnr_db
 from tests.formats.onnx.onnx_values import is_matmul, local_differences
 from tests.model_shelf import VOCAB, token_ids
 

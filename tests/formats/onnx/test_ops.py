@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from panguq.decibels import sqnr_db
 from panguq.errors import PanguqError
 from panguq.formats.onnx.export import export_graph
 from panguq.formats.onnx.run import OnnxModel
@@ -24,7 +25,6 @@ from panguq.ir.ops.packing import pack_int4
 from panguq.ir.trace import trace_module
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.kernels.cpu import dequantized_linear, int4_linear  # noqa: F401  (registers the ops)
-from panguq.report.local_sqnr import sqnr_db
 
 F = nn.functional
 panguq, cpu, npu = torch.ops.panguq, torch.ops.panguq_cpu, torch.ops.npu

@@ -10,11 +10,11 @@ import pytest
 import panguq
 from panguq.data.calibration import token_windows
 from panguq.data.inputs import prepare
+from panguq.decibels import sqnr_db
 from panguq.dumps.reader import DumpReader
 from panguq.formats.onnx.export import export_dump
 from panguq.formats.onnx.run import OnnxModel
 from panguq.ir.edit import label
-from panguq.report.local_sqnr import sqnr_db
 from tests import smollm2
 from tests.formats.onnx.onnx_values import is_matmul, local_differences, perplexities_with_onnx
 

@@ -12,7 +12,7 @@ from panguq.ir.input_statistics import BINS, Histogram, InputStatistics
 from panguq.ir.number_format import INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec
 from panguq.passes.insert_fake_quant import affine
-from panguq.passes.statistics.observers import OBSERVERS, mean_squared_error, sqnr_db
+from panguq.passes.statistics.observers import OBSERVERS, mean_squared_error, range_sqnr_db
 
 STATIC = SCHEMES["W8A8"].activation
 SYMMETRIC = QuantSpec(INT8, "per_tensor")
@@ -181,7 +181,7 @@ def test_the_model_of_the_error_is_the_error(spec, values) -> None:
         assert mean_squared_error(histogram, low, high, spec) == pytest.approx(actual, rel=0.1)
         signal = float(values.double().square().mean())
         expected_db = 10 * torch.log10(torch.tensor(signal / actual)).item()
-        assert sqnr_db(histogram, low, high, spec) == pytest.approx(expected_db, abs=0.5)
+        assert range_sqnr_db(histogram, low, high, spec) == pytest.approx(expected_db, abs=0.5)
 
 
 @pytest.mark.parametrize("values", [normal(512, 32), heavy_tailed(), normal(512, 32).relu()])
