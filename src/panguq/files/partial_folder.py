@@ -142,14 +142,15 @@ def _move_into_place(folder: Path, target: Path, overwrite: bool, is_ours: IsOur
         if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     for old in replaced_copies(target):
         if old == aside or is_ours(old):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Wait until the disk has this file, or the names in this folder. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -12,13 +12,9 @@ from pathlib import Path
 from panguq.errors import PanguqError
 
 
-def write_file(
-    path: Path, chunks: Iterable[bytes | memoryview], to_disk: bool = True
-) -> dict[str, int | str]:
-    """Write a new file; returns its size as `bytes` and its `sha256`. Raises OSError.
-
-    `to_disk` waits until the disk has it.
-    """
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    """Write a new file, and wait until the disk has it; returns its size as `bytes` and its
+    `sha256`. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb", buffering=0) as file:
         for chunk in chunks:
@@ -27,8 +23,7 @@ def write_file(
             while rest:  # a disk that fills up takes a part first
                 written = file.write(rest)
                 rest, size = rest[written:], size + written
-        if to_disk:
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

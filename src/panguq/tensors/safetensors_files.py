@@ -147,9 +147,9 @@ def read_mapped(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file, not forced to disk. Raises OSError."""
-    write_file(path, _shard(path.name, tensors).chunks(), to_disk=False)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file; returns its sha256. Raises OSError."""
+    return str(write_file(path, _shard(path.name, tensors).chunks())["sha256"])
 
 
 def read_alone(path: Path, name: str) -> Tensor:

@@ -7,14 +7,16 @@
     units/<pass>/<unit>/small.safetensors its other tensors
 
 A large tensor has a file of its own, in the very bytes in which a saved model would hold it alone,
-so that saving need not write it again. The files are not forced to disk: what a dying system leaves
-half written has another checksum than `facts.json` says, and is refused.
+so that saving need not write it again. A finished unit has been forced to disk, names and all, so
+that it outlives the system, too. A unit whose bytes are not those of its checksums is named in a
+warning and computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +29,8 @@ from torch import Tensor
 
 from panguq.errors import StorageError
 from panguq.files.claimed_folder import ClaimedFolder, delete, writing
-from panguq.files.whole_file import whole_file
+from panguq.files.partial_folder import sync
+from panguq.files.whole_file import whole_file, write_file
 from panguq.tensors.safetensors_files import ALONE_BYTES, read_alone, read_mapped, write_tensors
 
 KEY = "compile.json"
@@ -38,6 +41,7 @@ TEMPORARY = "temporary"
 OWN = frozenset({KEY, UNITS, TEMPORARY})
 LONGEST_NAME = 200  # bytes of a file's name; most systems take 255
 _READ_BYTES = 8 << 20
+logger = logging.getLogger("panguq")
 Facts = Mapping[str, str | int | float | bool | None]
 
 
@@ -66,29 +70,38 @@ class WorkFolder:
     def open_for(self, key: Mapping[str, str]) -> tuple[str, ...]:
         """Keep what belongs to the compile that `key` describes; drop everything of another one.
 
-        Returns the names of the entries that differ from the key of the parts that were dropped.
+        Returns the names of the entries that differ from the key of the parts that were dropped;
+        of a damaged key, nothing can be told but that.
         """
-        text = json.dumps(dict(key), indent=1, sort_keys=True)
+        text = _signed(key)
         old = _read_key(self.path / KEY)
+        if old is None:
+            logger.warning("%s is damaged, so all parts are computed again", self.path / KEY)
         changed = tuple(sorted(k for k in {*key, *old} if key.get(k) != old.get(k))) if old else ()
         with writing(self.path):
             if not old or changed:
                 # The key first: units without one are no one's, and are dropped the next time.
                 (self.path / KEY).unlink(missing_ok=True)
                 shutil.rmtree(self.path / UNITS, ignore_errors=True)
-                (self.path / KEY).write_text(text, encoding="utf-8")
+                write_file(self.path / KEY, [text.encode()])
+                sync(self.path)
             delete(self.temporary)
             self.temporary.mkdir()
         return changed
 
     def find(self, unit: str) -> Finished | None:
-        """A unit that was kept, its tensors mapped; None if it was not finished."""
+        """A unit that was kept, its tensors mapped; None if it was not finished, or is damaged."""
         folder = self._folder(unit)
         if not (folder / FACTS).is_file():
             return None
-        _check(folder)
+        try:
+            _check(folder)
+            found = self._read(folder)
+        except StorageError as error:
+            logger.warning("%s; it is computed again", error.message)
+            return None
         self.found += 1
-        return self._read(folder)
+        return found
 
     def keep(self, unit: str, done: Finished) -> Finished:
         """Write a finished unit; returns it with its tensors mapped.
@@ -103,12 +116,17 @@ class WorkFolder:
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 folder.mkdir(parents=True)
-                for number, name in enumerate(large):
-                    write_tensors(folder / f"{number}.safetensors", {name: done.tensors[name]})
-                write_tensors(folder / SMALL, small)
-                files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+                files = {
+                    f"{number}.safetensors": {name: done.tensors[name]}
+                    for number, name in enumerate(large)
+                } | {SMALL: small}
+                digests = {name: write_tensors(folder / name, files[name]) for name in files}
                 with whole_file(folder / FACTS) as partial:
-                    partial.write_text(_signed({**order, "files": files}), encoding="utf-8")
+                    write_file(partial, [_signed({**order, "files": digests}).encode()])
+                for made in (folder, *folder.parents):
+                    sync(made)
+                    if made == self.path:
+                        break
             except OSError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -165,7 +183,7 @@ def _file_name(part: str) -> str:
 
 def _signed(facts: Mapping[str, Any]) -> str:
     """`facts` as JSON with its own checksum as last entry; there is one spelling of each."""
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(dict(facts)).encode()).hexdigest()
     return json.dumps({**facts, "sha256": digest})
 
 
@@ -185,10 +203,7 @@ def _check(folder: Path) -> None:
 
 
 def _damaged(folder: Path, why: str) -> StorageError:
-    return StorageError(
-        f"{folder}: a damaged part of a compile: {why}",
-        "delete that folder and compile again; the other parts are kept",
-    )
+    return StorageError(f"{folder}: a damaged part of a compile: {why}")
 
 
 def _sha256(path: Path) -> str:
@@ -199,9 +214,14 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_key(path: Path) -> dict[str, str]:
+def _read_key(path: Path) -> dict[str, str] | None:
+    """The key that was written; none of it where there is no file, None for a damaged one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        found: dict[str, str] = json.loads(text)
+        del found["sha256"]
+        return found if _signed(found) == text else None
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
