@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
-from panguq.errors import TraceError
+from panguq.errors import TraceError, first_line
 from panguq.ir.edit import module_path
 from panguq.ir.exported_graph import (
     WHAT_TO_DO,
@@ -296,7 +296,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedP
                 f"one graph serves every size. {_WHAT_IS_SERVED}; {WHAT_TO_DO}",
             ) from error
         raise TraceError(
-            f"cannot trace {_innermost_module(error, source)}: {_first_line(error)}",
+            f"cannot trace {_innermost_module(error, source)}: {first_line(error, typed=True)}",
             "the forward may depend on tensor values or fix a size; make it shape-polymorphic, "
             f"or compile the part of the model that is. {_WHAT_IS_SERVED}; {WHAT_TO_DO}",
         ) from error
@@ -304,11 +304,6 @@ def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedP
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
 def _innermost_module(error: BaseException, root: nn.Module) -> str:

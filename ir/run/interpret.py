@@ -40,10 +40,15 @@ def without_inputs(gm: fx.GraphModule) -> set[fx.Node]:
     return fixed
 
 
-def last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that nobody in `nodes` reads after it."""
+def last_uses(nodes: list[fx.Node], unread: bool = False) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nobody in `nodes` reads after it.
+
+    With `unread`, also those that nobody reads at all, as soon as they are there.
+    """
     last: dict[fx.Node, fx.Node] = {}
     for node in nodes:
+        if unread:
+            last.setdefault(node, node)
         for source in node.all_input_nodes:
             last[source] = node
     freed: dict[fx.Node, list[fx.Node]] = {}

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from panguq.ir.analysis.blocks import blocks
 from panguq.ir.edit import ancestors, label
-from panguq.ir.run.interpret import Environment, compute, ensure_finite, without_inputs
+from panguq.ir.run.interpret import Environment, compute, ensure_finite, last_uses, without_inputs
 from panguq.ir.views import DequantizedWeight, Item, operand
 from panguq.tensors import spill
 from panguq.tensors.memory import return_free_pages
@@ -87,7 +87,7 @@ class _Sweep:
         self.fixed = without_inputs(self.gm)
         steps = [[n for n in b if n in needed and n not in self.fixed] for b in blocks(self.gm)]
         steps = [step for step in steps if step]
-        self.freed = _last_uses([node for step in steps for node in step])
+        self.freed = last_uses([node for step in steps for node in step], unread=True)
         environments: list[Environment] = [
             {n: batch[str(n.target)] for n in inputs} for batch in self.batches
         ]
@@ -232,16 +232,3 @@ def _is_quantization(node: fx.Node) -> bool:
     if item is not None:
         return item.source.target in quantizers
     return node.target in (*quantizers, panguq.dequantize.default)
-
-
-def _last_uses(order: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """What may be dropped after each node: values read for the last time, or never again."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in order:
-        last.setdefault(node, node)
-        for source in node.all_input_nodes:
-            last[source] = node
-    freed: dict[fx.Node, list[fx.Node]] = {}
-    for source, node in last.items():
-        freed.setdefault(node, []).append(source)
-    return freed

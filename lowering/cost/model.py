@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +13,11 @@ from numpy.typing import NDArray
 from panguq.errors import LoweringError
 from panguq.lowering.cost.executions import Execution, executions
 from panguq.lowering.cost.terms import (
-    ARGUMENTS,
     OVERLAPPED,
     SERIAL,
     TERMS,
     Form,
-    S,
     compiled,
-    terms,
 )
 from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.target import KernelCost, Target
@@ -98,66 +94,6 @@ def total_us(
             totals[position, outside] = np.inf
         np.minimum.at(result, rows, totals)
     return result
-
-
-def expression(execution: Execution, problem: MatmulProblem, target: Target) -> sympy.Expr:
-    """The cost as an expression in m alone, with exact rational numbers."""
-    parts = _terms_in_m(execution, problem, target)
-    overlapped = sympy.Max(*(parts[name] for name in OVERLAPPED), evaluate=False)
-    return sympy.Add(*(parts[name] for name in SERIAL), overlapped)
-
-
-def crossing(
-    first: Execution, second: Execution, last_m: int, problem: MatmulProblem, target: Target
-) -> sympy.Rational | None:
-    """Where in (last_m, last_m + 1] the first becomes dearer than the second, solved exactly.
-
-    Between whole numbers every ceiling is constant, so every term is a straight line there and a
-    cost the largest of some lines. None if the costs do not meet inside: then a step at last_m,
-    such as one more tile, decides, if anything does.
-    """
-    costs = [_lines(execution, last_m, problem, target) for execution in (first, second)]
-    corners = {sympy.Integer(0), sympy.Integer(1)}
-    for lines in costs:
-        for (low, high), (other_low, other_high) in itertools.combinations(lines, 2):
-            slope = (high - low) - (other_high - other_low)
-            if slope != 0 and 0 < (other_low - low) / slope < 1:
-                corners.add((other_low - low) / slope)
-
-    def difference(part: sympy.Rational) -> sympy.Rational:
-        tops = [max(low + part * (high - low) for low, high in lines) for lines in costs]
-        return tops[0] - tops[1]
-
-    for left, right in itertools.pairwise(sorted(corners)):
-        low, high = difference(left), difference(right)
-        if low <= 0 < high:
-            return last_m + left + (right - left) * (-low) / (high - low)
-    return None
-
-
-def _terms_in_m(
-    execution: Execution, problem: MatmulProblem, target: Target
-) -> dict[str, sympy.Expr]:
-    known = {
-        S[name]: sympy.Rational(str(execution.argument(name, problem, target)))
-        for name in ARGUMENTS[1:]
-    }
-    return {name: term.xreplace(known) for name, term in terms(execution.form).items()}
-
-
-def _lines(
-    execution: Execution, last_m: int, problem: MatmulProblem, target: Target
-) -> list[tuple[sympy.Rational, sympy.Rational]]:
-    """The straight lines of which the cost is the largest, by their values just above last_m and
-    at last_m + 1."""
-    parts = _terms_in_m(execution, problem, target)
-    ends: dict[str, tuple[sympy.Rational, sympy.Rational]] = {}
-    for name, term in parts.items():
-        steps = {c: c.subs(M, last_m + 1) for c in term.atoms(sympy.ceiling)}
-        line = term.xreplace(steps)
-        ends[name] = (line.subs(M, last_m), line.subs(M, last_m + 1))
-    serial = [sum(ends[name][end] for name in SERIAL) for end in (0, 1)]
-    return [(ends[name][0] + serial[0], ends[name][1] + serial[1]) for name in OVERLAPPED]
 
 
 def _covers(execution: Execution, m: int) -> bool:

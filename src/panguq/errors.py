@@ -42,3 +42,10 @@ class ExportError(PanguqError):
 
 class StorageError(PanguqError):
     """A file or folder that is missing, damaged, or cannot be written."""
+
+
+def first_line(error: BaseException, typed: bool = False) -> str:
+    """The first line of what an error says, or its type if it says nothing; both if `typed`."""
+    kind = type(error).__name__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{kind}: {line}" if typed else line or kind

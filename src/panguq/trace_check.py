@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from panguq.data.inputs import prepare
-from panguq.errors import TraceError
+from panguq.errors import TraceError, first_line
 from panguq.ir.edit import module_path
 from panguq.ir.interface import Interface
 from panguq.ir.kv_cache import cache_argument, cache_of
@@ -111,7 +111,7 @@ def check_module(
         except Exception as error:
             dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
             raise TraceError(
-                f"{name} itself fails on the example inputs: {_first_line(error)}",
+                f"{name} itself fails on the example inputs: {first_line(error, typed=True)}",
                 f"its weights are {', '.join(dtypes)}, after a cast for the target or dtype=; "
                 "give example inputs that it takes",
             ) from error
@@ -168,7 +168,7 @@ def _compare_logits(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> tuple[
         output = call.eager(eager)
     except Exception as error:
         raise TraceError(
-            f"{name} itself fails on {call.what}: {_first_line(error)}",
+            f"{name} itself fails on {call.what}: {first_line(error, typed=True)}",
             "compile a model that runs; panguq compares its graph with it",
         ) from error
     logits, *grown = interpret.run(gm, call.inputs)
@@ -281,8 +281,3 @@ def _module_outputs(call: _Call, eager: nn.Module) -> list[tuple[str, str, Tenso
         for hook in hooks:
             hook.remove()
     return outputs
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"

@@ -41,7 +41,7 @@ from panguq.dumps.graph_diff import labels_by_name, renamed
 from panguq.dumps.model_source import find_source
 from panguq.dumps.stage_writer import StageWriter, json_text
 from panguq.dumps.text import error_text, summary_text
-from panguq.errors import PanguqError, StorageError
+from panguq.errors import StorageError, first_line
 from panguq.ir.edit import weights_of
 from panguq.ir.properties import Property
 from panguq.pass_options import pass_to_entry
@@ -166,7 +166,7 @@ class Dump:
     def failed_pass(self, index: int, step: Pass, error: BaseException) -> None:
         """Write what the pass was given, what happened, and how to see it again."""
         name = f"{index:02d}_{step.name}.FAILED"
-        self._failure = f"{name}  {type(error).__name__}: {_first_line(error)}"
+        self._failure = f"{name}  {type(error).__name__}: {first_line(error)}"
         info = self._stage_info(index, step)
         said = error_text(self.folder, name, step, error)
 
@@ -244,8 +244,3 @@ def _environment() -> Environment:
         python=platform.python_version(),
         threads=torch.get_num_threads(),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = error.message if isinstance(error, PanguqError) else str(error)
-    return (text.strip().splitlines() or [""])[0]

@@ -10,7 +10,7 @@ from typing import Any
 from panguq.errors import LoweringError
 from panguq.ir.quant_spec import Scheme
 from panguq.lowering.candidates import candidates as all_candidates
-from panguq.lowering.cost.model import Cost, at, cost, cost_us
+from panguq.lowering.cost.model import Cost, cost, cost_us
 from panguq.lowering.cost.terms import OVERLAPPED, SERIAL, TERMS
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem, WeightFormat
 from panguq.lowering.select_kernel import (
@@ -313,8 +313,3 @@ def _best_of_each(legal: Sequence[Row], shown: set[str]) -> list[Row]:
         if row.candidate.kernel not in shown:
             best.setdefault(row.candidate.kernel, row)
     return list(best.values())
-
-
-def costs_at(found: Explanation, m: int) -> Cost:
-    """The cost of the winner for another number of tokens."""
-    return _cost(found.winner.candidate, at(found.problem, m), found.target)

@@ -1,4 +1,4 @@
-"""JSON as panguq writes it; anything else is refused with one clear error."""
+"""JSON as panguq writes it; anything else that is read is refused with one clear error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import json
 from typing import Any
 
 from panguq.errors import StorageError
+
+
+def json_text(value: Any, sort_keys: bool = False) -> str:
+    """A value as the files of a model's folder spell it."""
+    return json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
 
 
 def parse_json(text: str | bytes, source: str) -> Any:

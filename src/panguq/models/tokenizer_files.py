@@ -11,6 +11,7 @@ from typing import Any
 
 from panguq.errors import InputError
 from panguq.files.limits import CONFIG_BYTES, TOKENIZER_BYTES, refuse_larger
+from panguq.files.strict_json import json_text
 
 logger = logging.getLogger("panguq")
 
@@ -35,7 +36,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes | str]:
     kept = {key: value for key, value in settings.items() if key not in _WHERE_IT_CAME_FROM}
     if type(tokenizer).__name__ == "PanguTokenizer":
         _add_fast(tokenizer, files, kept)
-    files[name] = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    files[name] = json_text(kept, sort_keys=True)
     return files
 
 

@@ -10,7 +10,6 @@ What neither server has a kernel for is refused before anything is written.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from panguq.artifact import Artifact
 from panguq.errors import ExportError
+from panguq.files.strict_json import json_text
 from panguq.formats.checkpoint.ascend_v1_tensors import (
     FLOAT,
     TYPES,
@@ -64,8 +64,8 @@ def save_ascend_v1(
         logger.warning(warning)
     entries = list(checkpoint_entries(graph))
     files: dict[str, bytes | str] = {
-        DESCRIPTION: _json_text(description(entries)),
-        "config.json": _json_text(marked(config_of(artifact, graph.is_tied), artifact.recipe.name)),
+        DESCRIPTION: json_text(description(entries)),
+        "config.json": json_text(marked(config_of(artifact, graph.is_tied), artifact.recipe.name)),
         **served_files(artifact),
     }
     tensors = {entry.name: entry.output for entry in entries}
@@ -168,7 +168,3 @@ def _refuse_mixed(graph: CheckpointGraph) -> None:
                 f"linears that read one tensor have several types: {listed}",
                 "servers fuse them into one matmul; let one glob of the recipe name them all",
             )
-
-
-def _json_text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

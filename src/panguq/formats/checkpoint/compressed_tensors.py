@@ -24,7 +24,6 @@ checkpoint of that name would load there without code of its own.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -38,8 +37,9 @@ from torch.nn import functional
 
 from panguq.artifact import Artifact
 from panguq.errors import ExportError
+from panguq.files.strict_json import json_text
 from panguq.formats.checkpoint.compressed_tensors_config import group_of, quantization_config
-from panguq.formats.checkpoint.folder import SHARD_BYTES, Output, marked, write_checkpoint
+from panguq.formats.checkpoint.folder import CONFIG, SHARD_BYTES, Output, marked, write_checkpoint
 from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
@@ -73,8 +73,9 @@ def save_compressed_tensors(
     for warning in check_loaders(graph):
         logger.warning(warning)
     tensors = dict(_tensors(graph, artifact.dtype))
+    config = marked(_config(artifact, graph), artifact.recipe.name)
     files = {
-        "config.json": _json(marked(_config(artifact, graph), artifact.recipe.name)),
+        CONFIG: json_text(config, sort_keys=True),
         **served_files(artifact),
     }
     write_checkpoint(path, files, tensors, overwrite, shard_bytes=shard_bytes)
@@ -194,7 +195,3 @@ def _config(artifact: Artifact, graph: CheckpointGraph) -> dict[str, Any]:
     quantized = list(graph.quantized.values())
     data["quantization_config"] = quantization_config(quantized, graph.float_linears)
     return data
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -22,7 +22,7 @@ from panguq.files.checksums import CHECKSUMS, checksums_text
 from panguq.files.disk_space import SLACK_BYTES, check_space, write_error
 from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.partial_folder import check_no_more, is_taken, partial_folder
-from panguq.files.strict_json import parse_json
+from panguq.files.strict_json import json_text, parse_json
 from panguq.files.whole_file import write_file
 from panguq.tensors.safetensors_files import byte_chunks, header_of
 
@@ -116,7 +116,7 @@ def _with_files(config: bytes, names: Iterable[str]) -> bytes:
     if MARK not in data:
         return config
     data[MARK] = {"files": sorted(names), **data[MARK]}
-    return json.dumps(data, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json_text(data).encode()
 
 
 def _written(target: Path) -> set[str]:

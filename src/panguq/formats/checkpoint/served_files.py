@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from panguq.artifact import Artifact
+from panguq.files.strict_json import json_text
 from panguq.models.config import known_settings
 from panguq.models.tokenizer_files import tokenizer_files
 
@@ -81,5 +82,5 @@ def served_files(artifact: Artifact) -> dict[str, bytes | str]:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # the name that transformers before 5 knows
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        files[name] = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        files[name] = json_text(settings, sort_keys=True)
     return files

@@ -98,7 +98,7 @@ def _read(folder: Folder, name: str, kind: type[_Data]) -> _Data:
     try:
         return kind.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        raise _damaged(folder, name, _first_line(error)) from error
+        raise _damaged(folder, name, _first_lines(error)) from error
 
 
 def _read_recipe(folder: Folder) -> Recipe:
@@ -145,7 +145,7 @@ def _read_config(folder: Folder) -> Any:
         plain: Any = type("PlainConfig", (PretrainedConfig,), {"model_type": model_type})
         return plain.from_dict(plain_settings(data))
     except Exception as error:  # each configuration class checks its values in its own way
-        raise _damaged(folder, "config.json", _first_line(error)) from error
+        raise _damaged(folder, "config.json", _first_lines(error)) from error
 
 
 def _read_generation_config(folder: Folder) -> Any:
@@ -174,6 +174,6 @@ def _damaged(folder: Folder, name: str, why: str) -> StorageError:
     return StorageError(f"{folder.path / name}: {why}", SAVE_AGAIN)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:300] if lines else type(error).__name__

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from panguq.errors import InputError, StorageError
+from panguq.errors import InputError, StorageError, first_line
 from panguq.extras import require
 from panguq.models.checkpoint_files import CONFIG, refuse_pointer
 
@@ -48,7 +48,7 @@ def gguf_config(file: Path) -> Any:
     except Exception as error:  # its readers index and unpack whatever the bytes say
         if "is not supported" in str(error):
             raise InputError(
-                f"{file}: {_first_line(error)}",
+                f"{file}: {first_line(error)[:300]}",
                 "give the model as safetensors; transformers reads some GGUF architectures only",
             ) from error
         raise damaged(file, error) from error
@@ -109,13 +109,8 @@ def need(module: str) -> None:
 def damaged(file: Path, error: Exception) -> StorageError:
     """What to raise for a file that a reader stumbled over."""
     return StorageError(
-        f"{file}: truncated or damaged, cannot be read: {_first_line(error)}", _AGAIN
+        f"{file}: truncated or damaged, cannot be read: {first_line(error)[:300]}", _AGAIN
     )
 
 
 _AGAIN = "the file is incomplete; download it again"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers.tokenization_utils_base import generate_merges
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from panguq.errors import StorageError
+from panguq.errors import StorageError, first_line
 from panguq.extras import require
 from panguq.files.limits import TOKENIZER_BYTES, read_limited
 from panguq.files.strict_json import parse_json
@@ -205,7 +205,8 @@ def _load_pieces(path: Path) -> Any:
         size = pieces.get_piece_size()
     except (RuntimeError, ValueError, OSError) as error:
         raise StorageError(
-            f"{path}: truncated or damaged, not a sentencepiece model: {_first_line(error)}", _AGAIN
+            f"{path}: truncated or damaged, not a sentencepiece model: {first_line(error)[:200]}",
+            _AGAIN,
         ) from error
     if size == 0:
         raise StorageError(f"{path}: truncated or damaged, it has no pieces", _AGAIN)
@@ -279,10 +280,6 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StorageError(f"{path}: not an object", _AGAIN)
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 _AGAIN = "download the tokenizer's files again"
