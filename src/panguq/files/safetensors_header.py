@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from panguq.errors import StorageError
@@ -12,15 +13,17 @@ _HINT = "the file is damaged or made to do harm; download it again"
 
 
 def count_tensors(path: Path) -> int:
-    """About how many tensors the file lists, at least as many as there are.
+    """How many tensors the file lists, or a few more; none for what is no safetensors file.
 
     Raises StorageError if its header is longer, or lists more, than any model's; OSError.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > os.fstat(file.fileno()).st_size:
+            return 0  # no safetensors file; its reader says so
         if length > HEADER_BYTES:
             raise StorageError(
-                f"{path}: its header claims {length / MIB:.0f} MiB; the largest read is "
+                f"{path}: its header has {length / MIB:.0f} MiB; the largest read has "
                 f"{HEADER_BYTES // MIB} MiB",
                 _HINT,
             )
