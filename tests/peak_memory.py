@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from panguq.tensors.memory import release_free_memory
+
+ROOT = Path(__file__).parents[1]
 
 
 def anonymous_mib() -> float:
@@ -48,3 +53,30 @@ def peak_mib(run: Callable[[], int]) -> float:
     os.waitpid(child, 0)
     assert code == "0"
     return float(peak)
+
+
+def peaks_of_commands(commands: Sequence[Sequence[str]], *, after: Sequence[str]) -> list[float]:
+    """How much anonymous memory each `panguq COMMAND` adds at its peak, after `panguq AFTER`.
+
+    All run in a process that is new, so that no test before counts: a worker of a long run held
+    twice as much. The first brings what is imported and made once.
+    """
+    code = "import json, sys; from tests.peak_memory import run; run(*json.loads(sys.argv[1]))"
+    given = json.dumps([list(after), [list(command) for command in commands]])
+    done = subprocess.run(
+        [sys.executable, "-c", code, given], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    peaks: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+def run(first: list[str], others: list[list[str]]) -> None:
+    """Run the first command here, then each other one in a child; print the children's peaks."""
+    import torch
+
+    from panguq.cli import main
+
+    torch.set_num_threads(1)
+    assert main(first) == 0
+    print(json.dumps([peak_mib(lambda other=other: main(other)) for other in others]))
