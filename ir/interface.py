@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class CacheLayer(BaseModel):
@@ -40,7 +40,7 @@ class Interface(BaseModel):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     input_shapes: dict[str, tuple[str | int, ...]]
-    float_dtype: str
+    float_dtype: str = Field(pattern=r"^(float64|float32|float16|bfloat16|float8_e(4m3fn|5m2))$")
     vocab_size: int | None = None
     max_positions: int | None = None
     max_positions_reason: str = ""

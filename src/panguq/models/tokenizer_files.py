@@ -6,17 +6,18 @@ import importlib.util
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from panguq.errors import InputError
+from panguq.errors import InputError, PanguqError
 from panguq.files.limits import CONFIG_BYTES, TOKENIZER_BYTES, refuse_larger
 from panguq.files.strict_json import json_text
 
 logger = logging.getLogger("panguq")
 
 _SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-_READ = _SUFFIXES | {".bpe", ".spm", ".tiktoken", ".vocab"}
+READ = _SUFFIXES | {".bpe", ".spm", ".tiktoken", ".vocab"}
 _WHERE_IT_CAME_FROM = ("is_local", "local_files_only", "name_or_path", "auto_map")
 
 
@@ -68,9 +69,38 @@ def read_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def tokenizer_of(files: Mapping[str, bytes], folder: Path) -> Any:
+    """The tokenizer of these files of `folder`, whatever lies there beside them.
+
+    transformers looks into a folder for a dozen names, so it is given one with these alone. Raises
+    as `read_tokenizer` does, and OSError.
+    """
+    with tempfile.TemporaryDirectory(prefix="panguq-") as place:
+        for name, data in files.items():
+            (Path(place) / name).write_bytes(data)
+        try:
+            tokenizer = read_tokenizer(Path(place))
+        except PanguqError as error:
+            raise type(error)(error.message.replace(place, str(folder)), error.hint) from error
+        # a slow one copies its vocabulary again when it is saved
+        vars(tokenizer).update(_elsewhere(vars(tokenizer), place, str(folder)))
+    return tokenizer
+
+
+def _elsewhere(value: Any, here: str, there: str) -> Any:
+    """Plain data with the paths in `here` as paths in `there`."""
+    if isinstance(value, str):
+        return there + value.removeprefix(here) if value.startswith(here) else value
+    if type(value) is dict:
+        return {key: _elsewhere(item, here, there) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_elsewhere(item, here, there) for item in value)
+    return value
+
+
 def _check_sizes(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_file() and path.suffix in _READ:
+        if path.is_file() and path.suffix in READ:
             largest = CONFIG_BYTES if path.name == "config.json" else TOKENIZER_BYTES
             refuse_larger(path, path.stat().st_size, largest, "download the file again")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,47 @@ def test_a_tokenizer_that_does_not_load_costs_only_the_tokenizer(
     assert loaded.tokenizer is None
     assert "no tokenizer" in caplog.text
     assert loaded(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chat_template.jinja", "EVIL {{ messages }}"),
+        ("chat_template.json", '{"chat_template": "EVIL"}'),
+        ("added_tokens.json", '{"quantized": 263}'),
+        ("special_tokens_map.json", '{"unk_token": "quantized"}'),
+        ("tokenizer.4.0.0.json", "{}"),
+        ("vocab.txt", "a"),
+        ("additional_chat_templates", None),
+    ],
+)
+def test_a_file_that_was_added_is_not_read_and_that_is_said(
+    name: str, text: str | None, w8a8: Any, saved: Path, tmp_path: Path, caplog: Any
+) -> None:
+    """Loaders of tokenizers look into a folder for a dozen names."""
+    folder = shutil.copytree(saved, tmp_path / "out")
+    if text is None:
+        (folder / name).mkdir()
+        (folder / name / "evil.jinja").write_text("EVIL")
+    else:
+        (folder / name).write_text(text)
+    tokenizer: Any = load(folder).tokenizer
+    assert f"not read: {name}" in caplog.text
+    assert tokenizer("A quantized text").input_ids == w8a8.tokenizer("A quantized text").input_ids
+    assert tokenizer.chat_template is None and len(tokenizer) == len(w8a8.tokenizer)
+    assert tokenizer.name_or_path == str(folder)
+
+
+@pytest.mark.parametrize("dtype", ["load", "int8", "os", "float32\n"])
+def test_the_dtype_of_a_graph_is_a_floating_point_dtype(
+    dtype: str, saved: Path, tmp_path: Path
+) -> None:
+    def change(files: dict[str, Any]) -> None:
+        interface = json.loads(files["interface.json"]) | {"float_dtype": dtype}
+        files["interface.json"] = json.dumps(interface)
+
+    error = refusal(changed(saved, tmp_path / "out", change))
+    assert isinstance(error, StorageError) and "float_dtype" in error.message
 
 
 def test_code_beside_a_model_is_never_run(w8a8: Any, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@
     config.json …            for causal language models: transformers' configuration files
     tokenizer.json …         the tokenizer's own files, if the model has one
 
-Nothing that is read is executed: graphs name ops out of a fixed list, configurations are data for
-classes that transformers itself ships, and there is no pickle.
+Only files that the manifest lists are read, each compared with its checksum; others are named in a
+warning. Nothing that is read is executed: graphs name ops out of a fixed list, configurations are
+data for classes that transformers itself ships, and there is no pickle.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from torch import fx
 from panguq.artifact import Artifact, shared_weights
 from panguq.compile_report import CompileReport
 from panguq.errors import PanguqError, StorageError
-from panguq.files.manifest import SAVE_AGAIN
+from panguq.files.manifest import MANIFEST, SAVE_AGAIN
 from panguq.files.plain_yaml import parse_yaml
 from panguq.formats.own.storage import Folder, read_folder, write_folder
 from panguq.ir.interface import Interface
 from panguq.ir.text.serialize import from_text, to_text
 from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that files name)
 from panguq.models.config import build_config, build_generation_config, plain_settings
-from panguq.models.tokenizer_files import read_tokenizer, tokenizer_files
+from panguq.models.tokenizer_files import READ, tokenizer_files, tokenizer_of
 from panguq.recipe import Recipe
 
 logger = logging.getLogger("panguq")
@@ -71,6 +72,7 @@ def read_model(path: str | Path) -> Artifact:
     elsewhere.
     """
     folder = read_folder(path)
+    _say_what_is_not_read(folder)
     interface = _read(folder, "interface.json", Interface)
     report = _read(folder, "report.json", CompileReport)
     recipe = _read_recipe(folder)
@@ -156,11 +158,32 @@ def _read_generation_config(folder: Folder) -> Any:
 def _read_tokenizer(folder: Folder) -> Any:
     if "tokenizer_config.json" not in folder.names:
         return None
+    names = [name for name in folder.names if Path(name).suffix in READ and not _is_own(name)]
     try:
-        return read_tokenizer(folder.path)
-    except PanguqError as error:  # the model itself is whole, and runs on token ids
-        logger.warning("no tokenizer: %s", error.message)
+        return tokenizer_of({name: folder.data(name) for name in names}, folder.path)
+    except (PanguqError, OSError) as error:  # the model itself is whole, and runs on token ids
+        logger.warning("no tokenizer: %s", getattr(error, "message", error))
         return None
+
+
+def _is_own(name: str) -> bool:
+    return name in ("interface.json", "report.json") or _GRAPH.fullmatch(name) is not None
+
+
+def _say_what_is_not_read(folder: Folder) -> None:
+    """Name files that were added to the folder, and that loaders of tokenizers would follow."""
+    known = {MANIFEST, *folder.names}
+    others = sorted(
+        path.name
+        for path in folder.path.iterdir()
+        if path.name not in known and (path.suffix in READ or path.is_dir())
+    )
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        logger.warning(
+            "%s: not read: %s%s, which the model was not saved with",
+            folder.path, ", ".join(others[:3]), more,
+        )  # fmt: skip
 
 
 def _object(folder: Folder, name: str) -> dict[str, Any]:
