@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """A format: who reads it, and the `module:function` that write it and check a place for it."""
+    """A format: who reads it, and the functions that write it and check a place for it.
+
+    A function is given itself, or as `module:function` and imported when it is used.
+    """
 
     name: str
     readers: str
-    writer: str
-    place_check: str
-    linears: str = ""  # refuses what no reader takes; without it the format holds everything
+    writer: str | Callable[[Artifact, Path, bool], None]
+    place_check: str | Callable[[Path, bool], None]
+    linears: str | LinearsCheck = ""
+    """Refuses what no reader takes; without it the format holds everything."""
 
     def write(self, artifact: Artifact, path: Path, overwrite: bool = False) -> None:
         """Write the artifact as the folder `path`, whole or not at all.
@@ -77,6 +81,13 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def add_format(format: Format) -> None:
+    """Let `save`, the dry run and `--format` know a format. Raises InputError for a name taken."""
+    if format.name in FORMATS:
+        raise InputError(f"there is a format {format.name!r} already", "give it another name")
+    FORMATS[format.name] = format
+
+
 def find_format(name: str) -> Format:
     """The format of that name. Raises InputError, with the nearest, if there is none."""
     if name not in FORMATS:
@@ -86,7 +97,9 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _function(place: str) -> Callable[..., Any]:
+def _function(place: str | Callable[..., Any]) -> Callable[..., Any]:
+    if not isinstance(place, str):
+        return place
     module, _, name = place.partition(":")
     function: Callable[..., Any] = getattr(import_module(module), name)
     return function
