@@ -173,6 +173,10 @@ def _with_symmetry(text: str, base: str, option: str) -> str:
             "have it",
             f"write {base}",
         )
+    if weight.bits == 1 and option == "SYM":
+        raise RecipeError(
+            f"scheme {text!r}: one bit around zero has one level, which is zero", f"write {base}"
+        )
     stem = base.removesuffix("_ASYM")
     if SCHEMES[stem].weight == replace(weight, symmetric=option == "SYM"):
         return stem

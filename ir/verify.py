@@ -13,7 +13,7 @@ from panguq.ir.edit import get_tensor, label, op_name
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.ops.opset import is_allowed
 from panguq.ir.properties import Property
-from panguq.ir.views import Linear, QuantizedInput
+from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
@@ -59,6 +59,28 @@ def _weighted(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in found if meta_of(n).scheme is not None]
 
 
+def _float_matmuls(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        if op_name(node) in WEIGHT_DEQUANTIZERS:
+            return f"{label(node)} stands for a weight that is quantized"
+    return None
+
+
+def _float_cache(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        if node.op != "placeholder" or not str(node.target).startswith(_PAST):
+            continue
+        if node.meta["val"].dtype == torch.int8:
+            return f"{label(node)} holds codes"
+        for user in node.users:
+            if any(op_name(new) == "dequantize" for new in user.all_input_nodes):
+                return f"{label(user)} continues {label(node)} with what was rounded"
+    return None
+
+
+_PAST = ("past_key_", "past_value_")
+
+
 def _schemes(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
         linear = Linear.match(node)
@@ -96,6 +118,15 @@ def _qdq(gm: fx.GraphModule) -> str | None:
     return None
 
 
+def _open_codes(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        weight = DequantizedWeight.match(node)
+        chosen = weight is not None and weight.quantizer is None
+        if chosen or op_name(node) == "dequantize_binary":
+            return f"the codes of {label(node)} are chosen"
+    return None
+
+
 def _weight_codes(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
         if node.target is panguq.quantize_weight.default:
@@ -128,10 +159,13 @@ _ON_NPU = ("panguq::dispatch_matmul",)  # calls the NPU kernel that its table na
 
 CHECKS: dict[Property, Callable[[fx.GraphModule], str | None]] = {
     Property.CANONICAL: _canonical,
+    Property.FLOAT_MATMULS: _float_matmuls,
+    Property.FLOAT_CACHE: _float_cache,
     Property.SCHEMES: _schemes,
     Property.STATISTICS: _statistics,
     Property.CALIBRATED: _calibrated,
     Property.QDQ: _qdq,
+    Property.UNSOLVED: _open_codes,
     Property.WEIGHT_CODES: _weight_codes,
     Property.LOWERED: _lowered,
     Property.ASCEND_OPS: _ascend_ops,

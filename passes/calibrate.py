@@ -33,7 +33,9 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
+    requires: ClassVar[frozenset[Property]] = frozenset(
+        {Property.CANONICAL, Property.SCHEMES, Property.FLOAT_MATMULS}
+    )
     establishes: ClassVar[frozenset[Property]] = frozenset(
         {Property.CALIBRATED, Property.STATISTICS}
     )

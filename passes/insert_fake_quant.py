@@ -39,8 +39,9 @@ class InsertFakeQuant(Pass):
     """
 
     name: ClassVar[str] = "insert-fake-quant"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
-    establishes: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES, Property.FLOAT_MATMULS})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.QDQ, Property.UNSOLVED})
+    breaks: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT_MATMULS})
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """Observed ranges, if any scheme of the recipe quantizes activations statically."""

@@ -58,7 +58,9 @@ class MixedPrecision(Pass):
     """
 
     name: ClassVar[str] = "mixed-precision"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
+    requires: ClassVar[frozenset[Property]] = frozenset(
+        {Property.CANONICAL, Property.SCHEMES, Property.FLOAT_MATMULS, Property.FLOAT_CACHE}
+    )
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.STATISTICS, Property.CALIBRATED})
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True

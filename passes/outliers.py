@@ -39,7 +39,9 @@ class Outliers(Pass):
     """
 
     name: ClassVar[str] = "outliers"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES, Property.STATISTICS})
+    requires: ClassVar[frozenset[Property]] = frozenset(
+        {Property.SCHEMES, Property.STATISTICS, Property.FLOAT_MATMULS}
+    )
     exact: ClassVar[bool] = True
     treatment: Literal["split", "per-token", "float", "clip"] = "split"
     threshold: float = 2.0

@@ -65,7 +65,8 @@ class QuantizeKvCache(Pass):
     """
 
     name: ClassVar[str] = "quantize-kv-cache"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL})
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.FLOAT_CACHE})
+    breaks: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT_CACHE})
     needs_calibration: ClassVar[bool] = True
     keys: Kind = "per_channel"
     values: Kind = "per_channel"
@@ -124,14 +125,10 @@ def find_cached(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> lis
 
 def _obstacle(past: fx.Node, grown: fx.Node) -> str | None:
     """Why this cached tensor cannot be quantized, if so."""
-    if past.meta["val"].dtype == torch.int8:
-        return "it holds codes already"
     given = arguments(grown) if grown.target is aten.cat.default else {}
     parts, axis = given.get("tensors", ()), given.get("dim", 0) % 4
     if len(parts) != 2 or parts[0] is not past or axis != TOKENS:
         return f"{label(grown)}, which continues it, is not the past followed by new tokens"
-    if parts[1].target is panguq.dequantize.default:
-        return "what it takes is quantized already"
     readers = [n for n in past.users if n is not grown and n.target is not aten.sym_size.int]
     if readers:
         return f"{label(readers[0])} reads the past beside {label(grown)}"

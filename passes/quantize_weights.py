@@ -52,8 +52,9 @@ class QuantizeWeights(Pass):
     """
 
     name: ClassVar[str] = "quantize-weights"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ, Property.UNSOLVED})
     establishes: ClassVar[frozenset[Property]] = frozenset({Property.WEIGHT_CODES})
+    breaks: ClassVar[frozenset[Property]] = frozenset({Property.UNSOLVED})
     clip_search: bool = False
     importance: Literal["activations", "none"] = "activations"
     smallest_ratio: float = 0.6

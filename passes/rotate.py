@@ -50,7 +50,9 @@ class Rotate(Pass):
     """
 
     name: ClassVar[str] = "rotate"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
+    requires: ClassVar[frozenset[Property]] = frozenset(
+        {Property.CANONICAL, Property.SCHEMES, Property.FLOAT_MATMULS}
+    )
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.STATISTICS, Property.CALIBRATED})
     exact: ClassVar[bool] = True
     sites: tuple[str, ...] = KINDS

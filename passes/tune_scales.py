@@ -46,7 +46,9 @@ class TuneScales(Pass):
     """
 
     name: ClassVar[str] = "tune-scales"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ, Property.WEIGHT_CODES})
+    requires: ClassVar[frozenset[Property]] = frozenset(
+        {Property.QDQ, Property.WEIGHT_CODES, Property.FLOAT_CACHE}
+    )
     needs_calibration: ClassVar[bool] = True
     epochs: int = 2
     learning_rate: float = 2e-3

@@ -48,7 +48,9 @@ class WeighTokens(Pass):
     """
 
     name: ClassVar[str] = "weigh-tokens"
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
+    requires: ClassVar[frozenset[Property]] = frozenset(
+        {Property.CANONICAL, Property.SCHEMES, Property.FLOAT_MATMULS, Property.FLOAT_CACHE}
+    )
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
     power: float = 1.0

@@ -14,7 +14,7 @@ from torch.nn import functional
 from panguq.data.inputs import prepare, takes_empty_mask
 from panguq.ir.edit import clone, module_path
 from panguq.ir.interface import Interface
-from panguq.ir.properties import Property
+from panguq.ir.properties import TRACED, Property
 from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.canonicalize import Canonicalize
@@ -176,7 +176,7 @@ def run_pipeline(
     ctx: PassContext,
     instruments: Sequence[Instrument] = (),
     first_index: int = 1,
-    held: frozenset[Property] = frozenset(),
+    held: frozenset[Property] = TRACED,
 ) -> tuple[list[PassRecord], frozenset[Property]]:
     """The record of every pass, and what holds after the last."""
     runner = Runner(ctx, instruments, held, first_index)

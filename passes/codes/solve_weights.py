@@ -81,8 +81,9 @@ class SolveWeights(Pass):
     data flow; q, k, v share one problem, gate and up another).
     """
 
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ, Property.UNSOLVED})
     establishes: ClassVar[frozenset[Property]] = frozenset({Property.WEIGHT_CODES})
+    breaks: ClassVar[frozenset[Property]] = frozenset({Property.UNSOLVED})
     needs_calibration: ClassVar[bool] = True
     beside_float: ClassVar[bool] = False
     note_columns: ClassVar[tuple[str, ...]] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.edit import clone, finish, weights_of
-from panguq.ir.properties import Property
+from panguq.ir.properties import TRACED, Property
 from panguq.ir.run.equivalence import prove_site, prove_whole
 from panguq.ir.text.printer import print_graph
 from panguq.ir.verify import verify
@@ -52,7 +52,7 @@ class Instrument(Protocol):
 
 def check_order(
     passes: Sequence[Pass],
-    have: frozenset[Property] = frozenset(),
+    have: frozenset[Property] = TRACED,
     known: Sequence[type[Pass]] = (),
 ) -> None:
     """Raises RecipeError if a pass needs a property that nothing before it has established.
@@ -64,13 +64,28 @@ def check_order(
         for needed in sorted(step.needs(passes[: index - 1]) - held, key=lambda p: p.name):
             culprit = broken_by.get(needed)
             cause = f", and {culprit} broke it" if culprit else ""
-            makers = [p.name for p in known if needed in p.establishes]
             raise RecipeError(
                 f"pass {index:02d} {step.name} needs {needed.name}{cause}",
-                f"put {' or '.join(makers)} before it" if makers else "",
+                _what_to_do(step, needed, culprit, held, known),
             )
         held = (held - step.breaks) | step.establishes
         broken_by.update({p: f"pass {index:02d} {step.name}" for p in step.breaks})
+
+
+def _what_to_do(
+    step: Pass,
+    needed: Property,
+    culprit: str | None,
+    held: Set[Property],
+    known: Sequence[type[Pass]],
+) -> str:
+    """What to put before the pass; or, where nothing may come there any more, to put it earlier."""
+    makers = [p for p in known if needed in p.establishes]
+    possible = [p for p in makers if p.requires <= held]
+    if culprit and not possible:
+        return f"{needed.name}: {needed.value}; put {step.name} before {culprit}, or leave one out"
+    names = [p.name for p in possible or makers]
+    return f"put {' or '.join(names)} before it" if names else ""
 
 
 class Runner:
@@ -85,7 +100,7 @@ class Runner:
         self,
         ctx: PassContext,
         instruments: Sequence[Instrument] = (),
-        held: frozenset[Property] = frozenset(),
+        held: frozenset[Property] = TRACED,
         first_index: int = 1,
         prove: bool = True,
     ) -> None:

@@ -51,7 +51,9 @@ class ScaleSites(Pass):
     chooses none twice.
     """
 
-    requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.SCHEMES})
+    requires: ClassVar[frozenset[Property]] = frozenset(
+        {Property.CANONICAL, Property.SCHEMES, Property.FLOAT_MATMULS}
+    )
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.STATISTICS, Property.CALIBRATED})
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from panguq.ir.properties import Property
+from panguq.ir.properties import TRACED, Property
 from panguq.lowering.stages import fitting, lowering_passes
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.pipeline.base import Pass
@@ -72,6 +72,6 @@ class Schedule:
         check_passes(self.passes)
 
 
-def check_passes(passes: Sequence[Pass], have: frozenset[Property] = frozenset()) -> None:
+def check_passes(passes: Sequence[Pass], have: frozenset[Property] = TRACED) -> None:
     """Raises RecipeError, naming what to put before it, for a pass that comes too early."""
     check_order(passes, have, ALL_PASSES)

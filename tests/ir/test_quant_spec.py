@@ -45,6 +45,7 @@ def test_options(text, name, bits, group_size, symmetric) -> None:
         ("W8A8-asym", "only weight-only schemes below 8 bits", "write W8A8"),
         ("W4A8-asym", "only weight-only schemes below 8 bits", "write W4A8"),
         ("FLOAT-sym", "only weight-only schemes below 8 bits", "write FLOAT"),
+        ("W1A16-sym", "one bit around zero has one level", "write W1A16"),
         ("W4A16-per_channel-g64", "has no groups", "write W4A16"),
     ],
 )

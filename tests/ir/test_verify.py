@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from panguq.errors import VerifyError
 from panguq.ir.edit import call, clone, fake_of, find_label, replace, set_tensor
+from panguq.ir.interface import Interface
 from panguq.ir.node_meta import annotate
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
@@ -21,11 +22,13 @@ from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult
 from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.tensors.weight_store import WeightStore
 from tests.model_shelf import run_passes, run_pipeline, tiny_context, trace_tiny
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 A, B = "a:linear", "b:linear"
+INTERFACE = Interface(kind="module", inputs=(), outputs=(), input_shapes={}, float_dtype="float32")
 
 
 class Two(nn.Module):
@@ -104,6 +107,25 @@ def quantized_input(gm: fx.GraphModule) -> None:
     annotate(find_label(gm, A), scheme=SCHEMES["W8A16"])
 
 
+def quantize_already(gm: fx.GraphModule) -> None:
+    node = find_label(gm, A)
+    codes = call(node, panguq.quantize_weight.default,
+                 (node.args[1], node.args[1], None, 8, -128, 127), origin=node)  # fmt: skip
+    call(node, panguq.dequantize_weight.default, (codes, node.args[1], None, 8, torch.float32),
+         origin=node)  # fmt: skip
+
+
+def cache_codes(gm: fx.GraphModule) -> None:
+    given = find_label(gm, "x")
+    given.target = "past_key_0"
+    annotate(given, label="past_key_0")
+    given.meta["val"] = given.meta["val"].to(torch.int8)
+
+
+def choose_codes(gm: fx.GraphModule) -> None:
+    QuantizeWeights().run(gm, PassContext(INTERFACE, WeightStore()))
+
+
 def dequantize_again(gm: fx.GraphModule) -> None:
     """After lowering, a linear that reads codes through a dequantize."""
     last = gm.graph.output_node()
@@ -126,6 +148,9 @@ CASES: list[tuple[Property, str, Break, str]] = [
     (Property.CANONICAL, "schemes", relabel, "the label of a:linear is missing or not unique"),
     (Property.CANONICAL, "schemes", call_unknown, "relu calls aten.bernoulli.default"),
     (Property.CANONICAL, "schemes", call_in_place, "relu calls aten.relu_.default"),
+    (Property.FLOAT_MATMULS, "schemes", quantize_already, "stands for a weight that is quantized"),
+    (Property.FLOAT_CACHE, "schemes", cache_codes, "past_key_0 holds codes"),
+    (Property.UNSOLVED, "fake-quant", choose_codes, "the codes of a:linear.weight.* are chosen"),
     (Property.SCHEMES, "schemes", forget("scheme"), "a:linear has no scheme"),
     (Property.STATISTICS, "calibrated", forget("input_statistics"), "no statistics of its input"),
     (Property.CALIBRATED, "calibrated", forget("input_range", B), "b:linear .* no observed range"),
@@ -165,8 +190,8 @@ def test_every_property_has_one_check_and_a_case_here() -> None:
 @pytest.mark.parametrize("scheme", ["FLOAT", "W8A16", "W8A8_DYNAMIC", "W4A16", "W4A16_ASYM"])
 def test_every_scheme_goes_through_whole(scheme) -> None:
     """What a scheme does not need, no check asks for."""
-    lowered = {Property.LOWERED, Property.ASCEND_OPS}
-    verify(stage("codes", scheme), set(Property) - lowered, after="it")
+    others = {Property.LOWERED, Property.ASCEND_OPS, Property.FLOAT_MATMULS, Property.UNSOLVED}
+    verify(stage("codes", scheme), set(Property) - others, after="it")
     verify(stage("lowered", scheme), {Property.LOWERED, Property.CANONICAL}, after="it")
 
 

@@ -277,17 +277,6 @@ def test_a_float_cache_is_untouched() -> None:
     assert all(t.dtype != torch.int8 for t in ctx.batches[0].values())
 
 
-@pytest.mark.parametrize("first", [QuantizeKvCache(), PER_TOKEN])
-def test_a_second_time_changes_nothing(first: QuantizeKvCache) -> None:
-    gm, _ = canonical("llama")
-    ctx = family_context("llama")
-    records = run_passes(gm, ctx, "FLOAT", first, QuantizeKvCache())
-    assert records[-1].result.changed == 0
-    assert {skip.reason for skip in records[-1].result.skipped} <= {
-        "it holds codes already", "what it takes is quantized already",
-    }  # fmt: skip
-
-
 def test_a_past_with_another_reader_is_left_alone() -> None:
     gm, _ = canonical("llama")
     ctx = family_context("llama")

@@ -43,7 +43,7 @@ from panguq.dumps.stage_writer import StageWriter, json_text
 from panguq.dumps.text import error_text, summary_text
 from panguq.errors import StorageError, first_line
 from panguq.ir.edit import weights_of
-from panguq.ir.properties import Property
+from panguq.ir.properties import TRACED
 from panguq.pass_options import pass_to_entry
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult
 from panguq.passes.pipeline.runner import PassRecord
@@ -80,7 +80,7 @@ class Dump:
         self.stopped: StorageError | None = None
         self._writer = StageWriter(folder)
         self._release: Callable[[], object] = lambda: None
-        self._holds: frozenset[Property] = frozenset()
+        self._holds = TRACED
         self._lines: list[PassSummary] = []
         self._failure = ""
         self._has_probe = False

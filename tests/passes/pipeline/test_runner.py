@@ -11,15 +11,17 @@ from torch import fx
 
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.edit import set_tensor
-from panguq.ir.properties import Property
+from panguq.ir.properties import TRACED, Property
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.outliers import Outliers
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult
 from panguq.passes.pipeline.runner import PassRecord
+from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
 from panguq.recipe import Recipe, preset_names
@@ -77,6 +79,18 @@ def test_orders_that_need_no_more(passes) -> None:
          "before it"),
         ((Canonicalize(), WEIGHT_ONLY, LowerMatmuls()),
          "pass 03 lower-matmuls needs QDQ", "put insert-fake-quant before it"),
+        ((Canonicalize(), DYNAMIC, InsertFakeQuant(), Calibrate()),
+         "pass 04 calibrate needs FLOAT_MATMULS, and pass 03 insert-fake-quant broke it",
+         "FLOAT_MATMULS: every matmul reads floating-point weights: nothing is quantized yet; put "
+         "calibrate before pass 03 insert-fake-quant, or leave one out"),
+        ((Canonicalize(), WEIGHT_ONLY, InsertFakeQuant(), QuantizeWeights(), Gptq()),
+         "pass 05 gptq needs UNSOLVED, and pass 04 quantize-weights broke it",
+         "UNSOLVED: no code of a weight is chosen yet: the graph computes them from float "
+         "weights; put gptq before pass 04 quantize-weights, or leave one out"),
+        ((Canonicalize(), QuantizeKvCache(), QuantizeKvCache()),
+         "pass 03 quantize-kv-cache needs FLOAT_CACHE, and pass 02 quantize-kv-cache broke it",
+         "FLOAT_CACHE: the cache of keys and values is in floating point; put quantize-kv-cache "
+         "before pass 02 quantize-kv-cache, or leave one out"),
     ],
 )  # fmt: skip
 def test_wrong_orders_are_refused(passes, message, hint) -> None:
@@ -167,7 +181,7 @@ def test_a_bad_weight_is_named_with_the_first_pass_that_saw_it(bad, scheme, pass
     weight = torch.ones(8, 8)
     weight[2, 3] = bad
     set_tensor(gm, "first.weight", weight)
-    held = frozenset({Property.CANONICAL, Property.SCHEMES})
+    held = TRACED | {Property.CANONICAL, Property.SCHEMES}
     with pytest.raises(NumericsError) as caught:
         run_pipeline(gm, passes, ctx, first_index=3, held=held)
     assert caught.value.message == (
