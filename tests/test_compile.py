@@ -222,6 +222,8 @@ def test_no_text_is_written_where_none_is_needed() -> None:
 def test_who_writes_no_text() -> None:
     with pytest.raises(InputError, match="sampled -1"):
         panguq.compile(make_model("llama"), "w8a8", sampled=-1)
+    with pytest.raises(InputError, match="at most 16384"):
+        panguq.compile(make_model("llama"), "w8a8", sampled=10**9)
     with pytest.raises(InputError, match="only a causal language model"):
         panguq.compile(nn.Linear(32, 32), "w8a8", example_inputs=(torch.randn(3, 32),), sampled=1)
 
@@ -469,3 +471,9 @@ def test_a_tokenizer_that_cannot_be_saved_calibrates(caplog, tmp_path) -> None:
     assert compiled.report.calibration.first_80_characters == "ab" * 40
     assert "the tokenizer, a Tokenizer, is not saved with the model" in caplog.text
     compiled.save(tmp_path / "out")
+
+
+def test_a_seed_beyond_what_generators_take() -> None:
+    module = torch.nn.Linear(8, 8)
+    with pytest.raises(InputError, match="more than 64 bits"):
+        panguq.compile(module, "w8a16", example_inputs=(torch.randn(2, 8),), seed=1 << 70)

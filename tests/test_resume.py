@@ -208,7 +208,7 @@ def test_a_compile_that_is_refused_at_once_leaves_nothing(place, tmp_path, capsy
 
 
 def test_a_full_disk_at_the_end_keeps_the_finished_parts(
-    place, tmp_path, monkeypatch, capsys, caplog, uninterrupted
+    place, tmp_path, monkeypatch, capsys, uninterrupted
 ) -> None:
     """The very last step fails; the same command needs only that step again."""
     whole = uninterrupted("w4a16")
@@ -219,8 +219,9 @@ def test_a_full_disk_at_the_end_keeps_the_finished_parts(
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_write_shard", full)
         assert compile_model(place, "w4a16", tmp_path / "out") == 1
-    assert "the disk is full" in capsys.readouterr().err
-    assert f"the same command goes on from them in {tmp_path / '.out.work'}" in caplog.text
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert f"the same command goes on from them in {tmp_path / '.out.work'}" in said
     assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
     monkeypatch.setattr(WorkFolder, "keep", lambda self, unit, done: pytest.fail(f"{unit} again"))
     assert compile_model(place, "w4a16", tmp_path / "out") == 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from panguq.cli.compile_places import Places, check_out, held_places
+from panguq.cli.compile_places import Places, check_out, held_places, saved
 from panguq.errors import StorageError
 from panguq.formats.own.storage import write_folder
 from panguq.tensors.work_folder import Finished, WorkFolder
@@ -30,21 +30,34 @@ def test_the_parts_go_when_the_result_is_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [StorageError("no"), KeyboardInterrupt(), RuntimeError("what?")])
-def test_whatever_ends_the_work_keeps_the_finished_parts(tmp_path, caplog, error) -> None:
-    with pytest.raises(type(error)), held_places(tmp_path / "out", None) as places:
+def test_whatever_ends_the_work_keeps_the_finished_parts(tmp_path, error) -> None:
+    with pytest.raises(type(error)) as caught, held_places(tmp_path / "out", None) as places:
         work_in(places)
         raise error
-    assert f"goes on from them in {tmp_path / '.out.work'}" in caplog.text
+    (note,) = caught.value.__notes__
+    assert f"goes on from them in {tmp_path / '.out.work'}" in note
     with held_places(tmp_path / "out", None) as places:
         assert places.units is not None
         places.units.open_for({"recipe": "w4a16"})
         assert places.units.find("pass/unit") is not None
 
 
-def test_without_finished_parts_nothing_stays(tmp_path: Path, caplog) -> None:
-    with pytest.raises(StorageError), held_places(tmp_path / "out", None):
+def test_without_finished_parts_nothing_stays(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as caught, held_places(tmp_path / "out", None):
         raise StorageError("no")
-    assert names(tmp_path) == [] and not caplog.text
+    assert names(tmp_path) == [] and not hasattr(caught.value, "__notes__")
+
+
+def test_a_reader_that_leaves_before_the_result_is_an_error(tmp_path: Path) -> None:
+    """After it, `panguq … | head` has worked."""
+    place = held_places(tmp_path / "out", None)
+    with pytest.raises(StorageError, match="has left") as caught, place as places:
+        work_in(places)
+        raise BrokenPipeError
+    assert "finished parts are kept" in caught.value.__notes__[0]
+    with pytest.raises(BrokenPipeError) as late, saved(tmp_path / "out"):
+        raise BrokenPipeError
+    assert late.value.__notes__ == [f"the model is saved: {tmp_path / 'out'}"]
 
 
 def test_a_result_that_was_not_saved_keeps_the_parts(tmp_path: Path) -> None:

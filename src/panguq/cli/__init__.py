@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-
-from panguq.cli import (
-    check,
-    compile_model,
-    dumps,
-    evaluate_model,
-    explain,
-    export_onnx,
-    generate,
-    listings,
-    tune,
-)
-from panguq.errors import PanguqError
 
 _EXAMPLE = """\
 examples:
@@ -34,6 +23,18 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, from parsed arguments to an exit status."""
+    from panguq.cli import (
+        check,
+        compile_model,
+        dumps,
+        evaluate_model,
+        explain,
+        export_onnx,
+        generate,
+        listings,
+        tune,
+    )
+
     top = argparse.ArgumentParser(
         prog="panguq",
         description="Quantize and compile large language models.",
@@ -61,29 +62,52 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit status: 0 it worked, 1 it did not, 2 wrong usage, 130 interrupted."""
     try:
+        _prepare()
         parsed = parser().parse_args(arguments)
+        _check_here()
         status: int = parsed.run(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
-    except PanguqError as error:
-        if os.environ.get("PANGUQ_TRACEBACK"):
-            raise
-        hint = f"\nhint: {error.hint}" if error.hint else ""
-        print(f"error: {error.message}{hint}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from panguq.cli.failure import silence_stdout
+
+        silence_stdout()
         return 0
-    except OSError as error:  # what the commands themselves write and read has errors of its own
-        if os.environ.get("PANGUQ_TRACEBACK"):
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("PANGUQ_TRACEBACK") and isinstance(error, Exception):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        with suppress(OSError):  # stdout may be what is full, and is flushed at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        from panguq.cli.failure import said, say, silence_stdout
+
+        say(said(error, ["panguq", *(sys.argv[1:] if arguments is None else arguments)]))
+        silence_stdout()
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    finally:
+        if arguments is None:  # the process ends here: nothing is left to be interrupted
+            with suppress(ValueError):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _prepare() -> None:
+    """See to it that no file takes the number of a closed stream, which C code would write to, and
+    that a log nobody can read costs nothing."""
+    for stream in (0, 1, 2):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    logging.raiseExceptions = False
+
+
+def _check_here() -> None:
+    from panguq.errors import StorageError
+
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise StorageError(
+            "the current folder was deleted", "change to a folder that is there"
+        ) from None
 
 
 def _version() -> str:

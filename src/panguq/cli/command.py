@@ -36,12 +36,36 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def positive(text: str) -> int:
-    """An option's value that must be a whole number above zero."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+def whole(least: int, largest: int) -> Callable[[str], int]:
+    """The type of an option whose value is a whole number in these bounds, both included."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number") from None
+        if value < least:
+            below = "above zero" if least == 1 else f"{least} or more"
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not {below}")
+        if value > largest:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is more than {largest}")
+        return value
+
+    return number
+
+
+def finite(text: str) -> float:
+    """The type of an option whose value is a number, and neither infinite nor nan."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
     return value
+
+
+counted = whole(1, 10**6)
+"""Windows, sampled pieces, sequences: a million of them takes days."""
+tokens = whole(1, 2**24)
+"""Tokens in a window, a prompt or an answer: more than any model's positions."""
 
 
 def print_json(value: Any) -> None:

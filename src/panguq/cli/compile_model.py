@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from panguq.cli.command import (
     Commands,
     add_command,
     add_json,
-    positive,
+    counted,
     print_json,
     quiet_transformers,
+    tokens,
+    whole,
 )
 from panguq.cli.compile_end import check_end, check_server
-from panguq.cli.compile_places import check_out, held_places
+from panguq.cli.compile_places import check_out, held_places, saved
 from panguq.errors import InputError, RecipeError
 from panguq.formats.registry import FORMATS
 from panguq.servers import SERVERS
@@ -48,12 +51,12 @@ def add(commands: Commands) -> None:
         type=Path,
         help="text, or a .jsonl, .json or .parquet file of texts or conversations",
     )
-    command.add_argument("--windows", type=positive, default=16, help="pieces of text to take")
-    command.add_argument("--window", type=positive, default=512, help="tokens in each of them")
+    command.add_argument("--windows", type=counted, default=16, help="pieces of text to take")
+    command.add_argument("--window", type=tokens, default=512, help="tokens in each of them")
     command.add_argument(
         "--sampled",
         metavar="N",
-        type=positive,
+        type=whole(1, 2**14),
         default=0,
         help="calibrate on this many pieces more, which the model writes itself",
     )
@@ -75,7 +78,9 @@ def add(commands: Commands) -> None:
     command.add_argument("--dump", metavar="DIR", type=Path, help="write what each pass did")
     command.add_argument("--target", default="cpu", help="what to compile for (default: cpu)")
     command.add_argument("--dtype", choices=_DTYPES, help="cast the model first")
-    command.add_argument("--seed", type=int, default=0, help="for sampling (default: 0)")
+    command.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), default=0, help="for sampling (default: 0)"
+    )
     command.add_argument(
         "--scheme",
         metavar="GLOB=SCHEME",
@@ -146,10 +151,12 @@ def run(options: argparse.Namespace) -> int:
         if options.out is not None:
             compiled.save(options.out, overwrite=options.force, format=options.format)
             places.saved = True
-    if options.json:
-        print_json({**compiled.report.model_dump(), "out": _text(options.out)})
-    else:
-        print(_summary(compiled, options))
+    with saved(options.out):
+        if options.json:
+            print_json({**compiled.report.model_dump(), "out": _text(options.out)})
+        else:
+            print(_summary(compiled, options))
+        sys.stdout.flush()
     return 0
 
 

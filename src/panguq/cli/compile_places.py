@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ from panguq.errors import StorageError
 
 if TYPE_CHECKING:
     from panguq.tensors.work_folder import WorkFolder
-
-logger = logging.getLogger("panguq")
 
 
 @dataclass
@@ -59,8 +56,8 @@ def held_places(out: Path | None, work_dir: Path | None) -> Iterator[Places]:
 
     `.NAME.work` beside the result NAME is held in any case: who holds it writes the result. By
     default the parts are in it, on the disk of the result, which then shares the large ones. What
-    ends the work otherwise leaves the finished parts and says so. Raises StorageError for places
-    that another compile holds, or that hold something else.
+    ends the work otherwise leaves the finished parts and gets a note that says so. Raises
+    StorageError for places that another compile holds, or that hold something else.
     """
     from panguq.tensors.work_folder import WorkFolder
 
@@ -74,8 +71,12 @@ def held_places(out: Path | None, work_dir: Path | None) -> Iterator[Places]:
         places = Places(None if chosen is None else WorkFolder(chosen))
         try:
             yield places
-        except BaseException:
-            _say_how_to_go_on(places)
+        except BrokenPipeError as error:  # no result yet: it is not as if its reader had left
+            broken = StorageError("whoever reads this command's output has left", "run it again")
+            _note_how_to_go_on(places, broken)
+            raise broken from error
+        except BaseException as error:
+            _note_how_to_go_on(places, error)
             raise
         finally:
             _leave(places)
@@ -101,7 +102,23 @@ def _leave(places: Places) -> None:
         places.units.leave()
 
 
-def _say_how_to_go_on(places: Places) -> None:
+def _note_how_to_go_on(places: Places, error: BaseException) -> None:
+    """Let the error say what was kept, for the one place that prints it."""
+    if places.saved:
+        return
     if places.units is not None and places.units.holds_units:
         path = places.units.path
-        logger.warning("finished parts are kept: the same command goes on from them in %s", path)
+        error.add_note(f"finished parts are kept: the same command goes on from them in {path}")
+    elif isinstance(error, KeyboardInterrupt):
+        error.add_note("nothing was finished, and nothing is kept")
+
+
+@contextmanager
+def saved(out: Path | None) -> Iterator[None]:
+    """Whatever ends the block says that the model is saved."""
+    try:
+        yield
+    except BaseException as error:
+        if out is not None:
+            error.add_note(f"the model is saved: {out}")
+        raise

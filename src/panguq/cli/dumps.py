@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from panguq.cli.command import Commands, add_command, add_json, print_json, quiet_transformers
+from panguq.cli.command import (
+    Commands,
+    add_command,
+    add_json,
+    finite,
+    print_json,
+    quiet_transformers,
+)
 from panguq.errors import InputError
 from panguq.suggest import did_you_mean
 
@@ -51,7 +58,7 @@ def add(commands: Commands) -> None:
     search.add_argument(
         "--floor",
         metavar="DB",
-        type=float,
+        type=finite,
         help="the local SQNR that a matmul must keep; without it, the largest drop is looked for",
     )
     add_json(search)

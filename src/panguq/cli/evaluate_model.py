@@ -11,10 +11,11 @@ from panguq.cli.command import (
     Commands,
     add_command,
     add_json,
-    positive,
+    counted,
     print_json,
     quiet_transformers,
     text_windows,
+    tokens,
 )
 from panguq.errors import InputError
 
@@ -43,8 +44,8 @@ def add(commands: Commands) -> None:
         help='each line is a conversation, {"messages": [{"role": …, "content": …}]}, whatever the '
         "file's name; all are written in the model's chat format",
     )
-    command.add_argument("--window", type=positive, default=512, help="tokens in a window")
-    command.add_argument("--windows", type=positive, default=16, help="how many windows at most")
+    command.add_argument("--window", type=tokens, default=512, help="tokens in a window")
+    command.add_argument("--windows", type=counted, default=16, help="how many windows at most")
     command.add_argument("--stage", choices=STAGES, default="lowered", help="which graph to run")
     add_json(command)
 

@@ -11,9 +11,10 @@ from panguq.cli.command import (
     Commands,
     add_command,
     add_json,
-    positive,
+    counted,
     print_json,
     quiet_transformers,
+    tokens,
 )
 from panguq.errors import LoweringError
 
@@ -77,9 +78,9 @@ def add(commands: Commands) -> None:
         "it costs 5%% more than the cheapest",
     )
     command.add_argument(
-        "--prompt", type=positive, default=1024, help="tokens in a prompt, for a model"
+        "--prompt", type=tokens, default=1024, help="tokens in a prompt, for a model"
     )
-    command.add_argument("--batch", type=positive, default=1, help="sequences, for a model")
+    command.add_argument("--batch", type=counted, default=1, help="sequences, for a model")
     command.add_argument(
         "--csv", metavar="FILE", type=Path, help="write all candidates with all terms"
     )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from panguq.cli.command import Commands, add_command, positive, quiet_transformers
+from panguq.cli.command import Commands, add_command, quiet_transformers, tokens
 from panguq.errors import InputError
 
 
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("compiled", metavar="COMPILED_DIR", type=Path, help="a compiled model")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
-    command.add_argument("--max-new-tokens", type=positive, default=32, help="default: 32")
+    command.add_argument("--max-new-tokens", type=tokens, default=32, help="default: 32")
     command.add_argument("--chat", action="store_true", help="put it as a question in a chat")
     command.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
     command.add_argument(

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from panguq.cli.command import Commands, add_command, add_json, print_json
+from panguq.cli.command import Commands, add_command, add_json, print_json, whole
 from panguq.errors import LoweringError
 
 _TEXT = """\
@@ -33,7 +33,10 @@ def add(commands: Commands) -> None:
         help="the target file to write (default: cpu-tuned.yaml)",
     )
     command.add_argument(
-        "--threads", metavar="N", type=int, help="threads to use (default: PyTorch's own number)"
+        "--threads",
+        metavar="N",
+        type=whole(1, 4096),
+        help="threads to use (default: PyTorch's own number)",
     )
     command.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
     command.add_argument(
