@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from panguq.lowering.cpu.tuning.calls import COLD_BYTES, KernelCalls, Shape
-from panguq.lowering.cpu.tuning.timing import CLOCKS, Budget, Timing, time_in_turn
+from panguq.lowering.cpu.tuning.timing import CLOCKS, Timing, TimingBudget, time_in_turn
 from panguq.lowering.cpu.tuning.tune import check_threads
 
 SHAPES = [
@@ -27,7 +27,9 @@ SHAPES = [
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
 
 
-def measure(shape: Shape, tokens: list[int], budget: Budget, clock: str, cold: int) -> list[Timing]:
+def measure(
+    shape: Shape, tokens: list[int], budget: TimingBudget, clock: str, cold: int
+) -> list[Timing]:
     """Timings of every kernel for every number of tokens."""
     calls = KernelCalls(shape, cold_bytes=cold)
     keyed = {(name, m): call for m in tokens for name, call in calls(m).items()}
@@ -66,7 +68,7 @@ def main() -> None:
         torch.set_num_threads(check_threads(threads, options.clock))
         print(f"threads={threads}")
         for shape in SHAPES:
-            budget, cold = Budget(options.repeats), 0 if options.warm else COLD_BYTES
+            budget, cold = TimingBudget(options.repeats), 0 if options.warm else COLD_BYTES
             timings = measure(shape, options.tokens, budget, options.clock, cold)
             print(render(timings), flush=True)
             rows += [{"threads": threads, **asdict(timing)} for timing in timings]

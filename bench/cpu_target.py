@@ -21,8 +21,8 @@ import torch
 
 from panguq.ir.quant_spec import parse_scheme
 from panguq.lowering.candidates import cpu_candidates
-from panguq.lowering.cpu.tuning.calls import Call, KernelCalls, Shape
-from panguq.lowering.cpu.tuning.timing import CLOCKS, Budget, time_in_turn
+from panguq.lowering.cpu.tuning.calls import KernelCalls, Shape, TimedCall
+from panguq.lowering.cpu.tuning.timing import CLOCKS, TimingBudget, time_in_turn
 from panguq.lowering.cpu.tuning.tune import FULL, QUICK, check_threads, machine, tune
 from panguq.lowering.problem import MatmulProblem
 from panguq.lowering.select_kernel import MANY_TOKENS, cpu_cost_name, select_kernel
@@ -67,7 +67,7 @@ def problem(shape: Shape, scheme: str) -> MatmulProblem:
     return MatmulProblem(None, shape.n, shape.k, parse_scheme(scheme))
 
 
-def candidates(calls: KernelCalls, scheme: str, m: int) -> dict[str, Call]:
+def candidates(calls: KernelCalls, scheme: str, m: int) -> dict[str, TimedCall]:
     """What the legal candidates of a scheme can do, by the names of their costs."""
     found = calls(m)
     if scheme == "W8A16":
@@ -78,7 +78,7 @@ def candidates(calls: KernelCalls, scheme: str, m: int) -> dict[str, Call]:
 
 
 def measure(
-    shape: Shape, tokens: Sequence[int], targets: Sequence[Target], budget: Budget, clock: str
+    shape: Shape, tokens: Sequence[int], targets: Sequence[Target], budget: TimingBudget, clock: str
 ) -> list[Row]:
     """The rows of one shape; all its calls take turns."""
     calls = KernelCalls(shape, SEED)
@@ -158,7 +158,7 @@ def main() -> None:
     for shape in shapes:
         print(f"n={shape.n} k={shape.k}", file=sys.stderr)
         tokens = [m for m in TOKENS if m * shape.n * shape.k <= MOST_PRODUCTS]
-        rows += measure(shape, tokens, targets, Budget(options.repeats), options.clock)
+        rows += measure(shape, tokens, targets, TimingBudget(options.repeats), options.clock)
     first = targets[0].name
     print(render_rows(rows, first) + "\n")
     for target in targets:

@@ -16,7 +16,7 @@ from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from panguq.lowering.candidates import split_counts
 from panguq.lowering.cost.executions import Execution, own_execution, scheme_numbers
 from panguq.lowering.cost.model import Cost, cost, execution_cost
-from panguq.lowering.cost.terms import Form, Layout
+from panguq.lowering.cost.terms import Form, WeightLayout
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem, Tile
 from panguq.lowering.target import Constant, Target
 from panguq.lowering.targets import find_target
@@ -175,7 +175,7 @@ def fit_vendor_dequantize(timings: Sequence[W4A16Timing], base: Target) -> float
 
 
 def tile_execution(
-    problem: MatmulProblem, tile: Tile, splits: int, layout: Layout, target: Target
+    problem: MatmulProblem, tile: Tile, splits: int, layout: WeightLayout, target: Target
 ) -> Execution:
     """A kernel that multiplies what is stored, in tiles, and adds partial sums by itself. Where m
     is less than a tile has rows, it multiplies m rows, in sixteens, as CATLASS' kernels do."""
@@ -190,7 +190,7 @@ def tile_execution(
 
 
 def best_split_k(
-    problem: MatmulProblem, tiles: Sequence[Tile], layout: Layout, target: Target
+    problem: MatmulProblem, tiles: Sequence[Tile], layout: WeightLayout, target: Target
 ) -> Cost:
     """The cheapest Split-K over tiles and numbers of splits, with one launch."""
     found = [
@@ -237,7 +237,7 @@ def tuned_schedules(weight_format: str = "NZ") -> list[Tuned]:
             )
             kernel = "linear" if scheme.is_float else "npu_quant_matmul"
             whole = cost(Candidate(kernel), problem, target).total_us
-            layout: Layout = "nk" if scheme.is_float else "blocked" if nz else "kn"
+            layout: WeightLayout = "nk" if scheme.is_float else "blocked" if nz else "kn"
             tiles = float32_tiles() if scheme.is_float else INT8_TILES
             split = best_split_k(problem, tiles, layout, target).total_us
             found.append(Tuned(row["target"], problem, row["schedule"], whole, split))
@@ -259,7 +259,7 @@ def other_matmuls() -> list[tuple[dict[str, str], Cost]]:
         sizes = (int(row[name]) for name in ("m", "n", "k"))
         problem = MatmulProblem(*sizes, scheme, dtype=dtype)
         tile = tuple(map(int, row["tile"].split("x")))
-        layout: Layout = row["weight"]  # type: ignore[assignment]
+        layout: WeightLayout = row["weight"]  # type: ignore[assignment]
         execution = tile_execution(problem, tile, 1, layout, target)  # type: ignore[arg-type]
         found.append((row, execution_cost(execution, problem, target)))
     return found

@@ -19,7 +19,7 @@ from panguq.kernels.ascend.own.tiles import legal_tiles
 from panguq.lowering.candidates import split_counts
 from panguq.lowering.cost.executions import own_execution
 from panguq.lowering.cost.model import cost, execution_cost
-from panguq.lowering.problem import Candidate, MatmulProblem, Schedule, Tile
+from panguq.lowering.problem import Candidate, KernelSchedule, MatmulProblem, Tile
 from panguq.lowering.target import Target
 
 TOKENS = (1, 4, 16, 64)
@@ -79,7 +79,7 @@ def _best_us(
 ) -> float:
     totals = []
     for count in splits:
-        schedule: Schedule = "split_k" if count > 1 else "data_parallel"
+        schedule: KernelSchedule = "split_k" if count > 1 else "data_parallel"
         tiles = TWO_PHASE_TILES if two_phase else legal_tiles(f"w4a16_{schedule}")
         for tile in tiles:
             if count > -(-problem.k // tile[2]):

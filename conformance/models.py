@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import panguq
 from panguq.compiled_model import CompiledCausalLM
-from panguq.ir.text.size_expression import evaluate
+from panguq.ir.text.size_expression import evaluate_size
 
 TARGET = "ascend910b1"
 VOCABULARY = 512
@@ -82,7 +82,7 @@ def inputs_of(
     shapes = model.interface.input_shapes
     return [
         torch.zeros(
-            [int(evaluate(str(size), sizes)) for size in shapes[str(node.target)]],
+            [int(evaluate_size(str(size), sizes)) for size in shapes[str(node.target)]],
             dtype=node.meta["val"].dtype,
         )
         for node in graph.graph.nodes

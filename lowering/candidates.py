@@ -15,9 +15,9 @@ from panguq.lowering.ascend.rules import (
 from panguq.lowering.problem import (
     Candidate,
     Dtype,
+    KernelSchedule,
     MatmulProblem,
     Precision,
-    Schedule,
     Storage,
     Tile,
     WeightFormat,
@@ -27,9 +27,9 @@ from panguq.lowering.target import Target
 __all__ = [
     "Candidate",
     "Dtype",
+    "KernelSchedule",
     "MatmulProblem",
     "Precision",
-    "Schedule",
     "Storage",
     "Tile",
     "WeightFormat",
@@ -113,7 +113,7 @@ def _own(problem: MatmulProblem, target: Target, family: str, storage: Storage) 
     unfit = _own_refusal(problem)
     found = []
     for count in [1, *split_counts(int(target["cube_cores"]))]:
-        schedule: Schedule = "split_k" if count > 1 else "data_parallel"
+        schedule: KernelSchedule = "split_k" if count > 1 else "data_parallel"
         kernel = f"{family}_{schedule}"
         for tile in legal_tiles(kernel):
             refusal = unfit or _kernel_refusal(problem, family, count, tile)

@@ -68,15 +68,15 @@ class Operands:
     output_dtype: torch.dtype
 
 
-Call = tuple[OpOverload, tuple[Any, ...], dict[str, Any]]
+OpCall = tuple[OpOverload, tuple[Any, ...], dict[str, Any]]
 
 
-def kernel_call(kernel: Candidate, given: Operands) -> Call:
+def kernel_call(kernel: Candidate, given: Operands) -> OpCall:
     """Op, arguments and keyword arguments of a kernel's call."""
     return _CALLS[kernel.kernel](kernel, given)
 
 
-def _quant_matmul(kernel: Candidate, given: Operands) -> Call:
+def _quant_matmul(kernel: Candidate, given: Operands) -> OpCall:
     named: dict[str, Any] = {"output_dtype": dtype_number(given.output_dtype)}
     if given.pertoken_scale is not None:
         named["pertoken_scale"] = given.pertoken_scale
@@ -85,18 +85,18 @@ def _quant_matmul(kernel: Candidate, given: Operands) -> Call:
     return npu.npu_quant_matmul.default, (given.x, given.weight, given.scale), named
 
 
-def _weight_quant(kernel: Candidate, given: Operands) -> Call:
+def _weight_quant(kernel: Candidate, given: Operands) -> OpCall:
     args = (given.x, given.weight, given.scale, given.offset, None, None, given.bias)
     return npu.npu_weight_quant_batchmatmul.default, (*args, given.group_size), {}
 
 
-def _own_w8a8(kernel: Candidate, given: Operands) -> Call:
+def _own_w8a8(kernel: Candidate, given: Operands) -> OpCall:
     args = (given.x, given.weight, given.scale, given.pertoken_scale, given.bias)
     how = (given.output_dtype, kernel.splits, list(kernel.tile or ()))
     return own.w8a8.default, (*args, *how), {}
 
 
-def _own_w4a16(kernel: Candidate, given: Operands) -> Call:
+def _own_w4a16(kernel: Candidate, given: Operands) -> OpCall:
     args = (given.x, given.weight, given.scale, given.offset, given.bias, given.group_size)
     return own.w4a16.default, (*args, kernel.splits, list(kernel.tile or ())), {}
 

@@ -9,7 +9,7 @@ from panguq.ir.quant_spec import Scheme
 
 Precision = Literal["bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-Schedule = Literal["vendor", "data_parallel", "split_k"]
+KernelSchedule = Literal["vendor", "data_parallel", "split_k"]
 Storage = Literal["float", "int8", "int4"]
 Tile = tuple[int, int, int]
 WeightFormat = Literal["ND", "NZ"]
@@ -53,7 +53,7 @@ class Candidate:
 
     kernel: str
     refusal: str | None = None
-    schedule: Schedule = "vendor"
+    schedule: KernelSchedule = "vendor"
     splits: int = 1
     tile: Tile | None = None
     storage: Storage = "float"

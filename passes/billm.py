@@ -55,7 +55,7 @@ class BiLlm(SolveWeights):
     The paper counts 1 + r bits, r being the share of salient columns (`paper_bits` in the table).
     What a machine must store is more: membership, which takes the place of the residual sign of
     salient columns, makes two bits a weight, and the magnitudes, four bfloat16 a row and block of
-    128, another half (`stored_bits`).
+    128, another half (`binary_bits`).
     """
 
     name: ClassVar[str] = "billm"
@@ -97,7 +97,7 @@ class BiLlm(SolveWeights):
         solve_columns(weight, factor, binarizer, self.block_size, inside=self.spread_inside)
         codes, magnitudes, salient = binarizer.result()
         share = float(salient.double().mean())
-        stored = stored_bits(n, k, magnitudes.shape[1], len(problem.names))
+        stored = binary_bits(n, k, magnitudes.shape[1], len(problem.names))
         notes = (self.block_size, f"{share:.4f}", f"{1 + share:.3f}", f"{stored:.3f}")
         return Solution(codes, magnitudes, shared={"salient": salient}, notes=notes)
 
@@ -136,7 +136,7 @@ class BiLlm(SolveWeights):
         replace(dequantized, call(dequantized, dequantize_binary, args, origin=dequantized))
 
 
-def stored_bits(n: int, k: int, magnitudes: int, matrices: int) -> float:
+def binary_bits(n: int, k: int, magnitudes: int, matrices: int) -> float:
     """Bits a weight of `matrices` with n rows together and this many bfloat16 magnitudes a row."""
     row_bits = 8 * packed_columns(k, CODE_BITS) + 16 * magnitudes
     return (n * row_bits + matrices * 8 * packed_columns(k, 1)) / (n * k)

@@ -36,7 +36,7 @@ from panguq.tensors.work_folder import Finished
 
 TIME_UNITS = 100_000  # predicted times count in this part of their budget, rounded up
 
-Group = tuple[fx.Node, ...]
+LinearGroup = tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class MixedPrecision(Pass):
         self._tabulate(result, options, losses, solved, budgets, ctx.matmul_rules)
         return result
 
-    def _groups(self, gm: fx.GraphModule) -> tuple[list[Group], list[fx.Node]]:
+    def _groups(self, gm: fx.GraphModule) -> tuple[list[LinearGroup], list[fx.Node]]:
         """What shares a choice, and the matmuls that keep their schemes but count as well."""
         readers = by_input(linears(gm))
         groups, others = [], []
@@ -149,7 +149,7 @@ class MixedPrecision(Pass):
         return kept or scheme_of(node).is_float or gives_logits(node)
 
     def _fitting(
-        self, group: Group, rules: MatmulRules | None, result: PassResult
+        self, group: LinearGroup, rules: MatmulRules | None, result: PassResult
     ) -> tuple[Scheme, ...]:
         """The choices that every matmul of the group can have; the reasons against the rest."""
         found = []
@@ -163,7 +163,7 @@ class MixedPrecision(Pass):
 
     def _budgets(
         self,
-        options: dict[Group, tuple[Scheme, ...]],
+        options: dict[LinearGroup, tuple[Scheme, ...]],
         others: list[fx.Node],
         rules: MatmulRules | None,
     ) -> dict[str, tuple[Budget, float]]:
@@ -188,8 +188,8 @@ class MixedPrecision(Pass):
         return found
 
     def _losses(
-        self, gm: fx.GraphModule, ctx: PassContext, options: dict[Group, tuple[Scheme, ...]]
-    ) -> dict[Group, list[float]]:
+        self, gm: fx.GraphModule, ctx: PassContext, options: dict[LinearGroup, tuple[Scheme, ...]]
+    ) -> dict[LinearGroup, list[float]]:
         """The expected KL of each group's schemes; a compile that was killed measures once."""
 
         def compute() -> Finished:
@@ -215,8 +215,8 @@ class MixedPrecision(Pass):
     def _tabulate(
         self,
         result: PassResult,
-        options: dict[Group, tuple[Scheme, ...]],
-        losses: dict[Group, list[float]],
+        options: dict[LinearGroup, tuple[Scheme, ...]],
+        losses: dict[LinearGroup, list[float]],
         solved: Allocation,
         budgets: dict[str, tuple[Budget, float]],
         rules: MatmulRules | None,
@@ -269,7 +269,7 @@ def _refusal(node: fx.Node, scheme: Scheme, rules: MatmulRules | None) -> str | 
 
 
 def _budget(
-    options: dict[Group, tuple[Scheme, ...]],
+    options: dict[LinearGroup, tuple[Scheme, ...]],
     cost: Callable[[fx.Node, Scheme], int],
     fixed: int,
     limit: float,

@@ -24,7 +24,7 @@ QUANT_MAX = 127
 TOKENS = 2
 """The axis of a cached tensor `[batch, heads, tokens, d]` along which it grows."""
 
-Kind = Literal["per_channel", "per_token", "float"]
+CacheKind = Literal["per_channel", "per_token", "float"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class QuantizeKvCache(Pass):
     requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.FLOAT_CACHE})
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT_CACHE})
     needs_calibration: ClassVar[bool] = True
-    keys: Kind = "per_channel"
-    values: Kind = "per_channel"
+    keys: CacheKind = "per_channel"
+    values: CacheKind = "per_channel"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
@@ -100,7 +100,7 @@ class QuantizeKvCache(Pass):
         result.tables["cache"] = Table(columns, tuple(rows))
         return result
 
-    def _kind(self, cached: Cached) -> Kind:
+    def _kind(self, cached: Cached) -> CacheKind:
         return self.keys if cached.part == "key" else self.values
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.own.w4a16 import BIAS_DTYPE, dequantize
+from panguq.kernels.ascend.own.w4a16 import BIAS_DTYPE, dequantized_weight
 
 FLOAT32_ROUNDOFF = 2.0**-24
 
@@ -41,7 +41,7 @@ def assert_within_bound(
     additions: int,
 ) -> None:
     """The result is the float64 one up to `additions` float32 additions and its own rounding."""
-    values = dequantize(weight, scale, offset, group_size).to(torch.float64)
+    values = dequantized_weight(weight, scale, offset, group_size).to(torch.float64)
     tokens = x.to(torch.float64)
     exact = tokens @ values
     magnitude = tokens.abs() @ values.abs()

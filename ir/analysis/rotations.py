@@ -27,7 +27,7 @@ from panguq.ir.analysis.walk import Blocked, GraphWalk, Stop
 from panguq.ir.edit import label, operands
 from panguq.ir.interface import Interface
 
-Kind = Literal["residual", "value"]
+RotationKind = Literal["residual", "value"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RotationSite:
     those whose weight becomes 1, `readers` the linears whose columns take it up.
     """
 
-    kind: Kind
+    kind: RotationKind
     source: fx.Node
     block: int
     values: tuple[fx.Node, ...]
@@ -74,7 +74,7 @@ def find_rotation_sites(
     """
     sites: list[RotationSite] = []
     blocked: list[Blocked] = []
-    starts: list[tuple[Kind, fx.Node, fx.Node]] = [
+    starts: list[tuple[RotationKind, fx.Node, fx.Node]] = [
         *(("residual", n, n.args[0]) for n in gm.graph.nodes if n.target in NORMS),
         *(("residual", n, n) for n in gm.graph.nodes if n.target is EMBEDDING),
         *(("value", n, n) for n in gm.graph.nodes if n.target in ATTENTIONS),
@@ -107,7 +107,7 @@ class RotationWalk(GraphWalk[Turned]):
         self.turns: dict[tuple[str, fx.Node, int], Turn] = {}
         self.readers: dict[fx.Node, None] = {}
 
-    def try_from(self, kind: Kind, value: fx.Node) -> tuple[RotationSite | None, str]:
+    def try_from(self, kind: RotationKind, value: fx.Node) -> tuple[RotationSite | None, str]:
         """The site that `value` belongs to, or the reason why there is none."""
         block = int(value.meta["val"].shape[-1])
         try:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError
 from panguq.ir.edit import ancestors, find_label, get_tensor, label, weights_of
-from panguq.ir.run.interpret import Environment, ensure_finite, last_uses
+from panguq.ir.run.interpret import Values, ensure_finite, last_uses
 from panguq.ir.views import Linear, operand, results_of
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.row_slices import ELEMENTS_AT_ONCE, row_slices
@@ -44,7 +44,7 @@ def _lift(value: Any) -> Any:
     return value
 
 
-def evaluate(
+def run_in_float64(
     gm: fx.GraphModule,
     inputs: Mapping[fx.Node, Tensor],
     outputs: list[fx.Node],
@@ -57,7 +57,7 @@ def evaluate(
     needed = ancestors(outputs, stop=inputs)
     order = [n for n in gm.graph.nodes if n in needed]
     freed = last_uses(order)
-    environment: Environment = {}
+    environment: Values = {}
 
     def value(node: fx.Node) -> Any:
         """A weight is lifted where it is read and kept nowhere: all at once are twice the model."""
@@ -177,7 +177,7 @@ def prove_site(
     starts = [find_label(before, name) for name in inputs]
     probe = {label(n): probe_value(before, n, generator, SITE_PROBE_SIZES) for n in starts}
     sizes_before, sizes_after = _sizes(before), _sizes(after)
-    old = evaluate(
+    old = run_in_float64(
         before,
         {**sizes_before, **{n: probe[label(n)] for n in starts}},
         [find_label(before, name) for name in outputs],
@@ -203,7 +203,7 @@ def prove_whole(before: fx.GraphModule, after: fx.GraphModule, generator: torch.
         for n in before.graph.nodes
         if n.op == "placeholder"
     }
-    old = evaluate(before, _by_name(before, probe), [*shared, *ends_before])
+    old = run_in_float64(before, _by_name(before, probe), [*shared, *ends_before])
     ends = [*(new_nodes[n.name] for n in shared), *ends_after]
     wanted = [old[n] for n in (*shared, *ends_before)]
     return _judge(before, after, _by_name(after, probe), ends, wanted)
@@ -217,7 +217,7 @@ def _judge(
     wanted: list[Tensor],
 ) -> float:
     """The largest difference of `ends` of `after`, computed from `given`, from the `wanted`."""
-    new = evaluate(after, given, ends)
+    new = run_in_float64(after, given, ends)
     bound = TOLERANCE_IN_EPSILONS * _weight_epsilon(after)
     steps: list[float] | None = None
     worst = 0.0
@@ -265,7 +265,7 @@ def _step_effects(
         sign = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8) * 2 - 1
         return torch.where(weight.abs() < limits.smallest_normal, weight + sign * step, weight)
 
-    there = evaluate(after, given, ends, moved)
+    there = run_in_float64(after, given, ends, moved)
     values = zip(new, (there[end] for end in ends), strict=True)
     return [_difference(x.double(), y.double()) for x, y in values]
 

@@ -14,7 +14,7 @@ from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.row_slices import row_slices
 
-Environment = dict[fx.Node, Any]
+Values = dict[fx.Node, Any]
 
 
 def compute(gm: fx.GraphModule, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
@@ -81,7 +81,7 @@ def values(
     needed = ancestors(keep)
     order = weights_late([n for n in gm.graph.nodes if n in needed])
     freed = last_uses(order)
-    environment: Environment = {}
+    environment: Values = {}
     with torch.no_grad():
         for node in order:
             if node.op == "placeholder":
@@ -126,7 +126,7 @@ def _all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _is_broken(node: fx.Node, value: Any, environment: Environment) -> bool:
+def _is_broken(node: fx.Node, value: Any, environment: Values) -> bool:
     """Whether this value is not finite, other than by the -inf of a mask that it was given."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
@@ -144,7 +144,7 @@ def first_non_finite(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> str | 
     """The label of the first node that yields NaN or Inf on these inputs, if any."""
     order = [n for n in gm.graph.nodes if n.op != "output"]
     freed = last_uses(order)
-    environment: Environment = {}
+    environment: Values = {}
     with torch.no_grad():
         for node in order:
             if node.op == "placeholder":

@@ -19,7 +19,7 @@ from panguq.ir.edit import ancestors, label
 from panguq.ir.ops.opset import body_of
 from panguq.ir.run import interpret
 from panguq.ir.run.interpret import (
-    Environment,
+    Values,
     compute,
     ensure_finite,
     without_inputs,
@@ -30,7 +30,7 @@ from panguq.tensors import spill
 Gradient = Callable[[Tensor], Tensor]
 """From the graph's first output for one batch to the gradient of the scalar there, same shape."""
 
-Observe = Callable[[dict[fx.Node, tuple[Tensor, Tensor]]], None]
+ObserveGradients = Callable[[dict[fx.Node, tuple[Tensor, Tensor]]], None]
 """Called for one block and batch with (input x, gradient at the output y) of its watched nodes."""
 
 
@@ -52,7 +52,7 @@ def reverse_sweep(
     batches: Sequence[dict[str, Tensor]],
     watch: Iterable[fx.Node],
     gradient: Gradient,
-    observe: Observe,
+    observe: ObserveGradients,
     block_done: Callable[[], None],
     progress: Callable[[str, int, int], None],
 ) -> None:
@@ -133,7 +133,7 @@ def _blocks(gm: fx.GraphModule, end: fx.Node) -> list[Block]:
     return found
 
 
-def _weights(gm: fx.GraphModule, step: Block) -> Environment:
+def _weights(gm: fx.GraphModule, step: Block) -> Values:
     """The weights that a block reads; raises NumericsError for one that is not finite."""
     weights = interpret.values(gm, {}, step.weights)
     for node, weight in weights.items():
@@ -167,13 +167,13 @@ def _forward(
     watched: set[fx.Node],
     progress: Callable[[int], None],
     wanted: Sequence[Block],
-) -> list[list[Environment]]:
+) -> list[list[Values]]:
     """What enters each wanted block, for every batch. The last block is not run."""
-    environments: list[Environment] = [
+    environments: list[Values] = [
         {n: batch[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"}
         for batch in batches
     ]
-    kept: list[list[Environment]] = []
+    kept: list[list[Values]] = []
     held = 0
     with torch.no_grad():
         for done, step in enumerate(steps):
@@ -200,7 +200,7 @@ def _forward(
 
 
 def _recompute(
-    step: Block, start: Environment, watched: set[fx.Node], active: set[fx.Node]
+    step: Block, start: Values, watched: set[fx.Node], active: set[fx.Node]
 ) -> dict[fx.Node, Any]:
     """Every value of the block, recorded by autograd from its active inputs on."""
     values: dict[fx.Node, Any] = dict(start)

@@ -16,13 +16,15 @@ from torch import Tensor, fx
 
 from panguq.ir.analysis.blocks import blocks
 from panguq.ir.edit import ancestors, label
-from panguq.ir.run.interpret import Environment, compute, ensure_finite, last_uses, without_inputs
+from panguq.ir.run.interpret import Values, compute, ensure_finite, last_uses, without_inputs
 from panguq.ir.views import DequantizedWeight, Item, operand
 from panguq.tensors import spill
 from panguq.tensors.memory import return_free_pages
 
 Observe = Callable[[fx.Node, Tensor], None]
 Progress = Callable[[str, int, int], None]
+"""Called as `progress(what, done, total)` by work that takes long."""
+
 Chosen = Mapping[fx.Node, Tensor]
 """Values that stand for what these nodes would compute from here on; none depends on an input."""
 
@@ -88,7 +90,7 @@ class _Sweep:
         steps = [[n for n in b if n in needed and n not in self.fixed] for b in blocks(self.gm)]
         steps = [step for step in steps if step]
         self.freed = last_uses([node for step in steps for node in step], unread=True)
-        environments: list[Environment] = [
+        environments: list[Values] = [
             {n: batch[str(n.target)] for n in inputs} for batch in self.batches
         ]
         floats = [dict(e) for e in environments] if self.beside_float else []
@@ -113,7 +115,7 @@ class _Sweep:
         return [segment for segment in segments if segment]
 
     def _compute(
-        self, segment: list[fx.Node], environments: list[Environment], floats: list[Environment]
+        self, segment: list[fx.Node], environments: list[Values], floats: list[Values]
     ) -> None:
         """One segment for all batches; the values that are read for the last time are dropped."""
         for node in segment:
@@ -142,9 +144,7 @@ class _Sweep:
         for environment in everyone:
             self._drop(last, environment)
 
-    def _show(
-        self, node: fx.Node, environments: list[Environment], floats: list[Environment]
-    ) -> None:
+    def _show(self, node: fx.Node, environments: list[Values], floats: list[Values]) -> None:
         if node not in self.pauses:
             for environment in environments:
                 ensure_finite(label(node), environment[node], "activation")
@@ -153,11 +153,11 @@ class _Sweep:
         values = [environment[node] for environment in environments]
         self.chosen |= self.pauses[node](values, [environment[node] for environment in floats])
 
-    def _drop(self, node: fx.Node, environment: Environment) -> None:
+    def _drop(self, node: fx.Node, environment: Values) -> None:
         for source in self.freed.get(node, ()):
             environment.pop(source, None)
 
-    def _spill(self, changed: Environment, everyone: Sequence[Environment]) -> None:
+    def _spill(self, changed: Values, everyone: Sequence[Values]) -> None:
         """Move the values of all batches to files where they take too much memory."""
         self.held_bytes[id(changed)] = sum(spill.held_bytes(v) for v in changed.values())
         if sum(self.held_bytes.values()) > spill.SPILL_BYTES:
@@ -179,7 +179,7 @@ class _Sweep:
                     ensure_finite(label(node), known[node])
         return known[node]
 
-    def _float_value(self, node: fx.Node, environment: Environment) -> Any:
+    def _float_value(self, node: fx.Node, environment: Values) -> Any:
         """The node's value in the float model, where quantized values stand for themselves."""
         if _is_quantization(node):
             return environment[operand(node, 0)]
@@ -200,7 +200,7 @@ class _Sweep:
 class _Layered(Mapping[fx.Node, Any]):
     """Values of a batch before constants."""
 
-    def __init__(self, first: Environment, second: dict[fx.Node, Any]) -> None:
+    def __init__(self, first: Values, second: dict[fx.Node, Any]) -> None:
         self.first, self.second = first, second
 
     def __getitem__(self, node: fx.Node) -> Any:

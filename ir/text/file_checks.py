@@ -38,7 +38,7 @@ def node_entries(data: Mapping[str, Any], source: str) -> list[Any]:
     return data["nodes"]
 
 
-def check_call(
+def check_arguments(
     op: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
 ) -> None:
     """Refuse arguments that the op's schema does not have, or misses."""

@@ -24,7 +24,7 @@ from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.ir.text.file_checks import (
     FORMAT,
     VERSION,
-    check_call,
+    check_arguments,
     check_input_name,
     check_weight,
     check_weight_name,
@@ -175,7 +175,7 @@ def _build_node(
             f"this version of panguq has no op {target[:80]}; load the file with the version that "
             "saved it, and import what defines the op if it is your own",
         )
-    check_call(op, given, named, where)
+    check_arguments(op, given, named, where)
     return graph.call_function(op, given, named)
 
 

@@ -17,7 +17,7 @@ _LONGEST = 500  # characters; also bounds the nesting
 _DEEPEST = 40
 
 
-def evaluate(text: str, sizes: Mapping[str, Any]) -> Any:
+def evaluate_size(text: str, sizes: Mapping[str, Any]) -> Any:
     """The value of a size expression, each name standing for `sizes[name]`.
 
     The values may be integers or anything with integer arithmetic, such as SymInt. Raises

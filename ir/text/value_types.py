@@ -18,7 +18,7 @@ from panguq.errors import StorageError
 from panguq.ir.edit import get_tensor, label, value_types
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import annotate, meta_of
-from panguq.ir.text.size_expression import evaluate, names_in
+from panguq.ir.text.size_expression import evaluate_size, names_in
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -121,7 +121,7 @@ def _input(node: fx.Node, interface: Interface, sizes: dict[str, torch.SymInt]) 
     if name not in interface.input_shapes or dtype is None:
         what = "dtype in the graph" if dtype is None else "shape in the interface"
         raise StorageError(f"the graph's input {name} has no {what}", _DAMAGED)
-    shape = [evaluate(str(size), sizes) for size in interface.input_shapes[name]]
+    shape = [evaluate_size(str(size), sizes) for size in interface.input_shapes[name]]
     return torch.empty(shape, dtype=dtype)
 
 

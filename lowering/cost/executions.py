@@ -8,7 +8,7 @@ from typing import Literal
 
 from panguq.ir.number_format import INT4, INT8
 from panguq.lowering.ascend.rules import weight_quant_templates
-from panguq.lowering.cost.terms import ARGUMENTS, Form, Layout
+from panguq.lowering.cost.terms import ARGUMENTS, Form, WeightLayout
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
 from panguq.lowering.target import Target
 
@@ -119,7 +119,7 @@ def _vendor_form(
 ) -> tuple[Form, dict[str, float]]:
     if template == "float":
         return Form("rectangles", "nk", mixed=False), _float(problem, target)
-    layout: Layout = "blocked" if problem.weight_format == "NZ" else "kn"
+    layout: WeightLayout = "blocked" if problem.weight_format == "NZ" else "kn"
     form = Form("rectangles", layout, mixed=True)
     if problem.scheme.activation is not None:
         return form, scheme_numbers(problem, target)

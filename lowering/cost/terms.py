@@ -70,7 +70,7 @@ ARGUMENTS = ("m", "n", "k", *SCHEDULE_SYMBOLS, *SCHEME_SYMBOLS, *ASCEND_UNITS)
 S: dict[str, Symbol] = {name: _symbol(name) for name in ARGUMENTS}
 
 Blocks = Literal["tiles", "rectangles"]
-Layout = Literal["kn", "nk", "blocked"]
+WeightLayout = Literal["kn", "nk", "blocked"]
 Dequantize = Literal["never", "ring", "workspace", "vendor"]
 
 
@@ -88,7 +88,7 @@ class Form:
     """
 
     blocks: Blocks
-    layout: Layout
+    layout: WeightLayout
     mixed: bool
     split: bool = False
     dequantize: Dequantize = "never"

@@ -14,6 +14,7 @@ from panguq.ir.edit import label
 from panguq.ir.interface import Interface
 from panguq.ir.properties import Property as Property
 from panguq.ir.quant_spec import Scheme
+from panguq.ir.run.sweep import Progress
 from panguq.ir.views import Linear
 from panguq.tensors.weight_store import WeightStore
 from panguq.tensors.work_folder import Finished
@@ -59,10 +60,6 @@ class PassResult:
     def skip(self, node: fx.Node, reason: str) -> None:
         """Note that this node was left alone."""
         self.skipped.append(Skip(label(node), reason))
-
-
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(what, done, total)` by work that takes long."""
 
 
 def no_progress(what: str, done: int, total: int) -> None:

@@ -22,7 +22,7 @@ ROWS_AT_ONCE = (
 
 
 @dataclass(frozen=True)
-class Step:
+class WeightRotation:
     """Rotate the indices `start` to `stop` along `axis`; before that, multiply the columns by the
     norm weight called `gain`."""
 
@@ -38,25 +38,25 @@ class Ones:
     """Fill the weight with ones: its readers have taken it up."""
 
 
-Steps = tuple[Step | Ones, ...]
+Steps = tuple[WeightRotation | Ones, ...]
 
 
 class WeightPlan:
     """What each reader needs of each weight, gathered first and computed at once."""
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[str, fx.Node], list[Step | Ones]] = defaultdict(list)
+        self._steps: dict[tuple[str, fx.Node], list[WeightRotation | Ones]] = defaultdict(list)
 
     def turn(self, turn: Turn, rotation: Rotation) -> None:
         """Add one turn that the analysis found."""
         gain = None if turn.norm is None else _norm_weight(turn.norm)
-        step = Step(turn.axis, rotation, turn.start, turn.stop, gain)
+        step = WeightRotation(turn.axis, rotation, turn.start, turn.stop, gain)
         self._steps[turn.weight, turn.reader].append(step)
 
     def columns(self, linear: fx.Node, rotation: Rotation) -> None:
         """Rotate all columns of a linear's weight."""
         matmul = Linear.of(linear)
-        step = Step(1, rotation, 0, matmul.shape[1])
+        step = WeightRotation(1, rotation, 0, matmul.shape[1])
         self._steps[matmul.weight_name, linear].append(step)
 
     def empty_norm(self, norm: fx.Node) -> None:
@@ -123,7 +123,7 @@ def _computed(name: str, old: dict[str, Tensor], steps: Steps, ctx: PassContext)
         rows = slice(first, first + at_once)
         exact = weight[rows].to(torch.float64, copy=True)
         for step in steps:
-            assert isinstance(step, Step)
+            assert isinstance(step, WeightRotation)
             if step.gain is not None:
                 exact *= materialized(old[step.gain]).double()
             lines = exact if step.axis == weight.dim() - 1 else exact.T
@@ -139,5 +139,5 @@ def _computed(name: str, old: dict[str, Tensor], steps: Steps, ctx: PassContext)
     return ctx.store.put(result)
 
 
-def _along(step: Step | Ones) -> int:
-    return step.axis if isinstance(step, Step) else -1
+def _along(step: WeightRotation | Ones) -> int:
+    return step.axis if isinstance(step, WeightRotation) else -1

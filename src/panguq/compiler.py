@@ -16,13 +16,14 @@ from panguq.compiled_model import CompiledModule, compiled_model
 from panguq.data.calibration import probe_of
 from panguq.dumps.dump import Dump, chosen_folder
 from panguq.ir.edit import clone, store_folded
+from panguq.ir.run.sweep import Progress
 from panguq.ir.trace import is_causal_lm
 from panguq.lowering.cost.scheme_costs import TargetRules
 from panguq.lowering.lower_matmuls import check_lowerable
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.models.hf import source_tokenizer
-from panguq.passes.pipeline.base import PassContext, Progress, check_seed
+from panguq.passes.pipeline.base import PassContext, check_seed
 from panguq.passes.pipeline.runner import Runner
 from panguq.recipe import Recipe, RecipeLike
 from panguq.report.left_in_float import left_in_float

@@ -28,13 +28,13 @@ def ratio_db(signal: float, noise: float) -> float:
     return 10 * math.log10(max(signal, 1e-300) / noise)
 
 
-def finite(db: float) -> float:
+def finite_db(db: float) -> float:
     """JSON knows no infinity: an exact result (inf) and a broken one (-inf) become +-999 dB."""
     return round(max(min(db, 999.0), -999.0), 2) if not math.isnan(db) else -999.0
 
 
 def spelled(db: float) -> str:
-    """`31.2 dB` of what `finite` gave, in words where values are equal or one is not finite."""
+    """`31.2 dB` of what `finite_db` gave, in words where values are equal or one is not finite."""
     if db >= 999.0:
         return "equal"
     return "not finite" if db <= -999.0 else f"{db:.1f} dB"

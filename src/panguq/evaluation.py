@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from panguq.ir.run.interpret import first_non_finite
-from panguq.passes.pipeline.base import Progress, no_progress
+from panguq.ir.run.sweep import Progress
+from panguq.passes.pipeline.base import no_progress
 
 COLLAPSED = 10.0  # times the float model's perplexity: the model says nothing any more
 POOR_DB = 5.0

@@ -37,7 +37,14 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from panguq.errors import LoweringError, RecipeError
-from panguq.files.plain_yaml import at, check_depth, check_plain, dump_yaml, parse_yaml, read_yaml
+from panguq.files.plain_yaml import (
+    check_depth,
+    check_plain,
+    dump_yaml,
+    parse_yaml,
+    place_in,
+    read_yaml,
+)
 from panguq.ir.quant_spec import parse_scheme
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Precision
@@ -68,7 +75,7 @@ def _check_schemes(schemes: object, info: ValidationInfo) -> object:
         return schemes
     checked = {}
     for glob, name in sorted(schemes.items(), key=lambda item: item[0] != "*"):
-        where = at(_source(info), f"schemes[{glob!r:.80}]")
+        where = place_in(_source(info), f"schemes[{glob!r:.80}]")
         if not isinstance(glob, str) or not glob.strip() or not isinstance(name, str):
             raise RecipeError(
                 f"{where} = {name!r:.80}", "write a glob and a scheme's name: '*': W8A8"
@@ -97,7 +104,7 @@ def _ascend_options(value: object, info: ValidationInfo) -> object:
     """The options that a mapping spells; unknown names and values are refused by name."""
     if not isinstance(value, Mapping):
         return value
-    where = at(_source(info), "ascend")
+    where = place_in(_source(info), "ascend")
     check_plain(value, where)
     known = [field.name for field in dataclasses.fields(AscendOptions)]
     for key in value:

@@ -18,10 +18,10 @@ from panguq.errors import InputError
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP
 
 Server: TypeAlias = Literal["vllm-ascend", "mindie", "vllm", "transformers"]
-Format: TypeAlias = Literal["ascend", "compressed-tensors"]
+ServedFormat: TypeAlias = Literal["ascend", "compressed-tensors"]
 SERVERS: tuple[Server, ...] = ("vllm-ascend", "mindie", "vllm", "transformers")
 NPU_SERVERS: tuple[Server, ...] = ("vllm-ascend", "mindie")
-READS: dict[Server, tuple[Format, ...]] = {
+READS: dict[Server, tuple[ServedFormat, ...]] = {
     "vllm-ascend": ("ascend", "compressed-tensors"),
     "mindie": ("ascend",),
     "vllm": ("compressed-tensors",),
@@ -54,7 +54,7 @@ def _no(reason: str, instead: str, source: str = "") -> Support:
     return Support(False, reason, instead, source)
 
 
-SUPPORT: dict[tuple[Server, Format], dict[str, Support]] = {
+SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
     ("vllm-ascend", "ascend"): {
         "W8A8": _YES,
         "W8A8_DYNAMIC": _YES,
@@ -142,7 +142,9 @@ ASCEND_TYPES: dict[str, dict[Server, Support]] = {
 }
 
 
-def support(server: Server, form: Format, scheme: str, group_size: int | None = None) -> Support:
+def support(
+    server: Server, form: ServedFormat, scheme: str, group_size: int | None = None
+) -> Support:
     """The table's entry for a scheme's name, with or without options (`W4A16-g64`).
 
     What has no entry (weights of 6, 3, 2 or 1 bits, other symmetry) no server takes from panguq.
@@ -213,7 +215,7 @@ class ServerVerdict:
     """What a server will say to a compiled model written in `format`."""
 
     server: Server
-    format: Format
+    format: ServedFormat
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
 
@@ -275,7 +277,7 @@ def find_server(name: str) -> Server:
     raise InputError(f"unknown server {name!r}", f"the servers are {', '.join(SERVERS)}")
 
 
-def _refusals(rows: Iterable[Matmul], server: Server, form: Format) -> tuple[Refusal, ...]:
+def _refusals(rows: Iterable[Matmul], server: Server, form: ServedFormat) -> tuple[Refusal, ...]:
     found = []
     for row in rows:
         entry = support(server, form, row.scheme, row.group_size)

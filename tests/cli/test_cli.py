@@ -16,7 +16,7 @@ from torch import Tensor
 import panguq
 from panguq.cli import main, parser
 from panguq.cli.command import print_json
-from panguq.cli.evaluate_model import measure
+from panguq.cli.evaluate_model import figures_of
 from panguq.compiled_model import load
 from tests.model_folders import TEXT, make_folder, make_model, with_config
 
@@ -321,7 +321,7 @@ def test_a_broken_model_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     broken = graph.get_submodule("model.norm")._buffers
     broken["weight"] = torch.full_like(broken["weight"], torch.inf)
     windows: Tensor = torch.arange(3, 67).reshape(2, 32)
-    print_json(measure(compiled, model, windows))
+    print_json(figures_of(compiled, model, windows))
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity"] is None
     assert found["first_broken"].startswith("model.norm")

@@ -89,7 +89,9 @@ def _check(
         require(tuple(bias.shape) == (n,), f"bias is {list(bias.shape)}, not [{n}]")
 
 
-def dequantize(weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
+def dequantized_weight(
+    weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int
+) -> Tensor:
     """(code + offset) * scale in float32, rounded once to scale's dtype: [k, n].
 
     weight int32 [k, n / 8]; scale and offset float16 or bfloat16 [ceil(k / group_size), n], or
@@ -137,7 +139,7 @@ def w4a16(
     into so many parts of whole blocks, whose sums are added in the order of k, so that the same
     input gives the same bits in every run. Raises LoweringError.
     """
-    values = dequantize(weight, scale, offset, group_size).to(torch.float32)
+    values = dequantized_weight(weight, scale, offset, group_size).to(torch.float32)
     tokens = x.reshape(-1, x.shape[-1]).to(torch.float32)
     if splits == 1:
         total = tokens @ values

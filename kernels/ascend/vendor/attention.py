@@ -10,7 +10,7 @@ from torch import Tensor
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
-    Finding,
+    Broken,
     Size,
     names,
     not_contiguous,
@@ -50,27 +50,27 @@ def _contract(
     inner_precise: int = 0,
     softmax_lse_flag: bool = False,
     **rest: object,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     for name, argument in rest.items():
         if argument is not None and not (isinstance(argument, int) and argument == 0):
-            yield Finding(f"{name} must not be given", PANGUQ)
+            yield Broken(f"{name} must not be given", PANGUQ)
     if input_layout != "BNSD":
-        yield Finding(f"input_layout must be 'BNSD', not {input_layout!r}", PANGUQ)
+        yield Broken(f"input_layout must be 'BNSD', not {input_layout!r}", PANGUQ)
     if (pre_tokens, next_tokens) != (NO_LIMIT, NO_LIMIT):
-        yield Finding(f"pre_tokens and next_tokens must be {NO_LIMIT}", PANGUQ)
+        yield Broken(f"pre_tokens and next_tokens must be {NO_LIMIT}", PANGUQ)
     if inner_precise not in (0, 1, 2, 3):
-        yield Finding(f"inner_precise must be 0, 1, 2 or 3, not {inner_precise}", _DOCS)
+        yield Broken(f"inner_precise must be 0, 1, 2 or 3, not {inner_precise}", _DOCS)
     yield from wrong_dtype("query", query, (torch.float16, torch.bfloat16), _DOCS)
     for what, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             # The page has int8 and int4 keys and values too, with scales of their own.
             found = names([tensor.dtype])
-            yield Finding(
+            yield Broken(
                 f"{what} must have query's dtype {names([query.dtype])}, not {found}", PANGUQ
             )
     dims = [tensor.dim() for tensor in (query, key, value)]
     if dims != [4, 4, 4]:
-        yield Finding(f"query, key and value must have 4 dimensions, not {dims}", _DOCS)
+        yield Broken(f"query, key and value must have 4 dimensions, not {dims}", _DOCS)
         return
     for what, tensor in (("query", query), ("key", key), ("value", value)):
         yield from not_contiguous(what, tensor, _DOCS)
@@ -79,10 +79,10 @@ def _contract(
     yield from wrong_shape("key", key, [[batch, key.shape[1], key.shape[2], head]], _DOCS)
     yield from wrong_shape("value", value, [key.shape], _DOCS)
     if surely(batch > LARGEST_BATCH):
-        yield Finding(f"the batch must be at most {LARGEST_BATCH}, not {batch}", _DOCS)
+        yield Broken(f"the batch must be at most {LARGEST_BATCH}, not {batch}", _DOCS)
     aligned = ALIGNMENT_BYTES // 2
     if surely(head > LARGEST_HEAD_SIZE) or surely(head % aligned != 0):
-        yield Finding(
+        yield Broken(
             f"the head size must be a multiple of {aligned} of at most {LARGEST_HEAD_SIZE}, not"
             f" {head}",
             _DOCS,
@@ -90,15 +90,15 @@ def _contract(
     longest = LARGEST_DECODE_SEQUENCE if surely(queries == 1) else LARGEST_SEQUENCE
     for what, size in (("queries", queries), ("keys", key.shape[2])):
         if surely(size > longest):
-            yield Finding(f"the {what} must be at most {longest}, not {size}", _DOCS)
+            yield Broken(f"the {what} must be at most {longest}, not {size}", _DOCS)
     yield from _mask(query, key, atten_mask, sparse_mode)
 
 
 def _heads(
     query: Tensor, key: Tensor, num_heads: int, num_key_value_heads: int
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     if num_heads <= 0:
-        yield Finding(f"num_heads must be more than 0, not {num_heads}", _META)
+        yield Broken(f"num_heads must be more than 0, not {num_heads}", _META)
         return
     of_keys = num_key_value_heads or num_heads
     for what, size, argument, given in (
@@ -106,11 +106,11 @@ def _heads(
         ("key", key.shape[1], "num_key_value_heads", of_keys),
     ):
         if surely(size != given):
-            yield Finding(f"{argument} must be {what}'s {size} heads, not {given}", _DOCS)
+            yield Broken(f"{argument} must be {what}'s {size} heads, not {given}", _DOCS)
         if given > LARGEST_HEADS:
-            yield Finding(f"{argument} must be at most {LARGEST_HEADS}, not {given}", _DOCS)
+            yield Broken(f"{argument} must be at most {LARGEST_HEADS}, not {given}", _DOCS)
     if of_keys < 0 or num_heads % of_keys or num_heads // of_keys > LARGEST_GROUP:
-        yield Finding(
+        yield Broken(
             f"num_heads must be a multiple of num_key_value_heads, at most {LARGEST_GROUP} times,"
             f" not {num_heads} for {of_keys}",
             _DOCS,
@@ -119,13 +119,13 @@ def _heads(
 
 def _mask(
     query: Tensor, key: Tensor, atten_mask: Tensor | None, sparse_mode: int
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     if sparse_mode not in (0, LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL):
-        yield Finding(f"sparse_mode must be 0, 2 or 3, not {sparse_mode}", PANGUQ)
+        yield Broken(f"sparse_mode must be 0, 2 or 3, not {sparse_mode}", PANGUQ)
         return
     if atten_mask is None:
         if sparse_mode:
-            yield Finding(f"atten_mask must be given with sparse_mode {sparse_mode}", _DOCS)
+            yield Broken(f"atten_mask must be given with sparse_mode {sparse_mode}", _DOCS)
         return
     yield from wrong_dtype("atten_mask", atten_mask, (torch.bool, torch.int8, torch.uint8), _DOCS)
     yield from not_contiguous("atten_mask", atten_mask, _DOCS)

@@ -1,7 +1,7 @@
 """What a call of a torch_npu op must satisfy, checked before anything is sent to an NPU.
 
 Each op's file holds its contract: a generator that names the op's parameters that it reads and
-yields one `Finding` per rule the call breaks. Sizes may be symbolic: a rule then speaks only where
+yields one `Broken` per rule the call breaks. Sizes may be symbolic: a rule then speaks only where
 it is broken whatever the size turns out to be, and never adds a guard.
 """
 
@@ -26,14 +26,14 @@ OP_PLUGIN = "op-plugin's page on {}"
 PANGUQ = "panguq's reference body"
 
 
-class Finding(NamedTuple):
+class Broken(NamedTuple):
     """A broken rule: what must hold, with the values that break it, and where that is written."""
 
     rule: str
     source: str
 
 
-Contract = Callable[..., Iterator[Finding]]
+Contract = Callable[..., Iterator[Broken]]
 _contracts: dict[OpOverload, Contract] = {}
 
 
@@ -61,21 +61,21 @@ def names(dtypes: Sequence[torch.dtype]) -> str:
 
 def wrong_dtype(
     what: str, tensor: Tensor | None, allowed: Sequence[torch.dtype], source: str
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     """Finds a tensor of a dtype that is not allowed; None is a tensor that was not given."""
     if tensor is not None and tensor.dtype not in allowed:
-        yield Finding(f"{what} must be {names(allowed)}, not {names([tensor.dtype])}", source)
+        yield Broken(f"{what} must be {names(allowed)}, not {names([tensor.dtype])}", source)
 
 
 def wrong_shape(
     what: str, tensor: Tensor | None, allowed: Sequence[Sequence[Size]], source: str
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     """Finds a tensor whose shape is surely none of those allowed."""
     if tensor is None:
         return
     if not any(_may_be(tensor.shape, shape) for shape in allowed):
         shapes = " or ".join(str(list(shape)) for shape in allowed)
-        yield Finding(f"{what} must have shape {shapes}, not {list(tensor.shape)}", source)
+        yield Broken(f"{what} must have shape {shapes}, not {list(tensor.shape)}", source)
 
 
 def _may_be(shape: Sequence[Size], expected: Sequence[Size]) -> bool:
@@ -84,21 +84,21 @@ def _may_be(shape: Sequence[Size], expected: Sequence[Size]) -> bool:
     )
 
 
-def not_contiguous(what: str, tensor: Tensor, source: str) -> Iterator[Finding]:
+def not_contiguous(what: str, tensor: Tensor, source: str) -> Iterator[Broken]:
     """Finds a tensor whose rows surely do not lie one after the other."""
     expected: Size = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if surely(size != 1) and surely(stride != expected):
-            yield Finding(f"{what} must be contiguous, not of strides {tensor.stride()}", source)
+            yield Broken(f"{what} must be contiguous, not of strides {tensor.stride()}", source)
             return
         expected = expected * size
 
 
-def not_given(arguments: Mapping[str, object], source: str) -> Iterator[Finding]:
+def not_given(arguments: Mapping[str, object], source: str) -> Iterator[Broken]:
     """Finds arguments that must be left out, of those named here."""
     for name, value in arguments.items():
         if value is not None:
-            yield Finding(f"{name} must not be given", source)
+            yield Broken(f"{name} must not be given", source)
 
 
 def register_contract(op: OpOverload, contract: Contract) -> None:

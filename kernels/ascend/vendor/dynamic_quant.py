@@ -11,7 +11,7 @@ from panguq.ir.ops.quantize import quantize_per_token
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
-    Finding,
+    Broken,
     not_given,
     surely,
     wrong_dtype,
@@ -33,15 +33,15 @@ def _contract(
     dst_type: int | None,
     quant_mode: str,
     dst_type_max: float,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     yield from wrong_dtype("input", input, (torch.float16, torch.bfloat16), _ACLNN)
     if not 2 <= input.dim() <= 8:
-        yield Finding(f"input must have 2 to 8 dimensions, not {input.dim()}", _ACLNN)
+        yield Broken(f"input must have 2 to 8 dimensions, not {input.dim()}", _ACLNN)
     output = dtype_of(dst_type, torch.int8)
     if output not in _LARGEST_CODE:
-        yield Finding(f"dst_type must be int8 or quint4x2, not {output or dst_type}", _DOCS)
+        yield Broken(f"dst_type must be int8 or quint4x2, not {output or dst_type}", _DOCS)
     if input.dim() and output == torch.quint4x2 and surely(input.shape[-1] % CODES_PER_WORD != 0):
-        yield Finding(
+        yield Broken(
             f"input's last size {input.shape[-1]} must be a multiple of {CODES_PER_WORD} for"
             " quint4x2",
             _ACLNN,
@@ -51,9 +51,9 @@ def _contract(
         yield from wrong_shape("smooth_scales", smooth_scales, [input.shape[-1:]], _ACLNN)
     yield from not_given({"group_index": group_index}, PANGUQ)
     if quant_mode != "pertoken":
-        yield Finding(f"quant_mode must be 'pertoken', not {quant_mode!r}", _DOCS)
+        yield Broken(f"quant_mode must be 'pertoken', not {quant_mode!r}", _DOCS)
     if dst_type_max != 0:
-        yield Finding(f"dst_type_max must be 0, not {dst_type_max}", _DOCS)
+        yield Broken(f"dst_type_max must be 0, not {dst_type_max}", _DOCS)
 
 
 def _fake(input: Tensor, dst_type: int | None) -> tuple[Tensor, Tensor]:

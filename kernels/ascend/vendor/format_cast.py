@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.vendor.contracts import OP_PLUGIN, PANGUQ, Finding, not_given
+from panguq.kernels.ascend.vendor.contracts import OP_PLUGIN, PANGUQ, Broken, not_given
 from panguq.kernels.ascend.vendor.library import define_npu_op
 
 ND = 2
@@ -16,13 +16,13 @@ FRACTAL_NZ = 29
 
 def _contract(
     input: Tensor, acl_format: int, customize_dtype: int | None, input_dtype: int | None
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     if acl_format not in (ND, FRACTAL_NZ):
-        yield Finding(
+        yield Broken(
             f"acl_format must be {ND} (ND) or {FRACTAL_NZ} (FRACTAL_NZ), not {acl_format}", PANGUQ
         )
     if acl_format == FRACTAL_NZ and input.dim() < 2:
-        yield Finding(
+        yield Broken(
             f"a FRACTAL_NZ tensor must have at least 2 dimensions, not {input.dim()}",
             OP_PLUGIN.format("npu_format_cast"),
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from panguq.ir.ops.packing import pack_int4, unpack_int4
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
-    Finding,
+    Broken,
     not_contiguous,
     surely,
     wrong_dtype,
@@ -37,12 +37,12 @@ def unpack_words(packed: Tensor) -> Tensor:
     return unpack_int4(rows).view(*packed.shape[:-1], packed.shape[-1] * CODES_PER_WORD)
 
 
-def _contract(weight: Tensor) -> Iterator[Finding]:
+def _contract(weight: Tensor) -> Iterator[Broken]:
     yield from wrong_dtype("weight", weight, (torch.int32, torch.float32), _HOST)
     if weight.dim() != 2:
-        yield Finding(f"weight must have 2 dimensions, not {weight.dim()}", _DOCS)
+        yield Broken(f"weight must have 2 dimensions, not {weight.dim()}", _DOCS)
     elif surely(weight.shape[1] % CODES_PER_WORD != 0):
-        yield Finding(
+        yield Broken(
             f"weight's last size {weight.shape[1]} must be a multiple of {CODES_PER_WORD}", _HOST
         )
     yield from not_contiguous("weight", weight, _HOST)

@@ -12,7 +12,7 @@ from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP, W4A8_SMA
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
-    Finding,
+    Broken,
     Size,
     names,
     not_contiguous,
@@ -76,7 +76,7 @@ def quant_matmul_contract(
     scale_dtype: int | None,
     group_sizes: Sequence[int] | None,
     y_scale: Tensor | None,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     """Yields each rule that the call breaks; sources beside each."""
     dtype_arguments = {
         "x1_dtype": x1_dtype,
@@ -88,17 +88,17 @@ def quant_matmul_contract(
     yield from not_given(dtype_arguments, f"{_ACLNN}: not on Atlas A2")
     kinds = (x1.dtype, x2.dtype)
     if kinds not in ((torch.int8, torch.int8), (torch.int8, torch.int32), (torch.int32,) * 2):
-        yield Finding(
+        yield Broken(
             "x1 and x2 must be int8 and int8, int8 and int32 (packed int4), or int32 and int32,"
             f" not {names([x1.dtype])} and {names([x2.dtype])}",
             _ACLNN,
         )
         return
     if not 2 <= x1.dim() <= 6:
-        yield Finding(f"x1 must have 2 to 6 dimensions, not {x1.dim()}", _META)
+        yield Broken(f"x1 must have 2 to 6 dimensions, not {x1.dim()}", _META)
         return
     if x2.dim() != 2:
-        yield Finding(f"x2 must have 2 dimensions, not {x2.dim()}", PANGUQ)
+        yield Broken(f"x2 must have 2 dimensions, not {x2.dim()}", PANGUQ)
         return
     k = x1.shape[-1] * (CODES_PER_WORD if x1.dtype == torch.int32 else 1)
     n = x2.shape[1] * (CODES_PER_WORD if x2.dtype == torch.int32 else 1)
@@ -114,7 +114,7 @@ def quant_matmul_contract(
     if pertoken_scale is not None:
         yield from wrong_shape("pertoken_scale", pertoken_scale, [[x1.shape[-2]]], _DOCS)
         if any(not surely(size == 1) for size in x1.shape[:-2]):
-            yield Finding(
+            yield Broken(
                 f"x1 must have shape [m, {k}] with a pertoken_scale [m], not {list(x1.shape)}",
                 _DOCS,
             )
@@ -124,15 +124,15 @@ def quant_matmul_contract(
     yield from wrong_shape("bias", bias, biases, _DOCS)
 
 
-def _sizes(x1: Tensor, x2: Tensor, k: Size, n: Size) -> Iterator[Finding]:
+def _sizes(x1: Tensor, x2: Tensor, k: Size, n: Size) -> Iterator[Broken]:
     if surely(k != x2.shape[0]):
-        yield Finding(f"x1's k {k} must equal x2's k {x2.shape[0]}", _META)
+        yield Broken(f"x1's k {k} must equal x2's k {x2.shape[0]}", _META)
     for what, size in (("m", x1.shape[-2]), ("k", k), ("n", n)):
         if surely(size < 1):
-            yield Finding(f"{what} must be at least 1, not {size}", _DOCS)
+            yield Broken(f"{what} must be at least 1, not {size}", _DOCS)
     for what, size in (("k", k), ("n", n)):
         if surely(size > LARGEST_DIMENSION):
-            yield Finding(f"{what} must be at most {LARGEST_DIMENSION}, not {size}", _DOCS)
+            yield Broken(f"{what} must be at most {LARGEST_DIMENSION}, not {size}", _DOCS)
     if x2.dtype == torch.int32:
         # The page also allows the transposed view of a contiguous [n, k / 8].
         yield from not_contiguous("x2", x2, PANGUQ)
@@ -147,7 +147,7 @@ def _table(
     pertoken_scale: Tensor | None,
     bias: Tensor | None,
     output: torch.dtype | None,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     """The dtypes that go together on Atlas A2."""
     rows = _INT8_ROWS if kinds == (torch.int8, torch.int8) else _INT4_ROWS
     yield from wrong_dtype("pertoken_scale", pertoken_scale, (torch.float32,), _DOCS)
@@ -156,14 +156,14 @@ def _table(
     if row is None:
         legal = [dtype for dtype, with_pertoken in rows if with_pertoken == per_token]
         which = "with" if per_token else "without"
-        yield Finding(
+        yield Broken(
             f"output_dtype must be {names(legal)} {which} pertoken_scale for {names(kinds[:1])}"
             f" inputs, not {output}",
             _ACLNN,
         )
         return
     if row.scale == _CONVERTED and scale.dtype == torch.float32:
-        yield Finding(
+        yield Broken(
             "scale must be int64, made by npu_trans_quant_param: a graph may not pass float32 for"
             f" a {names([output] if output else [])} output without pertoken_scale",
             _DOCS,
@@ -186,16 +186,16 @@ def _int8_by_int4(
     output: torch.dtype | None,
     group_sizes: Sequence[int] | None,
     n: Size,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     """int8 x int4: one scale per token and one per group of 256 inputs, no bias."""
     if x1.dim() != 2:
-        yield Finding(f"x1 must have shape [m, k], not {list(x1.shape)}", _INT4)
+        yield Broken(f"x1 must have shape [m, k], not {list(x1.shape)}", _INT4)
         return
     m, k = x1.shape
     if surely(k % W4A8_GROUP != 0):
-        yield Finding(f"k must be a multiple of {W4A8_GROUP}, not {k}", _INT4)
+        yield Broken(f"k must be a multiple of {W4A8_GROUP}, not {k}", _INT4)
     if surely(k >= W4A8_SMALLEST_REFUSED_K):
-        yield Finding(f"k must be less than {W4A8_SMALLEST_REFUSED_K}, not {k}", _INT4)
+        yield Broken(f"k must be less than {W4A8_SMALLEST_REFUSED_K}, not {k}", _INT4)
     yield from wrong_dtype("scale", scale, (torch.int64,), _META)
     yield from wrong_shape("scale", scale, [[k // W4A8_GROUP, n]], _META)
     for what, tensor, shape in (
@@ -203,11 +203,11 @@ def _int8_by_int4(
         ("pertoken_scale", pertoken_scale, [m, 1]),
     ):
         if tensor is None:
-            yield Finding(f"{what} must be given", _INT4)
+            yield Broken(f"{what} must be given", _INT4)
         yield from wrong_dtype(what, tensor, (torch.float32,), _META)
         yield from wrong_shape(what, tensor, [shape], _INT4)
     yield from not_given({"bias": bias}, _INT4)
     if output not in (torch.float16, torch.bfloat16):
-        yield Finding(f"output_dtype must be float16 or bfloat16, not {output}", _META)
+        yield Broken(f"output_dtype must be float16 or bfloat16, not {output}", _META)
     if group_sizes is not None and list(group_sizes) not in ([], [0, 0, W4A8_GROUP]):
-        yield Finding(f"group_sizes must be [0, 0, {W4A8_GROUP}], not {list(group_sizes)}", _INT4)
+        yield Broken(f"group_sizes must be [0, 0, {W4A8_GROUP}], not {list(group_sizes)}", _INT4)

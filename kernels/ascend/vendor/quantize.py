@@ -9,7 +9,7 @@ from torch import Tensor
 
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
-    Finding,
+    Broken,
     names,
     surely,
     wrong_dtype,
@@ -46,18 +46,18 @@ def _quantized_axis(input: Tensor, axis: int, div_mode: bool) -> int:
 
 def _contract(
     input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     outputs = _DIVIDING if div_mode else _MULTIPLYING
     output = dtype_of(dtype, torch.qint8)
     if output not in outputs:
-        yield Finding(
+        yield Broken(
             f"dtype must be {names([known for known in outputs if known])}, not {output or dtype}",
             _DOCS,
         )
     yield from wrong_dtype("input", input, _FLOATS, _DOCS)
     lowest = -input.dim() if div_mode else max(-2, -input.dim())
     if not lowest <= axis < input.dim():
-        yield Finding(f"axis must be from {lowest} to {input.dim() - 1}, not {axis}", _DOCS)
+        yield Broken(f"axis must be from {lowest} to {input.dim() - 1}, not {axis}", _DOCS)
         return
     if div_mode:
         yield from wrong_dtype("scales", scales, (torch.float32, torch.bfloat16), _DOCS)
@@ -65,7 +65,7 @@ def _contract(
         yield from wrong_dtype("zero_points", zero_points, integers, _DOCS)
     else:
         if scales.dtype != input.dtype:
-            yield Finding(f"scales must have input's dtype {names([input.dtype])}", _DOCS)
+            yield Broken(f"scales must have input's dtype {names([input.dtype])}", _DOCS)
         yield from wrong_dtype("zero_points", zero_points, (scales.dtype,), _DOCS)
     quantized = _quantized_axis(input, axis, div_mode)
     size = input.shape[quantized]
@@ -75,7 +75,7 @@ def _contract(
     yield from wrong_shape("scales", scales, shapes, _DOCS)
     yield from wrong_shape("zero_points", zero_points, [scales.shape], _DOCS)
     if output == torch.quint4x2 and surely(input.shape[-1] % CODES_PER_WORD != 0):
-        yield Finding(
+        yield Broken(
             f"input's last size {input.shape[-1]} must be a multiple of {CODES_PER_WORD} for"
             " quint4x2",
             _META,

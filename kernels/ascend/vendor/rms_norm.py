@@ -9,7 +9,7 @@ from torch import Tensor
 
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
-    Finding,
+    Broken,
     names,
     surely,
     wrong_dtype,
@@ -34,16 +34,16 @@ def normalized(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor
     return x * rstd, rstd
 
 
-def gamma_findings(x: Tensor, gamma: Tensor, source: str) -> Iterator[Finding]:
+def gamma_findings(x: Tensor, gamma: Tensor, source: str) -> Iterator[Broken]:
     """Finds a gamma that does not have the shape of x's last dimensions, or no elements."""
     if not 1 <= gamma.dim() <= x.dim():
-        yield Finding(
+        yield Broken(
             f"gamma must have from 1 to x's {x.dim()} dimensions, not {gamma.dim()}", source
         )
         return
     yield from wrong_shape("gamma", gamma, [x.shape[x.dim() - gamma.dim() :]], source)
     if any(surely(size < 1) for size in gamma.shape):
-        yield Finding(f"gamma must have elements, not shape {list(gamma.shape)}", source)
+        yield Broken(f"gamma must have elements, not shape {list(gamma.shape)}", source)
 
 
 def _rstd_like(x: Tensor, gamma: Tensor) -> Tensor:
@@ -51,13 +51,13 @@ def _rstd_like(x: Tensor, gamma: Tensor) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
-def _contract(input: Tensor, gamma: Tensor) -> Iterator[Finding]:
+def _contract(input: Tensor, gamma: Tensor) -> Iterator[Broken]:
     yield from wrong_dtype("input", input, FLOATS, _ACLNN)
     if not 1 <= input.dim() <= 8:
-        yield Finding(f"input must have 1 to 8 dimensions, not {input.dim()}", _ACLNN)
+        yield Broken(f"input must have 1 to 8 dimensions, not {input.dim()}", _ACLNN)
     if gamma.dtype not in (input.dtype, torch.float32):
         legal = names(list(dict.fromkeys([input.dtype, torch.float32])))
-        yield Finding(f"gamma must be {legal}, not {names([gamma.dtype])}", _ACLNN)
+        yield Broken(f"gamma must be {legal}, not {names([gamma.dtype])}", _ACLNN)
     yield from gamma_findings(input, gamma, _ACLNN)
 
 
@@ -81,19 +81,19 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
     return values.mul_(gamma.to(torch.float32)).to(input.dtype), rstd
 
 
-def add_findings(x1: Tensor, x2: Tensor, gamma: Tensor, source: str) -> Iterator[Finding]:
+def add_findings(x1: Tensor, x2: Tensor, gamma: Tensor, source: str) -> Iterator[Broken]:
     """Finds an x2 or gamma that does not fit x1."""
     yield from wrong_shape("x2", x2, [x1.shape], source)
     for what, tensor in (("x2", x2), ("gamma", gamma)):
         if tensor.dtype != x1.dtype:
             found = names([tensor.dtype])
-            yield Finding(f"{what} must have x1's dtype {names([x1.dtype])}, not {found}", source)
+            yield Broken(f"{what} must have x1's dtype {names([x1.dtype])}, not {found}", source)
 
 
-def _add_contract(x1: Tensor, x2: Tensor, gamma: Tensor) -> Iterator[Finding]:
+def _add_contract(x1: Tensor, x2: Tensor, gamma: Tensor) -> Iterator[Broken]:
     yield from wrong_dtype("x1", x1, FLOATS, _ADD_DOCS)
     if not 1 <= x1.dim() <= 8:
-        yield Finding(f"x1 must have 1 to 8 dimensions, not {x1.dim()}", _ADD_DOCS)
+        yield Broken(f"x1 must have 1 to 8 dimensions, not {x1.dim()}", _ADD_DOCS)
     yield from add_findings(x1, x2, gamma, _ADD_DOCS)
     yield from gamma_findings(x1, gamma, _ADD_DOCS)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from panguq.ir.ops.quantize import quantize_per_token
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
-    Finding,
+    Broken,
     not_given,
     surely,
     wrong_dtype,
@@ -31,7 +31,7 @@ _ZERO_POINT_DTYPE = {torch.float16: torch.int32, torch.bfloat16: torch.bfloat16}
 _LARGEST_CODE: dict[torch.dtype | None, int] = {torch.int8: 127, torch.quint4x2: 7}
 
 
-def _one_gamma(x1: Tensor, gamma: Tensor, source: str) -> Iterator[Finding]:
+def _one_gamma(x1: Tensor, gamma: Tensor, source: str) -> Iterator[Broken]:
     yield from wrong_dtype("x1", x1, _HALVES, source)
     yield from wrong_shape("gamma", gamma, [x1.shape[-1:]], source)
 
@@ -47,18 +47,18 @@ def _contract(
     zero_points2: Tensor | None,
     axis: int,
     dst_type: int | None,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     if not 1 <= x1.dim() <= 8:
-        yield Finding(f"x1 must have 1 to 8 dimensions, not {x1.dim()}", _DOCS)
+        yield Broken(f"x1 must have 1 to 8 dimensions, not {x1.dim()}", _DOCS)
         return
     yield from _one_gamma(x1, gamma, _DOCS)
     yield from add_findings(x1, x2, gamma, _DOCS)
     if axis != -1:
-        yield Finding(f"axis must be -1, not {axis}", _META)
+        yield Broken(f"axis must be -1, not {axis}", _META)
     if dtype_of(dst_type, torch.int8) != torch.int8:
-        yield Finding(f"dst_type must be int8, not {dst_type}", _DOCS)
+        yield Broken(f"dst_type must be int8, not {dst_type}", _DOCS)
     if zero_points2 is not None and scales2 is None:
-        yield Finding("zero_points2 must not be given without scales2", _DOCS)
+        yield Broken("zero_points2 must not be given without scales2", _DOCS)
     if x1.dtype in _HALVES:
         scale, zero_point = (_SCALE_DTYPE[x1.dtype],), (_ZERO_POINT_DTYPE[x1.dtype],)
         yield from wrong_dtype("scales1", scales1, scale, _DOCS)
@@ -158,9 +158,9 @@ def _dynamic_contract(
     beta: Tensor | None,
     output_mask: Sequence[bool] | None,
     y_dtype: int | None,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     if not 2 <= x1.dim() <= 8:
-        yield Finding(f"x1 must have 2 to 8 dimensions, not {x1.dim()}", _DYNAMIC_DOCS)
+        yield Broken(f"x1 must have 2 to 8 dimensions, not {x1.dim()}", _DYNAMIC_DOCS)
         return
     yield from _one_gamma(x1, gamma, _DYNAMIC_DOCS)
     yield from add_findings(x1, x2, gamma, _DYNAMIC_DOCS)
@@ -174,9 +174,9 @@ def _dynamic_contract(
     output = dtype_of(y_dtype, torch.int8)
     if output not in _LARGEST_CODE:
         found = output or y_dtype
-        yield Finding(f"y_dtype must be int8 or quint4x2, not {found}", _DYNAMIC_DOCS)
+        yield Broken(f"y_dtype must be int8 or quint4x2, not {found}", _DYNAMIC_DOCS)
     if output == torch.quint4x2 and surely(x1.shape[-1] % CODES_PER_WORD != 0):
-        yield Finding(
+        yield Broken(
             f"x1's last size {x1.shape[-1]} must be a multiple of {CODES_PER_WORD} for quint4x2",
             _DYNAMIC_DOCS,
         )
@@ -185,7 +185,7 @@ def _dynamic_contract(
             yield from not_given({"smooth_scale2 alone": smooth_scale2}, _DYNAMIC_DOCS)
         return
     if len(output_mask) != 2 or not any(output_mask):
-        yield Finding(
+        yield Broken(
             f"output_mask must be two values, one of them True, not {list(output_mask)}",
             _DYNAMIC_DOCS,
         )
@@ -194,7 +194,7 @@ def _dynamic_contract(
         zip(output_mask, (smooth_scale1, smooth_scale2), strict=True)
     ):
         if smooth is not None and not wanted:
-            yield Finding(
+            yield Broken(
                 f"output_mask[{number}] must be True with smooth_scale{number + 1}", _DYNAMIC_DOCS
             )
 

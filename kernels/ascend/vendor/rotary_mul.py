@@ -10,7 +10,7 @@ from torch import Tensor
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
-    Finding,
+    Broken,
     Size,
     names,
     not_given,
@@ -31,23 +31,23 @@ _ACLNN = "aclnnRotaryPositionEmbedding"
 
 def _contract(
     input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tensor | None
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     yield from not_given({"rotate": rotate}, PANGUQ)
     if rotary_mode not in ("half", "interleave"):
-        yield Finding(f"rotary_mode must be 'half' or 'interleave', not {rotary_mode!r}", _DOCS)
+        yield Broken(f"rotary_mode must be 'half' or 'interleave', not {rotary_mode!r}", _DOCS)
     yield from wrong_dtype("input", input, (torch.float32, torch.float16, torch.bfloat16), _DOCS)
     for what, table in (("r1", r1), ("r2", r2)):
         if table.dtype != input.dtype:
             found = names([table.dtype])
-            yield Finding(
+            yield Broken(
                 f"{what} must have input's dtype {names([input.dtype])}, not {found}", _ACLNN
             )
     if input.dim() not in (3, 4):
-        yield Finding(f"input must have 3 or 4 dimensions, not {input.dim()}", _DOCS)
+        yield Broken(f"input must have 3 or 4 dimensions, not {input.dim()}", _DOCS)
         return
     head = input.shape[-1]
     if surely(head % 2 != 0) or surely(head >= SMALLEST_REFUSED_HEAD):
-        yield Finding(
+        yield Broken(
             f"input's last size must be even and less than {SMALLEST_REFUSED_HEAD}, not {head}",
             _DOCS,
         )
@@ -84,10 +84,10 @@ def _layouts(input: Tensor, interleave: bool) -> list[_Layout]:
     return [(axes, shapes[:1]) for axes, shapes in layouts] if interleave else layouts
 
 
-def _sizes(input: Tensor, batch: Size, heads: Size, sequence: Size | None) -> Iterator[Finding]:
+def _sizes(input: Tensor, batch: Size, heads: Size, sequence: Size | None) -> Iterator[Broken]:
     for what, size in (("batch", batch), ("heads", heads)):
         if surely(size >= SMALLEST_REFUSED_BATCH):
-            yield Finding(
+            yield Broken(
                 f"input's {what} must be fewer than {SMALLEST_REFUSED_BATCH}, not {size}", _DOCS
             )
     if sequence is None:
@@ -101,7 +101,7 @@ def _sizes(input: Tensor, batch: Size, heads: Size, sequence: Size | None) -> It
         too_many = surely(head < HEAD_THAT_NEED_NOT_ALIGN) and surely(batch * heads * 2 > tokens)
         limit = f"half a position for each core with a head size of {head}"
     if too_many:
-        yield Finding(
+        yield Broken(
             f"batch times heads in layout BNSD must be at most {limit}, not {batch} * {heads} for"
             f" {sequence} positions",
             _ACLNN,

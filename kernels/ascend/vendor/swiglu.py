@@ -9,7 +9,7 @@ from torch import Tensor
 
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
-    Finding,
+    Broken,
     not_contiguous,
     surely,
     wrong_dtype,
@@ -19,18 +19,18 @@ from panguq.kernels.ascend.vendor.library import define_npu_op
 _DOCS = OP_PLUGIN.format("npu_swiglu")
 
 
-def _contract(input: Tensor, dim: int) -> Iterator[Finding]:
+def _contract(input: Tensor, dim: int) -> Iterator[Broken]:
     yield from wrong_dtype("input", input, (torch.float32, torch.float16, torch.bfloat16), _DOCS)
     if not 1 <= input.dim() <= 8:
-        yield Finding(f"input must have 1 to 8 dimensions, not {input.dim()}", _DOCS)
+        yield Broken(f"input must have 1 to 8 dimensions, not {input.dim()}", _DOCS)
         return
     yield from not_contiguous("input", input, _DOCS)
     if not -input.dim() <= dim < input.dim():
-        yield Finding(f"dim must be from {-input.dim()} to {input.dim() - 1}, not {dim}", _DOCS)
+        yield Broken(f"dim must be from {-input.dim()} to {input.dim() - 1}, not {dim}", _DOCS)
     elif surely(input.shape[dim] % 2 != 0):
-        yield Finding(f"input's size {input.shape[dim]} in dim {dim} must be even", _DOCS)
+        yield Broken(f"input's size {input.shape[dim]} in dim {dim} must be even", _DOCS)
     if any(surely(size < 1) for size in input.shape):
-        yield Finding(f"input must have elements, not shape {list(input.shape)}", _DOCS)
+        yield Broken(f"input must have elements, not shape {list(input.shape)}", _DOCS)
 
 
 def _fake(input: Tensor, dim: int) -> Tensor:

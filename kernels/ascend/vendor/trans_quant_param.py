@@ -12,7 +12,7 @@ from torch import Tensor
 
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
-    Finding,
+    Broken,
     Size,
     surely,
     wrong_dtype,
@@ -63,14 +63,14 @@ def round_offset(offset: Tensor) -> Tensor:
     return rounded.clamp_(*OFFSET_RANGE).to(torch.int32)
 
 
-def _contract(scale: Tensor, offset: Tensor | None, round_mode: int | None) -> Iterator[Finding]:
+def _contract(scale: Tensor, offset: Tensor | None, round_mode: int | None) -> Iterator[Broken]:
     yield from wrong_dtype("scale", scale, (torch.float32,), _DOCS)
     yield from wrong_dtype("offset", offset, (torch.float32,), _DOCS)
     is_row = scale.dim() == 2 and not surely(scale.shape[0] != 1)
     if scale.dim() != 1 and not is_row:
-        yield Finding(f"scale must have shape [n] or [1, n], not {list(scale.shape)}", _META)
+        yield Broken(f"scale must have shape [n] or [1, n], not {list(scale.shape)}", _META)
     if round_mode not in (0, 1):
-        yield Finding(f"round_mode must be 0 or 1, not {round_mode}", _META)
+        yield Broken(f"round_mode must be 0 or 1, not {round_mode}", _META)
     if offset is None:
         return
     legal: list[Sequence[Size]] = [scale.shape]

@@ -11,7 +11,7 @@ from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
-    Finding,
+    Broken,
     Size,
     names,
     not_contiguous,
@@ -41,40 +41,40 @@ def _contract(
     antiquant_group_size: int,
     inner_precise: int,
     weight_dtype: int | None,
-) -> Iterator[Finding]:
+) -> Iterator[Broken]:
     unused = {"quant_scale": quant_scale, "quant_offset": quant_offset}
     yield from not_given({**unused, "weight_dtype": weight_dtype}, PANGUQ)
     if inner_precise != 0:
-        yield Finding(f"inner_precise must be 0, the exact mode, not {inner_precise}", PANGUQ)
+        yield Broken(f"inner_precise must be 0, the exact mode, not {inner_precise}", PANGUQ)
     yield from wrong_dtype("x", x, tuple(BIAS_DTYPE), _DOCS)
     yield from wrong_dtype("weight", weight, (torch.int8, torch.int32), _DOCS)
     if x.dim() != 2 or weight.dim() != 2:
-        yield Finding(
+        yield Broken(
             f"x and weight must have 2 dimensions, not {x.dim()} and {weight.dim()}", _DOCS
         )
         return
     m, k = x.shape
     n = weight.shape[1] * (CODES_PER_WORD if weight.dtype == torch.int32 else 1)
     if surely(k != weight.shape[0]):
-        yield Finding(f"x's k {k} must equal weight's k {weight.shape[0]}", _HOST)
+        yield Broken(f"x's k {k} must equal weight's k {weight.shape[0]}", _HOST)
     if surely(m < 1):
-        yield Finding(f"m must be at least 1, not {m}", _ACLNN)
+        yield Broken(f"m must be at least 1, not {m}", _ACLNN)
     for what, size in (("k", k), ("n", n)):
         if surely(size < 1) or surely(size > LARGEST_DIMENSION):
-            yield Finding(f"{what} must be from 1 to {LARGEST_DIMENSION}, not {size}", _ACLNN)
+            yield Broken(f"{what} must be from 1 to {LARGEST_DIMENSION}, not {size}", _ACLNN)
     if weight.dtype == torch.int32:
         # The page also allows the transposed view of a contiguous [n, k / 8].
         yield from not_contiguous("weight", weight, PANGUQ)
     group = antiquant_group_size
     if group and (group % GROUP_MULTIPLE or group < GROUP_MULTIPLE or surely(group > k - 1)):
-        yield Finding(
+        yield Broken(
             f"antiquant_group_size must be 0 or a multiple of {GROUP_MULTIPLE} from"
             f" {GROUP_MULTIPLE} to k - 1 = {k - 1}, not {group}",
             _HOST,
         )
     # The page has int64 scales too, for float16 and a transposed int8 weight.
     if antiquant_scale.dtype != x.dtype:
-        yield Finding(f"antiquant_scale must have x's dtype {names([x.dtype])}", _DOCS)
+        yield Broken(f"antiquant_scale must have x's dtype {names([x.dtype])}", _DOCS)
     shapes: Sequence[Sequence[Size]] = [[n], [1, n], [1], [1, 1]]
     if group > 0:
         shapes = [[(k + group - 1) // group, n]]

@@ -24,7 +24,7 @@ COLD_BYTES = 64 * 2**20
 MAX_COPIES = 64
 ALWAYS, NEVER = 2**31 - 1, 0  # few_tokens
 
-Call = Callable[[], object]
+TimedCall = Callable[[], object]
 Next = Callable[[], Tensor]
 
 
@@ -56,11 +56,11 @@ class KernelCalls:
         self.scale = self._scales(shape.n)
         self.group_scale = self._scales(shape.n, shape.k // shape.group_size)
 
-    def __call__(self, m: int) -> dict[str, Call]:
+    def __call__(self, m: int) -> dict[str, TimedCall]:
         """The calls for m float32 tokens, by the names of the target's costs."""
         n, k, group = self.shape.n, self.shape.k, self.shape.group_size
         x = torch.randn(m, k, generator=self.generator)
-        calls: dict[str, Call] = {"linear": lambda: F.linear(x, self.float_weight())}
+        calls: dict[str, TimedCall] = {"linear": lambda: F.linear(x, self.float_weight())}
         if int8.refusal(m, n, k) is None:
             codes, act_scale = quantize_per_token(x, 127)
             calls["int8_linear"] = lambda: int8.int8_linear(
@@ -80,7 +80,7 @@ class KernelCalls:
             )
         return calls
 
-    def dequantized_int8(self, m: int) -> Call:
+    def dequantized_int8(self, m: int) -> TimedCall:
         """`dequantized_linear` on int8 weights, one scale per output: any W8A16 may fall back."""
         x = torch.randn(m, self.shape.k, generator=self.generator)
         scale = self.scale.unsqueeze(1)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from panguq.lowering.cpu.tuning.calls import Call
+from panguq.lowering.cpu.tuning.calls import TimedCall
 
 Clock = Callable[[], float]
 Key = TypeVar("Key", bound=Hashable)
@@ -18,7 +18,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 @dataclass(frozen=True)
-class Budget:
+class TimingBudget:
     """How often a call is timed, and for how long each time."""
 
     repeats: int = 7
@@ -42,7 +42,7 @@ class Timing:
 
 
 def time_in_turn(
-    calls: Mapping[Key, Call], budget: Budget, clock: Clock
+    calls: Mapping[Key, TimedCall], budget: TimingBudget, clock: Clock
 ) -> dict[Key, tuple[float, ...]]:
     """Microseconds per call, `budget.repeats` of each, after one call that is not counted.
 
@@ -59,7 +59,7 @@ def time_in_turn(
     return {key: tuple(us) for key, us in samples.items()}
 
 
-def _sample_us(call: Call, calls: int, clock: Clock) -> float:
+def _sample_us(call: TimedCall, calls: int, clock: Clock) -> float:
     start = clock()
     for _ in range(calls):
         call()

@@ -14,7 +14,7 @@ import torch
 from panguq.errors import LoweringError
 from panguq.lowering.cpu.tuning.calls import COLD_BYTES, KernelCalls, Shape
 from panguq.lowering.cpu.tuning.fit import KernelFit, fit_kernel, predict_us
-from panguq.lowering.cpu.tuning.timing import CLOCKS, Budget, Timing, time_in_turn
+from panguq.lowering.cpu.tuning.timing import CLOCKS, Timing, TimingBudget, time_in_turn
 from panguq.lowering.target import Target
 from panguq.lowering.targets import CPU
 
@@ -22,12 +22,12 @@ NAME = "cpu-tuned"
 
 
 @dataclass(frozen=True)
-class Grid:
+class TuningGrid:
     """What is timed: every shape with every number of tokens, up to `most_products` m·n·k."""
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
-    budget: Budget
+    budget: TimingBudget
     most_products: int = 12 * 10**8
     cold_bytes: int = COLD_BYTES
     seed: int = 0
@@ -37,21 +37,21 @@ class Grid:
         return [m for m in self.tokens if m * shape.n * shape.k <= self.most_products]
 
 
-FULL = Grid(
+FULL = TuningGrid(
     shapes=(
         *(Shape(192, 576), Shape(576, 576), Shape(1536, 576), Shape(576, 1536)),
         *(Shape(1024, 1024), Shape(2048, 704), Shape(2048, 2048), Shape(4096, 4096)),
     ),
     tokens=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-    budget=Budget(repeats=7, seconds=0.002),
+    budget=TimingBudget(repeats=7, seconds=0.002),
 )
-QUICK = Grid(
+QUICK = TuningGrid(
     shapes=(Shape(192, 576), Shape(576, 576), Shape(1536, 576)),
     tokens=(1, 4, 16, 64, 256),
-    budget=Budget(repeats=3, seconds=0.0005),
+    budget=TimingBudget(repeats=3, seconds=0.0005),
 )
 
-Progress = Callable[[str, float], None]
+TuningProgress = Callable[[str, float], None]
 """Called before each shape with what comes next and the seconds that are left, by estimate."""
 
 
@@ -65,10 +65,10 @@ class Tuning:
 
 
 def tune(
-    grid: Grid = FULL,
+    grid: TuningGrid = FULL,
     threads: int | None = None,
     clock: str = "wall",
-    progress: Progress = lambda what, seconds: None,
+    progress: TuningProgress = lambda what, seconds: None,
 ) -> Tuning:
     """Time every kernel of the CPU target on this machine and fit its costs.
 
@@ -136,7 +136,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or "unknown processor"
 
 
-def _measure(grid: Grid, clock: str, progress: Progress) -> tuple[Timing, ...]:
+def _measure(grid: TuningGrid, clock: str, progress: TuningProgress) -> tuple[Timing, ...]:
     work = [_expected_seconds(grid, shape) for shape in grid.shapes]
     timings: list[Timing] = []
     started = time.monotonic()
@@ -152,7 +152,7 @@ def _measure(grid: Grid, clock: str, progress: Progress) -> tuple[Timing, ...]:
     return tuple(timings)
 
 
-def _expected_seconds(grid: Grid, shape: Shape) -> float:
+def _expected_seconds(grid: TuningGrid, shape: Shape) -> float:
     """By the built-in costs: only to say how long it will take."""
     total = 0.0
     for m in grid.tokens_of(shape):

@@ -16,7 +16,7 @@ _SCALES = ("weight_scale", "weight_scale_second", "input_scale", "deq_scale")
 _STATIC = ("W8A8", "W8A8_MIX")
 
 
-def linears(folder: CheckedFolder) -> Iterator[tuple[str, str]]:
+def described_linears(folder: CheckedFolder) -> Iterator[tuple[str, str]]:
     """(path, type) of each linear that the description says is quantized."""
     for name, kind in (folder.description or {}).items():
         path, dot, leaf = name.rpartition(".")
@@ -44,7 +44,7 @@ def codes(folder: CheckedFolder, path: str, kind: str) -> Tensor | None:
 
 
 def _bad_scale(folder: CheckedFolder) -> Iterator[Hit]:
-    for path, _ in linears(folder):
+    for path, _ in described_linears(folder):
         for leaf in _SCALES:
             scale = floats(folder, f"{path}.{leaf}")
             if scale is None:
@@ -58,7 +58,7 @@ def _bad_scale(folder: CheckedFolder) -> Iterator[Hit]:
 
 
 def _input_offset(folder: CheckedFolder) -> Iterator[Hit]:
-    for path, kind in linears(folder):
+    for path, kind in described_linears(folder):
         offset = floats(folder, f"{path}.input_offset") if kind in _STATIC else None
         if offset is None:
             continue
@@ -69,7 +69,7 @@ def _input_offset(folder: CheckedFolder) -> Iterator[Hit]:
 
 
 def _asymmetric_weight(folder: CheckedFolder) -> Iterator[Hit]:
-    for path, kind in linears(folder):
+    for path, kind in described_linears(folder):
         for leaf in ("weight_offset", "weight_offset_second"):
             offset = floats(folder, f"{path}.{leaf}")
             if offset is not None and bool((offset != 0).any()):
@@ -79,14 +79,14 @@ def _asymmetric_weight(folder: CheckedFolder) -> Iterator[Hit]:
 
 
 def _code_range(folder: CheckedFolder) -> Iterator[Hit]:
-    for path, kind in linears(folder):
+    for path, kind in described_linears(folder):
         stored = codes(folder, path, kind) if kind == "W4A4_DYNAMIC" else None
         if stored is not None and stored.numel() and bool((stored < -8).any() | (stored > 7).any()):
             yield Hit(f"{path}.weight", "codes of 4 bits lie outside -8 to 7")
 
 
 def _deq_scale_value(folder: CheckedFolder) -> Iterator[Hit]:
-    for path, kind in linears(folder):
+    for path, kind in described_linears(folder):
         parts = [floats(folder, f"{path}.{leaf}") for leaf in ("input_scale", "weight_scale")]
         deq = floats(folder, f"{path}.deq_scale")
         if kind not in _STATIC or deq is None or any(part is None for part in parts):
@@ -105,7 +105,7 @@ def _quant_bias_errors(folder: CheckedFolder) -> Iterator[tuple[str, bool, bool]
     `near`: as if bias / deq_scale had been rounded to the model's 16-bit dtype.
     """
     eps = {"bfloat16": 2.0**-7, "float16": 2.0**-10}.get(folder.dtype, 0.0)
-    for path, kind in linears(folder):
+    for path, kind in described_linears(folder):
         stored = codes(folder, path, kind) if kind in _STATIC else None
         deq, offset = (floats(folder, f"{path}.{leaf}") for leaf in ("deq_scale", "input_offset"))
         found = floats(folder, f"{path}.quant_bias")
@@ -139,7 +139,7 @@ def _quant_bias_rounded(folder: CheckedFolder) -> Iterator[Hit]:
 
 def _scale_bias_value(folder: CheckedFolder) -> Iterator[Hit]:
     """scale_bias sums to 8 * sum_k code * scale; msModelSlim rounds the scales to bfloat16."""
-    for path, kind in linears(folder):
+    for path, kind in described_linears(folder):
         stored = codes(folder, path, kind) if kind == "W4A8_DYNAMIC" else None
         found = floats(folder, f"{path}.scale_bias")
         scale = floats(folder, f"{path}.weight_scale")
@@ -162,7 +162,7 @@ def _input_scale_rounded(folder: CheckedFolder) -> Iterator[Hit]:
     if dtype is None:
         return
     percent = 50 * torch.finfo(dtype).eps
-    for path, kind in linears(folder):
+    for path, kind in described_linears(folder):
         scale = floats(folder, f"{path}.input_scale") if kind in _STATIC else None
         if scale is not None and bool((scale != scale.to(dtype).double()).any()):
             yield Hit(
@@ -173,7 +173,7 @@ def _input_scale_rounded(folder: CheckedFolder) -> Iterator[Hit]:
 
 
 def _fused_input_scale(folder: CheckedFolder) -> Iterator[Hit]:
-    static = {path for path, kind in linears(folder) if kind in _STATIC}
+    static = {path for path, kind in described_linears(folder) if kind in _STATIC}
     for whole, shards in shards_of(static, FUSED):
         for leaf in ("input_scale", "input_offset"):
             values = [floats(folder, f"{shard}.{leaf}") for shard in shards]

@@ -24,7 +24,7 @@ _BITS_PER_WORD = 32
 
 
 @dataclass(frozen=True)
-class Group:
+class ConfigGroup:
     """An entry of config_groups: how the weights and inputs of its targets are quantized."""
 
     name: str
@@ -52,7 +52,7 @@ class Group:
         return k // self.group_size if self.strategy == "group" and self.group_size else 1
 
 
-def groups(folder: CheckedFolder) -> list[Group]:
+def groups(folder: CheckedFolder) -> list[ConfigGroup]:
     """The groups that can be read; what cannot be is another rule's."""
     config = folder.quantization_config or {}
     listed = config.get("config_groups")
@@ -64,7 +64,7 @@ def groups(folder: CheckedFolder) -> list[Group]:
         weights, activation = entry["weights"], entry.get("input_activations")
         own = str(entry.get("format") or "")
         found.append(
-            Group(
+            ConfigGroup(
                 name=str(name),
                 targets=tuple(str(target) for target in entry.get("targets") or ()),
                 bits=int(weights.get("num_bits") or 0),
@@ -79,7 +79,7 @@ def groups(folder: CheckedFolder) -> list[Group]:
     return found
 
 
-def linears(folder: CheckedFolder) -> dict[str, tuple[int, int] | None]:
+def linears_of(folder: CheckedFolder) -> dict[str, tuple[int, int] | None]:
     """Every linear: of the architecture with its (n, k), else those that are stored."""
     if folder.model is not None:
         return dict(folder.model.linears)
@@ -88,7 +88,7 @@ def linears(folder: CheckedFolder) -> dict[str, tuple[int, int] | None]:
     return {n.removesuffix(leaf): None for n, leaf in stored if len(folder.tensors[n].shape) == 2}
 
 
-def group_of(folder: CheckedFolder, path: str) -> Group | None:
+def config_group_of(folder: CheckedFolder, path: str) -> ConfigGroup | None:
     """The group whose targets name this linear, by name before pattern before class."""
     found = groups(folder)
     for how in (_is_named, _is_matched, _is_class):
@@ -104,10 +104,10 @@ def is_ignored(folder: CheckedFolder, path: str) -> bool:
     return any(_is_named(path, str(t)) or _is_matched(path, str(t)) for t in listed)
 
 
-def quantized(folder: CheckedFolder) -> Iterator[tuple[str, Group, tuple[int, int] | None]]:
+def quantized(folder: CheckedFolder) -> Iterator[tuple[str, ConfigGroup, tuple[int, int] | None]]:
     """(path, group, (n, k)) of each linear that is to be quantized."""
-    for path, shape in linears(folder).items():
-        group = group_of(folder, path)
+    for path, shape in linears_of(folder).items():
+        group = config_group_of(folder, path)
         if group is not None and not is_ignored(folder, path):
             yield path, group, shape
 
@@ -152,7 +152,7 @@ def _no_scheme(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(group.name, f"vllm-ascend has no dense scheme for {what}", ("vllm-ascend",))
 
 
-def _inputs(group: Group) -> str:
+def _inputs(group: ConfigGroup) -> str:
     if group.activation is None:
         return "float"
     how = "dynamic" if group.activation.get("dynamic") else "static"
@@ -160,7 +160,7 @@ def _inputs(group: Group) -> str:
     return f"{group.activation.get('num_bits')} bits {how}{symmetric}"
 
 
-def _is_int8_input(group: Group) -> bool:
+def _is_int8_input(group: ConfigGroup) -> bool:
     """Inputs of 8 bits: one scale that is stored, or one a token that is not."""
     given = group.activation
     if given is None or given.get("num_bits") != 8:
@@ -169,7 +169,7 @@ def _is_int8_input(group: Group) -> bool:
     return bool(given.get("strategy") == wanted)
 
 
-def _vllm_takes(group: Group) -> bool:
+def _vllm_takes(group: ConfigGroup) -> bool:
     if not group.symmetric:
         return False
     if group.activation is None:
@@ -178,7 +178,7 @@ def _vllm_takes(group: Group) -> bool:
     return group.bits == 8 and group.strategy in ("tensor", "channel") and _is_int8_input(group)
 
 
-def _vllm_ascend_takes(group: Group) -> bool:
+def _vllm_ascend_takes(group: ConfigGroup) -> bool:
     plain = group.symmetric and group.bits == 8 and group.strategy == "channel"
     given = group.activation
     return plain and given is not None and _is_int8_input(group) and given.get("symmetric", True)
@@ -210,9 +210,9 @@ def _asymmetric_packed(folder: CheckedFolder) -> Iterator[Hit]:
 
 
 def _split_fused(folder: CheckedFolder) -> Iterator[Hit]:
-    for whole, shards in shards_of(linears(folder), FUSED):
+    for whole, shards in shards_of(linears_of(folder), FUSED):
         ignored = {is_ignored(folder, shard) for shard in shards}
-        names = {getattr(group_of(folder, shard), "name", None) for shard in shards}
+        names = {getattr(config_group_of(folder, shard), "name", None) for shard in shards}
         if len(ignored) > 1:
             yield Hit(whole, "some of its shards are ignored and some are not: the loader stops")
         elif ignored == {False} and len(names) > 1:
@@ -231,7 +231,7 @@ def _mixed_precision(folder: CheckedFolder) -> Iterator[Hit]:
 # --- tensors ------------------------------------------------------------------------------------
 
 
-def _parts(group: Group) -> tuple[str, ...]:
+def _parts(group: ConfigGroup) -> tuple[str, ...]:
     packed = group.format == "pack-quantized"
     weight = ("weight_packed", "weight_shape") if packed else ("weight",)
     return (*weight, "weight_scale", *(("input_scale",) if group.is_static else ()))

@@ -19,9 +19,9 @@ from panguq.check.unchanged import UNCHANGED, UNCHANGED_RULES, UNKNOWN
 from panguq.files.checksums import CHECKSUMS
 from panguq.servers import READS, SERVERS, find_server
 
-Kind = Literal["ascend", "compressed-tensors", "float"]
-Verdict = Literal["takes", "refuses", "does not read this format"]
-RULES: dict[Kind, tuple[Rule, ...]] = {
+FolderKind = Literal["ascend", "compressed-tensors", "float"]
+ServerAnswer = Literal["takes", "refuses", "does not read this format"]
+RULES: dict[FolderKind, tuple[Rule, ...]] = {
     "ascend": (*FILE_RULES, *UNCHANGED_RULES, *ASCEND_RULES),
     "compressed-tensors": (*FILE_RULES, *UNCHANGED_RULES, *COMPRESSED_TENSORS_RULES),
     "float": (*FILE_RULES, *UNCHANGED_RULES),
@@ -49,11 +49,11 @@ class CheckReport(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     path: str
-    format: Kind
+    format: FolderKind
     types: dict[str, int]
     has_checksums: bool
     findings: tuple[Finding, ...]
-    servers: dict[str, Verdict]
+    servers: dict[str, ServerAnswer]
 
     def refused_by(self, server: str | None = None) -> bool:
         """Whether that server would not take the folder; None: any that reads its format."""
@@ -104,7 +104,7 @@ def check_folder(path: str | Path) -> CheckReport:
     )
 
 
-def _kind(folder: CheckedFolder) -> Kind:
+def _kind(folder: CheckedFolder) -> FolderKind:
     if any(folder.path.glob("quant_model_description*.json")) or any(
         folder.path.glob("quant_model_weight*")
     ):
@@ -112,11 +112,11 @@ def _kind(folder: CheckedFolder) -> Kind:
     return "compressed-tensors" if folder.quantization_config is not None else "float"
 
 
-def _reads(server: str, kind: Kind) -> bool:
+def _reads(server: str, kind: FolderKind) -> bool:
     return kind == "float" or kind in READS[find_server(server)]
 
 
-def _apply(rule: Rule, folder: CheckedFolder, kind: Kind) -> list[Finding]:
+def _apply(rule: Rule, folder: CheckedFolder, kind: FolderKind) -> list[Finding]:
     found = []
     for hit in rule.find(folder):
         breaks = rule.breaks if hit.breaks is None else hit.breaks
@@ -132,7 +132,7 @@ def _apply(rule: Rule, folder: CheckedFolder, kind: Kind) -> list[Finding]:
     return found
 
 
-def _types(folder: CheckedFolder, kind: Kind) -> dict[str, int]:
+def _types(folder: CheckedFolder, kind: FolderKind) -> dict[str, int]:
     """How many weights there are of each type."""
     counts: dict[str, int] = {}
     if kind == "ascend":
@@ -147,7 +147,7 @@ def _types(folder: CheckedFolder, kind: Kind) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _verdict(server: str, kind: Kind, findings: tuple[Finding, ...]) -> Verdict:
+def _verdict(server: str, kind: FolderKind, findings: tuple[Finding, ...]) -> ServerAnswer:
     if not _reads(server, kind):
         return "does not read this format"
     return "refuses" if any(server in finding.breaks for finding in findings) else "takes"

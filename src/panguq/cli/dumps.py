@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
     rerun = add_command(
         commands,
         "run",
-        run_stage,
+        replay_stage,
         "Run the graph that a dump holds on the dump's probe input. It is compared with the "
         "float graph.",
         "panguq run dump --limit 5",
@@ -103,11 +103,11 @@ def run_show(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_stage(options: argparse.Namespace) -> int:
+def replay_stage(options: argparse.Namespace) -> int:
     """Run a stage's graph on the probe."""
-    from panguq.dumps.replay import run_stage as replay
+    from panguq.dumps.replay import run_stage
 
-    return _print_result(options, replay(_reader(options), options.limit))
+    return _print_result(options, run_stage(_reader(options), options.limit))
 
 
 def run_bisect(options: argparse.Namespace) -> int:

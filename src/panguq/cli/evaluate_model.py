@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     sizes = (options.window, options.windows)
     windows = text_windows(options.text, what, tokenizer, *sizes, options.chat)
     model = load_pretrained(options.against)
-    result = measure(compiled, model, windows, is_float)
+    result = figures_of(compiled, model, windows, is_float)
     if options.json:
         print_json(result)
     else:
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> dict[str, Any]:
+def figures_of(compiled: Any, model: Any, windows: Any, is_float: bool = False) -> dict[str, Any]:
     """All figures of a compiled model, or with `is_float` of the float model itself.
 
     A model that is not finite is a result, too: its figures are not, and `first_broken` names the

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     from panguq.lowering.cpu.tuning.tune import FULL, QUICK, check_threads, tune
     from panguq.lowering.target_files import save_target
 
-    check_out(options.out)
+    check_target_file(options.out)
     threads = check_threads(options.threads, options.clock)
     grid = QUICK if options.quick else FULL
     found = tune(grid, threads, options.clock, _show_progress)
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_out(path: Path) -> None:
+def check_target_file(path: Path) -> None:
     """Raises LoweringError, before any work, if no target file can be written there."""
     if path.suffix not in (".yaml", ".yml"):
         raise LoweringError(f"{path}: a target file is YAML", f"name it {path.stem or 'mine'}.yaml")

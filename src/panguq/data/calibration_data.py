@@ -18,8 +18,8 @@ from panguq.data.calibration_rows import Empty, Ids, Row, Text, items_of, rows_o
 from panguq.data.calibration_tokens import (
     SHORTEST,
     bos_prefix,
-    check_sizes,
-    encode,
+    check_windows,
+    encode_text,
     follows_bos,
     most_characters,
     pieces,
@@ -71,7 +71,7 @@ def read_calibration(
     if isinstance(data, CalibrationData):
         return data
     window = min(window, longest or window)
-    check_sizes(window, windows)
+    check_windows(window, windows)
     path = named_file(data)
     if path is not None:
         taken = _windows(file_rows(path, tokenizer, window, windows), tokenizer, window, windows)
@@ -100,7 +100,7 @@ def file_text(path: Path, tokenizer: Any, window: int, windows: int, chat: bool 
     With `chat`, each line is a conversation, whatever the file's name says. Raises InputError,
     naming the file and the line, for what cannot be read.
     """
-    check_sizes(window, windows)
+    check_windows(window, windows)
     rows = file_rows(path, tokenizer, window, windows, lines=chat)
     return joined(_only_chats(rows) if chat else rows, most_characters(window, windows))[0]
 
@@ -188,7 +188,7 @@ class _Taken:
 
     def add_text(self, row: Text, tokenizer: Any, longest: int, prefix: list[int]) -> None:
         special = follows_bos(tokenizer) if row.is_chat else True
-        ids = encode(tokenizer, row.text, special, row.where)
+        ids = encode_text(tokenizer, row.text, special, row.where)
         if not ids:
             self.empty += 1
             return
@@ -224,7 +224,7 @@ def _windows(rows: Iterable[Row], tokenizer: Any, window: int, windows: int) -> 
         return taken
     text, empty, taken.more = joined(itertools.chain([row], rows), most_characters(window, windows))
     taken.empty += empty
-    ids = encode(tokenizer, text, special=False, where=row.where)
+    ids = encode_text(tokenizer, text, special=False, where=row.where)
     if len(ids) < SHORTEST:
         raise too_short(len(ids), row.where.partition(": ")[0])
     prefix = bos_prefix(tokenizer)

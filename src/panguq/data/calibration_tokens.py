@@ -15,7 +15,7 @@ SHORTEST = 8
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-def encode(tokenizer: Any, text: str, special: bool, where: str = "the text") -> list[int]:
+def encode_text(tokenizer: Any, text: str, special: bool, where: str = "the text") -> list[int]:
     """The token ids of a text, with the tokenizer's special tokens or without.
 
     `tokenizer` is transformers', a `tokenizers.Tokenizer`, or anything that is called like
@@ -84,7 +84,7 @@ def _flat(ids: Any) -> list[int] | None:
 
 def bos_prefix(tokenizer: Any) -> list[int]:
     """What this tokenizer puts before every text: [BOS] if that is its habit, else []."""
-    text, whole = (encode(tokenizer, "a", special) for special in (False, True))
+    text, whole = (encode_text(tokenizer, "a", special) for special in (False, True))
     starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
     return whole[: starts[0]] if text and starts else []
 
@@ -116,8 +116,8 @@ def token_windows(text: str, tokenizer: Any, window: int, windows: int) -> Tenso
     window is not taken; a text shorter than one window is one shorter window. Raises InputError if
     the text has fewer than 8 tokens.
     """
-    check_sizes(window, windows)
-    ids = encode(tokenizer, text[: most_characters(window, windows)], special=False)
+    check_windows(window, windows)
+    ids = encode_text(tokenizer, text[: most_characters(window, windows)], special=False)
     if len(ids) < SHORTEST:
         raise too_short(len(ids))
     rows, _, _ = pieces(ids, window, bos_prefix(tokenizer), windows)
@@ -125,7 +125,7 @@ def token_windows(text: str, tokenizer: Any, window: int, windows: int) -> Tenso
     return torch.tensor(whole or rows)
 
 
-def check_sizes(window: int, windows: int) -> None:
+def check_windows(window: int, windows: int) -> None:
     """Raises InputError for windows that say nothing."""
     if window < SHORTEST or windows < 1:
         raise InputError(

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.interface import Interface
-from panguq.ir.text.size_expression import evaluate, names_in
+from panguq.ir.text.size_expression import evaluate_size, names_in
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -39,7 +39,7 @@ def check_module_inputs(interface: Interface, inputs: Sequence[Tensor]) -> None:
         shape = interface.input_shapes[name]
         for index, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):
             known = all(part in sizes for part in names_in(str(wanted)))
-            expected = evaluate(str(wanted), sizes) if known else size
+            expected = evaluate_size(str(wanted), sizes) if known else size
             if size != expected:
                 raise InputError(
                     f"dimension {index} of input {name} is {size}, the graph serves {expected}",

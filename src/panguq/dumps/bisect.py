@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx
 
-from panguq.decibels import finite, spelled
+from panguq.decibels import finite_db, spelled
 from panguq.dumps.reader import DumpReader
 from panguq.dumps.replay import probe_for, reference_stage
 from panguq.dumps.stage_checks import exact_faults, float_values, lossy_quality
@@ -147,8 +147,8 @@ class _Search:
             floor_db=self.floor_db,
             stage=found.stage if found else None,
             node=found.node if found else None,
-            db=finite(found.db) if found else None,
-            before_db=finite(found.before_db) if found else None,
+            db=finite_db(found.db) if found else None,
+            before_db=finite_db(found.before_db) if found else None,
             stages=tuple(self.stages),
         )
 
@@ -176,7 +176,7 @@ class _Search:
         if node is None:
             self.stages.append(entry)
             return None
-        found = {"worst_db": finite(faults[node]), "worst_node": node}
+        found = {"worst_db": finite_db(faults[node]), "worst_node": node}
         self.stages.append(entry.model_copy(update=found))
         return _Culprit("not_exact", stage, node, faults[node], math.inf)
 
@@ -191,7 +191,7 @@ class _Search:
                 stage=stage,
                 exact=False,
                 compared=len(found),
-                worst_db=finite(found[worst]) if worst else None,
+                worst_db=finite_db(found[worst]) if worst else None,
                 worst_node=worst,
             )
         )

@@ -36,10 +36,10 @@ from panguq.dumps.files import (
     replace_file,
     tensor_chunks,
 )
-from panguq.dumps.folder import check_folder, prepare_folder
+from panguq.dumps.folder import check_dump_folder, prepare_folder
 from panguq.dumps.graph_diff import labels_by_name, renamed
 from panguq.dumps.model_source import find_source
-from panguq.dumps.stage_writer import StageWriter, json_text
+from panguq.dumps.stage_writer import StageWriter, model_text
 from panguq.dumps.text import error_text, summary_text
 from panguq.errors import StorageError, first_line
 from panguq.ir.edit import weights_of
@@ -63,7 +63,7 @@ def chosen_folder(dump_dir: str | Path | None) -> Path | None:
     if not chosen:
         return None
     folder = Path(chosen).resolve()
-    check_folder(folder)
+    check_dump_folder(folder)
     return folder
 
 
@@ -211,7 +211,7 @@ class Dump:
         )
 
     def _write_info(self) -> None:
-        replace_file(self.folder / DUMP_JSON, [json_text(self.info).encode()])
+        replace_file(self.folder / DUMP_JSON, [model_text(self.info).encode()])
 
     def _write_probe(self) -> None:
         if self._has_probe or self.ctx.probe is None:

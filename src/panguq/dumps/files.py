@@ -160,7 +160,7 @@ def read_text(path: Path) -> str:
         raise StorageError(f"{path}: not text: {error}", COMPILE_AGAIN) from error
 
 
-def read_model(path: Path, kind: type[_Model]) -> _Model:
+def read_json_as(path: Path, kind: type[_Model]) -> _Model:
     """A JSON file as the model that it was written from. Raises StorageError that names it."""
     data = read_bytes(path)
     parse_json(data, str(path))  # refuses what pydantic would take: doubled keys, NaN

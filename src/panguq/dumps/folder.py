@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from panguq.dumps.files import DUMP_JSON, PROBE, STAGE_NAME, SUMMARY, DumpInfo, read_model
+from panguq.dumps.files import DUMP_JSON, PROBE, STAGE_NAME, SUMMARY, DumpInfo, read_json_as
 from panguq.errors import StorageError
 from panguq.files.claimed_folder import lock_folder
 from panguq.files.partial_folder import MARKER, PARTIAL
@@ -18,7 +18,7 @@ _STAGE_FILE = re.compile(
 )
 
 
-def check_folder(target: Path) -> None:
+def check_dump_folder(target: Path) -> None:
     """Raises StorageError unless `target` is new, empty, or an old dump and nothing else."""
     if target.exists() and not target.is_dir():
         raise StorageError(f"{target} is a file", "name a folder for the dump")
@@ -40,12 +40,12 @@ def prepare_folder(target: Path) -> int:
     file, holds what no dump holds, cannot be written, or another compile is dumping there.
     """
     try:
-        check_folder(target)
+        check_dump_folder(target)
         target.mkdir(parents=True, exist_ok=True)
         handle = lock_folder(target)
         if handle is None:
             raise StorageError(f"{target}: another compile is dumping there", "choose another one")
-        check_folder(target)
+        check_dump_folder(target)
         for path in sorted(target.iterdir()):
             if path.name != DUMP_JSON:  # it stays, so that a kill here leaves a dump, too
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -58,7 +58,7 @@ def prepare_folder(target: Path) -> int:
 
 def _is_dump(target: Path) -> bool:
     try:
-        read_model(target / DUMP_JSON, DumpInfo)
+        read_json_as(target / DUMP_JSON, DumpInfo)
     except StorageError:
         return False
     return True

@@ -26,7 +26,7 @@ from panguq.dumps.files import (
     DumpInfo,
     StageInfo,
     read_bytes,
-    read_model,
+    read_json_as,
     read_tensors,
     read_text,
     tensor_names,
@@ -57,7 +57,7 @@ class DumpReader:
                 f"{self.path}: not a dump: it has no {DUMP_JSON}",
                 "name the folder that was given as dump_dir, --dump or PANGUQ_DUMP",
             )
-        self.info = read_model(self.path / DUMP_JSON, DumpInfo)
+        self.info = read_json_as(self.path / DUMP_JSON, DumpInfo)
         folder = Path(model_folder) if model_folder is not None else None
         self._source = SourceFolder(self.info.model, folder) if self.info.model else None
         self._stages = self._find_stages()
@@ -100,7 +100,7 @@ class DumpReader:
 
     def stage(self, stage: str) -> StageInfo:
         """`stage.json`."""
-        return read_model(self._file(stage, STAGE_JSON), StageInfo)
+        return read_json_as(self._file(stage, STAGE_JSON), StageInfo)
 
     def graph(self, stage: str) -> fx.GraphModule:
         """The stage's graph with its weights; of a failed pass, the graph that it was given."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, fx
 
 from panguq.data.inputs import prepare, takes_empty_mask
-from panguq.decibels import finite, spelled, sqnr_db
+from panguq.decibels import finite_db, spelled, sqnr_db
 from panguq.dumps.reader import FAILED, DumpReader
 from panguq.dumps.rerun import rerun_failed
 from panguq.ir.run import interpret
@@ -90,7 +90,7 @@ def run_stage(reader: DumpReader, limit: str | None = None) -> RunResult:
     return RunResult(
         stage=stage,
         reference=reference,
-        output_sqnr_db=finite(sqnr_db(expected[0], actual[0])) or 0.0,
+        output_sqnr_db=finite_db(sqnr_db(expected[0], actual[0])) or 0.0,
         first_non_finite=broken,
         note=note,
         **compared,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from panguq.decibels import sqnr_db
 from panguq.dumps.files import SiteInfo
 from panguq.ir.edit import ancestors, find_label, get_tensor, label
 from panguq.ir.run import interpret
-from panguq.ir.run.equivalence import TOLERANCE_IN_EPSILONS, evaluate
+from panguq.ir.run.equivalence import TOLERANCE_IN_EPSILONS, run_in_float64
 
 
 def computed(gm: fx.GraphModule) -> list[fx.Node]:
@@ -41,7 +41,7 @@ def lossy_quality(
     found: dict[str, float] = {}
     order = [node for node in gm.graph.nodes if node.op != "output"]
     freed = interpret.last_uses(order)
-    environment: interpret.Environment = {}
+    environment: interpret.Values = {}
     with torch.no_grad():
         for node in order:
             if node.op == "placeholder":
@@ -81,14 +81,14 @@ def exact_faults(
     suspects = [new for new, old in pairs.items() if not _same(before, after, old, new, pairs)]
     if not suspects:
         return 0, {}
-    old_values = evaluate(before, _inputs(before, probes[0]), list(pairs.values()))
+    old_values = run_in_float64(before, _inputs(before, probes[0]), list(pairs.values()))
     starts: dict[fx.Node, Any] = _inputs(after, probes[1])
     starts |= {new: old_values[old] for new, old in pairs.items()}
     bound = TOLERANCE_IN_EPSILONS * _epsilon(after)
     faults: dict[str, float] = {}
     for node in suspects:
         expected = starts.pop(node)
-        actual = evaluate(after, starts, [node])[node]
+        actual = run_in_float64(after, starts, [node])[node]
         starts[node] = expected
         if isinstance(expected, Tensor) and _differs(expected, actual, bound):
             faults[label(node)] = _sqnr(expected, actual)

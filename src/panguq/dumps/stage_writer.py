@@ -97,7 +97,7 @@ class StageWriter:
             write_file(folder / CALIBRATION, tensor_chunks(copies(inputs)))
 
 
-def json_text(model: BaseModel) -> str:
+def model_text(model: BaseModel) -> str:
     """A model as a JSON file."""
     return model.model_dump_json(indent=1) + "\n"
 
@@ -108,7 +108,7 @@ def _graph_files(of: Written, info: StageInfo) -> dict[str, str]:
         "unsaved": of.unsaved,
         "graph_sha256": hashlib.sha256(of.graph.encode()).hexdigest(),
     }
-    stage = json_text(info.model_copy(update=update))
+    stage = model_text(info.model_copy(update=update))
     return {"graph.txt": of.text, GRAPH_JSON: of.graph, STAGE_JSON: stage}
 
 

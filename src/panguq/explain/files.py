@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from panguq.errors import LoweringError
-from panguq.explain.matmul import Row
+from panguq.explain.matmul import CandidateRow
 from panguq.extras import require
 from panguq.files.whole_file import output_file
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
@@ -25,7 +25,7 @@ from panguq.lowering.target import Target
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def candidates_csv(problem: MatmulProblem, rows: Sequence[Row]) -> str:
+def candidates_csv(problem: MatmulProblem, rows: Sequence[CandidateRow]) -> str:
     """A line per candidate: shape, kernel, cost, every term in microseconds, refusal."""
     names = list(TERMS) if any(r.cost and "hbm" in r.cost.terms for r in rows) else []
     names = names or sorted({name for r in rows if r.cost for name in r.cost.terms})

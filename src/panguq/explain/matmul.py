@@ -43,7 +43,7 @@ _MEANING = {
 
 
 @dataclass(frozen=True)
-class Row:
+class CandidateRow:
     """A candidate and, if it is legal, its cost."""
 
     candidate: Candidate
@@ -71,16 +71,16 @@ class Explanation:
 
     problem: MatmulProblem
     target: Target
-    rows: tuple[Row, ...]
+    rows: tuple[CandidateRow, ...]
     choice: Choice
 
     @property
-    def winner(self) -> Row:
+    def winner(self) -> CandidateRow:
         """The cheapest legal candidate of the chosen storage."""
         return next(r for r in self._legal() if r.candidate.storage == self.choice.storage)
 
     @property
-    def runner_up(self) -> Row | None:
+    def runner_up(self) -> CandidateRow | None:
         """The cheapest legal candidate with another op than the winner's."""
         winner = self.winner.candidate
         others = (r for r in self._legal() if r.candidate.kernel != winner.kernel)
@@ -111,7 +111,7 @@ class Explanation:
             "candidates": [row.as_json() for row in self.rows],
         }
 
-    def _legal(self) -> list[Row]:
+    def _legal(self) -> list[CandidateRow]:
         return [row for row in self.rows if row.cost is not None]
 
 
@@ -130,7 +130,7 @@ def explain(
     any_m = select_kernel(replace(problem, m=None), target, mix, allow_float, hysteresis)
     here = any_m if target.kind == "cpu" else select_kernel(problem, target, mix, allow_float)
     found = all_candidates(problem, target, allow_float)
-    rows = [Row(c, None if c.refusal else _cost(c, problem, target)) for c in found]
+    rows = [CandidateRow(c, None if c.refusal else _cost(c, problem, target)) for c in found]
     priced = [(row.cost.total_us, row) for row in rows if row.cost is not None]
     legal = [row for _, row in sorted(priced, key=lambda entry: entry[0])]
     refused = [r for r in rows if r.cost is None]
@@ -138,7 +138,7 @@ def explain(
     return Explanation(problem, target, (*legal, *refused), choice)
 
 
-def why_dearer(winner: Row, other: Row) -> str:
+def why_dearer(winner: CandidateRow, other: CandidateRow) -> str:
     """Why `other` costs more than `winner`: the term that differs most."""
     assert winner.cost is not None and other.cost is not None
     extra_us = other.cost.total_us - winner.cost.total_us
@@ -285,13 +285,13 @@ def table_lines(choice: Choice) -> list[str]:
     return lines
 
 
-def _headline(row: Row) -> str:
+def _headline(row: CandidateRow) -> str:
     assert row.cost is not None
     how = f"  ({row.cost.how})" if row.cost.how not in ("", str(row.candidate)) else ""
     return f"{row.candidate}  {row.cost.total_us:.1f} us{how}"
 
 
-def _term_lines(row: Row) -> list[str]:
+def _term_lines(row: CandidateRow) -> list[str]:
     assert row.cost is not None
     terms = row.cost.terms
     overlapped = {name: terms[name] for name in OVERLAPPED if terms.get(name)}
@@ -307,8 +307,8 @@ def _list(terms: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
 
 
-def _best_of_each(legal: Sequence[Row], shown: set[str]) -> list[Row]:
-    best: dict[str, Row] = {}
+def _best_of_each(legal: Sequence[CandidateRow], shown: set[str]) -> list[CandidateRow]:
+    best: dict[str, CandidateRow] = {}
     for row in legal:
         if row.candidate.kernel not in shown:
             best.setdefault(row.candidate.kernel, row)

@@ -106,23 +106,24 @@ def check_plain(value: object, source: str, key: str = "") -> None:
         for name, item in value.items():
             if not isinstance(name, str):
                 problem = f"the key {name!r:.80} is not text"
-                raise RecipeError(f"{at(source, key)}: {problem}", f'write "{name!s:.80}"')
+                raise RecipeError(f"{place_in(source, key)}: {problem}", f'write "{name!s:.80}"')
             check_plain(item, source, f"{key}.{name:.80}" if key else name[:80])
     elif isinstance(value, list | tuple):
         for position, item in enumerate(value):
             check_plain(item, source, f"{key}[{position}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise RecipeError(f"{at(source, key)}: {value} is not a finite number")
+        raise RecipeError(f"{place_in(source, key)}: {value} is not a finite number")
     elif isinstance(value, int) and abs(value) >= 2**63:
-        raise RecipeError(f"{at(source, key)}: the number has more than 63 bits")
+        raise RecipeError(f"{place_in(source, key)}: the number has more than 63 bits")
     elif value is not None and not isinstance(value, str | int | float | bool):
         kind = type(value).__name__
         raise RecipeError(
-            f"{at(source, key)}: {value!r:.80} is a {kind}", "use text, numbers, lists and mappings"
+            f"{place_in(source, key)}: {value!r:.80} is a {kind}",
+            "use text, numbers, lists and mappings",
         )
 
 
-def at(source: str, key: str) -> str:
+def place_in(source: str, key: str) -> str:
     """`source: key`, or the source alone for the whole document."""
     return f"{source}: {key}" if key else source
 

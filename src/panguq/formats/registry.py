@@ -53,7 +53,7 @@ LinearsCheck: TypeAlias = "Callable[[Mapping[str, LinearForm], torch.dtype], lis
 """Called with quantized linears by path and the model's dtype. Returns a sentence for each reader
 that will not take them though another does; raises ExportError if none does."""
 
-_CHECKPOINT_PLACE = "panguq.formats.checkpoint.folder:check_target"
+_CHECKPOINT_PLACE = "panguq.formats.checkpoint.folder:check_place"
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
@@ -61,7 +61,7 @@ FORMATS: dict[str, Format] = {
             "panguq",
             "panguq.load",
             "panguq.formats.own.model_folder:save_model",
-            "panguq.formats.own.storage:check_target",
+            "panguq.formats.own.storage:check_place",
         ),
         Format(
             "compressed-tensors",

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from panguq.compile_report import EndToEnd
 from panguq.data.inputs import prepare, takes_empty_mask
-from panguq.decibels import finite, ratio_db, sqnr_db
+from panguq.decibels import finite_db, ratio_db, sqnr_db
 from panguq.errors import LoweringError, NumericsError, PanguqError
 from panguq.evaluation import Divergence, TopOne
 from panguq.ir.edit import label
@@ -155,7 +155,7 @@ def _figures(
         rows=len(runs.rows) if runs.causal else len(runs.batches),
         tokens=divergence.count if runs.causal else None,
         kl=round(divergence.result(), 6) if runs.causal else None,
-        sqnr_db=finite(ratio_db(signal, noise)),
+        sqnr_db=finite_db(ratio_db(signal, noise)),
         top1=round(top_one.result(), 4) if runs.causal else None,
         source=source,
     )

@@ -54,7 +54,7 @@ def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) ->
 
 def _region(gm: fx.GraphModule, start: fx.Node, end: fx.Node, value: Tensor) -> Tensor:
     needed = ancestors([end], stop=[start])
-    environment: interpret.Environment = {start: value}
+    environment: interpret.Values = {start: value}
     with torch.no_grad():
         for node in gm.graph.nodes:
             if node in needed and node is not start:

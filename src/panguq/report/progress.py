@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from panguq.passes.pipeline.base import Progress, no_progress
+from panguq.ir.run.sweep import Progress
+from panguq.passes.pipeline.base import no_progress
 
 
 def terminal_progress() -> Progress:

@@ -15,7 +15,7 @@ from panguq.compile_report import (
     MatmulSummary,
     PassSummary,
 )
-from panguq.decibels import finite
+from panguq.decibels import finite_db
 from panguq.errors import PanguqError
 from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.node_meta import meta_of, scheme_of
@@ -83,7 +83,7 @@ class Quality:
                 skipped=len(record.result.skipped),
                 seconds=round(record.seconds, 3),
                 proved_difference=record.proved_difference,
-                worst_local_sqnr_db=finite(worst[0]) if worst else None,
+                worst_local_sqnr_db=finite_db(worst[0]) if worst else None,
                 worst_matmul=worst[1] if worst else None,
             )
         )
@@ -170,7 +170,7 @@ def summarize_matmuls(
                 gives_logits=gives_logits(node),
                 is_side=meta_of(node).split_from is not None,
                 stored_bytes=sum(t.numel() * t.element_size() for t in tensors),
-                local_sqnr_db=finite(quality[name]) if name in quality else None,
+                local_sqnr_db=finite_db(quality[name]) if name in quality else None,
             )
         )
     return rows

@@ -59,7 +59,7 @@ class Shard:
             yield from byte_chunks(materialized(tensor))
 
 
-class Form(Protocol):
+class TensorForm(Protocol):
     """A tensor, or what one will be when its turn to be written comes."""
 
     @property
@@ -70,7 +70,7 @@ class Form(Protocol):
     def nbytes(self) -> int: ...
 
 
-def header_of(tensors: Mapping[str, Form]) -> tuple[bytes, list[str]]:
+def header_of(tensors: Mapping[str, TensorForm]) -> tuple[bytes, list[str]]:
     """A safetensors file's bytes before its first tensor, and the names in the file's order.
 
     Wide dtypes come first, as safetensors itself writes, so that every tensor is aligned.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from panguq.ir.run.interpret import Environment
+from panguq.ir.run.interpret import Values
 from panguq.ir.run.reverse_sweep import reverse_sweep
 from panguq.ir.run.sweep import sweep
 from panguq.passes.pipeline.base import linears, no_progress
@@ -80,7 +80,7 @@ def test_spilled_values_leave_no_memory_behind() -> None:
         node, kept = fx.Graph().placeholder("x"), []
         for _ in range(100):
             block = [torch.ones(1 << 18) for _ in range(4)]
-            environment: Environment = {node: block[2]}
+            environment: Values = {node: block[2]}
             del block
             spill.to_files([environment])
             kept.append(environment)

@@ -31,7 +31,7 @@ from panguq.ir.node_meta import annotate, meta_of, scheme_of
 from panguq.ir.ops import opset
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from panguq.ir.text.serialize import from_dict, from_text, to_dict, to_text
-from panguq.ir.text.size_expression import evaluate, names_in
+from panguq.ir.text.size_expression import evaluate_size, names_in
 from panguq.ir.text.value_types import restore_types
 from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.passes.canonicalize import Canonicalize
@@ -111,7 +111,7 @@ def example_inputs(interface: Interface) -> list[Tensor]:
     sizes |= {"seq": 3, "past": 4}
     inputs = []
     for name, shape in interface.input_shapes.items():
-        shape = tuple(evaluate(str(size), sizes) for size in shape)
+        shape = tuple(evaluate_size(str(size), sizes) for size in shape)
         if name == "attention_mask":
             inputs.append(torch.ones(shape, dtype=torch.bool))
         elif name.startswith("past_"):
@@ -479,9 +479,9 @@ def test_sizes_mean_what_python_means(text: str, data: st.DataObject) -> None:
         expected = eval(text, {"__builtins__": {}}, sizes)
     except ZeroDivisionError:
         with pytest.raises(StorageError, match="division by zero"):
-            evaluate(text, sizes)
+            evaluate_size(text, sizes)
     else:
-        assert evaluate(text, sizes) == expected
+        assert evaluate_size(text, sizes) == expected
 
 
 _NO_SIZES = [
@@ -495,4 +495,4 @@ _NO_SIZES = [
 @pytest.mark.parametrize("text", _NO_SIZES)
 def test_sizes_that_are_refused(text: str) -> None:
     with pytest.raises(StorageError, match="size"):
-        evaluate(text, {"a": 3})
+        evaluate_size(text, {"a": 3})

@@ -26,7 +26,7 @@ from panguq.ir.edit import (
 )
 from panguq.ir.interface import Interface
 from panguq.ir.properties import Property
-from panguq.ir.run.equivalence import evaluate
+from panguq.ir.run.equivalence import run_in_float64
 from panguq.ir.run.interpret import run, values
 from panguq.ir.text.printer import print_graph
 from panguq.ir.text.serialize import from_text, to_text
@@ -77,7 +77,7 @@ def same_graph_in_float64(gm: fx.GraphModule, inputs: dict[str, Tensor]) -> tupl
     """The graph's results in float64, from the same weights and inputs."""
     placeholders = {n: inputs[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"}
     results = next(reversed(gm.graph.nodes)).args[0]
-    found = evaluate(gm, placeholders, list(results))
+    found = run_in_float64(gm, placeholders, list(results))
     return tuple(found[node] for node in results)
 
 

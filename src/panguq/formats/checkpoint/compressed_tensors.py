@@ -43,11 +43,11 @@ from panguq.formats.checkpoint.folder import CONFIG, SHARD_BYTES, Output, marked
 from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
-from panguq.servers import Format, Server, support
+from panguq.servers import ServedFormat, Server, support
 
 logger = logging.getLogger("panguq")
 
-FORMAT: Format = "compressed-tensors"
+FORMAT: ServedFormat = "compressed-tensors"
 LOADERS: tuple[Server, ...] = ("transformers", "vllm", "vllm-ascend")
 
 

@@ -18,7 +18,7 @@ from panguq.formats.checkpoint.linear import QuantizedLinear
 from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import QuantSpec
 
-Format = Literal["int-quantized", "pack-quantized"]
+CodesFormat = Literal["int-quantized", "pack-quantized"]
 MIXED = "mixed-precision"
 
 
@@ -31,7 +31,7 @@ class Group:
     activation: QuantSpec | None
 
     @property
-    def format(self) -> Format:
+    def format(self) -> CodesFormat:
         """Codes one by one as int8 where activations are integers, packed into int32 otherwise.
 
         It is what compressed-tensors infers for these schemes, and what vLLM has kernels for.

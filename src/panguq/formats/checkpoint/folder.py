@@ -81,7 +81,7 @@ def write_checkpoint(
         texts[CONFIG] = _with_files(texts[CONFIG], [*texts, *names, CHECKSUMS])
     needed = sum(map(len, texts.values())) + sum(t.nbytes for t in tensors.values()) + SLACK_BYTES
     try:
-        check_target(target, overwrite)
+        check_place(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         check_space(target, needed)
         with partial_folder(target, overwrite, _is_ours) as folder:
@@ -97,7 +97,7 @@ def write_checkpoint(
         raise write_error(target, needed, error) from error
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_place(target: Path, overwrite: bool) -> None:
     """Refuse a place where `write_checkpoint` would not write. Raises StorageError."""
     if not is_taken(target, overwrite):
         return
@@ -136,7 +136,7 @@ def _written(target: Path) -> set[str]:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        check_target(folder, overwrite=True)
+        check_place(folder, overwrite=True)
     except StorageError:
         return False
     return (folder / CONFIG).is_file()

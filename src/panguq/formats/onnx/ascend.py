@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from panguq.formats.onnx.blocks import normalize
 from panguq.formats.onnx.builder import Value
-from panguq.formats.onnx.quantize import packed, token_codes
+from panguq.formats.onnx.quantize import packed_pairs, token_codes
 from panguq.formats.onnx.step import Emitter, Step
 from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.kernels.ascend.vendor.dtypes import dtype_number, dtype_of
@@ -219,7 +219,7 @@ def _zero_point(
     codes = found.to(torch.int8).reshape(shape)
     name = f"{step.label}.zero_point"
     if elem_type == TensorProto.INT4:
-        return step.builder.add_weight(name, elem_type, shape, lambda: packed(codes))
+        return step.builder.add_weight(name, elem_type, shape, lambda: packed_pairs(codes))
     return step.builder.add_tensor(name, codes)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from panguq.formats.onnx.types import (
     NARROW,
-    Shape,
+    OnnxShape,
     carried_type,
     nbytes,
-    shape_of,
+    onnx_shape,
     stored_type,
 )
 from panguq.ir.edit import label
@@ -51,7 +51,7 @@ class Builder:
     gm: fx.GraphModule
     nodes: list[NodeProto] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
-    types: dict[str, tuple[int, Shape | None]] = field(default_factory=dict)
+    types: dict[str, tuple[int, OnnxShape | None]] = field(default_factory=dict)
     values: dict[fx.Node, Value] = field(default_factory=dict)
     constants: dict[fx.Node, Callable[[], Tensor]] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -104,7 +104,7 @@ class Builder:
     def set_type(self, name: str, node: fx.Node, value: Any) -> None:
         """Record that the value `name` is what `node` yields."""
         if isinstance(value, Tensor):
-            shape = shape_of(value, self.gm.meta.get("symbol_names", {}))
+            shape = onnx_shape(value, self.gm.meta.get("symbol_names", {}))
             self.types[name] = (carried_type(value.dtype, label(node)), shape)
         elif isinstance(value, torch.SymInt | int):
             self.types[name] = (TensorProto.INT64, ())

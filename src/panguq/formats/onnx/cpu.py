@@ -13,7 +13,7 @@ from onnx import TensorProto
 from torch import Tensor, fx
 
 from panguq.formats.onnx.builder import MICROSOFT, Value
-from panguq.formats.onnx.quantize import packed, weight_steps
+from panguq.formats.onnx.quantize import packed_pairs, weight_steps
 from panguq.formats.onnx.step import Emitter, Step
 
 LARGEST_BLOCK = 256  # of MatMulNBits; a power of two from 16 on
@@ -118,7 +118,7 @@ def _int4_operands(
     if zero_point is not None and zero_point.is_floating_point():
         names.append(step.builder.add_tensor(f"{step.label}.zero_point", zero_point + 8))
     elif zero_point is not None:
-        rows = [packed(row.to(torch.int8)).bitwise_xor(0x88) for row in zero_point]
+        rows = [packed_pairs(row.to(torch.int8)).bitwise_xor(0x88) for row in zero_point]
         names.append(step.builder.add_tensor(f"{step.label}.zero_point", torch.cat(rows)))
     return names
 

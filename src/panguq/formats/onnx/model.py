@@ -24,7 +24,7 @@ from panguq.formats.onnx import quantize as onnx_quantize
 from panguq.formats.onnx import shapes as onnx_shapes
 from panguq.formats.onnx.builder import MICROSOFT, OPSET, Builder, Weight
 from panguq.formats.onnx.step import Emitter, Step
-from panguq.formats.onnx.types import Shape, carried_type, shape_of
+from panguq.formats.onnx.types import OnnxShape, carried_type, onnx_shape
 from panguq.ir.edit import clone, get_tensor, label
 from panguq.ir.interface import Interface
 from panguq.ir.ops.opset import name_of
@@ -165,6 +165,6 @@ def _output(builder: Builder, node: fx.Node, wanted: str) -> Any:
     if not isinstance(value, str):
         raise ExportError(f"node {label(node)} is returned, and has several results")
     builder.add_node("Identity", [value], [wanted], "", {"panguq.label": "output"}, {})
-    shape: Shape = shape_of(node.meta["val"], builder.gm.meta.get("symbol_names", {}))
+    shape: OnnxShape = onnx_shape(node.meta["val"], builder.gm.meta.get("symbol_names", {}))
     elem_type = carried_type(node.meta["val"].dtype, label(node))
     return helper.make_tensor_value_info(wanted, elem_type, shape)

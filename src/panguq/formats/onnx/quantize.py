@@ -163,10 +163,12 @@ def codes_as(step: Step, node: fx.Node, shape: tuple[int, ...], elem_type: int, 
     name, lazy = f"{step.label}.{hint}", step.lazy(node)
     if elem_type != TensorProto.INT4:
         return step.builder.add_tensor(name, lazy().to(torch.int8).reshape(shape))
-    return step.builder.add_weight(name, elem_type, shape, lambda: packed(lazy().to(torch.int8)))
+    return step.builder.add_weight(
+        name, elem_type, shape, lambda: packed_pairs(lazy().to(torch.int8))
+    )
 
 
-def packed(codes: Tensor) -> Tensor:
+def packed_pairs(codes: Tensor) -> Tensor:
     """int8 codes in [-8, 7] of any shape -> uint8, two a byte, the first in the low half."""
     flat = codes.reshape(-1)
     if flat.numel() % 2:
@@ -178,10 +180,10 @@ def _unpack_int4(step: Step) -> str:
     """The stored bytes are ONNX's own layout of int4: they become the initializer."""
     stored = step.argument(0)
     assert isinstance(stored, fx.Node)
-    return int4_weight(step, step.node, step.lazy(stored))
+    return int4_initializer(step, step.node, step.lazy(stored))
 
 
-def int4_weight(step: Step, node: fx.Node, make: Any) -> str:
+def int4_initializer(step: Step, node: fx.Node, make: Any) -> str:
     """An int4 initializer of `node`'s label and shape, whose bytes `make` gives."""
     shape = tuple(int(size) for size in node.meta["val"].shape)
     return step.builder.add_weight(str(step.label), TensorProto.INT4, shape, make)

@@ -17,7 +17,7 @@ from torch import Tensor
 from panguq.errors import PanguqError
 from panguq.ir.text.value_types import Names, spell_size
 
-Shape = tuple[int | str, ...]
+OnnxShape = tuple[int | str, ...]
 """Sizes: numbers, or the text of a symbolic one, `past + seq`."""
 
 STORED: dict[torch.dtype, int] = {
@@ -55,7 +55,7 @@ def carried_type(dtype: torch.dtype, where: str) -> int:
     return stored_type(carried(dtype), where)
 
 
-def shape_of(value: Tensor, names: Names) -> Shape:
+def onnx_shape(value: Tensor, names: Names) -> OnnxShape:
     """A value type's sizes."""
     return tuple(
         spell_size(size, names) if isinstance(size, torch.SymInt) else int(size)

@@ -81,7 +81,7 @@ def write_folder(
     written = [shard for shard in shards if file_of(shard.tensors) is None]
     needed = sum(map(len, contents.values())) + sum(s.size for s in written) + SLACK_BYTES
     try:
-        check_target(target, overwrite)
+        check_place(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(target, overwrite, _is_model) as folder:
             check_space(target, needed)
@@ -161,7 +161,7 @@ def read_folder(path: str | Path, verify: bool = True) -> Folder:
 # --- writing ----------------------------------------------------------------------------------
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_place(target: Path, overwrite: bool) -> None:
     """Refuse a place where `write_folder` would not write. Raises StorageError."""
     if not is_taken(target, overwrite):
         return
@@ -177,7 +177,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 def _is_model(folder: Path) -> bool:
     try:
-        check_target(folder, overwrite=True)
+        check_place(folder, overwrite=True)
     except StorageError:
         return False
     return (folder / MANIFEST).is_file()

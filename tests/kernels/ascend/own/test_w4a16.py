@@ -10,7 +10,7 @@ from panguq.errors import LoweringError
 from panguq.kernels.ascend.own.tiles import split_bounds
 from panguq.kernels.ascend.own.w4a16 import (
     BIAS_DTYPE,
-    dequantize,
+    dequantized_weight,
     refusal,
     w4a16,
 )
@@ -56,7 +56,7 @@ def test_weights_are_exact(k, words, group_size, dtype, offset):
     _, codes, scale, zero, _ = problem(
         1, n=8 * words, k=k, group_size=group_size, dtype=dtype, offset=offset
     )
-    values = dequantize(packed(codes), scale, zero, group_size)
+    values = dequantized_weight(packed(codes), scale, zero, group_size)
     assert torch.equal(values, exact_weight(codes, scale, zero, group_size))
 
 

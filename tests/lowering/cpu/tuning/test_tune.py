@@ -14,14 +14,14 @@ from panguq.cli import main
 from panguq.errors import LoweringError
 from panguq.lowering.cpu.tuning import tune as cpu_tuning
 from panguq.lowering.cpu.tuning.calls import KernelCalls, Shape
-from panguq.lowering.cpu.tuning.timing import CLOCKS, Budget, time_in_turn
-from panguq.lowering.cpu.tuning.tune import Grid, check_threads, tune
+from panguq.lowering.cpu.tuning.timing import CLOCKS, TimingBudget, time_in_turn
+from panguq.lowering.cpu.tuning.tune import TuningGrid, check_threads, tune
 from panguq.lowering.targets import CPU, find_target
 
-TINY = Grid(
+TINY = TuningGrid(
     shapes=(Shape(16, 32), Shape(32, 64), Shape(48, 96)),
     tokens=(1, 2, 5),
-    budget=Budget(repeats=1, seconds=0.0),
+    budget=TimingBudget(repeats=1, seconds=0.0),
     cold_bytes=0,
 )
 
@@ -81,7 +81,7 @@ def test_calls_take_turns_and_a_sample_is_a_mean() -> None:
         return run
 
     calls = {"short": call("short", 0.001), "long": call("long", 0.005)}
-    found = time_in_turn(calls, Budget(repeats=3, seconds=0.002), lambda: now[0])
+    found = time_in_turn(calls, TimingBudget(repeats=3, seconds=0.002), lambda: now[0])
     assert found["short"] == pytest.approx((1000, 1000, 1000))
     assert found["long"] == pytest.approx((5000, 5000, 5000))
     warm_up, measured = order[:4], order[4:]
@@ -106,7 +106,7 @@ def test_tuning_times_every_cell_and_leaves_the_threads_alone() -> None:
 
 
 def test_large_products_are_left_out() -> None:
-    grid = Grid((Shape(10, 10),), (1, 5, 6), Budget(), most_products=500)
+    grid = TuningGrid((Shape(10, 10),), (1, 5, 6), TimingBudget(), most_products=500)
     assert grid.tokens_of(Shape(10, 10)) == [1, 5]
 
 
@@ -179,7 +179,7 @@ def test_bad_input_is_refused_before_anything_is_timed(
 
 
 def test_the_benchmark_measures_all_legal_candidates_and_the_choice_is_one() -> None:
-    rows = measure(Shape(48, 64), [1, 30], [CPU], Budget(1, 0.0), "wall")
+    rows = measure(Shape(48, 64), [1, 30], [CPU], TimingBudget(1, 0.0), "wall")
     assert [(row.scheme, row.m) for row in rows] == [
         (scheme, m) for scheme in ("W8A16", "W4A16") for m in (1, 30)
     ]
