@@ -175,7 +175,7 @@ def weights_of(gm: fx.GraphModule) -> dict[str, Tensor]:
 def replace(old: fx.Node, new: fx.Node) -> None:
     """Let every user of `old` read `new`, and drop `old` and what only it needed.
 
-    What passes know about `old` is carried over to `new`, unless that is one of `old`'s operands.
+    `new` takes over what passes know about `old`, unless it is one of `old`'s operands.
     """
     if new not in old.all_input_nodes:
         carry(old, new)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 BINS = 8192
-OUTLIER_TOKEN = 10.0  # a token is an outlier when its amax is this often the median token's
+OUTLIER_TOKEN = 10.0  # an outlier token's amax is this many times the median token's
 
 
 class Histogram:

@@ -2,7 +2,7 @@
 
 `torch.export` (non-strict) runs the module on fake tensors, so a trace costs no weights. Every
 size is at least 2 while tracing, because export bakes in the sizes 0 and 1; the graph itself
-then serves those too. The exported graph is rewritten so that its inputs are the user's alone
+then serves those too. The exported graph is rewritten so that its inputs are only the user's
 and weights are read by `get_attr` under the names they have in the source model.
 """
 

@@ -40,7 +40,8 @@ class LowerMatmuls(Pass):
     - W8A16: `int8_weight_linear(x, codes, weight_scale)`.
     - BiLLM's weights: `binary_linear(x, ...)` on their packed signs.
     - W4A16: `int4_linear(x, kernel layout of the packed codes)`; beyond `few_tokens` it reads the
-      stored codes. What makes the kernel's layout depends on weights alone and runs at loading.
+      stored codes. The nodes that make the kernel's layout depend only on weights and run at
+      loading.
     A weight-only matmul that neither takes, or one that must not round to bfloat16
     (`precision`), becomes `dequantized_linear`, which takes everything, and says so; so do W4A8 and
     W4A4, on dequantized activations.

@@ -17,8 +17,8 @@ class AscendOptions:
     own_kernels: let panguq's own kernels run where they are predicted to be faster. They need
         triton-ascend on the NPU's machine, and torchair cannot convert them.
     weight_format: how int8 weights of integer matmuls lie in memory: ND, row by row, which
-        panguq's own kernels read, too; NZ, in the cube core's fractals, which the vendor's ops
-        alone read; `auto` takes for each matmul what is predicted to be faster.
+        panguq's own kernels read, too; NZ, in the cube core's fractals, which only the vendor's
+        ops read; `auto` takes for each matmul what is predicted to be faster.
     tokens: how often a matmul sees how many tokens; decides `allow_float` and `auto`.
     """
 

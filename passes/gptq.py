@@ -34,9 +34,9 @@ class Gptq(SolveWeights):
     quantized, and activations too where the scheme says so. Column after column is rounded to
     nearest and its error spread over those that follow (`solve_columns`; arXiv 2210.17323).
 
-    - `damping` times itself is added to each entry of H's diagonal, so that all correlations of
-      inputs shrink alike (`inverse_factor`); ten times more as often as the Cholesky factorization
-      fails, which the table shows. Correlations measured on some thousand tokens of one kind of
+    - Each entry of H's diagonal is multiplied by 1 + `damping`, so that all correlations of inputs
+      shrink alike (`inverse_factor`). Each time the Cholesky factorization fails, `damping` grows
+      tenfold, which the table shows. Correlations measured on some thousand tokens of one kind of
       text are noise to a good part: the authors' 0.01 of the mean diagonal fits them, and text of
       another kind is then no better off than after rounding to nearest. 1 is the most cautious
       value that still gave the best results on SmolLM2-135M (docs/quantization.md).

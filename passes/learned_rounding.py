@@ -28,10 +28,10 @@ panguq = torch.ops.panguq
 class LearnedRounding(SolveWeights):
     """Before: `quantize_weight(w, scale, zero_point)`.  After: codes and scales that were learned.
 
-    What is made small is the squared error of the matmul's own output on the calibration data,
-    E(Q) = tr((Q - W) H (Q - W)^T) with H = X^T X `[k, k]`, X the inputs as the quantized model in
-    front of it gives them, and `damping` times itself added to H's diagonal, so that
-    few tokens are not fitted to the last digit. E is quadratic: its gradient 2 (Q - W) H =: 2 G is
+    The pass minimizes the squared error of the matmul's own output on the calibration data,
+    E(Q) = tr((Q - W) H (Q - W)^T) with H = X^T X `[k, k]`. X are the inputs as the quantized model
+    in front of it gives them. H's diagonal is multiplied by 1 + `damping`, so that few tokens are
+    not fitted to the last digit. E is quadratic: its gradient 2 (Q - W) H =: 2 G is
     exact and needs no tokens, and what a code's step by +-1 changes is known before it is made:
 
         E(code_ij +- 1) - E = scale_ij^2 H_jj +- 2 scale_ij G_ij

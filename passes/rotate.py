@@ -137,8 +137,11 @@ def _stored_bytes(gm: fx.GraphModule) -> int:
 def _regions(
     gm: fx.GraphModule, rotations: dict[RotationSite, Rotation], edited: list[fx.Node]
 ) -> list[Region]:
-    """What is computed from rotated values and is itself as it was, cut where only the rotated
-    stream connects it, so that rounding does not add up over the layers."""
+    """The regions that read rotated values and whose own values are unchanged.
+
+    A region ends where only the rotated stream leads on, so that rounding does not add up over the
+    layers.
+    """
     streams = {n: q for s, q in rotations.items() if s.kind == "residual" for n in s.values}
     rotated = rotated_values(rotations)
     ends = {n for n in cuts(gm) if n in streams and n.target in (EMBEDDING, ADD)}

@@ -118,13 +118,13 @@ def by_name(function: Body, arguments: list[Any]) -> Body:
 
 
 def body_of(target: Callable[..., Any]) -> Callable[..., Any]:
-    """What to call for a gradient through this call target: autograd sees into the body of an op
-    that `define_op` made, and not into the op."""
+    """The function to call for a gradient: an op of `define_op`'s is opaque to autograd, its body
+    is not. Any other call target is returned as it is."""
     return _bodies.get(target, target)  # type: ignore[call-overload]
 
 
 def admit(op: OpOverload) -> OpOverload:
-    """Let graphs and files name this op, whoever defined it; for ops with a body on a CPU."""
+    """Let graphs and files name an op that another library defined. It must run on a CPU."""
     _own_ops[str(op)] = op
     return op
 

@@ -28,7 +28,7 @@ def compute(gm: fx.GraphModule, node: fx.Node, environment: Mapping[fx.Node, Any
 
 
 def without_inputs(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend on stored tensors alone."""
+    """The nodes that depend only on stored tensors."""
     fixed: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op == "get_attr" or (

@@ -38,7 +38,7 @@ ObserveGradients = Callable[[dict[fx.Node, tuple[Tensor, Tensor]]], None]
 class Block:
     """Nodes in graph order, what they read from outside, and what others read of them.
 
-    `weights` are read, too: nodes that depend on stored tensors alone, the same for all batches.
+    `weights` are read, too: nodes that depend only on stored tensors, the same for all batches.
     """
 
     nodes: tuple[fx.Node, ...]

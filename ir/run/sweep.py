@@ -57,7 +57,7 @@ def solving_sweep(
 ) -> None:
     """Stop at each of these values, in graph order, once it is computed for all batches.
 
-    What a pause returns replaces the values of nodes that depend on stored tensors alone, such as
+    What a pause returns replaces the values of nodes that depend only on stored tensors, such as
     a dequantized weight; everything after it is computed with them. `beside_float` runs the float
     model along: quantize/dequantize pairs of the graph count as nothing there, and weights as they
     were before they were quantized. Raises as `sweep`.

@@ -1,6 +1,6 @@
 """Graphs as plain data: a list of nodes that names ops, weights and earlier nodes.
 
-Nothing in such data is executed. Ops resolve against `ir/ops/opset.py` alone. fx turns a graph into
+Nothing in such data is executed. Ops resolve only against `ir/ops/opset.py`. fx turns a graph into
 Python source, so every text of a file that would appear there (names of inputs and weights,
 keyword arguments) must be a plain name; all else appears there as a literal.
 """

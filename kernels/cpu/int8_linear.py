@@ -63,7 +63,7 @@ def _fake_weight_row_sums(weight: Tensor) -> Tensor:
     "weight_row_sums(Tensor weight) -> Tensor", fake=_fake_weight_row_sums, namespace=NAMESPACE
 )
 def weight_row_sums(weight: Tensor) -> Tensor:
-    """sum_k weight: int8 [n, k] -> int32 [n]. Depends on weights alone, so it can be folded."""
+    """sum_k weight: int8 [n, k] -> int32 [n]. Depends only on weights, so it can be folded."""
     return weight.sum(dim=1, dtype=torch.int32)
 
 

@@ -1,7 +1,7 @@
 """How a fake-quant matmul is written in ops of torch_npu and panguq's own kernels.
 
 Weights stay stored as `[n, k]`; what an Ascend kernel reads, `[k, n]`, is made of them by nodes
-that depend on weights alone and are run once, at loading (see prepack.py). Small operands (scales,
+that depend only on weights and are run once, at loading (see prepack.py). Small operands (scales,
 offsets, biases) are stored in the form that the kernel takes.
 """
 

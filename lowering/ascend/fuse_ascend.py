@@ -51,9 +51,9 @@ class FuseAscend(Pass):
       read by `npu_dynamic_quant` or aten ops.
     - with `allow_inexact`, `npu_add_rms_norm` and the one `npu_quantize` or `npu_dynamic_quant`
       that reads its norm become `npu_add_rms_norm_quant` or `npu_add_rms_norm_dynamic_quant`.
-    What an op's documented limits exclude is spelled in aten ops instead, with the reason.
+    A call that an op's documented limits exclude is spelled in aten ops instead, with the reason.
 
-    What is exact: each rewrite computes the formula that the op's documentation gives, which is
+    Exactness: each rewrite computes the formula that the op's documentation gives, which is
     the canonical op's. Both keep float32 inside one op and may round there at other points
     (`npu_rms_norm` rounds once, the canonical op also before the weight). The last rewrite is
     not: the documented formula does not round the norm to 16 bits before it is quantized, so that

@@ -133,7 +133,7 @@ _FALLBACKS: dict[str, tuple[str, ...]] = {
     "W6A16": ("W8A16", "FLOAT"),
     "W3A16": ("W4A16", "W8A16", "FLOAT"),
     "W2A16": ("W4A16", "W8A16", "FLOAT"),
-    "W1A16": (),  # its method knows one width alone
+    "W1A16": (),  # its method knows only one width
     "W8A8": ("FLOAT",),
     "W8A8_DYNAMIC": ("FLOAT",),
     "W8A16": ("FLOAT",),

@@ -20,9 +20,10 @@ def survivors(
     """The rows that are within `tolerance` of the cheapest for some m in 1 … last_m, and perhaps
     some more.
 
-    Between two numbers of tokens, a row of `steady`, whose cost never falls as m grows, is at
-    least as dear as at the first, and the cheapest row at most as dear as the cheapest steady one
-    at the second: whoever is beyond that in every block is out. The other rows always stay.
+    The cost of a row in `steady` never falls as m grows. Between two numbers of tokens, it is
+    therefore at least its cost at the first, and the cheapest row costs at most what the cheapest
+    steady row costs at the second. A steady row that costs more than this in every block is
+    dropped. The other rows always stay.
     """
     edges = np.unique(np.append(np.arange(1, last_m + 1, BLOCK), last_m))
     costs = totals(steady, edges)

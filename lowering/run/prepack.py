@@ -1,4 +1,4 @@
-"""Run once what depends on stored weights alone: layouts that only a machine's kernels know."""
+"""Run once what depends only on stored weights: layouts that only a machine's kernels know."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUTS = (aten.t.default, aten.clone.default, aten.slice.Tensor)
 def prepack(gm: fx.GraphModule, keep_formats: bool = False) -> fx.GraphModule:
     """Replace every prepacking call of a stored weight by its result; returns `gm`.
 
-    What it makes depends on the machine, so a prepacked graph is run and never saved. With
+    The results depend on the machine, so a prepacked graph is run and never saved. With
     `keep_formats`, casts to an NPU's memory formats stay, to be run there.
     """
     ops = {

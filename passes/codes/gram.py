@@ -52,9 +52,9 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     `order` `[k]` is that of rows and columns, their own by default. At most three more matrices of
     this size are held at a time: of 12800 inputs each takes 1.3 GB.
 
-    Every entry of the diagonal grows by `damping` times itself, and by ten times as much as often
-    as the factorization still fails: all correlations shrink by 1 + damping, whatever the inputs'
-    scales. (The authors of GPTQ add a share of the diagonal's mean instead. Where one channel is a
+    Every entry of the diagonal is multiplied by 1 + `damping`, which divides all correlations by
+    1 + `damping` at any scale of the inputs. Each time the factorization fails, `damping` grows
+    tenfold. (The authors of GPTQ add a share of the diagonal's mean instead. Where one channel is a
     thousand times larger than the others, as in front of some down_proj, that mean is the
     channel's alone and drowns all others.) Inputs that are always zero get the mean: they meet
     nobody. Computed from one Cholesky factorization from the last row up, H = R R^T with R upper

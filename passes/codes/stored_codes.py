@@ -24,12 +24,12 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def stem_of(node: fx.Node) -> str:
-    """What the names of all that is stored for `node`, a `quantize_weight`, start with."""
+    """The common beginning of the names of all tensors stored for `node`, a `quantize_weight`."""
     return str(QuantizedWeight.of(node).scale.target).removesuffix("_scale")
 
 
 def codes_name(node: fx.Node) -> str:
-    """What the stored codes of `node`, a `quantize_weight`, are called."""
+    """The name of the stored codes of `node`, a `quantize_weight`."""
     return f"{stem_of(node)}_codes"
 
 

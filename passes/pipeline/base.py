@@ -108,7 +108,7 @@ class PassContext:
         """What `compute` yields for this unit of the running pass, its tensors in the store.
 
         A compile that goes on after it was killed gets what the first run had finished. So the
-        result must follow from the compile's inputs alone, and `unit` from the graph.
+        result must follow only from the compile's inputs, and `unit` from the graph.
         """
         return self.store.once(f"{self.pass_label}/{unit}", compute)
 

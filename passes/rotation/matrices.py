@@ -84,7 +84,10 @@ def _random_hadamard(order: int, generator: torch.Generator) -> Tensor:
 
 
 def _flat_orthogonal(size: int, generator: torch.Generator) -> tuple[Tensor, str]:
-    """The matrix of least largest entry among orthogonal factors of Gaussians and the cosines."""
+    """The flattest of some orthogonal factors of Gaussian matrices and the cosines.
+
+    The flattest one has the smallest largest magnitude.
+    """
     drawn = [_orthogonal_factor(size, generator) for _ in range(DRAWS)]
     candidates = [(_signs(size, generator) * cosines(size), f"cosine {size}")]
     candidates += [(matrix, f"gaussian {size}") for matrix in drawn]

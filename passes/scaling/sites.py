@@ -81,7 +81,7 @@ class ScaleSites(Pass):
         raise NotImplementedError
 
     def samples(self) -> bool:
-        """Whether `choose` looks at tokens, and not at statistics alone."""
+        """Whether `choose` looks at tokens, and not only at statistics."""
         return True
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:

@@ -289,11 +289,11 @@ def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
 
 @contextmanager
 def _as_compiled(device: torch.device) -> Iterator[None]:
-    """Without gradients, and in the dtypes that were compiled, whatever autocast is on."""
+    """Without gradients, and in the dtypes that were compiled: autocast is switched off."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 def _on_cpu(given: Any) -> Any:
-    """What a user passes is checked on the CPU, wherever the model runs."""
+    """A tensor on the CPU, where all inputs are checked; anything else as it is."""
     return given.cpu() if isinstance(given, Tensor) else given

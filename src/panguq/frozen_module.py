@@ -1,7 +1,7 @@
 """What torch expects of a module, for one whose weights are those of compiled graphs.
 
-The weights are listed, saved, loaded and copied under the names that they have in the graphs. What
-would train them, change their dtype or pickle them is refused in one sentence.
+The weights are listed, saved, loaded and copied under the names that they have in the graphs. Calls
+that would train them, change their dtype or pickle them are refused in one sentence.
 """
 
 from __future__ import annotations

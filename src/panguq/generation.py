@@ -1,7 +1,7 @@
 """What transformers expects of a model that generates, answered by a compiled one.
 
 `generate`, pipelines and evaluation harnesses ask for more than logits: embeddings, the number of
-parameters, masks for a cache. What a graph cannot give is refused before any work.
+parameters, masks for a cache. A compiled model refuses before any work what its graph cannot give.
 """
 
 from __future__ import annotations
@@ -94,16 +94,16 @@ class Generates(GenerationMixin):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """It can."""
+        """True: `generate` asks."""
         return True
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        """It is not; `generate` asks."""
+        """False: no code of a model is loaded. `generate` asks."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """There is none to switch; `generate` asks."""
+        """Empty: a graph's experts cannot be switched. `generate` asks."""
         return {}
 
     @property

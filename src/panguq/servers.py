@@ -147,7 +147,8 @@ def support(
 ) -> Support:
     """The table's entry for a scheme's name, with or without options (`W4A16-g64`).
 
-    What has no entry (weights of 6, 3, 2 or 1 bits, other symmetry) no server takes from panguq.
+    No server takes from panguq a scheme without an entry (weights of 6, 3, 2 or 1 bits, another
+    symmetry).
     """
     base, *options = scheme.upper().split("-")
     if base == "FLOAT":
@@ -249,11 +250,11 @@ def verdicts(
     splits_outliers: bool = False,
     format: str | None = None,
 ) -> ServerVerdict:
-    """Which matmuls a server has no kernel for, out of the format that it takes most of.
+    """The matmuls that a server has no kernel for, in the format of which it takes most.
 
     plan_or_matmuls: a dry run's result, or its matmuls. splits_outliers: whether the recipe may
-    split channels off into a second matmul, which no format can express. format: instead of the
-    one that it takes most of. Raises InputError for a server that panguq knows nothing of, or a
+    split channels off into a second matmul, which no format can express. format: the format to
+    judge instead. Raises InputError for a server that panguq knows nothing of, or a
     format that it does not read.
     """
     known = find_server(server)

@@ -13,7 +13,7 @@ _WATCHED = ("torch", "transformers")
 def warn_of_untested() -> None:
     """Warn of releases outside the bounds that panguq itself was installed with.
 
-    pip keeps to those bounds, so this is for who has told it not to. Reads metadata alone: neither
+    pip keeps to those bounds, so this is for who has told it not to. Reads only metadata: neither
     package is imported.
     """
     try:

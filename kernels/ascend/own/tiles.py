@@ -6,9 +6,9 @@ time. A core pair has these memories (bytes; CANN's platform_config of Ascend910
     UB   192 KiB in each of the two vector cores      L0A, L0B  64 KiB each, inputs of the cube
     L1   512 KiB in the cube core                     L0C      128 KiB, sums of the cube
 
-The rule counts the buffers that the kernels in `triton/` need at their fullest moment. Whatever is
-loaded in a loop has two buffers, so that the next load runs beside the arithmetic. With e bytes for
-each element of the cube's inputs (2 for W4A16, 1 for W8A8):
+The rule counts the buffers that the kernels in `triton/` need at their fullest moment. Values
+that are loaded in a loop have two buffers, so that the next load runs beside the arithmetic. With e
+bytes for each element of the cube's inputs (2 for W4A16, 1 for W8A8):
 
     L1    2 e (block_m block_k + block_k block_n)      both inputs, two buffers
     L0A   2 * 32 block_m                               the cube takes k in steps of 32 bytes at the

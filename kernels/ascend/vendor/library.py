@@ -2,7 +2,7 @@
 
 Without torch_npu, panguq defines the schema, the body for CPU tensors and the fake. Where torch_npu
 has defined the op already, its schema, its NPU kernel and its Meta kernel stay what they are and
-the CPU body alone is added. PyTorch loads torch_npu when `import torch` runs, so that it comes
+only the CPU body is added. PyTorch loads torch_npu when `import torch` runs, so that it comes
 first; a torch_npu imported by hand must be imported before this package.
 """
 

@@ -114,7 +114,7 @@ def npu_add_rms_norm(
     """The norm of x1 + x2 as `npu_rms_norm` defines it, rstd, and the sum.
 
     x1, x2 float [..., *s], gamma [*s], all of one dtype. Returns that dtype [..., *s], float32
-    [..., 1, ...] and that dtype [..., *s]. op-plugin's page gives the formula alone. Where it
+    [..., 1, ...] and that dtype [..., *s]. op-plugin's page gives only the formula. Where it
     rounds is taken from the comparison function for Ascend 910B in ops-nn (add_rms_norm): the sum
     is rounded to x1's dtype before it is normalized, and the normalized sum before gamma; this is
     what a model does that has an add and a Llama norm. `npu_rms_norm` rounds once.

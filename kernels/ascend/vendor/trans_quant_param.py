@@ -45,7 +45,7 @@ def scale_bits(scale: Tensor, nearest: bool = False) -> Tensor:
 def scale_of(parameter: Tensor) -> Tensor:
     """int64 [...] -> float32 [...]: the scale that the hardware reads out of a parameter.
 
-    It ignores the low 13 bits, whoever made the parameter.
+    It ignores the low 13 bits of any parameter.
     """
     low_halves = parameter.contiguous().view(torch.int32).unflatten(-1, (-1, 2))[..., 0]
     return (low_halves & FP19_MASK).view(torch.float32)

@@ -33,12 +33,12 @@ def fuse_quantize_per_token(node: fx.Node, state: FusionState) -> fx.Node | str:
 
 
 def fuse_quantize_per_channel(node: fx.Node, state: FusionState) -> fx.Node | str:
-    """There is no such op."""
+    """Never: no NPU op quantizes with a scale for each head and channel."""
     return "npu_quantize has one axis of scales, and a cache's differ by head and channel"
 
 
 def fuse_dequantize(node: fx.Node, state: FusionState) -> fx.Node | str:
-    """Only matmuls dequantize on their own; of their inputs none is left in a lowered graph."""
+    """Never: in a lowered graph only the cache is still dequantized, in front of attention."""
     return "the cache is dequantized in front of attention, which reads floats"
 
 

@@ -26,7 +26,7 @@ from panguq.lowering.ascend.fusions.shared import FusionState, refusal, same_sha
 aten = torch.ops.aten
 npu = torch.ops.npu
 
-NORM, SUM = 0, 2  # results of npu_add_rms_norm and, up to the norm's codes, of its quantizing kin
+NORM, SUM = 0, 2  # results of npu_add_rms_norm; ops that also quantize give codes for the norm
 DYNAMIC_SCALE = 3  # result of npu_add_rms_norm_dynamic_quant
 ALIGNMENT_BYTES = 32  # of a row, for the quantizing ops (torchair's pattern conditions)
 

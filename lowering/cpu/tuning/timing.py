@@ -14,7 +14,7 @@ Clock = Callable[[], float]
 Key = TypeVar("Key", bound=Hashable)
 
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
-"""`cpu` is the time of the calling thread alone: for one thread, on a machine that is shared."""
+"""`cpu` is only the time of the calling thread: for one thread, on a machine that is shared."""
 
 
 @dataclass(frozen=True)

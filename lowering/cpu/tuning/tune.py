@@ -72,8 +72,8 @@ def tune(
 ) -> Tuning:
     """Time every kernel of the CPU target on this machine and fit its costs.
 
-    threads: None is PyTorch's present number. clock: `wall`, or `cpu`, which counts the time of
-    one thread alone and suits a machine that is shared. Raises LoweringError for numbers of
+    threads: None is PyTorch's present number. clock: `wall`, or `cpu`, which counts only the time
+    of one thread and suits a machine that is shared. Raises LoweringError for numbers of
     threads that the machine does not have, and for the clock `cpu` with several threads.
     """
     threads = check_threads(threads, clock)

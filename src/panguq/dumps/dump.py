@@ -99,9 +99,9 @@ class Dump:
     ) -> Dump | None:
         """A dump into `dump_dir`, by default `$PANGUQ_DUMP`; None if neither is given.
 
-        `summaries`: a list to which, before the dump hears of a pass, its line is added. Raises
+        `summaries`: a list of the passes' lines; a pass's line is added before the dump is told of
+        the pass. `traced`: the graph as it was traced, and its model, to begin with. Raises
         StorageError if the folder holds anything but an old dump, which is replaced.
-        `traced`: the graph as it was traced, and its model, to begin with.
         """
         folder = chosen_folder(dump_dir)
         if folder is None:

@@ -1,4 +1,4 @@
-"""Which weights a dump need not hold, because the folder that the model came from has them."""
+"""The weights that a dump need not hold: the folder that the model came from has them."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ class ClaimedFolder:
     def remove(self) -> None:
         """Delete what panguq put here, its mark last, and the folder if panguq made it.
 
-        What someone else has put here meanwhile stays, and so does the folder then. What is mapped
-        stays readable.
+        Files that someone else has put here meanwhile stay, and the folder with them. Mapped
+        tensors stay readable.
         """
         if not self.is_held:
             return

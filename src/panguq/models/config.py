@@ -71,7 +71,7 @@ def refuse_quantized(data: Mapping[str, Any], place: object) -> None:
 def build_config(data: Mapping[str, Any], path: Path) -> Any:
     """The configuration, an object of transformers' class for `model_type`, which there must be.
 
-    What is left out because it chooses code or files is named in a warning. Raises StorageError,
+    Keys that choose code or files are left out and named in a warning. Raises StorageError,
     naming `path`, for values that the class does not take.
     """
     from transformers import CONFIG_MAPPING, AutoConfig

@@ -49,7 +49,7 @@ class Plan(BaseModel):
     compile_seconds: float
 
     def render(self) -> str:
-        """The plan as text. Matmuls that differ in their layer alone share a line."""
+        """The plan as text. Matmuls that differ only in their layer share a line."""
         lines = [
             f"recipe {self.recipe}, target {self.target}: {' > '.join(self.passes)}",
             f"graph: {self.nodes} nodes, {len(self.matmuls)} matmuls; not compared with the model, "

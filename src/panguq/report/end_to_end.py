@@ -164,7 +164,7 @@ def _figures(
 def _not_finite(
     runs: _Runs, expected: Sequence[Tensor], actual: Sequence[Tensor]
 ) -> NumericsError | None:
-    """What to raise where a graph yields NaN or an infinity that the float model does not."""
+    """The error, if a graph yields NaN or an infinity that the float model does not."""
     for gm, values, who in (
         (runs.graphs.reference, expected, "the model itself"),
         (runs.graphs.lowered, actual, "the compiled model"),
@@ -188,7 +188,7 @@ def _not_finite(
 def _lowered_otherwise(
     runs: _Runs, expected: Sequence[Tensor], lowered_db: float
 ) -> LoweringError | None:
-    """What to raise where the lowered graph is far worse than the one that it stands for."""
+    """The error, if the lowered graph is far worse than the one that it stands for."""
     faked = runs.outputs(runs.graphs.fake_quant)
     fake_db = min(sqnr_db(x, y) for x, y in zip(expected, faked, strict=True))
     if fake_db < lowered_db + WORSE_DB:
@@ -221,7 +221,7 @@ def _first_apart(
 def other_kernel(
     quantized: Mapping[str, float], lowered: Mapping[str, float]
 ) -> LoweringError | None:
-    """What to raise where a kernel computes another matmul than the quantized one it stands for.
+    """The error, if a kernel computes another matmul than the quantized one it stands for.
 
     Both give every matmul's SQNR against the float model. A kernel rounds otherwise, which costs
     little; noise of its own as large as a hundredth of the signal is another result.

@@ -21,8 +21,8 @@ def left_in_float(
 
     `gm` with schemes assigned and fitted to the target, `assign` the pass that did it, `results`
     what the passes so far said of the matmuls that they left alone. One more sentence, the first,
-    where the recipe quantizes nothing at all. What the recipe itself leaves in float, or the
-    logits' matmul where nobody named it, is no one's concern.
+    where the recipe quantizes nothing at all. Matmuls that the recipe itself leaves in float are
+    not named, nor is the logits' matmul where no glob names it.
     """
     nodes = linears(gm)
     reasons: dict[str, list[str]] = defaultdict(list)  # the last pass that spoke decided
@@ -51,7 +51,7 @@ def any_layer(text: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Every name; those that differ in their layer alone once, with how many they are."""
+    """Every name; those that differ only in their layer once, with how many they are."""
     layers: dict[str, list[str]] = defaultdict(list)
     for name in names:
         layers[any_layer(name)].append(name)

@@ -118,7 +118,7 @@ class Quality:
     ) -> CompileReport:
         """The whole compile's report; matmuls below 5 dB, and a whole below it, become warnings.
 
-        What makes the compiled model useless is left in `fault`, to be raised.
+        An error that makes the compiled model useless is left in `fault`, to be raised.
         """
         outcome = Outcome()
         if self.ctx.reference is not None and self.ctx.batches:

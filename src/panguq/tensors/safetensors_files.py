@@ -1,7 +1,7 @@
 """Weights in safetensors files: written one tensor at a time, read as memory maps.
 
 Tensors that share all their memory (tied embeddings) are written once; the other names become
-aliases. The files' bytes depend on names and values alone.
+aliases. The files' bytes depend only on names and values.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Values that wait between blocks, in memory or, where all of them take too much, in files.
 
-What they leave in the heap goes back to the system at once. The C library could give out little
-of it again: a few bytes that stay, such as those of a mapping, lie between one freed block and the
-next, and a block of the same size with an alignment no longer fits. A compile grew by as much as it
-spilled.
+The heap's free pages go back to the system at once. The C library could reuse little of them: a
+few bytes that stay, such as those of a mapping, lie between one freed block and the next, and a
+block of the same size with an alignment no longer fits. Without this, a compile grows by as much as
+it spills.
 """
 
 from __future__ import annotations

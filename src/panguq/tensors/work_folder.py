@@ -152,7 +152,7 @@ class WorkFolder:
         return any((self.path / UNITS).rglob(FACTS))
 
     def remove(self) -> None:
-        """Delete the parts: the result is saved. What is mapped stays readable."""
+        """Delete the parts: the result is saved. Mapped tensors stay readable."""
         if self._claimed.is_held:
             with suppress(OSError):
                 delete(self.path / KEY)  # first: units without one are no one's

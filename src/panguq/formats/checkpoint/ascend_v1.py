@@ -54,7 +54,7 @@ def save_ascend_v1(
 
     Raises ExportError, naming the matmul, the server and the reason, for what no server takes:
     schemes without a kernel, weights with zero points, matmuls that were split, float32 models
-    (NPU kernels take float16 and bfloat16 alone, and scales are rounded to the model's dtype when
+    (NPU kernels take only float16 and bfloat16, and scales are rounded to the model's dtype when
     it is compiled). Raises StorageError if there is something at `path` already (unless `overwrite`
     and panguq wrote it), or if it cannot be written.
     """

@@ -173,7 +173,7 @@ def packed(stored: Tensor) -> Tensor:
 
     stored: int8 `[n, k]`, or uint8 `[n, k / 2]` with two 4-bit codes a byte, low nibble first. Both
     are in order already: only the sign bit turns over, which makes code + 2^(bits - 1) of two's
-    complement. What is missing of a last word is zero.
+    complement. A last word that is not full ends in zeros.
     """
     flipped = stored.view(torch.uint8) ^ (0x88 if stored.dtype == torch.uint8 else 0x80)
     return functional.pad(flipped, (0, -flipped.shape[1] % 4)).view(torch.int32)

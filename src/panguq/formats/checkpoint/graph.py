@@ -2,8 +2,8 @@
 
 Checkpoint formats store a model by the names of its source: `model.layers.0.mlp.up_proj.weight`.
 Passes rewrite weights in place or store codes beside their scales, and every node keeps the path of
-the module that it came from; so the graph can be read back into modules. What has no place in a
-checkpoint of the source's architecture is refused here, for every format alike.
+the module that it came from; so the graph can be read back into modules. A graph with parts
+that have no place in a checkpoint of the source's architecture is refused here, for every format.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class QuantizedLinear:
 
     `W = (codes - weight_zero_point) * weight_scale`, one scale for `group_size` inputs (k: one
     for each output), computed in float32 and rounded to `dtype`, the model's own. A symmetric scale
-    may be negative. `input_scale` float32 `[1]` and `input_zero_point` int32 `[1]` belong to static
-    activations alone; linears that read one tensor have them in common.
+    may be negative. `input_scale` float32 `[1]` and `input_zero_point` int32 `[1]` belong only to
+    static activations; linears that read one tensor have them in common.
     """
 
     path: str

@@ -2,7 +2,7 @@
 
 int8 codes are multiplied by MatMulInteger. A weight-only matmul is DequantizeLinear and MatMul,
 with the weight rounded to 16 bits in between, as the cube core needs it; MatMulNBits would not
-round it, and differ by 57 dB. Which kernel and schedule an NPU would run is in the metadata.
+round it, and differ by 57 dB. The metadata names the kernel and schedule that an NPU would run.
 """
 
 from __future__ import annotations

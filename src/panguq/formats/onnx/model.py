@@ -1,7 +1,7 @@
 """An fx graph as an ONNX model: the values of the graph under their labels.
 
-Every node of the graph is written by the emitter of its op; what depends on stored integer codes
-alone (layouts of kernels) is computed and stored. Weights stay where they are until the file is
+Every node of the graph is written by the emitter of its op; what depends on only stored integer
+codes (layouts of kernels) is computed and stored. Weights stay where they are until the file is
 written.
 """
 

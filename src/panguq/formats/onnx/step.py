@@ -73,7 +73,7 @@ class Step:
         return self.add("Cast", name, suffix=f"{hint or label(argument)}.cast", to=wanted)
 
     def tensor(self, argument: Any) -> Tensor | None:
-        """The values of an argument that depends on stored weights alone; None for others."""
+        """The values of an argument that depends only on stored weights; None for others."""
         if not isinstance(argument, fx.Node) or argument not in self.builder.constants:
             return None
         return self.builder.constants[argument]()
@@ -86,7 +86,7 @@ class Step:
         return found
 
     def lazy(self, argument: fx.Node) -> Callable[[], Tensor]:
-        """What makes the values of a stored argument, to be called when they are written."""
+        """A function that gives the values of a stored argument, called when they are written."""
         if argument not in self.builder.constants:
             raise self.error(f"its argument {label(argument)} is computed, not stored")
         return self.builder.constants[argument]
