@@ -132,7 +132,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["name"]: row for row in printed_json(capsys, "passes", "--json")}
     assert rows["smoothquant"]["options"]["alpha"] == 0.5
-    assert rows["smoothquant"]["requires"] == ["CANONICAL", "SCHEMES"]
+    assert rows["smoothquant"]["requires"] == ["CANONICAL", "FLOAT_MATMULS", "SCHEMES"]
     assert rows["calibrate"]["establishes"] == ["CALIBRATED", "STATISTICS"]
     assert "lower-matmuls" in rows
     assert all(row["summary"] for row in rows.values())
