@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,20 @@ def weights_late(nodes: list[fx.Node]) -> list[fx.Node]:
     return order
 
 
+def _in_order(
+    gm: fx.GraphModule, order: list[fx.Node], inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[fx.Node, Values]]:
+    """Each node of `order` once it is computed, with all values that are still needed."""
+    freed = last_uses(order)
+    environment: Values = {}
+    for node in order:
+        given = node.op == "placeholder"
+        environment[node] = inputs[str(node.target)] if given else compute(gm, node, environment)
+        yield node, environment
+        for source in freed.get(node, ()):
+            del environment[source]
+
+
 def values(
     gm: fx.GraphModule, inputs: Mapping[str, Tensor], wanted: Iterable[fx.Node]
 ) -> dict[fx.Node, Any]:
@@ -80,18 +94,12 @@ def values(
     keep = set(wanted)
     needed = ancestors(keep)
     order = weights_late([n for n in gm.graph.nodes if n in needed])
-    freed = last_uses(order)
-    environment: Values = {}
+    found: dict[fx.Node, Any] = {}
     with torch.no_grad():
-        for node in order:
-            if node.op == "placeholder":
-                environment[node] = inputs[str(node.target)]
-            else:
-                environment[node] = compute(gm, node, environment)
-            for source in freed.get(node, ()):
-                if source not in keep:
-                    del environment[source]
-    return {node: environment[node] for node in keep}
+        for node, environment in _in_order(gm, order, inputs):
+            if node in keep:
+                found[node] = environment[node]
+    return found
 
 
 def run(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -143,16 +151,8 @@ def _is_broken(node: fx.Node, value: Any, environment: Values) -> bool:
 def first_non_finite(gm: fx.GraphModule, inputs: Mapping[str, Tensor]) -> str | None:
     """The label of the first node that yields NaN or Inf on these inputs, if any."""
     order = [n for n in gm.graph.nodes if n.op != "output"]
-    freed = last_uses(order)
-    environment: Values = {}
     with torch.no_grad():
-        for node in order:
-            if node.op == "placeholder":
-                environment[node] = inputs[str(node.target)]
-            else:
-                value = environment[node] = compute(gm, node, environment)
-                if _is_broken(node, value, environment):
-                    return label(node)
-            for source in freed.get(node, ()):
-                del environment[source]
+        for node, environment in _in_order(gm, order, inputs):
+            if node.op != "placeholder" and _is_broken(node, environment[node], environment):
+                return label(node)
     return None
