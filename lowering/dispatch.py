@@ -116,18 +116,7 @@ def row_for(last_m: list[int], m: int) -> int:
     return next((row for row, last in enumerate(last_m) if m <= last), len(last_m) - 1)
 
 
-def _fake_dispatch_matmul(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    output_dtype: torch.dtype,
-    last_m: list[int],
-    kernels: list[str],
-) -> Tensor:
+def _fake_dispatch_matmul(x: Tensor, weight: Tensor, output_dtype: torch.dtype) -> Tensor:
     n = weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
     return x.new_empty((x.shape[0], n), dtype=output_dtype)
 

@@ -15,9 +15,7 @@ from panguq.ir.ops.opset import define_op
 MAGNITUDES_PER_BLOCK = 4  # small and large of the other columns, small and large of salient ones
 
 
-def _fake_dequantize_binary(
-    codes: Tensor, magnitudes: Tensor, salient: Tensor, block_size: int, dtype: torch.dtype
-) -> Tensor:
+def _fake_dequantize_binary(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 

@@ -82,7 +82,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def _fake_unpack_codes(packed: Tensor, bits: int, k: int) -> Tensor:
+def _fake_unpack_codes(packed: Tensor, k: int) -> Tensor:
     return packed.new_empty((packed.shape[0], k), dtype=torch.int8)
 
 

@@ -17,9 +17,7 @@ from panguq.tensors.row_slices import row_slices
 SMALLEST_AMAX = 1e-30
 
 
-def _fake_quantize_per_tensor(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-) -> Tensor:
+def _fake_quantize_per_tensor(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
 
 
@@ -42,7 +40,7 @@ def quantize_per_tensor(
     return codes.clamp_(quant_min, quant_max).to(torch.int8)
 
 
-def _fake_quantize_per_token(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
+def _fake_quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
@@ -64,7 +62,7 @@ def quantize_per_token(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
     return (x * scale.reciprocal()).round_().to(torch.int8), scale
 
 
-def _fake_quantize_per_channel(x: Tensor, scale: Tensor, quant_max: int) -> Tensor:
+def _fake_quantize_per_channel(x: Tensor, scale: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(x.shape, scale.shape)
     return x.new_empty(shape, dtype=torch.int8)
 
@@ -83,9 +81,7 @@ def quantize_per_channel(x: Tensor, scale: Tensor, quant_max: int) -> Tensor:
     return codes.clamp_(-quant_max, quant_max).to(torch.int8)
 
 
-def _fake_dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _fake_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     shape = torch.broadcast_shapes(codes.shape, scale.shape)
     return codes.new_empty(shape, dtype=dtype)
 
@@ -107,14 +103,7 @@ def dequantize(
     return (values * scale.to(torch.float32)).to(dtype)
 
 
-def _fake_quantize_weight(
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group_size: int,
-    quant_min: int,
-    quant_max: int,
-) -> Tensor:
+def _fake_quantize_weight(weight: Tensor) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.int8)
 
 
@@ -147,9 +136,7 @@ def quantize_weight(
     return codes
 
 
-def _fake_dequantize_weight(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
-) -> Tensor:
+def _fake_dequantize_weight(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 

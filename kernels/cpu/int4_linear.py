@@ -51,7 +51,7 @@ def int4_kernel_weight(packed: Tensor) -> Tensor:
     return arranged
 
 
-def _fake_int4_kernel_scales(scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def _fake_int4_kernel_scales(scale: Tensor) -> Tensor:
     return scale.new_empty((scale.shape[1], scale.shape[0], 2), dtype=torch.bfloat16)
 
 
@@ -75,17 +75,7 @@ def int4_kernel_scales(scale: Tensor, zero_point: Tensor | None) -> Tensor:
     return torch.stack((rounded.t(), offset.t()), dim=-1).contiguous()
 
 
-def _fake_int4_linear(
-    x: Tensor,
-    kernel_weight: Tensor,
-    kernel_scales: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    group_size: int,
-    bias: Tensor | None,
-    few_tokens: int,
-) -> Tensor:
+def _fake_int4_linear(x: Tensor, kernel_weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], kernel_weight.shape[0]))
 
 

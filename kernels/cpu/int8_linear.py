@@ -43,10 +43,12 @@ def int_mm_is_exact() -> bool:
     )
 
 
-def _int32_matmul(codes: Tensor, weight: Tensor) -> Tensor:
+def int32_matmul(codes: Tensor, weight: Tensor) -> Tensor:
     """sum_k codes * weight, exact: int8 [m, k] and int8 [n, k] -> int32 [m, n]."""
+    if codes.shape[1] == 1:  # torch._int_mm is wrong for a single input column
+        return codes.to(torch.int32) * weight.to(torch.int32).t()
     if int_mm_is_exact():
-        return torch._int_mm(codes, weight.t())
+        return torch._int_mm(codes.contiguous(), weight.t())
     total = codes.new_zeros((codes.shape[0], weight.shape[0]), dtype=torch.int32)
     for part, weight_part in zip(
         codes.split(EXACT_FLOAT_K, dim=1), weight.split(EXACT_FLOAT_K, dim=1), strict=True
@@ -67,16 +69,7 @@ def weight_row_sums(weight: Tensor) -> Tensor:
     return weight.sum(dim=1, dtype=torch.int32)
 
 
-def _fake_int8_linear(
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    row_sums: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake_int8_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
@@ -103,7 +96,7 @@ def int8_linear(
     `dtype` [..., n]; the integer part is exact, the rest float32. `row_sums`, which only a zero
     point needs, is `weight_row_sums(weight)`; without it that is computed in every call.
     """
-    total = _int32_matmul(codes.reshape(-1, codes.shape[-1]), weight)
+    total = int32_matmul(codes.reshape(-1, codes.shape[-1]), weight)
     if act_zero_point is not None:
         if row_sums is None:
             row_sums = weight_row_sums(weight)

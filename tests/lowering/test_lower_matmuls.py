@@ -17,7 +17,7 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.run.interpret import run, values
 from panguq.ir.verify import verify
-from panguq.kernels.cpu.int8_linear import _int32_matmul
+from panguq.kernels.cpu.int8_linear import int32_matmul
 from panguq.lowering.lower_matmuls import LowerMatmuls, check_lowerable
 from panguq.lowering.run.prepack import prepack
 from panguq.lowering.targets import find_target
@@ -141,7 +141,7 @@ def test_codes_and_sums_are_bit_equal(n, k, scheme) -> None:
     assert found[codes].dtype == found[weight].dtype == torch.int8
     assert torch.equal(found[codes], expected[fake_codes])
     assert torch.equal(found[weight], expected[fake_weight])
-    sums = _int32_matmul(found[codes], found[weight])
+    sums = int32_matmul(found[codes], found[weight])
     assert sums.dtype == torch.int32
     assert torch.equal(sums.long(), found[codes].long() @ found[weight].long().t())
 

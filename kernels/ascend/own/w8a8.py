@@ -14,7 +14,7 @@ from panguq.errors import LoweringError
 from panguq.ir.ops.opset import define_op
 from panguq.kernels.ascend.own.tiles import tile_refusal
 from panguq.kernels.ascend.own.triton.launch import NAMESPACE, launch_w8a8
-from panguq.kernels.cpu.int8_linear import _int32_matmul
+from panguq.kernels.cpu.int8_linear import int32_matmul
 
 # |code| <= 128 and |weight| <= 128, and the sum must fit int32.
 LARGEST_K = (2**31 - 1) // (128 * 128)
@@ -84,13 +84,6 @@ def _check(
         )
 
 
-def int32_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """sum_k x * weight, exact: int8 [m, k] and int8 [k, n] -> int32 [m, n]."""
-    if x.shape[1] == 1:  # torch._int_mm is wrong for a single input column
-        return x.to(torch.int32) * weight.to(torch.int32)
-    return _int32_matmul(x, weight.t())
-
-
 def _fake(x: Tensor, weight: Tensor, output_dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=output_dtype)
 
@@ -121,7 +114,7 @@ def w8a8(
     into so many parts of whole blocks; the bits are the same. Raises LoweringError.
     """
     # int32 sums are the same in any order, so there is nothing to divide here.
-    total = int32_sums(x.reshape(-1, x.shape[-1]), weight)
+    total = int32_matmul(x.reshape(-1, x.shape[-1]), weight.t())
     if bias is not None and bias.dtype == torch.int32:
         total.add_(bias)
     result = total.to(torch.float32).mul_(scale)

@@ -21,17 +21,10 @@ from panguq.kernels.ascend.vendor.trans_quant_param import (
     scale_bits,
     scale_of,
 )
-from panguq.kernels.cpu.int8_linear import _int32_matmul
+from panguq.kernels.cpu.int8_linear import int32_matmul
 
 # What the int8 x int4 kernel takes off every activation, and `offset` gives back.
 SHIFT = 8
-
-
-def int32_matmul(codes: Tensor, weight: Tensor) -> Tensor:
-    """sum_k codes * weight, exact: int8 [m, k] and int8 [k, n] -> int32 [m, n]."""
-    if codes.shape[1] == 1:  # torch._int_mm is wrong for a single input column
-        return codes.to(torch.int32) * weight.to(torch.int32)
-    return _int32_matmul(codes.contiguous(), weight.t())
 
 
 def _fake(x1: Tensor, x2: Tensor, output_dtype: int | None) -> Tensor:
@@ -82,7 +75,7 @@ def npu_quant_matmul(
         return _int8_by_int4(x1, x2, scale, offset, pertoken_scale).to(output)
     if x1.dtype == torch.int32:
         x1, x2 = unpack_words(x1), unpack_words(x2)
-    total = int32_matmul(x1.reshape(-1, x1.shape[-1]), x2).view(*x1.shape[:-1], x2.shape[1])
+    total = int32_matmul(x1.reshape(-1, x1.shape[-1]), x2.t()).view(*x1.shape[:-1], x2.shape[1])
     if bias is not None and bias.dtype == torch.int32:
         total.add_(bias)
     if output == torch.int32:
@@ -137,7 +130,8 @@ def _int8_by_int4(
     total = torch.zeros((x1.shape[0], weight.shape[1]), dtype=torch.float32)
     groups = zip(x1.split(W4A8_GROUP, dim=1), weight.split(W4A8_GROUP), scales, strict=True)
     for codes, group_weight, group_scale in groups:
-        product = int32_matmul(codes, group_weight).sub_(int32_matmul(shift, group_weight))
+        rows = group_weight.t()
+        product = int32_matmul(codes, rows).sub_(int32_matmul(shift, rows))
         total.add_(product.to(torch.float32).mul_(group_scale))
     if offset is not None:
         total.add_(offset)

@@ -20,7 +20,7 @@ from panguq.ir.run.interpret import run, values
 from panguq.ir.verify import verify
 from panguq.ir.views import Linear
 from panguq.kernels.ascend.vendor.contracts import violations
-from panguq.kernels.cpu.int8_linear import _int32_matmul
+from panguq.kernels.cpu.int8_linear import int32_matmul
 from panguq.lowering import dispatch
 from panguq.lowering.ascend.calls import AscendCalls
 from panguq.lowering.ascend.inputs import AscendInputs
@@ -126,7 +126,7 @@ def test_codes_and_int32_sums_are_equal(scheme, dtype) -> None:
     found = values(gm, x, [quantize, *matmul.args[:2]])
     codes = found[quantize] if scheme == "W8A8" else found[quantize][0]
     assert torch.equal(codes, expected[fake_codes])
-    sums = _int32_matmul(found[matmul.args[0]], found[matmul.args[1]].t().contiguous())
+    sums = int32_matmul(found[matmul.args[0]], found[matmul.args[1]].t().contiguous())
     flat = expected[fake_codes].flatten(0, -2).long()
     assert torch.equal(sums.long(), flat @ expected[fake_weight].long().t())
 
