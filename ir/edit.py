@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from panguq.ir.node_meta import annotate, carry, carry_merged, meta_of
+from panguq.ir.plain_names import weight_name
 from panguq.tensors.folded_weight import FoldedWeight, materialized
 
 
@@ -142,8 +143,9 @@ def set_tensor(gm: torch.nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def free_name(gm: fx.GraphModule, name: str) -> str:
-    """`name`, with an ordinal if a weight is called so already."""
+    """`name`, or one like it that a weight may have; with an ordinal if it is taken."""
     taken = {buffer for buffer, _ in gm.named_buffers(remove_duplicate=False)}
+    name = weight_name(name, taken)
     numbered = (f"{name}_{ordinal}" for ordinal in itertools.count(1))
     return name if name not in taken else next(n for n in numbered if n not in taken)
 

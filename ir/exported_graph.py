@@ -11,13 +11,15 @@ from collections.abc import Iterator
 
 import sympy
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, TensorArgument
 
 from panguq.errors import TraceError
 from panguq.ir.edit import ancestors, finish, set_tensor
 from panguq.ir.node_meta import annotate
+from panguq.ir.plain_names import is_input_name, weight_name
+from panguq.tensors.safetensors_files import DTYPES
 
 WHAT_TO_DO = "docs/contributing/when-a-model-does-not-trace.md shows what to do about each cause"
 """The hint of an error that is about the model's own code."""
@@ -138,12 +140,14 @@ def unlift(
 ) -> fx.GraphModule:
     """The exported graph with weights as get_attr and each stack in `split` as its parts.
 
-    Raises TraceError for a module with an attribute that a graph has itself.
+    Names that a graph cannot have are replaced by some like them. Raises TraceError for a weight
+    that no file could hold.
     """
     sources = _sources(exported)
     tensors = {**exported.state_dict, **exported.constants}
     root, graph = nn.Module(), fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
+    names: dict[str, str] = {}
     nodes = list(exported.graph_module.graph.nodes)
     stacks = [n for n in nodes if n.op == "placeholder" and n.name in split]
     unbinds = [u for stack in stacks for u in stack.users if u.target is _UNBIND]
@@ -151,19 +155,22 @@ def unlift(
     in_layer_order = sorted(items, key=lambda item: (item.args[1], items[item]))
     for node in nodes:
         if node.op == "placeholder" and node.name not in sources and node.name not in split:
-            mapping[node] = _placeholder(graph, node.name, node)
+            plain = node.name if is_input_name(node.name) else f"input_{len(mapping)}"
+            mapping[node] = _placeholder(graph, plain, node)
     for item in in_layer_order:
         mapping[item] = _placeholder(graph, f"past_{split[items[item]]}_{item.args[1]}", item)
     for node in nodes:
         if node.op == "placeholder" and node.name in sources:
             if not node.users:
                 continue
-            name = sources[node.name].removeprefix(strip)
-            _check_free(name)
-            set_tensor(root, name, tensors[sources[node.name]].detach())
-            mapping[node] = graph.get_attr(name)
+            source = sources[node.name].removeprefix(strip)
+            tensor = tensors[sources[node.name]].detach()
+            _check_tensor(source, tensor)
+            names[source] = names.get(source) or weight_name(source, names.values())
+            set_tensor(root, names[source], tensor)
+            mapping[node] = graph.get_attr(names[source])
             mapping[node].meta["val"] = node.meta["val"]
-            annotate(mapping[node], module_path=name.rpartition(".")[0])
+            annotate(mapping[node], module_path=source.rpartition(".")[0])
         elif node in mapping or node in stacks or node in unbinds:
             continue
         elif node.args and node.args[0] in stacks:  # a size of the stack is one of its parts'
@@ -190,12 +197,11 @@ def unlift(
     return gm
 
 
-def _check_free(name: str) -> None:
-    first = name.split(".")[0]
-    if hasattr(fx.GraphModule, first) or first in ("graph", "meta", "training"):
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
         raise TraceError(
-            f"{name}: an fx graph has an attribute {first!r} of its own",
-            f"rename the module's {first!r}",
+            f"weight {name} is {tensor.dtype}, {tensor.layout}; no artifact can hold that",
+            "weights are dense tensors of float, integer or bool dtype",
         )
 
 

@@ -19,7 +19,8 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, default_decompositions
+from torch.utils._pytree import tree_leaves
 
 from panguq.errors import TraceError, first_line
 from panguq.ir.edit import module_path
@@ -40,6 +41,8 @@ from panguq.ir.length_limits import (
     length_limits,
     reset_rotary_frequencies,
 )
+from panguq.ir.ops.opset import is_allowed
+from panguq.ir.probe_sizes import excluded
 
 BATCH, SEQ, PAST, KEPT = 3, 5, 7, 2  # all different, none of them 0 or 1
 
@@ -241,20 +244,46 @@ def trace_module(
     if inspect.Parameter.VAR_POSITIONAL in kinds:  # `*inputs` is one argument to export
         named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         dynamic = (*dynamic[:named], dynamic[named:])
-    exported = _export(skeleton_of(model), tuple(example_inputs), dynamic)
-    gm = _graph_of(exported, model, "", {})
+    exported, gm, input_shapes = _traced(model, tuple(example_inputs), dynamic)
     results = next(reversed(gm.graph.nodes)).args[0]
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     interface = Interface(
         kind="module",
-        inputs=tuple(str(n.target) for n in gm.graph.nodes if n.op == "placeholder"),
+        inputs=tuple(input_shapes),
         outputs=tuple(f"output_{i}" for i in range(len(results))),
-        input_shapes=name_symbols(gm),
+        input_shapes=input_shapes,
         float_dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
         returns="tensor" if exported.call_spec.out_spec.is_leaf() else "tuple",
-        size_limits=_size_limits(gm, exported),
+        size_limits=gm.meta["size_limits"],
     )
     return gm, interface
+
+
+def _traced(
+    model: nn.Module, args: tuple[Tensor, ...], dynamic: Any
+) -> tuple[ExportedProgram, fx.GraphModule, dict[str, tuple[str | int, ...]]]:
+    """The exported module, its graph, and its inputs' shapes.
+
+    A size that is dynamic to export and yet not free, such as one whose halves must fit a weight,
+    is made static: only few calls could choose another one.
+    """
+    while True:
+        exported = _export(skeleton_of(model), args, dynamic)
+        gm = _graph_of(exported, model, "", {})
+        shapes = name_symbols(gm)
+        gm.meta["size_limits"] = _size_limits(gm, exported)
+        bound = excluded(gm)
+        if not bound:
+            return exported, gm, shapes
+        given = [n.meta["val"].shape for n in gm.graph.nodes if n.op == "placeholder"]
+        for axes, shape in zip(tree_leaves(dynamic, is_leaf=_is_axes), given, strict=True):
+            for axis, size in enumerate(shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & bound:
+                    axes[axis] = Dim.STATIC
+
+
+def _is_axes(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _size_limits(
@@ -283,8 +312,11 @@ def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedP
     try:
         with torch.no_grad():
             exported = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
-            if any(_writes(node) for node in exported.graph_module.graph.nodes):
+            nodes = list(exported.graph_module.graph.nodes)
+            if any(_writes(node) for node in nodes):
                 exported = exported.run_decompositions({})  # writes in place become values
+            if any(_is_unknown(node) for node in exported.graph_module.graph.nodes):
+                exported = exported.run_decompositions(_decompositions())
             return exported
     except Exception as error:
         source = module.model if isinstance(module, _CausalLM) else module
@@ -304,6 +336,15 @@ def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedP
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_unknown(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and not is_allowed(node.target)
+
+
+def _decompositions() -> dict[Any, Any]:
+    """How ops that no graph may contain are said in others; those that it may stay as they are."""
+    return {op: say for op, say in default_decompositions().items() if not is_allowed(op)}
 
 
 def _innermost_module(error: BaseException, root: nn.Module) -> str:

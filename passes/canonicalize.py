@@ -27,6 +27,7 @@ from panguq.ir.edit import (
 from panguq.ir.exported_graph import WHAT_TO_DO
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.ops.opset import is_allowed
+from panguq.ir.plain_names import weight_name
 from panguq.ir.run.interpret import ensure_finite
 from panguq.ir.views import arguments, operand, operands_at
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table
@@ -333,7 +334,7 @@ def _attention(node: fx.Node) -> fx.Node | None:
     if mask is None:
         if not given["is_causal"] or q.shape[2] != k.shape[2]:
             return None
-        name = f"{module_path(node) or 'attention'}.causal_mask"
+        name = weight_name(f"{module_path(node) or 'attention'}.causal_mask", ())
         mask = tensor_node(node, name, torch.empty(0, dtype=torch.bool))
     groups = _repeats(key)
     if groups > 1:

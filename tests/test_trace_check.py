@@ -150,14 +150,6 @@ def test_a_result_that_is_no_tensor_is_refused(extra, said) -> None:
         panguq.compile(Extra().eval(), "float", example_inputs=(X,))
 
 
-def test_an_attribute_that_a_graph_has_itself_is_refused() -> None:
-    model = nn.Module()
-    model.graph = nn.Linear(8, 8)
-    model.forward = model.graph.forward  # type: ignore[method-assign]
-    with pytest.raises(TraceError, match="an attribute 'graph' of its own"):
-        panguq.compile(model.eval(), "float", example_inputs=(X,))
-
-
 def test_examples_that_the_module_does_not_take_are_refused() -> None:
     with pytest.raises(TraceError, match="itself fails on the example inputs"):
         panguq.compile(Base().inner, "float", example_inputs=(X,), dtype=torch.bfloat16)

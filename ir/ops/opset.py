@@ -129,39 +129,74 @@ def admit(op: OpOverload) -> OpOverload:
     return op
 
 
-# Pure functions of their arguments: nothing in place, uninitialized, or on files; nothing random
-# but dropout and its like, which traces contain switched off.
+# Pure functions of their arguments: nothing in place, uninitialized, or on files, and nothing that
+# reads memory by strides from a file (`as_strided`) or by sizes that it does not check
+# (`native_group_norm`); nothing random but dropout and its like, which traces contain switched off.
 _ATEN = """
-    _assert_scalar.default _assert_tensor_metadata.default _log_softmax.default _softmax.default
-    _to_copy.default _unsafe_view.default abs.default add.Scalar add.Tensor addmm.default
-    alias.default all.default all.dim amax.default amin.default any.default any.dim arange.default
-    arange.start arange.start_step argmax.default baddbmm.default bitwise_and.Scalar
-    bitwise_and.Tensor bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bmm.default
-    broadcast_to.default cat.default chunk.default clamp.default clamp.Tensor clamp_max.default
-    clamp_min.default clone.default constant_pad_nd.default contiguous.default cos.default
-    cumsum.default detach.default diff.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode
-    dropout.default einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default
-    exp.default expand.default expand_as.default fill.Scalar fill.Tensor flatten.using_ints
-    flip.default floor.default floor_divide.default full.default full_like.default gather.default
-    ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor hardswish.default index.Tensor
-    index_select.default le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default
-    linear.default log.default log_softmax.int logical_and.default logical_not.default
-    logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default
-    max.default maximum.default mean.default mean.dim minimum.default mm.default movedim.int
-    mul.Scalar mul.Tensor narrow.default native_layer_norm.default layer_norm.default ne.Scalar
-    ne.Tensor neg.default new_full.default new_ones.default new_zeros.default ones.default
-    ones_like.default outer.default pad.default permute.default pow.Scalar pow.Tensor_Scalar
-    pow.Tensor_Tensor reciprocal.default relu.default relu6.default remainder.Scalar
-    remainder.Tensor repeat.default repeat_interleave.self_int reshape.default rms_norm.default
-    roll.default round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
-    scaled_dot_product_attention.default select.int select_scatter.default sigmoid.default
-    sign.default silu.default sin.default slice.Tensor slice_scatter.default softmax.int
-    softplus.default split.Tensor split.sizes split_with_sizes.default sqrt.default squeeze.default
-    squeeze.dim squeeze.dims stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList
-    sym_size.int t.default tanh.default tile.default to.device to.dtype to.dtype_layout
-    transpose.int tril.default triu.default type_as.default unbind.int unflatten.int
-    unsqueeze.default view.default view_as.default where.ScalarOther where.ScalarSelf where.Scalar
-    where.self zeros.default zeros_like.default
+    abs.default acos.default acosh.default adaptive_avg_pool1d.default
+    _adaptive_avg_pool2d.default add.Scalar add.Tensor addcdiv.default addcmul.default
+    addmm.default alias.default all.default all.dim amax.default amin.default
+    aminmax.default angle.default any.default any.dim any.dims arange.default arange.start
+    arange.start_step argmax.default argmin.default argsort.default argsort.stable asin.default
+    asinh.default _assert_scalar.default _assert_tensor_metadata.default atan.default
+    atan2.default atanh.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+    baddbmm.default batch_norm.default bilinear.default bitwise_and.Scalar bitwise_and.Tensor
+    bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_not.default
+    bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor
+    bitwise_right_shift.Tensor_Scalar bitwise_xor.Scalar bitwise_xor.Tensor bmm.default
+    broadcast_to.default bucketize.Tensor cat.default ceil.default celu.default chunk.default
+    clamp.default clamp.Tensor clamp_max.default clamp_min.default clip.default clone.default
+    complex.default concat.default concatenate.default constant_pad_nd.default
+    contiguous.default conv1d.default conv1d.padding conv2d.default conv2d.padding
+    conv3d.default conv_transpose1d.default conv_transpose2d.input copysign.Tensor cos.default
+    cosh.default count_nonzero.dim_IntList cummax.default cumprod.default cumsum.default
+    deg2rad.default detach.default diag_embed.default diagonal.default diff.default div.Scalar
+    div.Scalar_mode div.Tensor div.Tensor_mode dropout.default einsum.default
+    elu.default embedding.default eq.Scalar eq.Tensor erf.default erfc.default exp.default
+    exp2.default expand.default expand_as.default expm1.default fft_fft.default fft_ifft.default
+    fft_irfft.default fft_rfft.default fill.Scalar fill.Tensor flatten.using_ints flip.default
+    floor.default floor_divide.default fmod.Scalar fmod.Tensor frac.default full.default
+    full_like.default gather.default ge.Scalar ge.Tensor gelu.default glu.default
+    group_norm.default gru.input gru_cell.default gt.Scalar gt.Tensor hardshrink.default
+    hardsigmoid.default hardswish.default hardtanh.default heaviside.default hstack.default
+    hypot.default imag.default index.Tensor index_add.default index_copy.default
+    index_fill.int_Scalar index_put.default index_select.default instance_norm.default
+    isfinite.default isinf.default isnan.default kthvalue.default layer_norm.default le.Scalar
+    le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lift_fresh_copy.default
+    linalg_cross.default linalg_matrix_exp.default linalg_vector_norm.default linear.default
+    log.default log10.default log1p.default log2.default log_sigmoid.default
+    _log_softmax.default log_softmax.int logaddexp.default logical_and.default
+    logical_not.default logical_or.default logical_xor.default logsumexp.default lstm.input
+    lstm_cell.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor
+    masked_scatter.default matmul.default max.default max.dim max_pool1d.default
+    max_pool2d.default maximum.default mean.default mean.dim median.dim meshgrid.indexing
+    min.default min.dim minimum.default mish.default mm.default moveaxis.int movedim.int
+    mul.Scalar mul.Tensor nan_to_num.default narrow.default native_layer_norm.default
+    ne.Scalar ne.Tensor neg.default new_full.default new_ones.default new_zeros.default
+    norm.ScalarOpt_dim one_hot.default ones.default ones_like.default outer.default pad.default
+    permute.default pixel_shuffle.default pixel_unshuffle.default polar.default pow.Scalar
+    pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.default prod.dim_int real.default
+    reciprocal.default reflection_pad1d.default reflection_pad2d.default relu.default
+    relu6.default remainder.Scalar remainder.Tensor repeat.default repeat_interleave.self_int
+    replication_pad1d.default replication_pad2d.default reshape.default rms_norm.default
+    rnn_relu.input rnn_relu_cell.default rnn_tanh.input rnn_tanh_cell.default roll.default
+    round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
+    scaled_dot_product_attention.default scatter.src scatter.value scatter_add.default
+    scatter_reduce.two searchsorted.Tensor select.int select_scatter.default selu.default
+    sgn.default sigmoid.default sign.default silu.default sin.default sinh.default slice.Tensor
+    slice_scatter.default _softmax.default softmax.int softplus.default softshrink.default
+    sort.default sort.stable split.sizes split.Tensor split_with_sizes.default sqrt.default
+    square.default squeeze.default squeeze.dim squeeze.dims stack.default std.correction std.dim
+    sub.Scalar sub.Tensor sum.default sum.dim_IntList swapaxes.default swapdims.default
+    sym_size.int t.default take_along_dim.default tan.default tanh.default tensor_split.sections
+    threshold.default tile.default to.device to.dtype to.dtype_layout _to_copy.default
+    topk.default trace.default transpose.int tril.default tril_indices.default triu.default
+    triu_indices.default trunc.default type_as.default unbind.int unflatten.int unfold.default
+    _unsafe_view.default unsqueeze.default upsample_bilinear2d.vec upsample_linear1d.vec
+    upsample_nearest1d.vec upsample_nearest2d.vec var.correction var.dim var_mean.correction
+    view.default view_as.default view_as_complex.default view_as_real.default vstack.default
+    where.Scalar where.ScalarOther where.ScalarSelf where.self xlogy.Tensor zeros.default
+    zeros_like.default
 """
 
 # Items of an op with several results, and arithmetic on sizes.

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError
 from panguq.ir.edit import ancestors, find_label, get_tensor, label, weights_of
+from panguq.ir.probe_sizes import PROBE_SIZES, Sizes, probe_size
 from panguq.ir.run.interpret import Values, ensure_finite, last_uses
 from panguq.ir.views import Linear, operand, results_of
 from panguq.tensors.folded_weight import materialized
@@ -26,22 +27,27 @@ from panguq.tensors.row_slices import ELEMENTS_AT_ONCE, row_slices
 aten = torch.ops.aten
 TOLERANCE_IN_EPSILONS = 16
 TOLERANCE_IN_STEPS = 2  # rounding moves a subnormal weight by half a step at most
-PROBE_SIZES = {"batch": 2, "seq": 6, "past": 4, "kept": 3}
 # A site may change what a cache holds (v / s), so regions are proved without a past: what the
 # graph then appends to its own cache is part of the region.
 SITE_PROBE_SIZES = {**PROBE_SIZES, "past": 0}
-OTHER_SIZE = 4
-Sizes = Mapping[str, int]
 Weights = Callable[[fx.GraphModule, str], Tensor]
 
 
 def _lift(value: Any) -> Any:
-    """Tensors and dtypes in floating point become float64; everything else stays."""
+    """Floating-point tensors and dtypes become float64, complex ones complex128; the rest stays."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
+    if isinstance(value, Tensor) and value.is_complex():
+        return value.to(torch.complex128)
+    if isinstance(value, torch.dtype):
+        if value.is_complex:
+            return torch.complex128
+        return torch.float64 if value.is_floating_point else value
     return value
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.complex128) if value.is_complex() else value.double()
 
 
 def run_in_float64(
@@ -111,23 +117,14 @@ def _on_large_weight(
     return product if bias is None else product + _lift(value(bias))
 
 
-def probe_size(gm: fx.GraphModule, size: int | torch.SymInt, sizes: Sizes) -> int:
-    """A small concrete value for a possibly symbolic size, the same in every tensor."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    names = gm.meta.get("symbol_names", {})
-    expr = size.node.expr
-    return int(expr.subs({s: sizes.get(names.get(s, ""), OTHER_SIZE) for s in expr.free_symbols}))
-
-
 def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator, sizes: Sizes) -> Any:
     """A random value of the node's type: float64 normal, all-true mask, small integers."""
     val = node.meta["val"]
     if isinstance(val, torch.SymInt):
         return probe_size(gm, val, sizes)
     shape = tuple(probe_size(gm, s, sizes) for s in val.shape)
-    if val.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    if val.dtype.is_floating_point or val.dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=_lift(val.dtype))
     if val.dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool).tril(shape[-1] - shape[-2])
     high = min(sizes["seq"], *shape[-1:]) if node.target == "logit_positions" else 4
@@ -222,7 +219,7 @@ def _judge(
     steps: list[float] | None = None
     worst = 0.0
     for index, (node, x) in enumerate(zip(ends, wanted, strict=True)):
-        difference = _difference(x.double(), new[node].double())
+        difference = _difference(_wide(x), _wide(new[node]))
         worst = max(worst, difference)
         if difference <= bound:
             continue
@@ -267,7 +264,7 @@ def _step_effects(
 
     there = run_in_float64(after, given, ends, moved)
     values = zip(new, (there[end] for end in ends), strict=True)
-    return [_difference(x.double(), y.double()) for x, y in values]
+    return [_difference(_wide(x), _wide(y)) for x, y in values]
 
 
 def _results(gm: fx.GraphModule) -> list[fx.Node]:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import keyword
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._ops import OpOverload
 
 from panguq.errors import StorageError
 from panguq.ir.ops.opset import name_of
+from panguq.ir.plain_names import is_input_name, is_weight_name
 from panguq.ir.text.plain_arguments import DAMAGED
 from panguq.ir.text.value_types import type_text
 
 FORMAT = "panguq-graph"
 VERSION = 1
-_INPUT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_WEIGHT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_MODULE_ATTRIBUTES = frozenset(dir(torch.nn.Module()))
-_GRAPH_ATTRIBUTES = frozenset({*dir(fx.GraphModule), "meta"})
 
 
 def node_entries(data: Mapping[str, Any], source: str) -> list[Any]:
@@ -58,15 +52,13 @@ def check_arguments(
 
 def check_input_name(name: str, where: str) -> None:
     """Refuse names of inputs that are more than a name in fx's source."""
-    if not _INPUT.fullmatch(name) or keyword.iskeyword(name) or name == "self":
+    if not is_input_name(name):
         raise StorageError(f"{where}: {name[:80]!r} cannot name an input", "use a plain identifier")
 
 
 def check_weight_name(name: str, where: str) -> None:
     """Refuse names that would reach something other than a weight, or break fx's source."""
-    parts = name.split(".")
-    taken = _MODULE_ATTRIBUTES.intersection(parts) or _GRAPH_ATTRIBUTES.intersection(parts[:1])
-    if not _WEIGHT.fullmatch(name) or taken or any(part.startswith("__") for part in parts):
+    if not is_weight_name(name):
         raise StorageError(
             f"{where}: {name[:80]!r} cannot name a weight",
             "weights are named like modules: letters, digits, _ and -, joined by dots",

@@ -29,6 +29,8 @@ DTYPES: dict[str, torch.dtype] = {
         torch.bfloat16,
         torch.float8_e4m3fn,
         torch.float8_e5m2,
+        torch.complex128,
+        torch.complex64,
         torch.int64,
         torch.int32,
         torch.int16,
@@ -75,6 +77,7 @@ def restore_types(gm: fx.GraphModule, interface: Interface) -> None:
     sizes = _symbols(shape_env, interface)
     names = {size.node.expr: name for name, size in sizes.items()}
     gm.meta["symbol_names"] = names
+    gm.meta["size_limits"] = interface.size_limits
     with mode, torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "output":
@@ -108,7 +111,11 @@ def _symbols(shape_env: ShapeEnv, interface: Interface) -> dict[str, torch.SymIn
     texts = [str(size) for shape in interface.input_shapes.values() for size in shape]
     names = dict.fromkeys(name for text in texts for name in names_in(text))
     sizes: dict[str, Any] = {}
-    for name, hint in zip(names, _primes()):  # noqa: B905  (the primes do not end)
+    primes = _primes()
+    for name in names:
+        least, largest = interface.size_limits.get(name, (0, None))
+        hint = next(p for p in primes if p >= least)
+        hint = hint if largest is None else min(hint, largest)
         source = ConstantSource(name)
         symbol = shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
         sizes[name] = shape_env.create_symintnode(symbol, hint=hint, source=source)
