@@ -43,6 +43,7 @@ from panguq.ir.length_limits import (
 )
 from panguq.ir.ops.opset import is_allowed
 from panguq.ir.probe_sizes import excluded
+from panguq.tensors.dtypes import dtype_name
 
 BATCH, SEQ, PAST, KEPT = 3, 5, 7, 2  # all different, none of them 0 or 1
 
@@ -151,7 +152,7 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
         inputs=(*named, *(f"past_{name}" for name in cache)),
         outputs=("logits", *cache),
         input_shapes=name_symbols(gm),
-        float_dtype=str(dtype).removeprefix("torch."),
+        float_dtype=dtype_name(dtype),
         vocab_size=int(skeleton.get_input_embeddings().weight.shape[0]),
         max_positions=limit.positions if limit else None,
         max_positions_reason=limit.reason if limit else "",
@@ -252,7 +253,7 @@ def trace_module(
         inputs=tuple(input_shapes),
         outputs=tuple(f"output_{i}" for i in range(len(results))),
         input_shapes=input_shapes,
-        float_dtype=str(floats[0] if floats else torch.float32).removeprefix("torch."),
+        float_dtype=dtype_name(floats[0] if floats else torch.float32),
         returns="tensor" if exported.call_spec.out_spec.is_leaf() else "tuple",
         size_limits=gm.meta["size_limits"],
     )

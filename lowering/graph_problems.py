@@ -10,6 +10,7 @@ from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import DequantizedWeight, Linear
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
+from panguq.tensors.dtypes import dtype_name
 
 PART_MULTIPLE = 64
 
@@ -32,7 +33,7 @@ def matmul_problem(
     if not whole:
         part = output_parts(node)[0]
         n = n if part.start is None else part.stop - part.start
-    dtype = cast(Dtype, str(Linear.of(node).input.meta["val"].dtype).removeprefix("torch."))
+    dtype = cast(Dtype, dtype_name(Linear.of(node).input.meta["val"].dtype))
     return MatmulProblem(None, n, k, scheme, precision, dtype, mixed=_has_mixed_codes(node))
 
 

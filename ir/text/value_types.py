@@ -19,9 +19,10 @@ from panguq.ir.edit import get_tensor, label, value_types
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.text.size_expression import evaluate_size, names_in
+from panguq.tensors.dtypes import dtype_name
 
 DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (
         torch.float64,
         torch.float32,

@@ -31,6 +31,7 @@ from panguq.lowering.dispatch import (
     kernel_call,
 )
 from panguq.lowering.problem import Candidate, WeightFormat
+from panguq.tensors.dtypes import dtype_name
 
 aten = torch.ops.aten
 npu = torch.ops.npu
@@ -259,7 +260,7 @@ class AscendCalls:
         dtype = dtype or node.meta["val"].dtype
         if rows.start is None and bias.dtype == dtype:
             return stored
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         name = f"{stored.target}_{kind}{_row_name(rows)}"
         return self.inputs.small(node, name, bias.to(dtype))
 

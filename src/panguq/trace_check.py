@@ -29,6 +29,7 @@ from panguq.ir.length_limits import (
     window_like_sizes,
 )
 from panguq.ir.run import interpret
+from panguq.tensors.dtypes import dtype_name
 
 TOLERANCES = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of the largest logit. bfloat16's is eight of its epsilons (2**-7 each, as much as reordered sums
@@ -109,7 +110,7 @@ def check_module(
         try:
             calls = [tree_leaves(eager(*(x.clone() for x in examples))) for _ in range(2)]
         except Exception as error:
-            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+            dtypes = sorted({dtype_name(p.dtype) for p in model.parameters()})
             raise TraceError(
                 f"{name} itself fails on the example inputs: {first_line(error, typed=True)}",
                 f"its weights are {', '.join(dtypes)}, after a cast for the target or dtype=; "

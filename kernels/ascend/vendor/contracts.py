@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from panguq.errors import LoweringError
 from panguq.ir.ops.opset import bind, read_by
+from panguq.tensors.dtypes import dtype_name
 
 Size = int | torch.SymInt
 
@@ -56,7 +57,7 @@ def surely(condition: bool | torch.SymBool) -> bool:
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
     """`float16 or bfloat16`."""
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(map(dtype_name, dtypes))
 
 
 def wrong_dtype(

@@ -22,6 +22,7 @@ from panguq.ir.edit import (
 from panguq.ir.views import Item, arguments, operand, optional_operand
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.lowering.ascend.fusions.shared import FusionState, refusal, same_shape
+from panguq.tensors.dtypes import dtype_name
 
 aten = torch.ops.aten
 npu = torch.ops.npu
@@ -94,7 +95,7 @@ def fuse_quantizer(node: fx.Node, allow_inexact: bool) -> fx.Node | str | None:
         return None
     value = norm.meta["val"]
     if not allow_inexact:
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = dtype_name(value.dtype)
         return (
             f"{op_name(node)} inside npu_add_rms_norm would read the norm before it is rounded "
             f"to {dtype}, and so change codes (allow_inexact permits it)"

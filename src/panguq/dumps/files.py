@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
@@ -205,8 +204,3 @@ def check_regular(path: Path) -> None:
         open_regular(path).close()
     except StorageError as error:
         raise StorageError(error.message, COMPILE_AGAIN) from error
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32`."""
-    return str(dtype).removeprefix("torch.")

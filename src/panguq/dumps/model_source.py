@@ -12,13 +12,13 @@ from torch import Tensor
 from panguq.dumps.files import (
     ModelSource,
     SourceTensor,
-    dtype_name,
     read_tensors,
     tensor_names,
 )
 from panguq.errors import StorageError
 from panguq.ir.text.printer import content_hash
 from panguq.ir.text.value_types import DTYPES
+from panguq.tensors.dtypes import dtype_name
 
 
 def find_source(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from panguq.errors import InputError, StorageError
 from panguq.models.checkpoint_files import CONFIG, StoredTensor, open_tensors, refuse_unweighted
 from panguq.models.config import first_lines
+from panguq.tensors.dtypes import dtype_name
 
 logger = logging.getLogger("panguq")
 
@@ -151,7 +152,7 @@ def _check_dtypes(
         counts = Counter(tensor.dtype for tensor in cast)
         logger.warning(
             "%s: most weights are stored as %s, and all are loaded so; cast to it: %s (%s%s)",
-            folder, str(dtype).removeprefix("torch."),
+            folder, dtype_name(dtype),
             ", ".join(f"{count} of {name}" for name, count in counts.items()),
             ", ".join(tensor.name for tensor in cast[:3]), ", …" if len(cast) > 3 else "",
         )  # fmt: skip

@@ -12,6 +12,7 @@ from panguq.artifact import Artifact
 from panguq.files.strict_json import json_text
 from panguq.models.config import known_settings
 from panguq.models.tokenizer_files import tokenizer_files
+from panguq.tensors.dtypes import dtype_name
 
 logger = logging.getLogger("panguq")
 
@@ -42,7 +43,7 @@ def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     data = known_settings(type(config), json.loads(config.to_json_string(use_diff=True)))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     data |= {"model_type": config.model_type, "dtype": name, "torch_dtype": name}
     kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)

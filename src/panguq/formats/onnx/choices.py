@@ -21,6 +21,7 @@ from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
 from panguq.lowering.select_kernel import MANY_TOKENS, cpu_cost_name
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
+from panguq.tensors.dtypes import dtype_name
 
 TOKENS = (1, 16, 512)  # decoding one and several sequences, and a prompt
 _DISPATCH = "panguq.dispatch_matmul.default"
@@ -147,7 +148,7 @@ def _problem(node: fx.Node, scheme: Scheme) -> MatmulProblem:
     weight = operand(node, 1).meta["val"]
     k, n = (int(size) for size in weight.shape)
     n *= CODES_PER_WORD if weight.dtype == torch.int32 else 1
-    dtype = cast(Dtype, str(node.meta["val"].dtype).removeprefix("torch."))
+    dtype = cast(Dtype, dtype_name(node.meta["val"].dtype))
     return MatmulProblem(None, n, k, scheme, dtype=dtype)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from panguq.errors import PanguqError
 from panguq.ir.text.value_types import Names, spell_size
+from panguq.tensors.dtypes import dtype_name
 
 OnnxShape = tuple[int | str, ...]
 """Sizes: numbers, or the text of a symbolic one, `past + seq`."""
@@ -40,7 +41,7 @@ def stored_type(dtype: torch.dtype, where: str) -> int:
     if dtype not in STORED:
         raise PanguqError(
             f"{where} is {str(dtype).removeprefix('torch.')}, which ONNX export does not know",
-            "the dtypes are " + ", ".join(str(d).removeprefix("torch.") for d in STORED),
+            "the dtypes are " + ", ".join(map(dtype_name, STORED)),
         )
     return STORED[dtype]
 
