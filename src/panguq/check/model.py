@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +46,12 @@ def expected_model(config: Mapping[str, Any]) -> ExpectedModel | None:
 
 
 def _skeleton(config: Mapping[str, Any]) -> nn.Module:
-    from panguq.models.hf import skeleton
+    from panguq.models.hf import skeleton_of_config
 
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory(prefix="panguq-") as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            return skeleton(folder)
+        return skeleton_of_config(config, Path())
     finally:
         logger.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,24 @@ def skeleton(folder: str | Path) -> nn.Module:
     Only config.json and the headers of weight files are read, and the weights may be missing. It
     can be traced and planned, not run. Raises InputError as `load_pretrained` does.
     """
-    from transformers import AutoModelForCausalLM
-
     path = _existing(folder)
     gguf = find_gguf(path)
     refuse_adapter(path if gguf is None else gguf.parent)
     config = read_config(path) if gguf is None else _gguf_config(gguf)
-    dtype = torch.float32 if gguf is not None else _dtype_if_stored(path)
+    return _fake_model(config, torch.float32 if gguf is not None else _dtype_if_stored(path))
+
+
+def skeleton_of_config(data: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The model that the contents of the folder's config.json describe: all tensors are fake.
+
+    Raises InputError as `read_config` does.
+    """
+    return _fake_model(_config(dict(data), folder))
+
+
+def _fake_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
