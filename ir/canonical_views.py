@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from panguq.ir.views import View, argument, operand
+from panguq.ir.views import View, argument, arguments, operand
 
 
 class RmsNorm(View):
@@ -63,7 +63,7 @@ class SwiGlu(View):
 
 
 class Attention(View):
-    """`attention(query, key, value, mask, scale)`."""
+    """`attention(query, key, value, mask, scale, sinks, softcap)`."""
 
     op = "panguq::attention"
 
@@ -91,3 +91,13 @@ class Attention(View):
     def scale(self) -> Any:
         """Of the scores."""
         return argument(self.node, 4)
+
+    @property
+    def sinks(self) -> fx.Node | None:
+        """`[heads]`, the scores of one more key without a value."""
+        return arguments(self.node)["sinks"]
+
+    @property
+    def softcap(self) -> float:
+        """What the scores stay below; 0 for no cap."""
+        return float(arguments(self.node)["softcap"])

@@ -98,10 +98,13 @@ def held_tensors(cache: Any, new: int) -> list[Tensor]:
 def _held(layer: Any, new: int) -> tuple[Tensor, ...]:
     length = int(layer.get_seq_length())
     if isinstance(layer, StaticLayer) and length + new > layer.max_cache_len:
+        sliding = isinstance(layer, StaticSlidingWindowLayer)
         raise InputError(
             f"the cache has room for {layer.max_cache_len} tokens; it holds {length} and would "
             f"take {new} more",
-            "make it with a larger max_cache_len",
+            "a static cache keeps no more than a layer's sliding window; use a dynamic one"
+            if sliding
+            else "make it with a larger max_cache_len",
         )
     if length == 0:
         return ()
@@ -118,8 +121,11 @@ def update_cache(cache: Any, tensors: Sequence[Tensor], new: int) -> Any:
     if not cache.layers:
         cache.layers.extend(make_cache(tensors).layers)
         return cache
-    for layer, key, value in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
-        if type(layer) is DynamicLayer:
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    for index, (layer, (key, value)) in enumerate(zip(cache.layers, pairs, strict=True)):
+        if isinstance(layer, DynamicLayer):
+            if type(layer) is not DynamicLayer:  # it would drop what the graph reads
+                layer = cache.layers[index] = DynamicLayer()
             _hold(layer, key, value)
             continue
         if _is_empty_for_others(layer, key):

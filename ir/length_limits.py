@@ -54,46 +54,58 @@ def _not_causal(model: nn.Module, why: str) -> TraceError:
     )
 
 
-def length_limits(model: nn.Module, config: Any) -> list[LengthLimit]:
-    """The lengths up to which windows and chunks hide nothing from plain causal attention.
+def attention_windows(
+    model: nn.Module, config: Any
+) -> tuple[dict[str, int | None], list[LengthLimit]]:
+    """The sliding windows to be written into masks, and the lengths that others limit.
 
-    Raises TraceError for layers that keep another state than keys and values.
+    Windows by kind of layer, or by "" where one mask serves all layers; none of them where a mask
+    need not say it. transformers' own models are told their windows by masks, so that the model is
+    right at every length; another model may do otherwise beyond its window. Raises TraceError for
+    layers that keep another state than keys and values.
     """
     types = list(getattr(config, "layer_types", None) or ())
-    found = list(_whole_model_windows(config, bool(types)))
-    for index, kind in enumerate(types):
-        if kind == "sliding_attention":
-            size = _first(config, _WINDOWS)
-            reason = "beyond its sliding window, attention hides tokens"
-        elif kind == "chunked_attention":
-            size = _first(config, ("attention_chunk_size",))
-            reason = "beyond its chunk, attention hides tokens"
-        elif kind in _PLAIN:
-            continue
-        else:
-            raise TraceError(
-                f"layer {index} of {type(model).__name__} is of type {kind!r}",
-                "panguq traces layers of full, sliding or chunked attention with a cache of "
-                "keys and values",
-            )
-        if size is None:
-            raise TraceError(
-                f"layer {index} of {type(model).__name__} is of type {kind!r}, and the config "
-                "gives it no size",
-                f"set {_WINDOWS[0] if 'sliding' in kind else 'attention_chunk_size'} in the config",
-            )
-        found.append(LengthLimit(size, reason))
-    return found
+    sizes = {kind: _layer_window(model, config, types.index(kind), kind) for kind in set(types)}
+    chunks = [size for kind, size in sizes.items() if kind == "chunked_attention" and size]
+    limits = [LengthLimit(size, "beyond its chunk, attention hides tokens") for size in chunks]
+    other = _first(config, _OTHER_WINDOWS)
+    windows: dict[str, int | None] = {
+        kind: size if kind == "sliding_attention" else None for kind, size in sizes.items()
+    }
+    whole = None
+    if not types and getattr(config, "use_sliding_window", True):
+        whole = _first(config, _WINDOWS)
+    elif set(types) == {"sliding_attention"}:
+        whole = windows["sliding_attention"]
+    if whole:
+        windows = {"": whole}
+    found = [size for size in (*windows.values(), other) if size]
+    by_masks = type(model).__module__.startswith("transformers.") and not chunks and not other
+    if found and not by_masks:
+        reason = "beyond its sliding window, attention hides tokens"
+        limits += [LengthLimit(size, reason) for size in found]
+    return (windows if found and by_masks else {}), limits
 
 
-def _whole_model_windows(config: Any, per_layer: bool) -> Iterator[LengthLimit]:
-    """Windows that no list of layer types hands out."""
-    keys: tuple[str, ...] = _OTHER_WINDOWS
-    if not per_layer and getattr(config, "use_sliding_window", True):
-        keys += _WINDOWS
-    size = _first(config, keys)
-    if size is not None:
-        yield LengthLimit(size, "beyond its sliding window, attention hides tokens")
+def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> int | None:
+    """How many tokens a layer of this kind attends to; None for all."""
+    if kind in _PLAIN:
+        return None
+    if kind not in ("sliding_attention", "chunked_attention"):
+        raise TraceError(
+            f"layer {index} of {type(model).__name__} is of type {kind!r}",
+            "panguq traces layers of full, sliding or chunked attention with a cache of "
+            "keys and values",
+        )
+    names = _WINDOWS if kind == "sliding_attention" else ("attention_chunk_size",)
+    size = _first(config, names)
+    if size is None:
+        raise TraceError(
+            f"layer {index} of {type(model).__name__} is of type {kind!r}, and the config "
+            "gives it no size",
+            f"set {names[0]} in the config",
+        )
+    return size
 
 
 def _first(config: Any, keys: tuple[str, ...]) -> int | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import sympy
@@ -23,6 +23,13 @@ from torch.export import Dim, ExportedProgram, default_decompositions
 from torch.utils._pytree import tree_leaves
 
 from panguq.errors import TraceError, first_line
+from panguq.ir.causal_lm import (
+    CausalLMStep,
+    MaskForm,
+    cache_layers,
+    check_dense,
+    choose_attention,
+)
 from panguq.ir.edit import module_path
 from panguq.ir.exported_graph import (
     WHAT_TO_DO,
@@ -32,13 +39,13 @@ from panguq.ir.exported_graph import (
     unlift,
     writes_dropped,
 )
-from panguq.ir.interface import CacheLayer, Interface
+from panguq.ir.interface import Interface
 from panguq.ir.length_limits import (
     LengthLimit,
+    attention_windows,
     check_causal,
     check_causal_modules,
     keep_rotary_frequencies,
-    length_limits,
     reset_rotary_frequencies,
 )
 from panguq.ir.ops.opset import is_allowed
@@ -48,53 +55,18 @@ from panguq.tensors.dtypes import dtype_name
 BATCH, SEQ, PAST, KEPT = 3, 5, 7, 2  # all different, none of them 0 or 1
 
 
-class _CausalLM(nn.Module):
-    """A transformers causal language model with its cache as two stacked tensors.
-
-    Stacking gives all layers one symbol for the length of the past; the stacks disappear
-    again when the graph is unlifted.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        logit_positions: Tensor,
-        past_keys: Tensor,
-        past_values: Tensor,
-    ) -> tuple[Tensor, ...]:
-        from panguq.ir.kv_cache import cache_argument, cache_of, layer_tensors, make_cache
-
-        layers = zip(past_keys.unbind(0), past_values.unbind(0), strict=True)
-        past = [tensor for pair in layers for tensor in pair]
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=True,
-            logits_to_keep=logit_positions,
-            **{cache_argument(self.model.forward): make_cache(past)},
-        )
-        return output.logits, *layer_tensors(cache_of(output))
-
-
 def skeleton_of(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares all tensors, to be changed freely for tracing."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors}).eval()
 
 
-def _fake_mode_of(model: nn.Module) -> AbstractContextManager[Any]:
+def _fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
     for tensor in [*model.parameters(), *model.buffers()]:
         mode = getattr(tensor, "fake_mode", None)
         if isinstance(mode, FakeTensorMode):
             return mode
-    return nullcontext()
+    return None
 
 
 def is_causal_lm(model: Any) -> bool:
@@ -102,31 +74,42 @@ def is_causal_lm(model: Any) -> bool:
     return hasattr(model, "config") and hasattr(model, "generate") and model.can_generate()
 
 
-def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
+def trace_causal_lm(
+    model: nn.Module, mask_form: MaskForm = "attended"
+) -> tuple[fx.GraphModule, Interface]:
     """Trace a transformers causal language model; its weights are shared, not copied.
 
-    Raises TraceError, naming the module at fault, if the model cannot be exported.
+    mask_form: how the model is told what to attend to. Raises TraceError, naming the module at
+    fault, if the model cannot be exported.
     """
     skeleton: Any = skeleton_of(model)
     config = skeleton.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise TraceError(f"{type(model).__name__} is an encoder-decoder model", _WHAT_IS_SERVED)
     check_causal(skeleton, config)
-    limits = [*length_limits(model, config), *reset_rotary_frequencies(skeleton)]
+    check_dense(skeleton)
+    windows, limits = attention_windows(model, config)
+    limits += reset_rotary_frequencies(skeleton)
     keep_rotary_frequencies(skeleton)
-    _use_sdpa(skeleton)
-    layers, heads, head_dim = _cache_sizes(model, config)
+    choose_attention(skeleton)
+    step = CausalLMStep(skeleton, mask_form, windows)
+    mode = _fake_mode_of(model)
+    asked = CausalLMStep(skeleton_of(skeleton), mask_form, windows)  # it keeps fake buffers
+    with _naming_the_module(asked.model):
+        cached = cache_layers(asked, mode)
+    layers, layer = len(cached), cached[0]
     dtype = next(skeleton.parameters()).dtype
-    with _fake_mode_of(model):
-        past = torch.zeros(layers, BATCH, heads, PAST, head_dim, dtype=dtype)
+    with mode or nullcontext():
+        keys = torch.zeros(layers, BATCH, layer.heads, PAST, layer.key_dim, dtype=dtype)
+        values = torch.zeros(layers, BATCH, layer.heads, PAST, layer.value_dim, dtype=dtype)
         positions = torch.arange(PAST, PAST + SEQ).expand(BATCH, SEQ)
         args = (
             torch.zeros(BATCH, SEQ, dtype=torch.long),
             torch.ones(BATCH, 1, SEQ, PAST + SEQ, dtype=torch.bool),
             positions,
             torch.arange(KEPT),
-            past,
-            past.clone(),
+            keys,
+            values,
         )
     batch, seq, kept, length = Dim("batch"), Dim("seq"), Dim("kept"), Dim("past")
     stack = {1: batch, 3: length}
@@ -138,7 +121,7 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
         stack,
         stack,
     )
-    exported = _export(_CausalLM(skeleton), args, dynamic)
+    exported = _export(step, args, dynamic)
     gm = _graph_of(exported, model, "model.", {"past_keys": "key", "past_values": "value"})
     cache = [f"{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
     named = ("input_ids", "attention_mask", "position_ids", "logit_positions")
@@ -157,9 +140,7 @@ def trace_causal_lm(model: nn.Module) -> tuple[fx.GraphModule, Interface]:
         max_positions=limit.positions if limit else None,
         max_positions_reason=limit.reason if limit else "",
         positions_from_mask=_numbers_real_tokens(skeleton),
-        cache=tuple(
-            CacheLayer(heads=heads, key_dim=head_dim, value_dim=head_dim) for _ in range(layers)
-        ),
+        cache=cached,
     )
     return gm, interface
 
@@ -174,33 +155,6 @@ def _graph_of(
     gm = unlift(exported, results, strip, split)
     gm.meta["trace_warnings"] = tuple(f"{name}: {w}" for w in writes_dropped(exported, results))
     return gm
-
-
-def _use_sdpa(skeleton: Any) -> None:
-    """Raises TraceError for a model whose attention is more than scaled dot products."""
-    try:
-        skeleton.set_attn_implementation("sdpa")
-    except ValueError as error:
-        raise TraceError(
-            f"{type(skeleton).__name__} has no attention through scaled_dot_product_attention",
-            "its attention may cap its scores, have sinks, or be none; such models are not served. "
-            + _WHAT_IS_SERVED,
-        ) from error
-
-
-def _cache_sizes(model: nn.Module, config: Any) -> tuple[int, int, int]:
-    """Layers, heads and head size of the KV cache."""
-    try:
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kept = getattr(config, "num_key_value_heads", None) or heads
-        return int(config.num_hidden_layers), int(kept), int(head_dim)
-    except (AttributeError, TypeError) as error:
-        raise TraceError(
-            f"the config of {type(model).__name__} gives no sizes for a cache of keys and values: "
-            f"{error}",
-            _WHAT_IS_SERVED,
-        ) from error
 
 
 def _learned_positions(gm: fx.GraphModule) -> int | None:
@@ -310,17 +264,25 @@ _WHAT_IS_SERVED = (
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedProgram:
+    source = module.model if isinstance(module, CausalLMStep) else module
+    with _naming_the_module(source), torch.no_grad():
+        exported = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+        nodes = list(exported.graph_module.graph.nodes)
+        if any(_writes(node) for node in nodes):
+            exported = exported.run_decompositions({})  # writes in place become values
+        if any(_is_unknown(node) for node in exported.graph_module.graph.nodes):
+            exported = exported.run_decompositions(_decompositions())
+        return exported
+
+
+@contextmanager
+def _naming_the_module(source: nn.Module) -> Iterator[None]:
+    """What goes wrong within is a TraceError that names the module at fault."""
     try:
-        with torch.no_grad():
-            exported = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
-            nodes = list(exported.graph_module.graph.nodes)
-            if any(_writes(node) for node in nodes):
-                exported = exported.run_decompositions({})  # writes in place become values
-            if any(_is_unknown(node) for node in exported.graph_module.graph.nodes):
-                exported = exported.run_decompositions(_decompositions())
-            return exported
+        yield
+    except TraceError:
+        raise
     except Exception as error:
-        source = module.model if isinstance(module, _CausalLM) else module
         sizes = re.match(r"Constraints violated \((.*?)\)", str(error))
         if sizes:
             raise TraceError(

@@ -30,6 +30,7 @@ from panguq.ir.ops.opset import is_allowed
 from panguq.ir.plain_names import weight_name
 from panguq.ir.run.interpret import ensure_finite
 from panguq.ir.views import arguments, operand, operands_at
+from panguq.passes.patterns.written_slices import concatenation
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table
 
 aten = torch.ops.aten
@@ -44,6 +45,7 @@ class Canonicalize(Pass):
 
     - Casts to the same dtype, full slices, copies, dropout, products with 1 and assertions go;
       `view` and `_unsafe_view` become `reshape`; sizes are read from the graph's inputs.
+    - A tensor made empty and filled slice by slice becomes a concatenation.
     - `addmm` and `mm` with a stored weight `[k, n]` become `linear` with weight `[n, k]`.
     - `weight * (x * rsqrt(mean(x^2) + eps))` becomes `panguq.rms_norm`.
     - `x * cos + concat(-x2, x1) * sin` becomes `panguq.rotary`.
@@ -160,6 +162,10 @@ def _view_as_reshape(node: fx.Node) -> None:
     retarget(node, aten.reshape.default)
 
 
+def _and_as_bitwise_and(node: fx.Node) -> None:
+    retarget(node, aten.bitwise_and.Tensor)
+
+
 def _read_sizes_from_inputs(gm: fx.GraphModule) -> None:
     """Let every dynamic size be read from the first input that has it."""
     first: dict[Any, tuple[fx.Node, int]] = {}
@@ -265,6 +271,8 @@ def _rotary(node: fx.Node) -> fx.Node | None:
     if node.kwargs or not (_is(direct, aten.mul.Tensor) and _is(rotated, aten.mul.Tensor)):
         return None
     (x, cos), (halves, sin) = _pair(direct), _pair(rotated)
+    if not all(isinstance(n, fx.Node) for n in (x, cos, halves, sin)):
+        return None
     if len({n.meta["val"].dtype for n in (node, x, cos)}) > 1:
         return None  # the op yields x's dtype, a sum with wider tables does not
     if not all(_is(t, aten.unsqueeze.default) and arguments(t)["dim"] == 1 for t in (cos, sin)):
@@ -362,6 +370,8 @@ _REWRITES: list[tuple[Any, Rewrite]] = [
     (aten.mul.Tensor, _times_one),
     (aten.view.default, _view_as_reshape),
     (aten._unsafe_view.default, _view_as_reshape),
+    (aten.__and__.Tensor, _and_as_bitwise_and),
+    (aten.slice_scatter.default, concatenation),
     (aten.addmm.default, _addmm),
     (aten.mm.default, _mm),
     (aten.matmul.default, _mm),

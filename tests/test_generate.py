@@ -230,14 +230,20 @@ def test_a_cache_that_was_changed(kind: str, change: str) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_sliding_cache_counts_its_tokens() -> None:
-    cache = DynamicCache(config=source("mistral").config)
-    model = compiled("mistral")
-    model(prompts(1, 20), cache=cache)
-    model(prompts(1, 4), past_key_values=cache)  # the window is full
-    assert cache.get_seq_length() == WINDOW
-    with pytest.raises(InputError, match="has seen 24 tokens and holds the last 23"):
-        model(prompts(1, 1), cache=cache)
+def test_a_sliding_cache_keeps_what_the_graph_reads() -> None:
+    """A cache that another model filled beyond its window has dropped some of it."""
+    eager, model, ids = source("mistral"), compiled("mistral"), prompts(1, WINDOW + 4)
+    cache = DynamicCache(config=eager.config)
+    model(ids[:, :-1], cache=cache)
+    assert cache.get_seq_length() == WINDOW + 3
+    result = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    with torch.no_grad():
+        torch.testing.assert_close(result, eager(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+    dropped = DynamicCache(config=eager.config)
+    with torch.no_grad():
+        eager(ids, use_cache=True, **{CACHE_NAME: dropped})
+    with pytest.raises(InputError, match="has seen 28 tokens and holds the last 23"):
+        model(ids[:, :1], cache=dropped)
 
 
 def test_both_names_of_the_cache_are_taken() -> None:

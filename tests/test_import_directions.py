@@ -34,7 +34,8 @@ ROOMS = (
     "panguq.servers",
     "panguq.lowering",
     "panguq.passes",
-    "panguq.passes.codes panguq.passes.rotation panguq.passes.scaling panguq.passes.statistics",
+    "panguq.passes.codes panguq.passes.patterns panguq.passes.rotation panguq.passes.scaling "
+    "panguq.passes.statistics",
     "panguq.passes.pipeline",
     "panguq.kernels",
     "panguq.tracing panguq.trace_check",

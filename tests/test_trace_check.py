@@ -14,6 +14,7 @@ import panguq
 from panguq import trace_check
 from panguq.errors import InputError, TraceError
 from panguq.ir.edit import get_tensor, set_tensor
+from panguq.ir.trace import trace_causal_lm
 from panguq.trace_check import check_causal_lm, check_module
 from panguq.tracing import trace
 from tests.model_shelf import GROUPED, make_model, shared_model, token_ids, traced
@@ -188,14 +189,25 @@ def test_a_module_of_other_values_is_named() -> None:
         check_module(model, gm, interface, (X,))
 
 
-def test_a_mask_that_is_read_the_other_way_is_found() -> None:
-    """MPT hides where others attend, so the mask of the trace means the opposite to it."""
+def mpt() -> nn.Module:
     config = transformers.MptConfig(
         d_model=64, n_heads=4, n_layers=2, vocab_size=96, max_seq_len=64
     )
     torch.manual_seed(0)
+    return transformers.MptForCausalLM(config).eval()
+
+
+def test_a_mask_that_is_read_the_other_way_is_found() -> None:
+    """MPT hides where others attend, so the graph's own mask means the opposite to it."""
+    model = mpt()
+    gm, interface = trace_causal_lm(model)
     with pytest.raises(TraceError, match=r"first module that differs is transformer\.blocks\.0"):
-        panguq.compile(transformers.MptForCausalLM(config).eval(), "float")
+        check_causal_lm(model, gm, interface)
+
+
+def test_a_model_with_a_mask_of_its_own_makes_it_of_the_tokens() -> None:
+    model = mpt()
+    equal_to_eager(model, panguq.compile(model, "float"), 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -249,9 +261,23 @@ def test_a_forward_that_branches_on_the_length_is_refused() -> None:
         panguq.compile(build("GPTNeo", **config), "float")
 
 
-def test_attention_without_sdpa_is_refused() -> None:
-    with pytest.raises(TraceError, match="Gemma2ForCausalLM has no attention through"):
-        panguq.compile(build("Gemma2", head_dim=16, layer_types=["full_attention"] * 2), "float")
+def test_scores_are_capped() -> None:
+    """Gemma 2 has no attention through scaled_dot_product_attention."""
+    kinds = ["sliding_attention", "full_attention"]
+    settings = dict(head_dim=16, layer_types=kinds, sliding_window=8, attn_logit_softcapping=0.5)
+    model = build("Gemma2", **settings)
+    compiled = panguq.compile(model, "float")
+    equal_to_eager(model, compiled, 20)
+    attention = torch.ops.panguq.attention.default
+    caps = [n.args[6] for n in compiled.graph.graph.nodes if n.target is attention]
+    assert caps == [0.5, 0.5]
+
+
+def test_a_mixture_of_experts_is_refused_by_the_plan_too() -> None:
+    model = build("Mixtral", num_local_experts=4)
+    for refused in (panguq.compile, panguq.plan):
+        with pytest.raises(TraceError, match=r"not supported yet: module model\.layers\.0\.mlp"):
+            refused(model, "float")
 
 
 def test_layers_with_another_state_are_refused() -> None:
@@ -267,15 +293,42 @@ def equal_to_eager(model, compiled, tokens: int) -> None:
     assert (compiled(ids).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_a_window_limits_the_length_only_where_a_layer_has_it() -> None:
+def test_a_window_holds_in_the_layers_that_have_it() -> None:
     settings = dict(use_sliding_window=True, sliding_window=8)
     windowed = build("Qwen2", **settings, max_window_layers=1)
     compiled = panguq.compile(windowed, "float")
-    equal_to_eager(windowed, compiled, 8)
-    with pytest.raises(InputError, match=r"8 positions \(beyond its sliding window"):
-        compiled(token_ids(1, 9))
+    equal_to_eager(windowed, compiled, 20)
     plain = build("Qwen2", **settings, max_window_layers=2)
     equal_to_eager(plain, panguq.compile(plain, "float"), 20)
+    with pytest.raises(AssertionError):
+        equal_to_eager(plain, compiled, 20)
+
+
+def test_generation_goes_on_beyond_the_window() -> None:
+    """transformers' cache drops what a layer's window has left behind; the graph's keeps it."""
+    model = build("Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    model.generation_config.eos_token_id = None
+    compiled = panguq.compile(model, "float")
+    settings = dict(max_new_tokens=8, do_sample=False)
+    ids = token_ids(2, 6)
+    assert torch.equal(compiled.generate(ids, **settings), model.generate(ids, **settings))
+    with pytest.raises(InputError, match="the cache has room for 8 tokens") as caught:
+        compiled.generate(ids, **settings, cache_implementation="static")
+    assert "use a dynamic one" in caught.value.hint
+
+
+def test_a_window_of_a_model_that_is_not_transformers_own_limits_the_length() -> None:
+    """What it does beyond its window no short run can show."""
+    windowed = type("Other", (transformers.Qwen2ForCausalLM,), {"__module__": "other"})
+    config = transformers.Qwen2Config(
+        **GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    )
+    torch.manual_seed(0)
+    model = windowed(config).eval()
+    compiled = panguq.compile(model, "float")
+    equal_to_eager(model, compiled, 8)
+    with pytest.raises(InputError, match=r"8 positions \(beyond its sliding window"):
+        compiled(token_ids(1, 9))
 
 
 # --- rotary frequencies that depend on the length -----------------------------------------------

@@ -6,6 +6,8 @@ returns the dtype of its first argument; `rms_norm` with a wider weight returns 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -56,28 +58,66 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
-def _attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> Tensor:
+def _attention_fake(query: Tensor, value: Tensor) -> Tensor:
     batch, heads, seq, _ = query.shape
     return query.new_empty((batch, seq, heads, value.shape[-1])).transpose(1, 2)
 
 
 @define_op(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale, "
+    "Tensor? sinks=None, float softcap=0.0) -> Tensor",
     fake=_attention_fake,
 )
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
     """Scaled dot-product attention with grouped heads.
 
     query `[batch, heads, seq, d]`; key and value `[batch, kv_heads, total, d]` with heads a
     multiple of kv_heads; mask broadcastable to `[batch, heads, seq, total]`, boolean (True
     attends) or additive. A mask without elements stands for plain causal attention: query i
-    attends to the keys 0 ... total - seq + i. The result is laid out as `[batch, seq, heads, d]`,
-    as the next matmul reads it.
+    attends to the keys 0 ... total - seq + i. `sinks` `[heads]` are scores of one more key, whose
+    value is zero; a `softcap` c other than 0 makes every score s `c * tanh(s / c)` before the mask.
+    The result is laid out as `[batch, seq, heads, d]`, as the next matmul reads it.
     """
-    result = _attention(query, key, value, mask, scale)
+    if sinks is None and softcap == 0.0:
+        result = _attention(query, key, value, mask, scale)
+    else:
+        result = _attention_by_scores(query, key, value, mask, scale, sinks, softcap)
     return result.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attention_by_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    seq, total = query.shape[2], key.shape[2]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = _wide(query) @ _wide(key).transpose(2, 3) * scale
+    if softcap != 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask.numel() == 0:
+        mask = torch.ones(seq, total, dtype=torch.bool, device=query.device).tril(total - seq)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+    scores = scores + mask
+    if sinks is not None:
+        one_more = _wide(sinks)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, one_more), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :total]
+    return (weights @ _wide(value)).to(query.dtype)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

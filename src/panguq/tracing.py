@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from panguq.errors import InputError
+from panguq.errors import InputError, TraceError
+from panguq.ir.causal_lm import MaskForm, makes_its_own_mask
 from panguq.ir.interface import Interface
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
 from panguq.trace_check import check_causal_lm, check_module, has_weights
@@ -34,10 +35,7 @@ def trace(
         model = _cast(model, dtype)
     compare = compare and has_weights(model)
     if is_causal_lm(model):
-        gm, interface = trace_causal_lm(model)
-        if compare:
-            check_causal_lm(model, gm, interface)
-        return gm, interface
+        return _trace_causal_lm(model, compare)
     if example_inputs is None:
         raise InputError(
             f"{type(model).__name__} is not a transformers causal language model",
@@ -46,6 +44,30 @@ def trace(
     gm, interface = trace_module(model, example_inputs)
     if compare:
         check_module(model, gm, interface, example_inputs)
+    return gm, interface
+
+
+def _trace_causal_lm(model: nn.Module, compare: bool) -> tuple[fx.GraphModule, Interface]:
+    """With the mask of the graph itself, and where that is not right, with the one that users
+    give, if the model makes its own of it."""
+    try:
+        return _checked(model, "attended", compare)
+    except TraceError:
+        if not makes_its_own_mask(model):
+            raise
+        try:
+            return _checked(model, "real_tokens", compare)
+        except TraceError:
+            pass  # the first error is the one to know of
+        raise
+
+
+def _checked(
+    model: nn.Module, mask_form: MaskForm, compare: bool
+) -> tuple[fx.GraphModule, Interface]:
+    gm, interface = trace_causal_lm(model, mask_form)
+    if compare:
+        check_causal_lm(model, gm, interface)
     return gm, interface
 
 

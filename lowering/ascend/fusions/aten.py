@@ -5,6 +5,7 @@ Each computes what the canonical op's body computes, in the same dtypes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,9 +73,53 @@ def spell_attention(node: fx.Node, state: FusionState) -> fx.Node:
         repeat = aten.repeat_interleave.self_int
         key = _step(node, repeat, (key, groups, 1), "keys")
         value = _step(node, repeat, (value, groups, 1), "values")
+    if given.sinks is not None or given.softcap:
+        return _attention_by_scores(node, query, key, value, mask)
     args = (query, key, value, mask, 0.0, False)
     op = aten.scaled_dot_product_attention.default
     return call(node, op, args, {"scale": given.scale}, origin=node)
+
+
+def _attention_by_scores(
+    node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node
+) -> fx.Node:
+    """`softmax(cap(q @ k^T * scale) + mask, sinks)[..., :total] @ v`, the scores in float32."""
+    given, dtype = Attention.of(node), query.meta["val"].dtype
+    narrow = dtype not in (torch.float32, torch.float64)
+    wide = torch.float32 if narrow else dtype
+
+    def widened(x: fx.Node, suffix: str) -> fx.Node:
+        same = x.meta["val"].dtype == wide
+        return x if same else _step(node, aten.to.dtype, (x, wide), suffix)
+
+    turned = _step(node, aten.transpose.int, (widened(key, "wide_keys"), 2, 3), "turned_keys")
+    products = _step(node, aten.matmul.default, (widened(query, "wide_query"), turned), "products")
+    scores = _step(node, aten.mul.Tensor, (products, given.scale), "scores")
+    if given.softcap:
+        parts = _step(node, aten.div.Tensor, (scores, given.softcap), "parts_of_cap")
+        squashed = _step(node, aten.tanh.default, (parts,), "squashed")
+        scores = _step(node, aten.mul.Tensor, (squashed, given.softcap), "capped")
+    if mask.meta["val"].dtype == torch.bool:
+        hidden = _step(node, aten.logical_not.default, (mask,), "hidden")
+        masked = _step(node, aten.masked_fill.Scalar, (scores, hidden, -math.inf), "masked")
+    else:
+        masked = _step(node, aten.add.Tensor, (scores, mask), "masked")
+    if given.sinks is not None:
+        column = _step(
+            node, aten.view.default, (widened(given.sinks, "wide"), [-1, 1, 1]), "column"
+        )
+        zeros = _step(node, aten.slice.Tensor, (masked, -1, 0, 1), "first")
+        zeros = _step(node, aten.zeros_like.default, (zeros,), "zeros")
+        sinks = _step(node, aten.add.Tensor, (zeros, column), "sinks")
+        masked = _step(node, aten.cat.default, ([masked, sinks], -1), "with_sinks")
+    weights = _step(node, aten.softmax.int, (masked, -1), "weights")
+    if given.sinks is not None:
+        weights = _step(node, aten.slice.Tensor, (weights, -1, 0, -1), "of_keys")
+    value = widened(value, "wide_values")
+    if not narrow:
+        return call(node, aten.matmul.default, (weights, value), origin=node)
+    result = _step(node, aten.matmul.default, (weights, value), "wide_result")
+    return call(node, aten.to.dtype, (result, dtype), origin=node)
 
 
 def _step(node: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], suffix: str) -> fx.Node:

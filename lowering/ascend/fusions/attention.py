@@ -80,6 +80,8 @@ def fuse_attention(node: fx.Node, state: FusionState) -> fx.Node | str:
     heads, kv_heads = query.meta["val"].shape[1], key.meta["val"].shape[1]
     if isinstance(heads, torch.SymInt) or isinstance(kv_heads, torch.SymInt):
         return "the number of heads is not fixed"
+    if given.sinks is not None or given.softcap:
+        return "npu_fused_infer_attention_score has no sinks and no cap of its scores"
     hidden = hidden_mask(node, state)
     if isinstance(hidden, str):
         return hidden

@@ -427,6 +427,30 @@ def test_attention(dtype, seq, past) -> None:
     assert (actual.double() - exact).abs().max() <= bound
 
 
+class CappedAttention(Attention):
+    """Attention with a cap of its scores and a sink for every head."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = query * self.weight, key * self.weight[:2], value * self.weight[2:]
+        sinks, mask = self.weight[:, 0, 0], mask.unsqueeze(1)
+        return panguq.attention(query, key, value, mask, 0.25, sinks, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_sinks_and_capped_scores_are_spelled_in_aten(dtype) -> None:
+    gm, interface = attention_graph(CappedAttention(), dtype)
+    before = clone(gm)
+    record = fuse(gm, interface)
+    (reason,) = reasons(record)
+    assert "no sinks and no cap" in reason
+    for seq, past in ((5, 3), (1, 6)):
+        inputs = attention_inputs(seq, past, dtype)
+        (exact,) = same_graph_in_float64(before, inputs)
+        (actual,) = run(gm, inputs)
+        bound = (4 * unit(dtype) + FLOAT32_SLACK) * (inputs["value"].abs().max() * 1.5)
+        assert (actual.double() - exact).abs().max() <= bound
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_hidden_keys_have_no_influence(dtype) -> None:
     """The mask's sense is turned: what a query may not see does not matter, and all else does."""

@@ -1,0 +1,1 @@
+"""Patterns of traced ops that canonicalize raises into one op."""
