@@ -14,6 +14,7 @@ from torch import fx
 from panguq.dumps.bisect import BisectResult, bisect
 from panguq.dumps.reader import DumpReader
 from panguq.dumps.replay import run_stage
+from panguq.files.checksums import CHECKSUMS
 from panguq.ir.edit import find_label, get_tensor, label, set_tensor
 from panguq.passes.pipeline import runner as pipeline
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, linears
@@ -191,6 +192,7 @@ def test_a_float_graph_that_is_not_finite(dump_into: Any, tmp_path: Path) -> Non
     reader, _, _ = dump_into(tmp_path / "dump", "float", [ExactPoison()])
     path = reader.path / "03_exact-poison" / "stage.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"exact": True}))
+    path.with_name(CHECKSUMS).unlink()
     result = bisect(DumpReader(reader.path))
     assert result.verdict == "float_not_finite"
     assert result.node == "model.layers.0.self_attn.o_proj.weight"
@@ -224,6 +226,7 @@ def test_the_trace_cannot_always_be_saved(w8a8: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(w8a8[0].path, tmp_path / "dump")
     path = folder / "00_trace" / "stage.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"unsaved": "node x: no such op"}))
+    path.with_name(CHECKSUMS).unlink()
     result = bisect(DumpReader(folder), 10.0)
     assert result.clean and result.stages[0].note == "not compared: the trace could not be saved"
 

@@ -27,6 +27,7 @@ from panguq.dumps.bisect import bisect
 from panguq.dumps.reader import DumpReader
 from panguq.dumps.replay import probe_for, run_stage
 from panguq.errors import NumericsError, RecipeError, StorageError
+from panguq.files.checksums import CHECKSUMS
 from panguq.ir.run import interpret
 from panguq.ir.text.serialize import to_text
 from panguq.ir.trace import trace_causal_lm
@@ -60,7 +61,7 @@ def test_layout(w8a8: Dumped) -> None:
     reader, _ = w8a8
     assert reader.stages == STAGES
     names = {path.name for path in reader.path.iterdir()}
-    assert names == {"summary.txt", "dump.json", "probe.safetensors", *STAGES}
+    assert names == {"summary.txt", "dump.json", "probe.safetensors", "SHA256SUMS", *STAGES}
     for stage in STAGES[1:]:
         files = {path.name for path in (reader.path / stage).iterdir()}
         assert {"graph.txt", "graph.json", "stage.json", "skipped.csv"} <= files
@@ -387,6 +388,7 @@ def _edit(name: str, **fields: Any) -> Any:
     def change(folder: Path) -> None:
         data = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps(data | fields))
+        (folder / name).with_name(CHECKSUMS).unlink()  # no accident
 
     return change
 
@@ -430,6 +432,11 @@ DAMAGE = {
     "flipped graph": (_flip("03_smoothquant/graph.json"), "graph.json: its checksum"),
     "no graph": (_remove("03_smoothquant/graph.json"), "graph.json: missing"),
     "pipe": (_pipe("03_smoothquant/graph.json"), "graph.json: not a regular file"),
+    "flipped summary": (_flip("summary.txt"), "summary.txt: its checksum"),
+    "flipped text": (_flip("03_smoothquant/graph.txt"), "graph.txt: its checksum"),
+    "flipped table": (_flip("03_smoothquant/skipped.csv"), "skipped.csv: its checksum"),
+    "flipped probe": (_flip("probe.safetensors"), "probe.safetensors: its checksum"),
+    "flipped list": (_flip("03_smoothquant/SHA256SUMS"), "03_smoothquant/"),
     "cut tensors": (_cut("00_trace/tensors.safetensors"), "00_trace/tensors.safetensors"),
     "flipped tensors": (_flip("03_smoothquant/tensors.safetensors"), "03_smoothquant/tensors"),
     "no tensors": (_remove("03_smoothquant/tensors.safetensors"), "is missing"),

@@ -42,6 +42,7 @@ from panguq.dumps.model_source import find_source
 from panguq.dumps.stage_writer import StageWriter, model_text
 from panguq.dumps.text import error_text, summary_text
 from panguq.errors import StorageError, first_line
+from panguq.files.checksums import write_checksums
 from panguq.ir.edit import weights_of
 from panguq.ir.properties import TRACED
 from panguq.pass_options import pass_to_entry
@@ -173,13 +174,19 @@ class Dump:
         def write() -> None:
             self._writer.write_failed(name, info, said, self._metadata, self.ctx.batches)
             self._write_summary()
+            self._seal()
 
         self._attempt(write)
         self._release()
 
     def close(self, report: CompileReport) -> None:
         """Add to the summary what the report says of the calibration data, and its warnings."""
-        self._attempt(lambda: self._write_summary(report))
+
+        def write() -> None:
+            self._write_summary(report)
+            self._seal()
+
+        self._attempt(write)
         self._release()
 
     # --- parts ----------------------------------------------------------------------------------
@@ -222,6 +229,10 @@ class Dump:
     def _write_summary(self, report: CompileReport | None = None) -> None:
         text = summary_text(self.info, self._lines, self._failure, report)
         replace_file(self.folder / SUMMARY, [text.encode()])
+
+    def _seal(self) -> None:
+        names = [name for name in (DUMP_JSON, PROBE, SUMMARY) if (self.folder / name).exists()]
+        write_checksums(self.folder, names)
 
     def _summary_of(self, record: PassRecord) -> PassSummary:
         """The line that a watching `Quality` wrote, with its SQNR; else one without."""

@@ -7,6 +7,7 @@
     NN_pass/graph.json     the graph; its weights are named in stage.json by content hash
     NN_pass/graph.txt      the same for people; graph.diff, skipped.csv, the pass's own tables
     NN_pass/tensors.safetensors    tensors that no earlier stage had, by content hash
+    SHA256SUMS, NN_pass/SHA256SUMS checksums of the other files; of the dump's own when it is done
 
 A stage's folder is written under a temporary name and renamed, so it is there whole or not at
 all. Tensors that equal those of the model's own folder are not copied.

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from panguq.dumps.files import DUMP_JSON, PROBE, STAGE_NAME, SUMMARY, DumpInfo, read_json_as
 from panguq.errors import StorageError
+from panguq.files.checksums import CHECKSUMS
 from panguq.files.claimed_folder import lock_folder
 from panguq.files.partial_folder import MARKER, PARTIAL
 
 _STAGE_FILE = re.compile(
     r"[A-Za-z0-9_.-]+\.csv|graph\.(txt|diff|json)|stage\.json|error\.txt"
     r"|(tensors|calibration|metadata)\.safetensors|\.[a-z.]+\.partial-[0-9a-f]{8}"
-    rf"|{MARKER}"
+    rf"|{MARKER}|{CHECKSUMS}"
 )
 
 
@@ -70,7 +71,7 @@ def _is_ours(path: Path) -> bool:
     partial = PARTIAL.fullmatch(path.name)
     name = partial["name"] if partial else path.name
     if path.is_file():
-        return name in (SUMMARY, DUMP_JSON, PROBE)
+        return name in (SUMMARY, DUMP_JSON, PROBE, CHECKSUMS)
     return bool(STAGE_NAME.fullmatch(name)) and all(
         file.is_file() and not file.is_symlink() and _STAGE_FILE.fullmatch(file.name)
         for file in path.iterdir()

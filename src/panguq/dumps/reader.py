@@ -33,6 +33,7 @@ from panguq.dumps.files import (
 )
 from panguq.dumps.model_source import SourceFolder
 from panguq.errors import StorageError
+from panguq.files.checksums import check_listed
 from panguq.ir.text.printer import content_hash
 from panguq.ir.text.serialize import from_text
 from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that graphs name)
@@ -57,6 +58,8 @@ class DumpReader:
                 f"{self.path}: not a dump: it has no {DUMP_JSON}",
                 "name the folder that was given as dump_dir, --dump or PANGUQ_DUMP",
             )
+        self._checked: set[Path] = set()
+        self._check(self.path)
         self.info = read_json_as(self.path / DUMP_JSON, DumpInfo)
         folder = Path(model_folder) if model_folder is not None else None
         self._source = SourceFolder(self.info.model, folder) if self.info.model else None
@@ -176,7 +179,20 @@ class DumpReader:
         if stage not in self._stages:
             hint = did_you_mean(stage, self.stages, "stages")
             raise StorageError(f"{self.path}: there is no stage {stage!r}", hint)
+        self._check(self.path / stage)
         return self.path / stage / name
+
+    def _check(self, folder: Path) -> None:
+        """Compare a folder's files with their checksums, once."""
+        if folder in self._checked:
+            return
+        try:
+            check_listed(folder)
+        except StorageError as error:
+            raise StorageError(error.message, COMPILE_AGAIN) from error
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be read: {error}", COMPILE_AGAIN) from error
+        self._checked.add(folder)
 
     def _optional(self, path: Path) -> dict[str, Tensor]:
         has_any = path.exists() and path.stat().st_size > 0

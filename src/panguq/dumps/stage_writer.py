@@ -24,7 +24,8 @@ from panguq.dumps.files import (
 from panguq.dumps.graph_diff import graph_diff
 from panguq.dumps.text import csv_text
 from panguq.errors import StorageError
-from panguq.files.partial_folder import partial_folder
+from panguq.files.checksums import write_checksums
+from panguq.files.partial_folder import MARKER, partial_folder
 from panguq.files.whole_file import write_file
 from panguq.ir.edit import weights_of
 from panguq.ir.text.printer import Hasher, print_graph
@@ -73,6 +74,7 @@ class StageWriter:
             _write_texts(folder, files)
             if new:
                 write_file(folder / TENSORS, tensor_chunks(new))
+            _seal(folder)
         self.stored |= set(new)
         self.last = written
 
@@ -95,6 +97,7 @@ class StageWriter:
             _write_texts(folder, files | {"error.txt": error})
             write_file(folder / METADATA, tensor_chunks(copies(metadata[1])))
             write_file(folder / CALIBRATION, tensor_chunks(copies(inputs)))
+            _seal(folder)
 
 
 def model_text(model: BaseModel) -> str:
@@ -118,6 +121,12 @@ def _as_json(gm: fx.GraphModule) -> tuple[str, str]:
         return to_text(gm), ""
     except StorageError as error:
         return "", error.message
+
+
+def _seal(folder: Path) -> None:
+    """List the checksums of all but the tensors, which are named by their own."""
+    names = {path.name for path in folder.iterdir()} - {TENSORS, MARKER}
+    write_checksums(folder, names)
 
 
 def _write_texts(folder: Path, files: Mapping[str, str]) -> None:

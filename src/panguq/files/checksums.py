@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from panguq.errors import StorageError
 from panguq.files.manifest import FILE_NAME, open_regular
+from panguq.files.whole_file import write_file
 
 CHECKSUMS = "SHA256SUMS"
 _LINE = re.compile(rf"([0-9a-f]{{64}})  ({FILE_NAME.pattern})")
@@ -41,6 +42,20 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     if data != checksums_text(found):  # there is one spelling of each list
         raise StorageError(f"{path}: it is damaged or not panguq's", "copy the folder again")
     return found
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write the list for these files of the folder. Raises OSError."""
+    digests = {name: sha256_of(folder / name) for name in names}
+    write_file(folder / CHECKSUMS, [checksums_text(digests)])
+
+
+def check_listed(folder: Path) -> None:
+    """Compare the folder's files with its list, if it has one. Raises StorageError for a file that
+    was changed or lost, and OSError."""
+    for name, digest in (read_checksums(folder) or {}).items():
+        if sha256_of(folder / name) != digest:
+            raise StorageError(f"{folder / name}: its checksum is wrong: it was changed")
 
 
 def sha256_of(path: Path) -> str:
