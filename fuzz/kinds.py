@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fuzz import recipe_texts
+from fuzz import crafted_files, environments, flips, kills, recipe_texts
 from fuzz.kind import Kind
 
-KINDS: tuple[Kind, ...] = (recipe_texts.KIND,)
+KINDS: tuple[Kind, ...] = (
+    recipe_texts.KIND, crafted_files.KIND, flips.KIND, kills.KIND, environments.KIND,
+)  # fmt: skip

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+# Whatever ends a command is said with what is in memory already: it may be that no file opens.
+from panguq.cli.failure import said, say, silence_stdout
+from panguq.errors import StorageError
+
 _EXAMPLE = """\
 examples:
   panguq compile MODEL_DIR --recipe w8a8 --calibration text.txt --out OUT
@@ -70,15 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        from panguq.cli.failure import silence_stdout
-
         silence_stdout()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("PANGUQ_TRACEBACK") and isinstance(error, Exception):
             raise
-        from panguq.cli.failure import said, say, silence_stdout
-
         say(said(error, ["panguq", *(sys.argv[1:] if arguments is None else arguments)]))
         silence_stdout()
         return 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -100,8 +100,6 @@ def _prepare() -> None:
 
 
 def _check_here() -> None:
-    from panguq.errors import StorageError
-
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -8,21 +8,17 @@ and the command, in the current folder or where temporary files go, if either ca
 from __future__ import annotations
 
 import os
-import platform
-import shlex
 import sys
-import tempfile
-import time
-import traceback
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
 from panguq.errors import PanguqError
 
 WHERE = "the project's issue tracker (form: something is wrong)"
 _PACKAGES = ("panguq", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+_NO_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "not enough memory", "failed to map segment",
+)  # fmt: skip
 
 
 def said(error: BaseException, command: list[str]) -> str:
@@ -44,6 +40,18 @@ def said(error: BaseException, command: list[str]) -> str:
 
 def write_report(error: BaseException, command: list[str]) -> Path | None:
     """A new file with all that helps to find the fault; None where none can be written."""
+    with suppress(Exception):  # whatever is broken may break this, too
+        return _write_report(error, command)
+    return None
+
+
+def _write_report(error: BaseException, command: list[str]) -> Path | None:
+    import platform
+    import shlex
+    import tempfile
+    import time
+    import traceback
+
     name = f"panguq-crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     text = "\n".join(
         (
@@ -86,6 +94,8 @@ def _line(error: BaseException) -> str:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

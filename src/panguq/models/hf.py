@@ -24,6 +24,7 @@ from panguq.models.checkpoint_files import (
 from panguq.models.config import (
     build_config,
     build_generation_config,
+    first_lines,
     read_object,
     refuse_quantized,
 )
@@ -134,8 +135,14 @@ def _fake_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # each model class stumbles over values in its own way
+        raise StorageError(
+            f"{path}: no model can be made as {CONFIG} says: {first_lines(error)}",
+            "the file is damaged; download it again",
+        ) from error
     return model.eval()
 
 
