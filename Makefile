@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-peers clean
+.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-load bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ bench: setup  ## measure speed on this machine
 
 bench-accuracy: setup  ## measure the quality of every method and scheme; continues where it stopped
 	$(RUN) -m bench.accuracy --json .cache/accuracy.json $(ARGS)
+
+bench-load: setup  ## serve a compiled SmolLM2: 500 calls, 8 threads, a fork; nothing may grow
+	$(RUN) -m bench.load $(ARGS)
 
 bench-peers: setup  ## compare with other quantizers, each in an environment of its own (5 GB)
 	$(RUN) -m bench.peers $(ARGS)
