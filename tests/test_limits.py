@@ -121,6 +121,23 @@ def refused(reader: str, path: Path, word: str = "") -> None:
         assert word in caught.value.message
 
 
+def test_a_tokenizer_makes_no_million_layers_either(folder: Path, tmp_path: Path) -> None:
+    """It reads config.json where its own settings do not name its class."""
+    changed = {"model_type": "qwen3", "num_hidden_layers": 10**8}
+    copy = with_config(folder, tmp_path / "copy", **changed)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings.pop("tokenizer_class")
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    with little(), pytest.raises(StorageError, match="num_hidden_layers is 100000000"):
+        load_tokenizer(copy)
+
+
+def test_what_a_maker_notes_beside_is_no_size(folder: Path, tmp_path: Path) -> None:
+    copy = with_config(folder, tmp_path / "copy", total_parameters=718 * 10**9, trained_on=2**70)
+    load_pretrained(copy), load_tokenizer(copy)
+    assert not any(f.rule == "damaged-file" for f in check_folder(copy).findings)
+
+
 def test_experts_are_counted_over_all_layers() -> None:
     check_sizes({"num_hidden_layers": 200, "n_routed_experts": 1024}, CONFIG)
     with pytest.raises(StorageError, match="layers of 4096 experts"):

@@ -177,3 +177,13 @@ def test_a_saved_folder_chooses_no_code_either(tmp_path: Path) -> None:
     assert "transformers_weights" in (tmp_path / "out" / "config.json").read_text()
     assert not hasattr(loaded.config, "transformers_weights")
     assert not hasattr(loaded.generation_config, "custom_generate")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"hidden_act": "os.system"}, {"rope_parameters": {"rope_type": "evil"}}]
+)
+def test_a_value_that_the_class_does_not_take_is_the_files_fault(
+    changed: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StorageError, match="config.json"):
+        skeleton(with_config(folder, tmp_path / "copy", **changed))

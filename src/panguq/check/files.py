@@ -21,7 +21,7 @@ from panguq.files.limits import (
 )
 from panguq.files.safetensors_header import count_tensors, refuse_too_many
 from panguq.files.strict_json import parse_json
-from panguq.models.config_limits import check_sizes
+from panguq.models.config import check_known_sizes
 from panguq.servers import SERVERS, Server
 
 CONFIG = "config.json"
@@ -128,8 +128,7 @@ def _config(folder: CheckedFolder) -> dict[str, Any] | None:
     """config.json, unless it asks for more than any model has."""
     config = _object(folder, CONFIG)
     try:
-        plain = {k: v for k, v in (config or {}).items() if k != "quantization_config"}
-        check_sizes(plain, Path(CONFIG))
+        check_known_sizes(config or {}, Path(CONFIG))
     except StorageError as error:
         folder.damaged[CONFIG] = error.message
         return None

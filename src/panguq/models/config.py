@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -92,6 +93,17 @@ def build_config(data: Mapping[str, Any], path: Path) -> Any:
         raise
     except Exception as error:  # each configuration class checks its values in its own way
         raise StorageError(f"{path}: {first_lines(error)}", _DAMAGED) from error
+
+
+def check_known_sizes(data: Mapping[str, Any], path: Path) -> None:
+    """Raises StorageError for a number beyond what any model has, under a key that transformers'
+    class for the model type reads; of another type's config, nothing is built."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = str(data.get("model_type", ""))
+    if model_type in CONFIG_MAPPING:
+        with suppress(ValueError):  # a dtype that is none; whoever builds it says so
+            check_sizes(known_settings(CONFIG_MAPPING[model_type], data), path)
 
 
 def known_settings(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def skeleton(folder: str | Path) -> nn.Module:
     gguf = find_gguf(path)
     refuse_adapter(path if gguf is None else gguf.parent)
     config = read_config(path) if gguf is None else _gguf_config(gguf)
-    return _fake_model(config, torch.float32 if gguf is not None else _dtype_if_stored(path))
+    dtype = torch.float32 if gguf is not None else _dtype_if_stored(path)
+    return _fake_model(config, path, dtype)
 
 
 def skeleton_of_config(data: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -128,10 +129,11 @@ def skeleton_of_config(data: Mapping[str, Any], folder: Path) -> nn.Module:
 
     Raises InputError as `read_config` does.
     """
-    return _fake_model(_config(dict(data), folder))
+    return _fake_model(_config(dict(data), folder), folder)
 
 
-def _fake_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+def _fake_model(config: Any, path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Raises StorageError, naming `path`, for values that the model's class does not take."""
     from transformers import AutoModelForCausalLM
 
     dtype = dtype or getattr(config, "dtype", None) or torch.float32

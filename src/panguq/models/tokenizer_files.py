@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from panguq.errors import InputError, PanguqError
+from panguq.errors import InputError, PanguqError, StorageError
 from panguq.files.limits import CONFIG_BYTES, TOKENIZER_BYTES, refuse_larger
 from panguq.files.strict_json import json_text
+from panguq.models.config import check_known_sizes, read_object
 
 logger = logging.getLogger("panguq")
 
@@ -99,10 +100,18 @@ def _elsewhere(value: Any, here: str, there: str) -> Any:
 
 
 def _check_sizes(folder: Path) -> None:
+    """Refuse what transformers would read or make much of, config.json among it."""
     for path in folder.iterdir():
         if path.is_file() and path.suffix in READ:
             largest = CONFIG_BYTES if path.name == "config.json" else TOKENIZER_BYTES
             refuse_larger(path, path.stat().st_size, largest, "download the file again")
+    config = folder / "config.json"
+    if config.is_file():
+        try:
+            data = read_object(config)
+        except StorageError:  # a tokenizer may do without
+            return
+        check_known_sizes(data, config)
 
 
 def _add_fast(tokenizer: Any, files: dict[str, bytes | str], settings: dict[str, Any]) -> None:
