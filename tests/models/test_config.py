@@ -185,5 +185,5 @@ def test_a_saved_folder_chooses_no_code_either(tmp_path: Path) -> None:
 def test_a_value_that_the_class_does_not_take_is_the_files_fault(
     changed: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(StorageError, match="config.json"):
+    with pytest.raises(StorageError, match=r"config\.json"):
         skeleton(with_config(folder, tmp_path / "copy", **changed))
