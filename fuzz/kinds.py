@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from fuzz import crafted_files, environments, flips, kills, recipe_texts
+from fuzz import (
+    compiles,
+    crafted_files,
+    environments,
+    flips,
+    graphs,
+    kills,
+    modules,
+    recipe_texts,
+)
 from fuzz.kind import Kind
 
 KINDS: tuple[Kind, ...] = (
-    recipe_texts.KIND, crafted_files.KIND, flips.KIND, kills.KIND, environments.KIND,
+    recipe_texts.KIND, compiles.KIND, modules.KIND, graphs.KIND,
+    crafted_files.KIND, flips.KIND, kills.KIND, environments.KIND,
 )  # fmt: skip

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from fuzz.__main__ import main
 from fuzz.kind import Case, Fault, Kind, judge
 from fuzz.kinds import KINDS
 from fuzz.run import attack
 from panguq.errors import RecipeError, VerifyError
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = {"recipes": 150, "files": 15, "flips": 12, "kills": 1, "environments": 3}
+CASES = {
+    "recipes": 150,
+    "compiles": 12,
+    "modules": 8,
+    "graphs": 60,
+    "files": 15,
+    "flips": 12,
+    "kills": 1,
+    "environments": 3,
+}
 SEED = 20
 
 
@@ -100,11 +109,13 @@ def test_a_case_that_kills_its_process_is_named_and_the_next_one_runs() -> None:
     )
 
 
-def test_one_case_runs_alone_and_an_unknown_kind_is_named() -> None:
-    def fuzz(*given: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fuzz", *given]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    done = fuzz("recipes", "--seed", "7", "--case", "3")
-    assert done.returncode == 0 and done.stdout.startswith("recipes, seed 7, case 3: ")
-    assert "no kind 'recipe'; the kinds are recipes" in fuzz("recipe").stderr
+def test_one_case_runs_alone_and_an_unknown_kind_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fuzz", "recipes", "--seed", "7", "--case", "3"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("recipes, seed 7, case 3: ")
+    monkeypatch.setattr(sys, "argv", ["fuzz", "recipe"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no kind 'recipe'; the kinds are recipes" in capsys.readouterr().err
