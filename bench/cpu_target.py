@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 from panguq.ir.quant_spec import parse_scheme
-from panguq.lowering.candidates import cpu_candidates
+from panguq.lowering.cpu.candidates import cpu_candidates
+from panguq.lowering.cpu.cost import MANY_TOKENS, cpu_cost_name
 from panguq.lowering.cpu.tuning.calls import KernelCalls, Shape, TimedCall
 from panguq.lowering.cpu.tuning.timing import CLOCKS, TimingBudget, time_in_turn
 from panguq.lowering.cpu.tuning.tune import FULL, QUICK, check_threads, machine, tune
 from panguq.lowering.problem import MatmulProblem
-from panguq.lowering.select_kernel import MANY_TOKENS, cpu_cost_name, select_kernel
+from panguq.lowering.select_kernel import select_kernel
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
 

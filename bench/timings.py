@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
-from panguq.lowering.candidates import split_counts
-from panguq.lowering.cost.executions import Execution, own_execution, scheme_numbers
-from panguq.lowering.cost.model import Cost, cost, execution_cost
-from panguq.lowering.cost.terms import Form, WeightLayout
+from panguq.lowering.ascend.candidates import split_counts
+from panguq.lowering.ascend.cost.executions import Execution, own_execution, scheme_numbers
+from panguq.lowering.ascend.cost.model import cost, execution_cost
+from panguq.lowering.ascend.cost.terms import Form, WeightLayout
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem, Tile
-from panguq.lowering.target import Constant, Target
+from panguq.lowering.target import Constant, Cost, Target
 from panguq.lowering.targets import find_target
 
 DATA = Path(__file__).parent / "data"

@@ -11,7 +11,7 @@ from math import ceil
 
 from bench.timings import best_split_k
 from panguq.ir.quant_spec import SCHEMES
-from panguq.lowering.cost.model import cost
+from panguq.lowering.ascend.cost.model import cost
 from panguq.lowering.problem import Candidate, MatmulProblem, Tile
 from panguq.lowering.select_kernel import select_kernel
 from panguq.lowering.target import Target

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from bench.timings import read
 from panguq.ir.quant_spec import SCHEMES
 from panguq.kernels.ascend.own.tiles import legal_tiles
-from panguq.lowering.candidates import split_counts
-from panguq.lowering.cost.executions import own_execution
-from panguq.lowering.cost.model import cost, execution_cost
+from panguq.lowering.ascend.candidates import split_counts
+from panguq.lowering.ascend.cost.executions import own_execution
+from panguq.lowering.ascend.cost.model import cost, execution_cost
 from panguq.lowering.problem import Candidate, KernelSchedule, MatmulProblem, Tile
 from panguq.lowering.target import Target
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import call, clone, finish, replace
-from panguq.lowering.dispatch import Operands, kernel_call, parse_kernel
+from panguq.lowering.ascend.dispatch import Operands, kernel_call, parse_kernel
 
 panguq = torch.ops.panguq
 own = torch.ops.panguq_npu

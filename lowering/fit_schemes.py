@@ -13,10 +13,10 @@ from panguq.ir.node_meta import annotate, is_quantized, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import by_input
-from panguq.lowering.candidates import fallbacks, scheme_refusal
 from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.select_format import select_format
+from panguq.lowering.select_kernel import scheme_refusal
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
@@ -27,7 +27,7 @@ class FitSchemes(Pass):
     """Before: matmuls with the recipe's schemes.  After: with schemes that the target can run.
 
     A scheme whose kernels all refuse a matmul's shape is replaced by the first of its documented
-    fallbacks that fits (W4A8 -> W8A8_DYNAMIC -> FLOAT, see `candidates.fallbacks`). Matmuls that
+    fallbacks that fits (W4A8 -> W8A8_DYNAMIC -> FLOAT, see `Target.fallbacks`). Matmuls that
     read one tensor keep one scheme: if one of them falls back, all do. With `ascend.allow_float`,
     matmuls that are predicted to take longer quantized than in float, over the mix
     `ascend.tokens`, stay float. Raises LoweringError if the target has no kernel for a scheme.
@@ -70,7 +70,7 @@ class FitSchemes(Pass):
         """What the mix costs quantized and in float, summed over the siblings."""
         totals = [0.0, 0.0]
         for node in siblings:
-            problem = matmul_problem(node, scheme, whole=False)
+            problem = matmul_problem(node, scheme, largest_n=target.largest_n)
             options = self.ascend
             choice = select_format(
                 problem, target, options.weight_format, options.tokens, allow_float=True
@@ -84,10 +84,10 @@ def fit(siblings: list[fx.Node], target: Target) -> tuple[Scheme, list[str]]:
     """The scheme for matmuls that read one tensor, and why not those before it in the order."""
     scheme = scheme_of(siblings[0])
     reasons: list[str] = []
-    for candidate in (scheme, *fallbacks(scheme)):
+    for candidate in (scheme, *target.fallbacks(scheme)):
         refusals = []
         for node in siblings:
-            problem = matmul_problem(node, candidate, whole=False)
+            problem = matmul_problem(node, candidate, largest_n=target.largest_n)
             refusal = scheme_refusal(problem, target)
             if refusal is not None:
                 refusals.append(f"{label(node)} (n={problem.n}, k={problem.k}): {refusal}")

@@ -8,31 +8,33 @@ from torch import fx
 
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import DequantizedWeight, Linear
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
 from panguq.tensors.dtypes import dtype_name
 
 PART_MULTIPLE = 64
 
 
-def output_parts(node: fx.Node) -> list[slice]:
+def output_parts(node: fx.Node, largest_n: int | None) -> list[slice]:
     """The rows of the weight that one call computes: all of them where they are few enough."""
     n = Linear.of(node).shape[0]
-    if n <= LARGEST_DIMENSION:
+    if largest_n is None or n <= largest_n:
         return [slice(None)]
-    parts = -(-n // LARGEST_DIMENSION)
+    parts = -(-n // largest_n)
     size = -(-n // (parts * PART_MULTIPLE)) * PART_MULTIPLE
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def matmul_problem(
-    node: fx.Node, scheme: Scheme, precision: Precision = "bfloat16", whole: bool = True
+    node: fx.Node,
+    scheme: Scheme,
+    precision: Precision = "bfloat16",
+    largest_n: int | None = None,
 ) -> MatmulProblem:
-    """This linear under a scheme, for any m; the first of its parts unless `whole`."""
+    """This linear under a scheme, for any m; the first of its parts if it has more outputs than
+    `largest_n`."""
     n, k = Linear.of(node).shape
-    if not whole:
-        part = output_parts(node)[0]
-        n = n if part.start is None else part.stop - part.start
+    part = output_parts(node, largest_n)[0]
+    n = n if part.start is None else part.stop - part.start
     dtype = cast(Dtype, dtype_name(Linear.of(node).input.meta["val"].dtype))
     return MatmulProblem(None, n, k, scheme, precision, dtype, mixed=_has_mixed_codes(node))
 

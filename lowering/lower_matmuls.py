@@ -11,18 +11,14 @@ import torch
 from torch import fx
 
 from panguq.errors import LoweringError
-from panguq.ir.edit import call, erase_unused, label, replace
+from panguq.ir.edit import erase_unused, label, replace
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.properties import Property
-from panguq.lowering.ascend.calls import AscendCalls
-from panguq.lowering.ascend.inputs import AscendInputs
-from panguq.lowering.cpu.calls import lower_on_cpu
-from panguq.lowering.dispatch import NO_LIMIT
-from panguq.lowering.graph_problems import matmul_problem, output_parts
+from panguq.lowering.choice import Choice
+from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.problem import MatmulProblem, Precision
 from panguq.lowering.select_format import select_format
-from panguq.lowering.select_kernel import Choice
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes
@@ -72,7 +68,7 @@ class LowerMatmuls(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         target = find_target(self.target)
         result = PassResult()
-        calls = AscendCalls(gm, AscendInputs(gm, ctx.store)) if target.kind == "ascend" else None
+        write = target.calls(gm, ctx.store)
         choices = Choices(target, self.precision, self.ascend)
         rows: list[tuple[object, ...]] = []
         for node in [n for n in gm.graph.nodes if n.target is aten.linear.default]:
@@ -83,9 +79,7 @@ class LowerMatmuls(Pass):
             if choice.kernel == "dequantized_linear":
                 others = "; ".join(f"{kernel}: {why}" for kernel, why in choice.losers)
                 result.skip(node, f"no integer kernel: {others or scheme.name}")
-            lowered = (
-                lower_on_cpu(node, choice) if calls is None else _on_ascend(node, choice, calls)
-            )
+            lowered = write(node, choice)
             sources = list(node.all_input_nodes)
             replace(node, lowered)
             erase_unused(sources)
@@ -95,14 +89,6 @@ class LowerMatmuls(Pass):
                    "table", "others")  # fmt: skip
         result.tables["kernel_choices"] = Table(columns, tuple(rows))
         return result
-
-
-def _on_ascend(node: fx.Node, choice: Choice, calls: AscendCalls) -> fx.Node:
-    table = [(entry.last_m or NO_LIMIT, entry.candidate) for entry in choice.table]
-    parts = [calls.lower(node, table, rows, choice.weight_format) for rows in output_parts(node)]
-    if len(parts) == 1:
-        return parts[0]
-    return call(node, aten.cat.default, (parts, -1), origin=node)
 
 
 class Choices:
@@ -118,8 +104,8 @@ class Choices:
 
     def choose(self, node: fx.Node) -> Choice:
         """The kernel for this linear. Raises LoweringError if the target has none."""
-        whole = self.target.kind == "cpu"
-        problem = matmul_problem(node, scheme_of(node), self.precision, whole)
+        largest_n = self.target.largest_n
+        problem = matmul_problem(node, scheme_of(node), self.precision, largest_n)
         if problem not in self.known:
             options = self.ascend
             allowed = replace_field(problem, own_kernels=options.own_kernels)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from panguq.lowering.select_format import FormatOption
-from panguq.lowering.select_kernel import DEFAULT_MIX, TokenMix
+from panguq.lowering.choice import DEFAULT_MIX, TokenMix
+from panguq.lowering.problem import FormatOption
 
 
 @dataclass(frozen=True)
 class AscendOptions:
-    """Options that change what runs on an NPU; a CPU target does not read them.
+    """Options that change what runs on an NPU; other targets do not read them.
 
     allow_float: leave matmuls in float that are predicted to be faster so, over `tokens`.
     allow_inexact: let the vendor's ops that quantize inside a norm round in other places.

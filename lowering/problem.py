@@ -13,6 +13,10 @@ KernelSchedule = Literal["vendor", "data_parallel", "split_k"]
 Storage = Literal["float", "int8", "int4"]
 Tile = tuple[int, int, int]
 WeightFormat = Literal["ND", "NZ"]
+FormatOption = Literal["auto", "ND", "NZ"]
+FLOAT_OP = "linear"
+MIXED_WIDTHS = "the weight's groups have several widths"
+FLOAT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)

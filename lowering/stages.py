@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from panguq.lowering.ascend.fuse_ascend import FuseAscend
-from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.options import AscendOptions
@@ -16,19 +14,15 @@ from panguq.passes.pipeline.base import Pass
 
 def default_dtype(target: str) -> torch.dtype | None:
     """What a model is cast to for the target unless the user says; None: it keeps its own."""
-    return torch.bfloat16 if find_target(target).kind == "ascend" else None
+    return find_target(target).float_dtype
 
 
 def fitting(target: str, options: AscendOptions) -> list[Pass]:
     """After assign-schemes: what the target needs decided before calibration."""
-    if find_target(target).kind != "ascend":
-        return []
-    return [FitSchemes(target, options)]
+    return [FitSchemes(target, options)] if find_target(target).fits_schemes else []
 
 
 def lowering_passes(target: str, precision: Precision, options: AscendOptions) -> list[Pass]:
     """From the fake-quant graph to the graph that runs on the target."""
-    lower = LowerMatmuls(target, precision, options)
-    if find_target(target).kind != "ascend":
-        return [lower]
-    return [MergeGateUp(), lower, FuseAscend(options.allow_inexact)]
+    found, lower = find_target(target), LowerMatmuls(target, precision, options)
+    return [*found.passes_before(options), lower, *found.passes_after(options)]

@@ -1,17 +1,35 @@
-"""What a graph can be compiled for, as data: each number says where it comes from."""
+"""What a graph can be compiled for: a machine, what its kernels take, and what they cost.
+
+A target is an object. What panguq asks of one is a method or an attribute here; what a kind of
+target answers stands in a folder of its own (`cpu/`, `ascend/`). Nothing else compares kinds.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
-from typing import Literal, get_args
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+from torch._ops import OpOverload
 
 from panguq.errors import LoweringError
+from panguq.ir.quant_spec import Scheme
+from panguq.lowering.choice import DECODE_M, DECODE_STEPS, PREFILL_M, Choice, TokenMix
+from panguq.lowering.options import AscendOptions
+from panguq.lowering.problem import Candidate, FormatOption, MatmulProblem, WeightFormat
+from panguq.passes.pipeline.base import Pass
 from panguq.suggest import did_you_mean
+from panguq.tensors.weight_store import WeightStore
 
-TargetKind = Literal["cpu", "ascend"]
+Floats = NDArray[np.float64]
+Calls = Callable[[fx.Node, Choice], fx.Node]
+"""Writes the chosen call in front of a matmul; its value takes the matmul's place."""
 
 
 @dataclass(frozen=True)
@@ -44,67 +62,180 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A machine and what its kernels cost.
+class Cost:
+    """Microseconds of one call. `total_us` is the sum of the terms, of the `overlapped` ones only
+    the largest; `how` names the tiling that it is the cost of."""
 
-    A CPU has one affine cost per kernel; an Ascend NPU has `constants`, from which
-    `cost/model.py` computes the cost of any kernel. Both are plain data: see `target_files.py`.
+    total_us: float
+    terms: dict[str, float]
+    how: str = ""
+    overlapped: tuple[str, ...] = ()
+
+    @property
+    def bound_by(self) -> str:
+        """The overlapped term that decides."""
+        return max(self.overlapped, key=lambda name: self.terms[name])
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What bounds the nodes of a graph that are no matmuls: memory and 16-bit multiplications."""
+
+    bytes_per_us: float
+    macs_per_us: float
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A machine to compile for. A subclass says at least `kind`, `candidates` and `calls`.
+
+    `kernels` and `constants` are its numbers, plain data that a target file holds, too (see
+    `target_files.py`): one affine cost a kernel, or constants from which costs are computed.
     """
 
     name: str
     kernels: Mapping[str, KernelCost] = field(default_factory=dict)
-    kind: TargetKind = "cpu"
     constants: Mapping[str, Constant] = field(default_factory=dict)
+
+    kernel_names: ClassVar[tuple[str, ...]] = ()
+    """What `kernels` gives the cost of: all of them, and nothing else."""
+    units: ClassVar[Mapping[str, str]] = {}
+    """The unit of each of `constants`: all of them, and nothing else."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Constants that are whole numbers."""
+    float_dtype: ClassVar[torch.dtype | None] = None
+    """What a model is cast to unless the user says; None: it keeps its own."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    """Where compiled models run. On a CPU all do: every op has a body there."""
+    takes_empty_masks: ClassVar[bool] = True
+    """Whether the lowered graph takes a mask without elements for plain causal attention."""
+    fits_schemes: ClassVar[bool] = False
+    """Whether a scheme that no kernel takes is replaced by one of its `fallbacks`."""
+    prepacking: ClassVar[tuple[OpOverload, ...]] = ()
+    """Ops that make what a kernel reads of stored weights alone: run once, at loading."""
+    terms: ClassVar[Mapping[str, str]] = {"call": "running the kernel"}
+    """The terms of `cost` in their order, and what each is the time of, in words."""
+    overlapped: ClassVar[tuple[str, ...]] = ()
+    """Those of the terms that run at the same time."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What target files call this kind of target."""
 
     def __getitem__(self, constant: str) -> float:
         """The value of a constant."""
         return self.constants[constant].value
 
+    # --- what may run -----------------------------------------------------------------------------
 
-CPU_KERNELS = (
-    "linear",
-    "int8_linear",
-    "int8_weight_linear",
-    "int8_weight_linear (converted)",
-    "int4_linear",
-    "dequantized_linear",
-)
-"""What a CPU target gives the cost of."""
+    @abstractmethod
+    def candidates(self, problem: MatmulProblem, allow_float: bool = False) -> list[Candidate]:
+        """All kernels that know the scheme, legal or not, and why those are not. Nothing of
+        speed. With `allow_float` the float matmul is legal for a quantized scheme, too."""
 
-ASCEND_UNITS: Mapping[str, str] = MappingProxyType(
-    {
-        "cube_cores": "cores",
-        "vector_cores": "cores",
-        "clock_mhz": "MHz",
-        "l2_mib": "MiB",
-        "hbm_gb_per_s": "GB/s",
-        "l2_read_bytes_per_cycle": "B/cycle/cube core",
-        "l2_write_bytes_per_cycle": "B/cycle/cube core",
-        "vector_bytes_per_cycle": "B/cycle/vector core",
-        "vector_lanes": "float16 lanes",
-        "dequantize_instructions": "instructions/vector of weights",
-        "memory_unit_bytes": "B",
-        "float32_macs_per_cycle": "MAC/cycle/cube core",
-        "vector_start_us": "us",
-        "vector_start_per_wave_us": "us",
-        "launch_us": "us",
-        "core_load_bytes_per_cycle": "B/cycle/cube core",
-        "vendor_dequantize_bytes_per_cycle": "B/cycle/vector core",
-    }
-)
-"""All constants of an Ascend target and their units. A target file must give every one."""
+    def fallbacks(self, scheme: Scheme) -> tuple[Scheme, ...]:
+        """The schemes that take this one's place, in order, where no kernel takes a shape."""
+        return ()
+
+    @property
+    def largest_n(self) -> int | None:
+        """The most outputs that one call of a quantized matmul computes; None: any number."""
+        return None
+
+    def weight_formats(
+        self, problem: MatmulProblem, option: FormatOption
+    ) -> tuple[WeightFormat, ...]:
+        """The memory formats of the weight that `option` allows; the first of equal ones wins."""
+        return ("ND",)
+
+    # --- what it costs ----------------------------------------------------------------------------
+
+    def total_us(
+        self,
+        candidates: Sequence[Candidate],
+        problem: MatmulProblem,
+        tokens: NDArray[np.int64],
+    ) -> Floats:
+        """Microseconds `[candidates, tokens]` of legal candidates. A target that knows none says
+        zero, and the first legal candidate is taken."""
+        return np.zeros((len(candidates), len(tokens)))
+
+    def cost(self, candidate: Candidate, problem: MatmulProblem) -> Cost:
+        """The cost of a legal candidate by term, for the problem's m, which is a number."""
+        assert problem.m is not None
+        total = float(self.total_us([candidate], problem, np.array([problem.m]))[0, 0])
+        return Cost(total, {"call": total})
+
+    def select(
+        self, problem: MatmulProblem, mix: TokenMix, allow_float: bool, hysteresis: float
+    ) -> Choice:
+        """The kernels of least cost; `select_kernel` says what the arguments mean.
+
+        Here, one kernel for every m: the cheapest over 256 decoding steps and a prompt of 512
+        tokens. Raises LoweringError if none is legal.
+        """
+        found = self.candidates(problem, allow_float)
+        legal = self.legal(found, problem)
+        costs = self.total_us(legal, problem, np.array([DECODE_M, PREFILL_M]))
+        best = int((DECODE_STEPS * costs[:, 0] + costs[:, 1]).argmin())
+        described = {
+            c.kernel: f"{us[0]:.0f} us at m={DECODE_M}, {us[1]:.0f} us at m={PREFILL_M}"
+            for c, us in zip(legal, costs, strict=True)
+        }
+        losers = [(c.kernel, c.refusal or described[c.kernel]) for c in found]
+        kernel = legal[best].kernel
+        return Choice(
+            kernel=kernel,
+            precision=problem.precision,
+            few_tokens=0,
+            losers=tuple(entry for entry in losers if entry[0] != kernel),
+            decode_us=float(costs[best, 0]),
+            prefill_us=float(costs[best, 1]),
+            storage=legal[best].storage,
+        )
+
+    def legal(self, found: Sequence[Candidate], problem: MatmulProblem) -> list[Candidate]:
+        """Those without a refusal. Raises LoweringError, with every refusal, if there are none."""
+        legal = [c for c in found if c.refusal is None]
+        if not legal:
+            reasons = {f"{c.kernel}: {c.refusal}": None for c in found}
+            raise LoweringError(
+                f"no kernel of target {self.name} can run {problem.scheme.name} for "
+                f"n={problem.n}, k={problem.k}: {'; '.join(reasons)}",
+                "choose another scheme for this matmul in the recipe",
+            )
+        return legal
+
+    @property
+    def peaks(self) -> Peaks | None:
+        """What a whole model's time is predicted with; None: it is not."""
+        return None
+
+    # --- what it becomes --------------------------------------------------------------------------
+
+    def passes_before(self, options: AscendOptions) -> tuple[Pass, ...]:
+        """What runs on the fake-quant graph before `lower-matmuls`."""
+        return ()
+
+    @abstractmethod
+    def calls(self, gm: fx.GraphModule, store: WeightStore) -> Calls:
+        """What writes the calls of one graph. Tensors that it makes go into `store`."""
+
+    def passes_after(self, options: AscendOptions) -> tuple[Pass, ...]:
+        """What runs after `lower-matmuls`."""
+        return ()
+
+    def notes(self, node: fx.Node, scheme: Scheme | None, predict: bool) -> dict[str, str]:
+        """`panguq.kernel`, `panguq.predicted_us` and the like of a call that `calls` wrote, for
+        people who read the graph in another format; nothing for other nodes."""
+        return {}
 
 
 def check_target(target: Target, source: str) -> Target:
     """The target itself. Raises LoweringError, naming `source` and the constant, if it is not
     complete or a number in it cannot be."""
-    if target.kind not in get_args(TargetKind):
-        raise LoweringError(
-            f"{source}: kind: {target.kind!r} is no kind of target",
-            did_you_mean(str(target.kind), get_args(TargetKind), "kinds"),
-        )
-    known = ASCEND_UNITS if target.kind == "ascend" else {}
-    _check_names(target.constants, known, f"{source}: constants")
+    _check_names(target.constants, target.units, f"{source}: constants")
     for name, constant in target.constants.items():
         _check_number(constant.value, f"{source}: constants.{name}")
         if not constant.source:
@@ -112,14 +243,10 @@ def check_target(target: Target, source: str) -> Target:
                 f"{source}: constants.{name}: has no source",
                 "say where the number is from, or what it was fitted to",
             )
-    for name in ("cube_cores", "vector_cores", "vector_lanes"):
+    for name in target.whole:
         if name in target.constants and target[name] != int(target[name]):
             raise LoweringError(f"{source}: constants.{name}: {target[name]} is not whole")
-    _check_names(
-        target.kernels,
-        dict.fromkeys(CPU_KERNELS) if target.kind == "cpu" else {},
-        f"{source}: kernels",
-    )
+    _check_names(target.kernels, dict.fromkeys(target.kernel_names), f"{source}: kernels")
     for name, cost in target.kernels.items():
         where = f"{source}: kernels.{name}"
         for number in fields(cost):

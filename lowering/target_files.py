@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from panguq.files.limits import TARGET_BYTES, read_limited
 from panguq.files.plain_yaml import check_plain, dump_yaml, read_yaml
 from panguq.files.strict_json import parse_json
 from panguq.files.whole_file import output_file, write_file
-from panguq.lowering.target import ASCEND_UNITS, Constant, KernelCost, Target, check_target
+from panguq.lowering.known_targets import first_of_kind
+from panguq.lowering.target import Constant, KernelCost, Target, check_target
 from panguq.suggest import did_you_mean
 
 _KEYS = ("name", "kind", "constants", "kernels")
@@ -40,16 +41,16 @@ def load_target(path: Path, reserved: Collection[str] = ()) -> Target:
         raise LoweringError(
             f"{path}: name: {name!r} is a built-in target's", "give the target another name"
         )
-    kind: Any = data.get("kind")  # check_target looks at it
+    first = first_of_kind(data.get("kind"), str(path))
     constants = {
-        key: _constant(entry, f"{path}: constants.{key}", key)
+        key: _constant(entry, f"{path}: constants.{key}", first.units.get(key))
         for key, entry in _mapping(data.get("constants", {}), f"{path}: constants").items()
     }
     kernels = {
         key: _kernel(entry, f"{path}: kernels.{key}")
         for key, entry in _mapping(data.get("kernels", {}), f"{path}: kernels").items()
     }
-    target = Target(name, kernels, kind, constants)
+    target = replace(first, name=name, kernels=kernels, constants=constants)
     return check_target(target, str(path))
 
 
@@ -89,10 +90,10 @@ def _mapping(data: object, where: str) -> Mapping[str, Any]:
     return data
 
 
-def _constant(entry: object, where: str, name: str) -> Constant:
+def _constant(entry: object, where: str, known: str | None) -> Constant:
     given = _mapping(entry, where)
     _only(given, ("value", "unit", "source"), where, "keys")
-    unit, known = given.get("unit"), ASCEND_UNITS.get(name)
+    unit = given.get("unit")
     if known is not None and unit not in (None, known):
         raise LoweringError(f"{where}.unit: {unit!r}, but this constant is in {known}")
     if "value" not in given:

@@ -25,11 +25,11 @@ from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (register
 from panguq.kernels.ascend.vendor.contracts import check_call
 from panguq.kernels.ascend.vendor.dtypes import dtype_number
 from panguq.kernels.ascend.vendor.format_cast import FRACTAL_NZ
-from panguq.lowering.ascend.inputs import AscendInputs
-from panguq.lowering.dispatch import (
+from panguq.lowering.ascend.dispatch import (
     Operands,
     kernel_call,
 )
+from panguq.lowering.ascend.inputs import AscendInputs
 from panguq.lowering.problem import Candidate, WeightFormat
 from panguq.tensors.dtypes import dtype_name
 

@@ -16,7 +16,7 @@ from panguq.kernels.cpu import (  # noqa: F401  (registers torch.ops.panguq_cpu.
     int8_linear,
     int8_weight_linear,
 )
-from panguq.lowering.select_kernel import Choice
+from panguq.lowering.choice import Choice
 
 panguq = torch.ops.panguq
 cpu = torch.ops.panguq_cpu

@@ -6,15 +6,14 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import finish, get_tensor, label, replace, tensor_node
+from panguq.ir.ops.mixed_packing import unpack_mixed_codes
+from panguq.ir.ops.packing import unpack_codes
 from panguq.ir.run.interpret import compute
 from panguq.kernels.ascend.vendor import format_cast as npu_format_cast  # noqa: F401  (registers the op)
+from panguq.lowering.known_targets import known_targets
 
 aten = torch.ops.aten
-PREPACKING = {
-    "panguq": ("unpack_codes", "unpack_mixed_codes"),
-    "panguq_cpu": ("int4_kernel_weight", "int4_kernel_scales", "weight_row_sums"),
-    "panguq_npu": ("int4_weight",),
-}
+_OF_ALL_TARGETS = (unpack_codes, unpack_mixed_codes)
 # Of integer codes alone: a float weight that is turned or sliced may be as large as the model.
 FORMAT_CAST = torch.ops.npu.npu_format_cast.default
 LAYOUTS = (aten.t.default, aten.clone.default, aten.slice.Tensor)
@@ -26,12 +25,7 @@ def prepack(gm: fx.GraphModule, keep_formats: bool = False) -> fx.GraphModule:
     The results depend on the machine, so a prepacked graph is run and never saved. With
     `keep_formats`, casts to an NPU's memory formats stay, to be run there.
     """
-    ops = {
-        getattr(getattr(torch.ops, namespace), name).default
-        for namespace, names in PREPACKING.items()
-        for name in names
-        if hasattr(getattr(torch.ops, namespace), name)
-    }
+    ops = {*_OF_ALL_TARGETS, *(op for target in known_targets() for op in target.prepacking)}
     for node in list(gm.graph.nodes):
         sources = node.all_input_nodes
         if not sources or any(source.op != "get_attr" for source in sources):

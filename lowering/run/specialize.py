@@ -9,7 +9,7 @@ from torch import fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import call, clone, finish, replace
-from panguq.lowering.dispatch import Operands, kernel_call, parse_kernel, row_for
+from panguq.lowering.ascend.dispatch import Operands, kernel_call, parse_kernel, row_for
 
 DISPATCH = torch.ops.panguq.dispatch_matmul.default
 

@@ -141,6 +141,5 @@ class CompileData:
     def _causal_lm_batches(
         self, gm: fx.GraphModule, ctx: PassContext, target: str, data: Any
     ) -> Batches:
-        # The fused attention of an Ascend graph reads its mask in full.
-        empty_mask = takes_empty_mask(gm) and find_target(target).kind == "cpu"
+        empty_mask = takes_empty_mask(gm) and find_target(target).takes_empty_masks
         return causal_lm_batches(data, ctx.interface, None, empty_mask)

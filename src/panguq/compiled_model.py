@@ -101,7 +101,7 @@ class CompiledModule(FrozenModule):
     def _to_device(self, device: str | torch.device) -> Self:
         kind = str(device).partition(":")[0]
         if kind == "npu":
-            if find_target(self.target).kind != "ascend":
+            if kind not in find_target(self.target).devices:
                 raise InputError(
                     f"a model compiled for {self.target} does not run on {device}",
                     "compile it with target='ascend910b1' (b2, b3, b4)",

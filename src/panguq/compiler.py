@@ -18,8 +18,8 @@ from panguq.dumps.dump import Dump, chosen_folder
 from panguq.ir.edit import clone, store_folded
 from panguq.ir.run.sweep import Progress
 from panguq.ir.trace import is_causal_lm
-from panguq.lowering.cost.scheme_costs import TargetRules
 from panguq.lowering.lower_matmuls import check_lowerable
+from panguq.lowering.scheme_costs import TargetRules
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.models.hf import source_tokenizer

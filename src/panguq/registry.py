@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from panguq.lowering.ascend.fuse_ascend import FuseAscend
-from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
+from panguq.lowering.options import DEFAULT_OPTIONS
+from panguq.lowering.targets import known_targets
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.awq import Awq
 from panguq.passes.billm import BiLlm
@@ -48,7 +48,18 @@ RECIPE_PASSES: tuple[type[Pass], ...] = (
 )
 """What recipes are made of. Every recipe begins with the first two, which it does not list."""
 
-LOWERING_PASSES: tuple[type[Pass], ...] = (FitSchemes, MergeGateUp, LowerMatmuls, FuseAscend)
+
+def _of_targets(place: str) -> dict[type[Pass], None]:
+    found = (getattr(target, place)(DEFAULT_OPTIONS) for target in known_targets())
+    return {type(step): None for passes in found for step in passes}
+
+
+LOWERING_PASSES: tuple[type[Pass], ...] = (
+    FitSchemes,
+    *_of_targets("passes_before"),
+    LowerMatmuls,
+    *_of_targets("passes_after"),
+)
 """What targets add to the passes of a recipe."""
 
 ALL_PASSES: tuple[type[Pass], ...] = (*RECIPE_PASSES, *LOWERING_PASSES)

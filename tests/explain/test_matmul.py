@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from panguq.errors import LoweringError
 from panguq.explain.files import TOKENS, neighbours, split_k_gain
 from panguq.explain.matmul import explain, looks_like_shape, parse_shape, render
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
-from panguq.lowering.candidates import MatmulProblem, ascend_candidates
-from panguq.lowering.cost.model import cost
-from panguq.lowering.cost.terms import OVERLAPPED, SERIAL
-from panguq.lowering.target import Target
+from panguq.lowering.ascend.candidates import ascend_candidates
+from panguq.lowering.ascend.cost.model import cost
+from panguq.lowering.ascend.cost.terms import OVERLAPPED, SERIAL
+from panguq.lowering.problem import MatmulProblem
 from panguq.lowering.target_files import save_target
 from panguq.lowering.targets import find_target
 
@@ -103,7 +104,7 @@ def test_a_cpu_matmul(capsys) -> None:
 
 def test_a_target_file(capsys, tmp_path) -> None:
     built_in = find_target("ascend910b1")
-    save_target(Target("mine", {}, "ascend", built_in.constants), tmp_path / "mine.yaml")
+    save_target(replace(built_in, name="mine"), tmp_path / "mine.yaml")
     found = run_json(capsys, *DEEP[:-1], str(tmp_path / "mine.yaml"))
     assert found["target"] == "mine"
     assert found["winner"] == run_json(capsys, *DEEP[:-1], "ascend910b1")["winner"]

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from panguq.errors import LoweringError
 from panguq.files.plain_yaml import dump_yaml, parse_yaml
-from panguq.lowering.target import ASCEND_UNITS, Constant, Target, check_target
+from panguq.lowering.ascend.machine import ASCEND_UNITS
+from panguq.lowering.cpu.target import CPU
+from panguq.lowering.target import Constant, check_target
 from panguq.lowering.target_files import load_target, save_target
-from panguq.lowering.targets import CPU, TARGETS, find_target
+from panguq.lowering.targets import TARGETS, find_target
 
 ASCEND = [name for name in TARGETS if name.startswith("ascend")]
 
@@ -186,11 +188,7 @@ def test_a_cpu_file_gives_every_kernel(tmp_path) -> None:
 )
 def test_no_unsound_target_passes(name, value) -> None:
     sound = find_target("ascend910b2")
-    broken = Target(
-        "it",
-        {},
-        "ascend",
-        {**sound.constants, name: Constant(value, ASCEND_UNITS[name], "made up")},
-    )
+    made_up = Constant(value, ASCEND_UNITS[name], "made up")
+    broken = replace(sound, constants={**sound.constants, name: made_up})
     with pytest.raises(LoweringError, match=f"it: constants.{name}"):
         check_target(broken, "it")

@@ -15,8 +15,8 @@ from panguq.data.inputs import prepare
 from panguq.errors import LoweringError, NumericsError
 from panguq.evaluation import evaluate, logits_of
 from panguq.ir.edit import call, clone, get_tensor, set_tensor
+from panguq.lowering.choice import Choice
 from panguq.lowering.cpu import calls as cpu_calls
-from panguq.lowering.select_kernel import Choice
 from panguq.report.end_to_end import (
     NOT_OBSERVED,
     OBSERVED,

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from panguq.errors import LoweringError
+from panguq.lowering.cpu.target import CPU, CpuTarget
 from panguq.lowering.cpu.tuning.calls import COLD_BYTES, KernelCalls, Shape
 from panguq.lowering.cpu.tuning.fit import KernelFit, fit_kernel, predict_us
 from panguq.lowering.cpu.tuning.timing import CLOCKS, Timing, TimingBudget, time_in_turn
-from panguq.lowering.target import Target
-from panguq.lowering.targets import CPU
 
 NAME = "cpu-tuned"
 
@@ -59,7 +58,7 @@ TuningProgress = Callable[[str, float], None]
 class Tuning:
     """A tuned target, the fit of each of its kernels, and the timings."""
 
-    target: Target
+    target: CpuTarget
     fits: dict[str, KernelFit]
     timings: tuple[Timing, ...]
 
@@ -89,7 +88,7 @@ def tune(
     return Tuning(target, fits, timings)
 
 
-def fit_target(timings: Sequence[Timing], source: str) -> tuple[Target, dict[str, KernelFit]]:
+def fit_target(timings: Sequence[Timing], source: str) -> tuple[CpuTarget, dict[str, KernelFit]]:
     """A CPU target from timings of all its kernels. Raises LoweringError if they are too few."""
     fits = {}
     for kernel, known in CPU.kernels.items():
@@ -97,7 +96,7 @@ def fit_target(timings: Sequence[Timing], source: str) -> tuple[Target, dict[str
         if not own:
             raise LoweringError(f"{kernel}: no timings", "give timings of every kernel")
         fits[kernel] = fit_kernel(own, known.weight_bytes_per_weight, source)
-    return Target(NAME, {kernel: fit.cost for kernel, fit in fits.items()}), fits
+    return CpuTarget(NAME, {kernel: fit.cost for kernel, fit in fits.items()}), fits
 
 
 def check_threads(threads: int | None, clock: str = "wall") -> int:

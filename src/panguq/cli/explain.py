@@ -100,10 +100,10 @@ def run(options: argparse.Namespace) -> int:
     from panguq.lowering.targets import find_target
 
     scheme, target = parse_scheme(options.scheme), find_target(options.target)
-    dtype = options.dtype or ("float32" if target.kind == "cpu" else "bfloat16")
+    dtype = options.dtype or str(target.float_dtype or "torch.float32").removeprefix("torch.")
     if not Path(options.subject).exists() and looks_like_shape(options.subject):
         return _run_shape(options, scheme, target, dtype)
-    if target.kind == "cpu":
+    if target.peaks is None:
         raise LoweringError(
             "a whole model is explained for Ascend targets only",
             "panguq compile MODEL_DIR --recipe RECIPE --dry-run predicts a CPU's matmuls",
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
 def _run_shape(options: argparse.Namespace, scheme: Any, target: Any, dtype: Any) -> int:
     from panguq.explain.files import candidates_csv, neighbours, save_heat_map
     from panguq.explain.matmul import explain, parse_shape, render
-    from panguq.lowering.select_kernel import HYSTERESIS
+    from panguq.lowering.choice import HYSTERESIS
 
     problem = parse_shape(options.subject, scheme, dtype, options.weight_format)
     hysteresis = 0.0 if options.exact else HYSTERESIS

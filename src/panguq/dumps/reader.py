@@ -36,7 +36,7 @@ from panguq.errors import StorageError
 from panguq.files.checksums import check_listed
 from panguq.ir.text.printer import content_hash
 from panguq.ir.text.serialize import from_text
-from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that graphs name)
+from panguq.lowering import targets  # noqa: F401  (defines ops that graphs name)
 from panguq.passes.pipeline import runner as pipeline  # noqa: F401  (likewise)
 from panguq.suggest import did_you_mean
 

@@ -16,19 +16,17 @@ from panguq.explain.matmul import CandidateRow
 from panguq.extras import require
 from panguq.files.whole_file import output_file
 from panguq.kernels.ascend.limits import LARGEST_DIMENSION
-from panguq.lowering.candidates import ascend_candidates
-from panguq.lowering.cost.model import Floats, total_us
-from panguq.lowering.cost.terms import TERMS
 from panguq.lowering.problem import MatmulProblem
-from panguq.lowering.target import Target
+from panguq.lowering.target import Floats, Target
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def candidates_csv(problem: MatmulProblem, rows: Sequence[CandidateRow]) -> str:
     """A line per candidate: shape, kernel, cost, every term in microseconds, refusal."""
-    names = list(TERMS) if any(r.cost and "hbm" in r.cost.terms for r in rows) else []
-    names = names or sorted({name for r in rows if r.cost for name in r.cost.terms})
+    found = [r.cost for r in rows if r.cost]
+    names = list(found[0].terms) if found and found[0].overlapped else []
+    names = names or sorted({name for cost in found for name in cost.terms})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     first = ["m", "n", "k", "scheme", "kernel", "schedule", "splits", "tile", "storage", "total_us"]
@@ -40,8 +38,8 @@ def candidates_csv(problem: MatmulProblem, rows: Sequence[CandidateRow]) -> str:
         cells += [c.kernel, c.schedule, c.splits, tile, c.storage]
         values = [""] * (1 + len(names))
         if row.cost is not None:
-            found = [row.cost.total_us, *(row.cost.terms[name] for name in names)]
-            values = [f"{value:.4f}" for value in found]
+            numbers = [row.cost.total_us, *(row.cost.terms[name] for name in names)]
+            values = [f"{value:.4f}" for value in numbers]
         writer.writerow([*cells, *values, c.refusal or ""])
     return text.getvalue()
 
@@ -51,7 +49,7 @@ def split_k_gain(problem: MatmulProblem, target: Target, tokens: Sequence[int] =
     kernel of panguq: above 1, Split-K is faster. Raises LoweringError if no Split-K kernel fits."""
     found = [
         c
-        for c in ascend_candidates(replace(problem, m=None), target)
+        for c in target.candidates(replace(problem, m=None))
         if c.refusal is None and c.storage != "float"
     ]
     split = [row for row, c in enumerate(found) if c.schedule == "split_k"]
@@ -61,7 +59,7 @@ def split_k_gain(problem: MatmulProblem, target: Target, tokens: Sequence[int] =
             f"{problem.scheme.name} for n={problem.n}, k={problem.k} has no Split-K kernel",
             "a heat map is for W8A8, W8A8_DYNAMIC, W4A16 and W4A16_ASYM on an Ascend target",
         )
-    costs = total_us(found, problem, target, np.array(tokens))
+    costs = target.total_us(found, problem, np.array(tokens))
     gain: Floats = costs[whole].min(axis=0) / costs[split].min(axis=0)
     return gain
 

@@ -9,37 +9,12 @@ from typing import Any
 
 from panguq.errors import LoweringError
 from panguq.ir.quant_spec import Scheme
-from panguq.lowering.candidates import candidates as all_candidates
-from panguq.lowering.cost.model import Cost, cost, cost_us
-from panguq.lowering.cost.terms import OVERLAPPED, SERIAL, TERMS
+from panguq.lowering.choice import DEFAULT_MIX, HYSTERESIS, LARGEST_M, Choice, TokenMix
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem, WeightFormat
-from panguq.lowering.select_kernel import (
-    DEFAULT_MIX,
-    HYSTERESIS,
-    LARGEST_M,
-    MANY_TOKENS,
-    Choice,
-    TokenMix,
-    select_kernel,
-)
-from panguq.lowering.target import Target
+from panguq.lowering.select_kernel import select_kernel
+from panguq.lowering.target import Cost, Target
 
 _SIZE = r"[1-9][0-9]{0,8}"
-_MEANING = {
-    "launch": "starting kernels",
-    "vector_start": "bringing in the vector cores, the more the more cores take part",
-    "dequantize_phase": "dequantizing the whole weight first",
-    "cube": "multiplying on the busiest cube core",
-    "core_load": "loading blocks into the busiest core",
-    "dequantize": "dequantizing on the vector cores",
-    "vector_traffic": "moving weights through the vector cores",
-    "hbm": "fetching from memory",
-    "l2": "traffic through L2",
-    "store": "writing the last block",
-    "reduce": "adding partial sums",
-    "weight_traffic": "reading the weight",
-    "multiply": "multiplying",
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +64,7 @@ class Explanation:
     def why(self) -> str:
         """In words, why the runner-up lost."""
         second = self.runner_up
-        return "" if second is None else why_dearer(self.winner, second)
+        return "" if second is None else why_dearer(self.winner, second, self.target)
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -107,7 +82,7 @@ class Explanation:
             "runner_up": None if second is None else {**second.as_json(), "why": self.why()},
             "table": table_json(self.choice),
             "hysteresis": self.choice.hysteresis,
-            "overlapped_terms": list(OVERLAPPED),
+            "overlapped_terms": list(self.target.overlapped),
             "candidates": [row.as_json() for row in self.rows],
         }
 
@@ -128,9 +103,9 @@ def explain(
     that is not fixed, and if no kernel is legal.
     """
     any_m = select_kernel(replace(problem, m=None), target, mix, allow_float, hysteresis)
-    here = any_m if target.kind == "cpu" else select_kernel(problem, target, mix, allow_float)
-    found = all_candidates(problem, target, allow_float)
-    rows = [CandidateRow(c, None if c.refusal else _cost(c, problem, target)) for c in found]
+    here = select_kernel(problem, target, mix, allow_float)
+    found = target.candidates(problem, allow_float)
+    rows = [CandidateRow(c, None if c.refusal else target.cost(c, problem)) for c in found]
     priced = [(row.cost.total_us, row) for row in rows if row.cost is not None]
     legal = [row for _, row in sorted(priced, key=lambda entry: entry[0])]
     refused = [r for r in rows if r.cost is None]
@@ -138,7 +113,7 @@ def explain(
     return Explanation(problem, target, (*legal, *refused), choice)
 
 
-def why_dearer(winner: CandidateRow, other: CandidateRow) -> str:
+def why_dearer(winner: CandidateRow, other: CandidateRow, target: Target) -> str:
     """Why `other` costs more than `winner`: the term that differs most."""
     assert winner.cost is not None and other.cost is not None
     extra_us = other.cost.total_us - winner.cost.total_us
@@ -150,36 +125,16 @@ def why_dearer(winner: CandidateRow, other: CandidateRow) -> str:
     term = other.cost.bound_by if name == "overlapped" else name
     return (
         f"{extra_us:.1f} us more ({extra_us / winner.cost.total_us:.0%}), most of all "
-        f"{differences[name]:.1f} us for {_MEANING[term]} ({term})"
+        f"{differences[name]:.1f} us for {target.terms[term]} ({term})"
     )
 
 
 def _parts(found: Cost) -> dict[str, float]:
     """The serial terms, and what the overlapped ones take together."""
-    if any(name in found.terms for name in OVERLAPPED):
-        serial = {name: found.terms[name] for name in SERIAL}
-        return serial | {"overlapped": max(found.terms[name] for name in OVERLAPPED)}
-    return dict(found.terms)
-
-
-def _cost(candidate: Candidate, problem: MatmulProblem, target: Target) -> Cost:
-    if target.kind == "ascend":
-        return cost(candidate, problem, target)
-    assert problem.m is not None
-    variants = [
-        candidate.kernel,
-        *(many for few, many in MANY_TOKENS.items() if few == candidate.kernel),
-    ]
-    return min((_cpu_cost(v, problem, target) for v in variants), key=lambda c: c.total_us)
-
-
-def _cpu_cost(variant: str, problem: MatmulProblem, target: Target) -> Cost:
-    total = float(cost_us(variant, problem, target))
-    constants = target.kernels[variant]
-    weights = problem.n * problem.k
-    read = weights * constants.weight_bytes_per_weight / (constants.gb_per_s * 1e3)
-    terms = {"launch": constants.launch_us, "weight_traffic": read}
-    return Cost(total, {**terms, "multiply": total - constants.launch_us - read}, variant)
+    if not found.overlapped:
+        return dict(found.terms)
+    serial = {name: us for name, us in found.terms.items() if name not in found.overlapped}
+    return serial | {"overlapped": found.terms[found.bound_by]}
 
 
 def table_json(choice: Choice) -> list[dict[str, Any]]:
@@ -250,11 +205,11 @@ def render(found: Explanation) -> str:
         f"{len(found.rows)}",
         "",
         f"winner: {_headline(winner)}",
-        *_term_lines(winner),
+        *_term_lines(winner.cost),
     ]
     if second is not None:
         lines += ["", f"runner-up: {_headline(second)}", f"  lost by {found.why()}"]
-        lines += _term_lines(second)
+        lines += _term_lines(second.cost)
     shown = {row.candidate.kernel for row in (winner, second) if row is not None}
     best = _best_of_each(legal, shown)
     if best:
@@ -291,15 +246,13 @@ def _headline(row: CandidateRow) -> str:
     return f"{row.candidate}  {row.cost.total_us:.1f} us{how}"
 
 
-def _term_lines(row: CandidateRow) -> list[str]:
-    assert row.cost is not None
-    terms = row.cost.terms
-    overlapped = {name: terms[name] for name in OVERLAPPED if terms.get(name)}
-    order = sorted(terms, key=lambda name: TERMS.index(name) if name in TERMS else len(TERMS))
-    serial = {name: terms[name] for name in order if name not in OVERLAPPED and terms[name]}
+def _term_lines(cost: Cost | None) -> list[str]:
+    assert cost is not None
+    overlapped = {name: cost.terms[name] for name in cost.overlapped if cost.terms[name]}
+    serial = {n: us for n, us in cost.terms.items() if n not in cost.overlapped and us}
     lines = [f"  one after another: {_list(serial)}"]
     if overlapped:
-        lines.append(f"  at the same time:  {_list(overlapped)}; {row.cost.bound_by} decides")
+        lines.append(f"  at the same time:  {_list(overlapped)}; {cost.bound_by} decides")
     return lines
 
 

@@ -22,21 +22,19 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from panguq.errors import LoweringError
 from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import Linear
-from panguq.lowering.candidates import fallbacks, scheme_refusal
-from panguq.lowering.cost.executions import FLOAT_BYTES
-from panguq.lowering.cost.model import total_us
-from panguq.lowering.problem import Dtype, MatmulProblem, WeightFormat
-from panguq.lowering.select_kernel import Choice, select_kernel
-from panguq.lowering.target import Target
+from panguq.lowering.choice import Choice
+from panguq.lowering.problem import FLOAT_BYTES, Dtype, MatmulProblem, WeightFormat
+from panguq.lowering.select_kernel import scheme_refusal, select_kernel
+from panguq.lowering.target import Peaks, Target
 
 _LINEAR = torch.ops.aten.linear.default
 _MOVES_NOTHING = {"reshape", "transpose", "view", "unsqueeze", "squeeze", "sym_size", "expand"}
-_CUBE_MACS = 4096  # of float16 a cycle and core: 16 x 16 x 16
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,11 @@ def explain_model(
 
     A prompt has `prompt` tokens for each of `batch` sequences; a decoding step has one for each,
     and `prompt` in the cache. Only the last position's logits are computed. Raises LoweringError
-    if the target has no kernel for a scheme, not even for its fallbacks.
+    if the target has no kernel for a scheme, not even for its fallbacks, and if it says nothing
+    of what is no matmul.
     """
+    if target.peaks is None:
+        raise LoweringError(f"target {target.name} does not predict whole models")
     chosen = _choices(gm, target, dtype, allow_float, weight_format)
     phases, times = [], []
     for seq, past in ((prompt, 0), (1, prompt)):
@@ -162,7 +163,7 @@ def _choices(
 def _choose(problem: MatmulProblem, target: Target, allow_float: bool) -> _Chosen:
     note, wanted = "", problem.scheme
     refusal = None if wanted.is_float else scheme_refusal(problem, target)
-    for scheme in fallbacks(wanted) if refusal else ():
+    for scheme in target.fallbacks(wanted) if refusal else ():
         problem = replace(problem, scheme=scheme)
         note = f"{wanted.name} refused: {refusal}"
         if scheme_refusal(problem, target) is None:
@@ -180,7 +181,8 @@ def _phase(
     dtype: Dtype,
     sizes: Mapping[str, int],
 ) -> tuple[Phase, dict[fx.Node, tuple[float, float, str]]]:
-    values = _symbols(gm, interface, sizes)
+    values, peaks = _symbols(gm, interface, sizes), target.peaks
+    assert peaks is not None  # `explain_model` has looked
     compute = [n for n in gm.graph.nodes if n.op == "call_function"]
     cost = dict.fromkeys(compute, 0.0)
     plain = dict.fromkeys(compute, 0.0)
@@ -189,7 +191,7 @@ def _phase(
     costs: dict[tuple[int, int, Scheme, int], tuple[float, float, str]] = {}
     for node in compute:
         if node not in chosen:
-            cost[node] = plain[node] = _other_us(node, target, values, dtype)
+            cost[node] = plain[node] = _other_us(node, peaks, values, dtype)
             continue
         entry = chosen[node]
         x = Linear.of(node).input
@@ -201,7 +203,7 @@ def _phase(
         cost[node], plain[node] = costs[key][:2]
         if entry.choice.storage != "float" and entry.problem.scheme.activation is not None:
             if x not in quantized:
-                cost[node] += m * entry.problem.k * (FLOAT_BYTES[dtype] + 1) / _hbm(target)
+                cost[node] += m * entry.problem.k * (FLOAT_BYTES[dtype] + 1) / peaks.bytes_per_us
             quantized.add(x)
     path = _critical_path(compute, cost)
     total = sum(cost.values())
@@ -224,13 +226,13 @@ def _matmul_us(entry: _Chosen, target: Target, m: int) -> tuple[float, float, st
         (entry.float_choice, replace(entry.problem, scheme=SCHEMES["FLOAT"])),
     ):
         candidate = next(e.candidate for e in choice.table if e.last_m is None or m <= e.last_m)
-        us = float(total_us([candidate], problem, target, np.array([m]))[0, 0])
+        us = float(target.total_us([candidate], problem, np.array([m]))[0, 0])
         found.append((us, str(candidate)))
     return found[0][0], found[1][0], found[0][1]
 
 
 def _other_us(
-    node: fx.Node, target: Target, values: Mapping[sympy.Symbol, int], dtype: Dtype
+    node: fx.Node, peaks: Peaks, values: Mapping[sympy.Symbol, int], dtype: Dtype
 ) -> float:
     name = op_name(node).partition(".")[0]
     if name in _MOVES_NOTHING or not isinstance(node.meta.get("val"), Tensor):
@@ -239,19 +241,13 @@ def _other_us(
     elements = [_count(n, values) for n in (*inputs, node)]
     if name == "embedding":
         elements = [_count(node, values)] * 2
-    traffic_us = sum(elements) * FLOAT_BYTES[dtype] / _hbm(target)
+    traffic_us = sum(elements) * FLOAT_BYTES[dtype] / peaks.bytes_per_us
     if name != "attention":
         return traffic_us
     query, key = (_shape(n, values) for n in inputs[:2])
     macs = 2 * int(np.prod(query)) * key[-2]
     causal = 0.5 if query[-2] > 1 else 1.0
-    peak = _CUBE_MACS * target["cube_cores"] * target["clock_mhz"]
-    return max(traffic_us, causal * macs / peak)
-
-
-def _hbm(target: Target) -> float:
-    """Bytes in a microsecond."""
-    return target["hbm_gb_per_s"] * 1000
+    return max(traffic_us, causal * macs / peaks.macs_per_us)
 
 
 def _critical_path(compute: Iterable[fx.Node], cost: Mapping[fx.Node, float]) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from panguq.ir.node_meta import is_quantized, scheme_of, weight_spec_of
 from panguq.ir.views import Linear
-from panguq.lowering.targets import CPU
+from panguq.lowering.cpu.target import CPU
 from panguq.passes.codes.solve_weights import SolveWeights
 from panguq.passes.pipeline.base import Pass, linears
 from panguq.passes.quantize_weights import QuantizeWeights

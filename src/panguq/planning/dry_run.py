@@ -16,8 +16,8 @@ from panguq.ir.edit import label, module_path
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import Linear
+from panguq.lowering.choice import Choice
 from panguq.lowering.lower_matmuls import Choices
-from panguq.lowering.select_kernel import Choice
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits

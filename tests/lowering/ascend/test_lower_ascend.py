@@ -21,10 +21,10 @@ from panguq.ir.verify import verify
 from panguq.ir.views import Linear
 from panguq.kernels.ascend.vendor.contracts import violations
 from panguq.kernels.cpu.int8_linear import int32_matmul
-from panguq.lowering import dispatch
+from panguq.lowering.ascend import dispatch
 from panguq.lowering.ascend.calls import AscendCalls
+from panguq.lowering.ascend.candidates import ascend_candidates
 from panguq.lowering.ascend.inputs import AscendInputs
-from panguq.lowering.candidates import ascend_candidates
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.options import AscendOptions

@@ -316,7 +316,7 @@ def test_not_more_outputs_than_a_quantized_matmul_may_have(f, scheme, merged) ->
 
 def test_it_waits_for_the_codes() -> None:
     schemes: list[Pass] = [AssignSchemes(schemes=(("*", "W8A16"),))]
-    held = frozenset({Property.CANONICAL})
+    held = frozenset({Property.CANONICAL, Property.FLOAT_MATMULS})
     with pytest.raises(RecipeError, match="merge-gate-up needs WEIGHT_CODES"):
         check_passes([*schemes, InsertFakeQuant(), MergeGateUp()], held)
     check_passes([*schemes, InsertFakeQuant(), QuantizeWeights(), MergeGateUp()], held)

@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 
 from panguq.errors import LoweringError
 from panguq.ir.quant_spec import SCHEMES
-from panguq.lowering import select_kernel as selection
-from panguq.lowering.candidates import Candidate, MatmulProblem, ascend_candidates, scheme_refusal
-from panguq.lowering.cost.envelope import ranges, survivors
-from panguq.lowering.cost.model import at, cost, total_us
-from panguq.lowering.dispatch import Operands, kernel_call
-from panguq.lowering.select_kernel import TokenMix, select_kernel
-from panguq.lowering.target import ASCEND_UNITS, Constant, Target
+from panguq.lowering.ascend import select as selection
+from panguq.lowering.ascend.candidates import ascend_candidates
+from panguq.lowering.ascend.cost.envelope import ranges, survivors
+from panguq.lowering.ascend.cost.model import at, cost, total_us
+from panguq.lowering.ascend.dispatch import Operands, kernel_call
+from panguq.lowering.ascend.machine import ASCEND_UNITS
+from panguq.lowering.ascend.target import AscendTarget
+from panguq.lowering.choice import HYSTERESIS, Choice, TokenMix
+from panguq.lowering.problem import Candidate, MatmulProblem
+from panguq.lowering.select_kernel import scheme_refusal, select_kernel
+from panguq.lowering.target import Constant, Target
 from panguq.lowering.targets import find_target
 
 B1 = find_target("ascend910b1")
@@ -40,7 +44,7 @@ def changed(target: Target, **factors: float) -> Target:
         value = constants[name].value * factor
         value = max(1, round(value)) if name in COUNTS else value
         constants[name] = Constant(value, ASCEND_UNITS[name], "changed by a test")
-    return Target("changed", {}, "ascend", constants)
+    return AscendTarget("changed", constants=constants)
 
 
 TARGETS = st.dictionaries(
@@ -60,7 +64,7 @@ def legal(problem: MatmulProblem, target: Target, allow_float: bool = False) -> 
     return [c for c in ascend_candidates(problem, target, allow_float) if c.refusal is None]
 
 
-def entry(choice: selection.Choice, m: int) -> Candidate:
+def entry(choice: Choice, m: int) -> Candidate:
     return next(e.candidate for e in choice.table if e.last_m is None or m <= e.last_m)
 
 
@@ -274,6 +278,6 @@ def test_the_default_hysteresis_keeps_tables_short() -> None:
         for n, k in ((4096, 4096), (12800, 4096), (4096, 12800), (1536, 6144)):
             choice = select_kernel(MatmulProblem(None, n, k, SCHEMES[name]), B1)
             assert len(choice.table) <= 6
-            assert choice.hysteresis == selection.HYSTERESIS
+            assert choice.hysteresis == HYSTERESIS
             exact = replace(choice, table=())
             assert exact.storage == choice.storage

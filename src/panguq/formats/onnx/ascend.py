@@ -23,7 +23,7 @@ from panguq.kernels.ascend.vendor.dtypes import dtype_number, dtype_of
 from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.quant_matmul import SHIFT
 from panguq.kernels.ascend.vendor.trans_quant_param import scale_bits, scale_of
-from panguq.lowering.dispatch import Operands
+from panguq.lowering.ascend.dispatch import Operands
 
 _INT8 = (None, dtype_number(torch.qint8), dtype_number(torch.int8))
 

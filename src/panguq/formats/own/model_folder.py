@@ -33,7 +33,7 @@ from panguq.files.plain_yaml import parse_yaml
 from panguq.formats.own.storage import Folder, read_folder, write_folder
 from panguq.ir.interface import Interface
 from panguq.ir.text.serialize import from_text, to_text
-from panguq.lowering import lower_matmuls  # noqa: F401  (defines ops that files name)
+from panguq.lowering import targets  # noqa: F401  (defines ops that files name)
 from panguq.models.config import build_config, build_generation_config, plain_settings
 from panguq.models.tokenizer_files import READ, tokenizer_files, tokenizer_of
 from panguq.recipe import Recipe

@@ -20,7 +20,7 @@ from panguq.kernels.cpu import (
     int8_linear,
     int8_weight_linear,
 )
-from panguq.lowering import dispatch
+from panguq.lowering.ascend import dispatch
 
 K, N, GROUP = 64, 32, 32
 BF16, FP32 = torch.bfloat16, torch.float32

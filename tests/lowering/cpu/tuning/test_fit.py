@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panguq.errors import LoweringError
+from panguq.lowering.cpu.target import CPU
 from panguq.lowering.cpu.tuning.fit import fit_kernel, predict_us
 from panguq.lowering.cpu.tuning.timing import Timing
 from panguq.lowering.cpu.tuning.tune import FULL, NAME, fit_target
 from panguq.lowering.target import KernelCost, check_target
 from panguq.lowering.target_files import save_target
-from panguq.lowering.targets import CPU, find_target
+from panguq.lowering.targets import find_target
 
 CELLS = [(m, shape.n, shape.k) for shape in FULL.shapes for m in FULL.tokens_of(shape)]
 

@@ -12,11 +12,12 @@ import torch
 from bench.cpu_target import Row, candidates, measure, summary
 from panguq.cli import main
 from panguq.errors import LoweringError
+from panguq.lowering.cpu.target import CPU
 from panguq.lowering.cpu.tuning import tune as cpu_tuning
 from panguq.lowering.cpu.tuning.calls import KernelCalls, Shape
 from panguq.lowering.cpu.tuning.timing import CLOCKS, TimingBudget, time_in_turn
 from panguq.lowering.cpu.tuning.tune import TuningGrid, check_threads, tune
-from panguq.lowering.targets import CPU, find_target
+from panguq.lowering.targets import find_target
 
 TINY = TuningGrid(
     shapes=(Shape(16, 32), Shape(32, 64), Shape(48, 96)),

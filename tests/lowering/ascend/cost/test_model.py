@@ -20,10 +20,20 @@ from bench.timings import (
 )
 from panguq.errors import LoweringError
 from panguq.ir.quant_spec import SCHEMES
-from panguq.lowering.candidates import Candidate, MatmulProblem, ascend_candidates
-from panguq.lowering.cost.executions import Execution, executions, own_execution
-from panguq.lowering.cost.model import at, cost, execution_cost, total_us
-from panguq.lowering.cost.terms import ARGUMENTS, OVERLAPPED, SERIAL, TERMS, Form, S, terms, total
+from panguq.lowering.ascend.candidates import ascend_candidates
+from panguq.lowering.ascend.cost.executions import Execution, executions, own_execution
+from panguq.lowering.ascend.cost.model import at, cost, execution_cost, total_us
+from panguq.lowering.ascend.cost.terms import (
+    ARGUMENTS,
+    OVERLAPPED,
+    SERIAL,
+    TERMS,
+    Form,
+    S,
+    terms,
+    total,
+)
+from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.targets import find_target
 
 B1, B3 = find_target("ascend910b1"), find_target("ascend910b3")

@@ -8,7 +8,7 @@ weights, while the cube multiplies. The others follow one another. All are micro
 busiest core. Every term grows with m or stays, which `envelope.py` relies on.
 
 Symbols: m tokens, n outputs, k inputs; `Form` says which formulas apply; the rest are constants of
-the target (`targets.ASCEND_UNITS`), numbers of the scheme (`SCHEME_SYMBOLS`) and the schedule.
+the target (`machine.ASCEND_UNITS`), numbers of the scheme (`SCHEME_SYMBOLS`) and the schedule.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from typing import Any, Literal
 import sympy
 from sympy import Expr, Max, Min, Symbol, ceiling
 
-from panguq.lowering.target import ASCEND_UNITS
+from panguq.lowering.ascend.machine import ASCEND_UNITS
 
-TERMS = (
-    "launch",
-    "vector_start",
-    "dequantize_phase",
-    "cube",
-    "core_load",
-    "dequantize",
-    "vector_traffic",
-    "hbm",
-    "l2",
-    "store",
-    "reduce",
-)
+MEANING = {
+    "launch": "starting kernels",
+    "vector_start": "bringing in the vector cores, the more the more cores take part",
+    "dequantize_phase": "dequantizing the whole weight first",
+    "cube": "multiplying on the busiest cube core",
+    "core_load": "loading blocks into the busiest core",
+    "dequantize": "dequantizing on the vector cores",
+    "vector_traffic": "moving weights through the vector cores",
+    "hbm": "fetching from memory",
+    "l2": "traffic through L2",
+    "store": "writing the last block",
+    "reduce": "adding partial sums",
+}
+TERMS = tuple(MEANING)
 OVERLAPPED = ("cube", "core_load", "dequantize", "vector_traffic", "hbm", "l2")
 SERIAL = tuple(name for name in TERMS if name not in OVERLAPPED)
 FRACTAL = 16  # rows and columns that the cube multiplies in one cycle

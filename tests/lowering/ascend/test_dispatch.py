@@ -18,14 +18,15 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.run.interpret import run
 from panguq.lowering import lower_matmuls
-from panguq.lowering.candidates import ascend_candidates
-from panguq.lowering.dispatch import Operands, kernel_call, parse_kernel, row_for
+from panguq.lowering.ascend.candidates import ascend_candidates
+from panguq.lowering.ascend.dispatch import Operands, kernel_call, parse_kernel, row_for
+from panguq.lowering.choice import TableEntry
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.run.specialize import specialize
-from panguq.lowering.select_kernel import TableEntry, select_kernel
+from panguq.lowering.select_kernel import select_kernel
 from panguq.lowering.targets import find_target
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant

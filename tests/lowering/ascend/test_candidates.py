@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
 from panguq.kernels.ascend.own.tiles import legal_tiles
+from panguq.lowering.ascend.candidates import ascend_candidates, split_counts
 from panguq.lowering.ascend.rules import fallback_names, weight_quant_templates
-from panguq.lowering.candidates import (
-    MatmulProblem,
-    ascend_candidates,
-    candidates,
-    fallbacks,
-    scheme_refusal,
-    split_counts,
-)
+from panguq.lowering.problem import MatmulProblem
+from panguq.lowering.select_kernel import scheme_refusal
 from panguq.lowering.targets import find_target
 
 B1, B3 = find_target("ascend910b1"), find_target("ascend910b3")
@@ -167,7 +162,7 @@ def test_blocks_of_k_stay_within_a_group() -> None:
 )
 def test_candidates_for_any_shape(n, k, scheme, dtype) -> None:
     """No shape raises; splits never exceed blocks of k; refusals speak."""
-    found = candidates(MatmulProblem(None, n, k, scheme, dtype=dtype), B1)
+    found = B1.candidates(MatmulProblem(None, n, k, scheme, dtype=dtype))
     assert found
     for candidate in found:
         assert candidate.refusal is None or len(candidate.refusal) > 5
@@ -214,7 +209,7 @@ def test_the_order_of_fallbacks() -> None:
     assert orders["W8A8"] == orders["W8A8_DYNAMIC"] == orders["W8A16"] == ("FLOAT",)
     assert orders["FLOAT"] == ()
     assert fallback_names(parse_scheme("w4a16-g32")) == ("W8A16", "FLOAT")
-    assert [s.name for s in fallbacks(W4A8)] == ["W8A8_DYNAMIC", "FLOAT"]
+    assert [s.name for s in B1.fallbacks(W4A8)] == ["W8A8_DYNAMIC", "FLOAT"]
 
 
 @given(
@@ -224,12 +219,12 @@ def test_the_order_of_fallbacks() -> None:
 )
 def test_a_fallback_is_always_found(n, k, name) -> None:
     scheme = SCHEMES[name]
-    order = [scheme, *fallbacks(scheme)]
+    order = [scheme, *B1.fallbacks(scheme)]
     assert any(scheme_refusal(problem(n, k, s), B1) is None for s in order)
 
 
 def test_one_bit_weights_have_neither_kernel_nor_fallback() -> None:
-    assert fallbacks(SCHEMES["W1A16"]) == ()
+    assert B1.fallbacks(SCHEMES["W1A16"]) == ()
     refusal = scheme_refusal(problem(512, 512, "W1A16"), B1)
     assert refusal is not None and refusal.startswith("none: no NPU kernel reads 1-bit weights")
 

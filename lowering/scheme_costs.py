@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from panguq.ir.quant_spec import Scheme
-from panguq.lowering.candidates import scheme_refusal
 from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.problem import MatmulProblem, Precision
 from panguq.lowering.select_format import select_format
-from panguq.lowering.select_kernel import DECODE_STEPS
+from panguq.lowering.select_kernel import scheme_refusal
 from panguq.lowering.target import Target
 
 
@@ -32,8 +31,8 @@ class TargetRules:
     def predicted_us(self, node: fx.Node, scheme: Scheme) -> float:
         """The cost of the kernels that would be selected.
 
-        On an Ascend target over `ascend.tokens`, on a CPU over 256 decoding steps and one prompt
-        of 512 tokens. Raises LoweringError if no kernel is legal.
+        On an Ascend target over `ascend.tokens`, elsewhere over 256 decoding steps and one
+        prompt of 512 tokens. Raises LoweringError if no kernel is legal.
         """
         problem = self._problem(node, scheme)
         if problem not in self.known:
@@ -41,13 +40,10 @@ class TargetRules:
         return self.known[problem]
 
     def _problem(self, node: fx.Node, scheme: Scheme) -> MatmulProblem:
-        whole = self.target.kind == "cpu"
-        problem = matmul_problem(node, scheme, self.precision, whole)
+        problem = matmul_problem(node, scheme, self.precision, self.target.largest_n)
         return replace(problem, own_kernels=self.ascend.own_kernels)
 
     def _cost(self, problem: MatmulProblem) -> float:
         options = self.ascend
-        choice = select_format(problem, self.target, options.weight_format, options.tokens)
-        if self.target.kind == "cpu":
-            return DECODE_STEPS * choice.decode_us + choice.prefill_us
-        return dict(choice.storage_us)[choice.storage]
+        chosen = select_format(problem, self.target, options.weight_format, options.tokens)
+        return chosen.mix_us

@@ -7,15 +7,14 @@ from itertools import product
 from typing import Literal
 
 from panguq.ir.number_format import INT4, INT8
+from panguq.lowering.ascend.cost.terms import ARGUMENTS, Form, WeightLayout
+from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.ascend.rules import weight_quant_templates
-from panguq.lowering.cost.terms import ARGUMENTS, Form, WeightLayout
-from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
-from panguq.lowering.target import Target
+from panguq.lowering.problem import FLOAT_BYTES, Candidate, MatmulProblem
 
 # Blocks of which the sums fit L0C (128 KiB) and two steps of k fit L0A, L0B and L1: what CATLASS
 # and CANN's tuned tilings use.
 VENDOR_BLOCKS = ((128, 256), (256, 128), (64, 512))
-FLOAT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 FRACTAL_K = {2.0: 16, 1.0: 32, 0.5: 64}  # by bytes of an input; CANN platform_config, DtypeMKN
 _CUBE_SIZE = 16 * 16
 _W4A8_SCALE_BYTES, _FLOAT32 = 8, 4
@@ -32,18 +31,20 @@ class Execution:
     first_m: int = 1
     last_m: int | None = None
 
-    def argument(self, name: str, problem: MatmulProblem, target: Target) -> float:
+    def argument(self, name: str, problem: MatmulProblem, target: AscendMachine) -> float:
         """The value of one of `terms.ARGUMENTS` other than m."""
         if name in self.numbers:
             return self.numbers[name]
         return getattr(problem, name) if name in ("n", "k") else target[name]
 
-    def arguments(self, problem: MatmulProblem, target: Target) -> list[float]:
+    def arguments(self, problem: MatmulProblem, target: AscendMachine) -> list[float]:
         """The values of all `terms.ARGUMENTS` but m, which is the first."""
         return [self.argument(name, problem, target) for name in ARGUMENTS[1:]]
 
 
-def executions(candidate: Candidate, problem: MatmulProblem, target: Target) -> list[Execution]:
+def executions(
+    candidate: Candidate, problem: MatmulProblem, target: AscendMachine
+) -> list[Execution]:
     """The ways to run a candidate. Of several, the cheapest counts: CANN tunes its tilings."""
     if candidate.schedule != "vendor":
         return [own_execution(candidate, problem, target)]
@@ -67,7 +68,7 @@ def executions(candidate: Candidate, problem: MatmulProblem, target: Target) -> 
 def own_execution(
     candidate: Candidate,
     problem: MatmulProblem,
-    target: Target,
+    target: AscendMachine,
     dequantize: Literal["ring", "workspace"] = "ring",
     launches: int | None = None,
     tile_vector_cores: int = 1,
@@ -91,7 +92,7 @@ def own_execution(
     return Execution(form, numbers, str(candidate))
 
 
-def scheme_numbers(problem: MatmulProblem, target: Target) -> dict[str, float]:
+def scheme_numbers(problem: MatmulProblem, target: AscendMachine) -> dict[str, float]:
     """The numbers of a scheme whose stored weights the cube multiplies as they are."""
     weight, activation = problem.scheme.weight, problem.scheme.activation
     if weight is None:
@@ -115,7 +116,7 @@ def _templates(candidate: Candidate, problem: MatmulProblem) -> list[tuple[int, 
 
 
 def _vendor_form(
-    template: str, problem: MatmulProblem, target: Target
+    template: str, problem: MatmulProblem, target: AscendMachine
 ) -> tuple[Form, dict[str, float]]:
     if template == "float":
         return Form("rectangles", "nk", mixed=False), _float(problem, target)
@@ -132,7 +133,9 @@ def _vendor_form(
     return replace(form, dequantize="vendor"), _weight_only(problem)
 
 
-def _nz_split_k(problem: MatmulProblem, target: Target, first_m: int, last_m: int) -> Execution:
+def _nz_split_k(
+    problem: MatmulProblem, target: AscendMachine, first_m: int, last_m: int
+) -> Execution:
     """CANN's own Split-K for NZ weights: blocks of 128 x 128, at least 1024 of k for each part.
 
     Source: ops-nn, weight_quant_batch_matmul_v2, custom_nz_splitk tiling.
@@ -145,7 +148,7 @@ def _nz_split_k(problem: MatmulProblem, target: Target, first_m: int, last_m: in
     return Execution(form, numbers, f"nz_split_k, {splits} splits", first_m, last_m)
 
 
-def _grids(target: Target, x_bytes: float) -> list[tuple[str, dict[str, float]]]:
+def _grids(target: AscendMachine, x_bytes: float) -> list[tuple[str, dict[str, float]]]:
     """Ways to cut the result into one rectangle a core, on all cores, a half, a third … of them
     (fewer cores start sooner), times every block size."""
     cores = int(target["cube_cores"])
@@ -164,7 +167,7 @@ def _grids(target: Target, x_bytes: float) -> list[tuple[str, dict[str, float]]]
     return found
 
 
-def _float(problem: MatmulProblem, target: Target) -> dict[str, float]:
+def _float(problem: MatmulProblem, target: AscendMachine) -> dict[str, float]:
     size = FLOAT_BYTES[problem.dtype]
     fractal_k = FRACTAL_K.get(size, target["float32_macs_per_cycle"] / _CUBE_SIZE)
     return _scheme(1, size, size, size, 0, size, fractal_k)

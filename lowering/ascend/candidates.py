@@ -1,77 +1,25 @@
-"""Which kernels may do a matmul, and why the others may not. Nothing here is about speed."""
+"""Which kernels of an NPU may do a matmul, and why the others may not. Nothing of speed."""
 
 from __future__ import annotations
 
 from panguq.ir.number_format import INT4, INT8
-from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.kernels.ascend.own import w4a16, w8a8
 from panguq.kernels.ascend.own.tiles import legal_tiles
-from panguq.kernels.cpu import int4_linear, int8_linear, int8_weight_linear
-from panguq.lowering.ascend.rules import (
-    fallback_names,
-    quant_matmul_refusal,
-    weight_quant_refusal,
-)
+from panguq.lowering.ascend.machine import AscendMachine
+from panguq.lowering.ascend.rules import quant_matmul_refusal, weight_quant_refusal
 from panguq.lowering.problem import (
+    FLOAT_OP,
+    MIXED_WIDTHS,
     Candidate,
-    Dtype,
     KernelSchedule,
     MatmulProblem,
-    Precision,
     Storage,
     Tile,
-    WeightFormat,
 )
-from panguq.lowering.target import Target
-
-__all__ = [
-    "Candidate",
-    "Dtype",
-    "KernelSchedule",
-    "MatmulProblem",
-    "Precision",
-    "Storage",
-    "Tile",
-    "WeightFormat",
-    "ascend_candidates",
-    "candidates",
-    "cpu_candidates",
-    "fallbacks",
-    "scheme_refusal",
-]
-
-FLOAT_OP = "linear"
-_MIXED = "the weight's groups have several widths"
-
-
-def candidates(
-    problem: MatmulProblem, target: Target, allow_float: bool = False
-) -> list[Candidate]:
-    """All kernels of the target that know the scheme, legal or not."""
-    if target.kind == "cpu":
-        return cpu_candidates(problem)
-    return ascend_candidates(problem, target, allow_float)
-
-
-def scheme_refusal(problem: MatmulProblem, target: Target) -> str | None:
-    """Why the target cannot run the problem's scheme on its shape; None if some kernel can."""
-    found = candidates(problem, target)
-    if any(c.refusal is None for c in found):
-        return None
-    reasons = {f"{c.kernel}: {c.refusal}": None for c in found if c.storage != "float"}
-    return "; ".join(reasons or {f"{c.kernel}: {c.refusal}": None for c in found})
-
-
-def fallbacks(scheme: Scheme) -> tuple[Scheme, ...]:
-    """The schemes that take this one's place, in order, where no kernel takes a shape.
-
-    See `ascend.rules.fallback_names` for the order and its reasons.
-    """
-    return tuple(SCHEMES[name] for name in fallback_names(scheme))
 
 
 def ascend_candidates(
-    problem: MatmulProblem, target: Target, allow_float: bool = False
+    problem: MatmulProblem, target: AscendMachine, allow_float: bool = False
 ) -> list[Candidate]:
     """The vendor's op first, panguq's own kernels for every tile and number of splits, and the
     float matmul, which is legal for a quantized scheme only with `allow_float`."""
@@ -84,7 +32,7 @@ def ascend_candidates(
         found = [Candidate("none", str(error))]
     else:
         if problem.mixed:
-            found = [Candidate("none", _MIXED)]
+            found = [Candidate("none", MIXED_WIDTHS)]
         elif weight.format not in (INT4, INT8):
             found = [Candidate("none", f"no NPU kernel reads {weight.bits}-bit weights")]
         elif activation is not None:
@@ -109,7 +57,9 @@ def split_counts(cores: int) -> list[int]:
     return sorted(divisors | powers)
 
 
-def _own(problem: MatmulProblem, target: Target, family: str, storage: Storage) -> list[Candidate]:
+def _own(
+    problem: MatmulProblem, target: AscendMachine, family: str, storage: Storage
+) -> list[Candidate]:
     unfit = _own_refusal(problem)
     found = []
     for count in [1, *split_counts(int(target["cube_cores"]))]:
@@ -149,27 +99,3 @@ def _own_refusal(problem: MatmulProblem) -> str | None:
             "which it does not read"
         )
     return None
-
-
-def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
-    """All kernels of the CPU target that know the scheme, legal or not."""
-    m, n, k = problem.m, problem.n, problem.k
-    weight, activation = problem.scheme.weight, problem.scheme.activation
-    if weight is None:
-        return [Candidate("linear")]
-    if weight.format == INT8 and activation is not None:
-        grouped = None if weight.granularity == "per_channel" else "weights must be per channel"
-        return [Candidate("int8_linear", grouped or int8_linear.refusal(m, n, k))]
-    if activation is not None:
-        return [Candidate("dequantized_linear")]  # of the dequantized activations
-    rounds = "it multiplies in bfloat16, the recipe asks for float32"
-    rounded = rounds if problem.precision == "float32" else _MIXED if problem.mixed else None
-    fallback = Candidate("dequantized_linear")
-    if weight.format == INT8:
-        grouped = None if weight.granularity == "per_channel" else "weights must be per channel"
-        refusal = rounded or grouped or int8_weight_linear.refusal(m, n, k)
-        return [Candidate("int8_weight_linear", refusal), fallback]
-    if weight.format == INT4:
-        refusal = rounded or int4_linear.refusal(m, n, k, problem.group_size)
-        return [Candidate("int4_linear", refusal), fallback]
-    return [fallback]

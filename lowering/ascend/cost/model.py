@@ -4,45 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import sympy
 from numpy.typing import NDArray
 
 from panguq.errors import LoweringError
-from panguq.lowering.cost.executions import Execution, executions
-from panguq.lowering.cost.terms import (
+from panguq.lowering.ascend.cost.executions import Execution, executions
+from panguq.lowering.ascend.cost.terms import (
     OVERLAPPED,
     SERIAL,
     TERMS,
     Form,
     compiled,
 )
+from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.problem import Candidate, MatmulProblem
-from panguq.lowering.target import KernelCost, Target
-
-M = sympy.Symbol("m", positive=True)
-Floats = NDArray[np.float64]
+from panguq.lowering.target import Cost, Floats
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Microseconds of one call. `total_us` is the sum of the serial terms and the largest of the
-    overlapped ones (`terms.OVERLAPPED`); `how` names the tiling that it is the cost of."""
-
-    total_us: float
-    terms: dict[str, float]
-    how: str = ""
-
-    @property
-    def bound_by(self) -> str:
-        """The overlapped term that decides."""
-        return max(OVERLAPPED, key=lambda name: self.terms[name])
-
-
-def cost(candidate: Candidate, problem: MatmulProblem, target: Target) -> Cost:
-    """The cost on an Ascend target. Raises LoweringError if the problem does not fix m."""
+def cost(candidate: Candidate, problem: MatmulProblem, target: AscendMachine) -> Cost:
+    """The cost of a call. Raises LoweringError if the problem does not fix m."""
     if problem.m is None:
         raise LoweringError(
             "a cost needs a number of tokens, and m is symbolic",
@@ -54,20 +36,20 @@ def cost(candidate: Candidate, problem: MatmulProblem, target: Target) -> Cost:
     )
 
 
-def execution_cost(execution: Execution, problem: MatmulProblem, target: Target) -> Cost:
+def execution_cost(execution: Execution, problem: MatmulProblem, target: AscendMachine) -> Cost:
     """The cost of one way to run the matmul, for the problem's m."""
     assert problem.m is not None
     m = np.array([float(problem.m)])
     values = [v[0, 0] for v in _term_arrays(execution.form, [execution], problem, target, m)]
     named = {name: float(value) for name, value in zip(TERMS, values, strict=True)}
     total = sum(named[name] for name in SERIAL) + max(named[name] for name in OVERLAPPED)
-    return Cost(total, named, execution.label)
+    return Cost(total, named, execution.label, OVERLAPPED)
 
 
 def total_us(
     candidates: Sequence[Candidate],
     problem: MatmulProblem,
-    target: Target,
+    target: AscendMachine,
     tokens: NDArray[np.int64],
 ) -> Floats:
     """Microseconds `[candidates, tokens]` of every candidate for every m in `tokens`."""
@@ -104,7 +86,7 @@ def _term_arrays(
     form: Form,
     found: Sequence[Execution],
     problem: MatmulProblem,
-    target: Target,
+    target: AscendMachine,
     tokens: Floats,
 ) -> list[Floats]:
     """The terms `[executions, tokens]`, in the order of `TERMS`."""
@@ -117,24 +99,3 @@ def _term_arrays(
 def at(problem: MatmulProblem, m: int) -> MatmulProblem:
     """The problem for a fixed number of tokens."""
     return replace(problem, m=m)
-
-
-# --- CPU ----------------------------------------------------------------------------------------
-
-
-def cost_us(kernel: str, problem: MatmulProblem, target: Target) -> sympy.Expr:
-    """Microseconds of one call on a CPU, an expression in m (a number if the problem fixes m)."""
-    constants: KernelCost = target.kernels[kernel]
-    weights = problem.n * problem.k
-    weight_us = weights * constants.weight_bytes_per_weight / (constants.gb_per_s * 1e3)
-    m = M if problem.m is None else problem.m
-    return constants.launch_us + weight_us + m * weights / (constants.gmac_per_s * 1e3)
-
-
-def crossover_m(first: str, second: str, problem: MatmulProblem, target: Target) -> int:
-    """The largest m up to which `first` is at most as expensive as `second`; 0 if never."""
-    difference = sympy.expand(cost_us(first, problem, target) - cost_us(second, problem, target))
-    slope = difference.coeff(M, 1)
-    if slope <= 0:
-        return 2**31 - 1 if difference.subs(M, 1) <= 0 else 0
-    return max(0, int(sympy.floor(-difference.coeff(M, 0) / slope)))

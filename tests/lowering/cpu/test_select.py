@@ -9,21 +9,22 @@ from hypothesis import strategies as st
 from panguq.errors import LoweringError
 from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme
-from panguq.lowering.candidates import MatmulProblem, cpu_candidates
-from panguq.lowering.cost.model import M, cost_us, crossover_m
+from panguq.lowering.choice import DECODE_M, DECODE_STEPS, PREFILL_M
 from panguq.lowering.cpu.calls import _LOWERINGS
-from panguq.lowering.select_kernel import (
+from panguq.lowering.cpu.candidates import cpu_candidates
+from panguq.lowering.cpu.cost import (
     BYTES,
     CONVERTED,
-    DECODE_M,
-    DECODE_STEPS,
     MANY_TOKENS,
-    PREFILL_M,
+    M,
+    cost_us,
     cpu_cost_name,
-    select_kernel,
+    crossover_m,
 )
+from panguq.lowering.cpu.target import CPU, CpuTarget
+from panguq.lowering.problem import MatmulProblem
+from panguq.lowering.select_kernel import select_kernel
 from panguq.lowering.target import KernelCost, Target
-from panguq.lowering.targets import CPU
 
 PROBLEMS = st.builds(
     MatmulProblem,
@@ -81,7 +82,7 @@ def test_a_wrong_cost_never_chooses_what_is_illegal(problem, constants) -> None:
     """Whatever the numbers, the choice is legal and cheapest under them."""
     rows = [constants[i : i + 4] for i in range(0, 24, 4)]
     kernels = {name: KernelCost(*row) for name, row in zip(CPU.kernels, rows, strict=True)}
-    target = Target("made up", kernels)
+    target = CpuTarget("made up", kernels)
     legal = [c.kernel for c in cpu_candidates(problem) if c.refusal is None]
     choice = select_kernel(problem, target)
     assert choice.kernel in legal
@@ -118,7 +119,7 @@ def test_the_crossover_is_where_the_costs_cross(problem) -> None:
 def test_a_variant_that_is_always_or_never_cheaper() -> None:
     problem = MatmulProblem(None, 64, 64, SCHEMES["W8A16"])
     fast, slow = KernelCost(1, 10, 100, 1), KernelCost(2, 10, 50, 1)
-    target = Target("made up", {"fast": fast, "slow": slow, "late": KernelCost(2, 10, 200, 1)})
+    target = CpuTarget("made up", {"fast": fast, "slow": slow, "late": KernelCost(2, 10, 200, 1)})
     assert crossover_m("fast", "slow", problem, target) == 2**31 - 1
     assert crossover_m("slow", "fast", problem, target) == 0
     late = crossover_m("fast", "late", problem, target)
@@ -150,7 +151,7 @@ def test_what_runs_for_m_tokens_is_the_cheapest_of_what_the_op_can_do(problem, m
 def test_a_layout_that_would_never_be_read_is_not_made() -> None:
     slow = {**CPU.kernels, "int4_linear": KernelCost(1e6, 1, 1, 0.5)}
     problem = MatmulProblem(None, 512, 576, SCHEMES["W4A16"])
-    choice = select_kernel(problem, Target("made up", slow))
+    choice = select_kernel(problem, CpuTarget("made up", slow))
     assert (choice.kernel, choice.few_tokens) == ("dequantized_linear", 0)
 
 

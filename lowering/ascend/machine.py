@@ -1,0 +1,41 @@
+"""An NPU as data: the constants that its kernels' costs are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from panguq.lowering.target import Target
+
+ASCEND_UNITS: Mapping[str, str] = MappingProxyType(
+    {
+        "cube_cores": "cores",
+        "vector_cores": "cores",
+        "clock_mhz": "MHz",
+        "l2_mib": "MiB",
+        "hbm_gb_per_s": "GB/s",
+        "l2_read_bytes_per_cycle": "B/cycle/cube core",
+        "l2_write_bytes_per_cycle": "B/cycle/cube core",
+        "vector_bytes_per_cycle": "B/cycle/vector core",
+        "vector_lanes": "float16 lanes",
+        "dequantize_instructions": "instructions/vector of weights",
+        "memory_unit_bytes": "B",
+        "float32_macs_per_cycle": "MAC/cycle/cube core",
+        "vector_start_us": "us",
+        "vector_start_per_wave_us": "us",
+        "launch_us": "us",
+        "core_load_bytes_per_cycle": "B/cycle/cube core",
+        "vendor_dequantize_bytes_per_cycle": "B/cycle/vector core",
+    }
+)
+"""All constants of an Ascend target and their units. A target file must give every one."""
+
+
+@dataclass(frozen=True)
+class AscendMachine(Target):
+    """What candidates, choices and costs read of an Ascend target; `AscendTarget` is the rest."""
+
+    kind = "ascend"
+    units = ASCEND_UNITS
+    whole = ("cube_cores", "vector_cores", "vector_lanes")
