@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from panguq.errors import LoweringError
-from panguq.lowering.ascend.target import ASCEND_TARGETS
+from panguq.kernels.ascend.chip import Chip
+from panguq.kernels.ascend.chips import CHIPS
+from panguq.lowering.ascend.target import targets_of
 from panguq.lowering.cpu.target import CPU
 from panguq.lowering.target import Target, check_target
 from panguq.suggest import did_you_mean
 
-TARGETS: dict[str, Target] = {target.name: target for target in (CPU, *ASCEND_TARGETS)}
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (CPU, *(part for chip in CHIPS.values() for part in targets_of(chip)))
+}
 """Panguq's own by name, and those that were added."""
 
 
@@ -28,6 +33,18 @@ def add_target(target: Target) -> Target:
         )
     TARGETS[name] = check_target(target, f"target {name}")
     return target
+
+
+def add_chip(chip: Chip) -> tuple[Target, ...]:
+    """Let kernels take a chip's tiles, and add a target for each of its parts; returns these.
+
+    Raises LoweringError for a kind or a name that is taken.
+    """
+    if chip.kind in CHIPS:
+        raise LoweringError(f"there is a chip {chip.kind!r} already", "give it another kind")
+    added = tuple(add_target(target) for target in targets_of(chip))
+    CHIPS[chip.kind] = chip
+    return added
 
 
 def is_path(name: str) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from panguq.errors import LoweringError
 from panguq.lowering.known_targets import TARGETS as TARGETS
+from panguq.lowering.known_targets import add_chip as add_chip
 from panguq.lowering.known_targets import add_target as add_target
 from panguq.lowering.known_targets import is_path
 from panguq.lowering.known_targets import known_targets as known_targets

@@ -21,7 +21,9 @@ from pathlib import Path
 from conformance.triton.linalg import TARGETS, linalg_of
 from conformance.triton.npu_compiler import compile_linalg
 from conformance.triton.variants import variant
-from panguq.kernels.ascend.own.tiles import CAPACITY, Tile, tile_memory, tile_refusal
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
+from panguq.kernels.ascend.chip import Tile
+from panguq.kernels.ascend.own.tiles import tile_memory, tile_refusal
 
 RESULT = Path(__file__).parent.parent / "results" / "triton_tile_rule.json"
 SEED = 2
@@ -60,7 +62,7 @@ class Comparison:
 def ratio_of(kernel: str, memory: str, tile: Tile) -> float | None:
     """Needed over available bytes of this memory; None if another one is fuller."""
     needed = asdict(tile_memory(kernel, tile))
-    ratios = {name: needed[name] / capacity for name, capacity in CAPACITY.items()}
+    ratios = {name: needed[name] / capacity for name, capacity in ATLAS_A2.memory.items()}
     return ratios[memory] if ratios[memory] == max(ratios.values()) else None
 
 

@@ -19,6 +19,8 @@ from panguq.ir.node_meta import scheme_of
 from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput, calls, operand
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
+from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.kernels.ascend.own import int4_weight  # noqa: F401  (registers the ops)
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers the ops)
@@ -47,6 +49,7 @@ class AscendCalls:
 
     gm: fx.GraphModule
     inputs: AscendInputs
+    chip: Chip = ATLAS_A2
 
     def lower(
         self,
@@ -85,7 +88,7 @@ class AscendCalls:
         for _, kernel in table:
             op, args, named = kernel_call(kernel, given)
             if op.namespace == "npu":
-                check_call(op, value_types(args), value_types(named), label(node))
+                check_call(op, value_types(args), value_types(named), label(node), self.chip)
         if len(table) > 1:
             args = (given.x, given.weight, given.scale, given.offset, given.pertoken_scale)
             args += (given.bias, given.group_size, given.output_dtype)
@@ -209,7 +212,8 @@ class AscendCalls:
                 "group_sizes": [0, 0, W4A8_GROUP],  # else aclnn is told 0, which A2 does not list
             }
         args = (x, weight, stored)
-        check_call(npu.npu_quant_matmul.default, value_types(args), value_types(named), label(node))
+        matmul = npu.npu_quant_matmul.default
+        check_call(matmul, value_types(args), value_types(named), label(node), self.chip)
         return call(
             node,
             npu.npu_quant_matmul.default,

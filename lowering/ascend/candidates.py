@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from panguq.ir.number_format import INT4, INT8
+from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.own import w4a16, w8a8
 from panguq.kernels.ascend.own.tiles import legal_tiles
 from panguq.lowering.ascend.machine import AscendMachine
@@ -37,12 +38,16 @@ def ascend_candidates(
             found = [Candidate("none", f"no NPU kernel reads {weight.bits}-bit weights")]
         elif activation is not None:
             storage: Storage = "int8" if weight.format == INT8 else "int4"
-            found = [Candidate("npu_quant_matmul", quant_matmul_refusal(problem), storage=storage)]
+            found = [
+                Candidate(
+                    "npu_quant_matmul", quant_matmul_refusal(problem, target.chip), storage=storage
+                )
+            ]
             if weight.format == activation.format == INT8:
                 found += _own(problem, target, "w8a8", storage)
         else:
             storage = "int8" if weight.format == INT8 else "int4"
-            refusal = weight_quant_refusal(problem)
+            refusal = weight_quant_refusal(problem, target.chip)
             found = [Candidate("npu_weight_quant_batchmatmul", refusal, storage=storage)]
             if weight.format == INT4:
                 found += _own(problem, target, "w4a16", storage)
@@ -65,19 +70,22 @@ def _own(
     for count in [1, *split_counts(int(target["cube_cores"]))]:
         schedule: KernelSchedule = "split_k" if count > 1 else "data_parallel"
         kernel = f"{family}_{schedule}"
-        for tile in legal_tiles(kernel):
-            refusal = unfit or _kernel_refusal(problem, family, count, tile)
+        for tile in legal_tiles(kernel, target.chip):
+            refusal = unfit or _kernel_refusal(problem, target.chip, family, count, tile)
             found.append(Candidate(kernel, refusal, schedule, count, tile, storage))
     return found
 
 
-def _kernel_refusal(problem: MatmulProblem, family: str, splits: int, tile: Tile) -> str | None:
+def _kernel_refusal(
+    problem: MatmulProblem, chip: Chip, family: str, splits: int, tile: Tile
+) -> str | None:
     m, n, k = problem.m, problem.n, problem.k
     if family == "w8a8":
-        return w8a8.refusal(m, n, k, splits, tile)
+        return w8a8.refusal(m, n, k, splits, tile, chip)
     weight = problem.scheme.weight
     grouped = weight is not None and weight.granularity == "per_group"
-    return w4a16.refusal(m, n, k, problem.group_size if grouped else 0, splits, tile)
+    group_size = problem.group_size if grouped else 0
+    return w4a16.refusal(m, n, k, group_size, splits, tile, chip)
 
 
 def _own_refusal(problem: MatmulProblem) -> str | None:

@@ -1,4 +1,4 @@
-"""An NPU as data: the constants that its kernels' costs are computed from."""
+"""An NPU as data: its chip, and the constants that its kernels' costs are computed from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
+from panguq.kernels.ascend.chip import Chip
 from panguq.lowering.target import Target
 
 ASCEND_UNITS: Mapping[str, str] = MappingProxyType(
@@ -36,6 +38,11 @@ ASCEND_UNITS: Mapping[str, str] = MappingProxyType(
 class AscendMachine(Target):
     """What candidates, choices and costs read of an Ascend target; `AscendTarget` is the rest."""
 
-    kind = "ascend"
+    chip: Chip = ATLAS_A2
+
     units = ASCEND_UNITS
     whole = ("cube_cores", "vector_cores", "vector_lanes")
+
+    @property
+    def kind(self) -> str:
+        return self.chip.kind

@@ -25,7 +25,7 @@ from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.properties import Property
 from panguq.ir.views import Linear
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region
 
@@ -43,13 +43,15 @@ class MergeGateUp(Pass):
     A row of the weight is one output, so codes, scales, zero points and biases are stacked row by
     row and every output keeps its own numbers. A missing bias counts as zeros. The two
     slices carry the labels of the matmuls whose results they are. Found by data flow: both
-    matmuls read one node under one scheme and only the swiglu reads them. `npu_swiglu` takes its
+    matmuls read one node under one scheme, only the swiglu reads them, and both together have at
+    most `largest_n` outputs if they are quantized. `npu_swiglu` takes its
     gate from the first half of one tensor (op-plugin docs), which is what this prepares.
     """
 
     name: ClassVar[str] = "merge-gate-up"
     requires: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
     exact: ClassVar[bool] = True
+    largest_n: int = ATLAS_A2.largest_dimension
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """Integer codes, if the recipe quantizes at all."""
@@ -63,7 +65,7 @@ class MergeGateUp(Pass):
         for done, node in enumerate(nodes):
             ctx.progress("merge gate and up", done, len(nodes))
             gate, up = SwiGlu.of(node).gate, SwiGlu.of(node).up
-            reason = _obstacle(gate, up, node, readers)
+            reason = _obstacle(gate, up, node, readers, self.largest_n)
             if reason is not None:
                 result.skip(node, reason)
                 continue
@@ -74,7 +76,9 @@ class MergeGateUp(Pass):
         return result
 
 
-def _obstacle(gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str]) -> str | None:
+def _obstacle(
+    gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str], largest_n: int
+) -> str | None:
     """Why these two cannot become one matmul; None if they can."""
     for name, node in (("gate", gate), ("up", up)):
         if Linear.match(node) is None:
@@ -91,8 +95,8 @@ def _obstacle(gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str]
         names = " and ".join("none" if s is None else s.name for s in schemes)
         return f"their schemes differ: {names}"
     sizes = [linear.shape[0] for linear in (one, other)]
-    if schemes[0] is not None and not schemes[0].is_float and sum(sizes) > LARGEST_DIMENSION:
-        return f"{sum(sizes)} outputs are more than the {LARGEST_DIMENSION} of a quantized matmul"
+    if schemes[0] is not None and not schemes[0].is_float and sum(sizes) > largest_n:
+        return f"{sum(sizes)} outputs are more than the {largest_n} of a quantized matmul"
     reason = _unlike(one.weight, other.weight)
     if reason is not None:
         return reason

@@ -1,4 +1,6 @@
-"""The shapes, dtypes and groups that CANN's quantized matmuls take on Atlas A2.
+"""The shapes, dtypes and groups that CANN's quantized matmuls take.
+
+Limits of sizes are the chip's; what else a generation after Atlas A2 takes is a rule of its own.
 
 Sources: op-plugin's pages on npu_quant_matmul and npu_weight_quant_batchmatmul, and the pages of
 ops-nn on aclnnQuantMatmulV5 and aclnnWeightQuantBatchMatmulV2.
@@ -8,19 +10,20 @@ from __future__ import annotations
 
 from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import Scheme
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP, W4A8_SMALLEST_REFUSED_K
+from panguq.kernels.ascend.chip import Chip
+from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.lowering.problem import MatmulProblem
 
 WORD_CODES = 8  # 4-bit codes in one int32
 GROUP_UNIT = 32
 
 
-def quant_matmul_refusal(problem: MatmulProblem) -> str | None:
+def quant_matmul_refusal(problem: MatmulProblem, chip: Chip) -> str | None:
     """Why npu_quant_matmul cannot run W8A8, W4A8 or W4A4 on this shape; None if it can."""
     n, k, weight = problem.n, problem.k, problem.scheme.weight
     activation = problem.scheme.activation
     assert weight is not None and activation is not None
-    if too_large := _too_large(n, k):
+    if too_large := _too_large(n, k, chip):
         return too_large
     if problem.dtype == "float32":
         return "its result is float16 or bfloat16, the model is float32"
@@ -31,7 +34,7 @@ def quant_matmul_refusal(problem: MatmulProblem) -> str | None:
             return f"{activation.bits}-bit inputs with 8-bit weights"
         return None if weight.granularity == "per_channel" else "8-bit weights must be per channel"
     if activation.format == INT8:
-        return _w4a8_refusal(problem)
+        return _w4a8_refusal(problem, chip)
     if weight.granularity != "per_channel":
         return "4-bit weights with 4-bit inputs must be per channel"
     for name, size in (("k", k), ("n", n)):
@@ -42,13 +45,13 @@ def quant_matmul_refusal(problem: MatmulProblem) -> str | None:
     return None
 
 
-def _w4a8_refusal(problem: MatmulProblem) -> str | None:
+def _w4a8_refusal(problem: MatmulProblem, chip: Chip) -> str | None:
     n, k, activation = problem.n, problem.k, problem.scheme.activation
     assert activation is not None
     if k % W4A8_GROUP:
         return f"k={k} is not a multiple of {W4A8_GROUP}, the group of 4-bit weights"
-    if k >= W4A8_SMALLEST_REFUSED_K:
-        return f"k={k} is not below {W4A8_SMALLEST_REFUSED_K}"
+    if k >= chip.w4a8_smallest_refused_k:
+        return f"k={k} is not below {chip.w4a8_smallest_refused_k}"
     if n % WORD_CODES:
         return f"n={n} is not a multiple of {WORD_CODES}: codes are stored 8 a word"
     # A scale per output is written as one per 256 inputs, repeated.
@@ -61,11 +64,11 @@ def _w4a8_refusal(problem: MatmulProblem) -> str | None:
     return None
 
 
-def weight_quant_refusal(problem: MatmulProblem) -> str | None:
+def weight_quant_refusal(problem: MatmulProblem, chip: Chip) -> str | None:
     """Why npu_weight_quant_batchmatmul cannot run W8A16 or W4A16 on this shape; None if it can."""
     n, k, weight = problem.n, problem.k, problem.scheme.weight
     assert weight is not None
-    if too_large := _too_large(n, k):
+    if too_large := _too_large(n, k, chip):
         return too_large
     if problem.dtype == "float32":
         return "its inputs are float16 or bfloat16, the model is float32"
@@ -85,10 +88,10 @@ def weight_quant_refusal(problem: MatmulProblem) -> str | None:
     return None
 
 
-def _too_large(n: int, k: int) -> str | None:
+def _too_large(n: int, k: int, chip: Chip) -> str | None:
     for name, size in (("n", n), ("k", k)):
-        if size > LARGEST_DIMENSION:
-            return f"{name}={size} is more than {LARGEST_DIMENSION}"
+        if size > chip.largest_dimension:
+            return f"{name}={size} is more than {chip.largest_dimension}"
     return None
 
 

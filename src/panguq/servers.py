@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from panguq.errors import InputError
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
+from panguq.kernels.ascend.limits import W4A8_GROUP
 
 Server: TypeAlias = Literal["vllm-ascend", "mindie", "vllm", "transformers"]
 ServedFormat: TypeAlias = Literal["ascend", "compressed-tensors"]
@@ -171,11 +172,12 @@ def too_large(server: Server, scheme: str, n: int, k: int) -> str:
     """Why a quantized matmul `[m, k] x [n, k]^T` is beyond the NPU ops; empty if it is not."""
     if server not in NPU_SERVERS or scheme == "FLOAT":
         return ""
-    if k > LARGEST_DIMENSION:
-        return f"k = {k} is more than the {LARGEST_DIMENSION} that the NPU's quantized matmuls take"
+    largest = ATLAS_A2.largest_dimension
+    if k > largest:
+        return f"k = {k} is more than the {largest} that the NPU's quantized matmuls take"
     in_chunks = server == "vllm-ascend" and scheme == "W8A8_DYNAMIC"
-    if n > LARGEST_DIMENSION and not in_chunks:
-        return f"n = {n} is more than the {LARGEST_DIMENSION} that the NPU's quantized matmuls take"
+    if n > largest and not in_chunks:
+        return f"n = {n} is more than the {largest} that the NPU's quantized matmuls take"
     return ""
 
 

@@ -1,7 +1,7 @@
-"""Which tiles fit an Atlas A2 core: panguq's own memory rule, and tiles for a cost model.
+"""Which tiles fit a core: panguq's own memory rule, and tiles for a cost model.
 
 A tile is (block_m, block_n, block_k): what one program keeps of the result and takes of k at a
-time. A core pair has these memories (bytes; CANN's platform_config of Ascend910B1 to B4):
+time. A core pair has these memories (`Chip.memory`; the sizes are those of Atlas A2):
 
     UB   192 KiB in each of the two vector cores      L0A, L0B  64 KiB each, inputs of the cube
     L1   512 KiB in the cube core                     L0C      128 KiB, sums of the cube
@@ -53,57 +53,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-Tile = tuple[int, int, int]
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
+from panguq.kernels.ascend.chip import Chip, Tile
+from panguq.kernels.ascend.chips import CHIPS
 
 KIB = 1024
-CAPACITY = {"ub": 192 * KIB, "l1": 512 * KIB, "l0a": 64 * KIB, "l0b": 64 * KIB, "l0c": 128 * KIB}
-
-# What each side of the tile is a multiple of.
-_MULTIPLES: dict[str, Tile] = {
-    "w4a16_data_parallel": (16, 64, 16),
-    "w4a16_split_k": (16, 64, 16),
-    "w8a8_data_parallel": (16, 32, 32),
-    "w8a8_split_k": (16, 32, 32),
-    "reduce_partials": (1, 16, 1),
-    "dynamic_quant": (1, 1, 32),
-}
-
-# Wide in n where m is small, since there the weight is what is read; near the largest sum that L0C
-# holds where m is large. block_k 32, 64 and 128 divide the group sizes in use.
-_W4A16_TILES: tuple[Tile, ...] = (
-    (16, 64, 128),
-    (16, 128, 64),
-    (16, 256, 32),
-    (32, 128, 64),
-    (32, 256, 32),
-    (64, 64, 128),
-    (64, 128, 64),
-    (64, 256, 32),
-    (128, 128, 64),
-    (128, 256, 32),
-    (256, 128, 64),
-)
-_W8A8_TILES: tuple[Tile, ...] = (
-    (16, 64, 512),
-    (16, 128, 512),
-    (16, 256, 256),
-    (16, 256, 512),
-    (32, 256, 512),
-    (64, 128, 512),
-    (64, 256, 512),
-    (128, 128, 512),
-    (128, 256, 256),
-    (128, 256, 512),
-    (256, 128, 512),
-)
-_LEGAL_TILES: dict[str, tuple[Tile, ...]] = {
-    "w4a16_data_parallel": _W4A16_TILES,
-    "w4a16_split_k": _W4A16_TILES,
-    "w8a8_data_parallel": _W8A8_TILES,
-    "w8a8_split_k": _W8A8_TILES,
-    "reduce_partials": ((8, 512, 1), (16, 512, 1)),
-    "dynamic_quant": ((1, 1, 4096), (1, 1, 8192)),
-}
 
 
 @dataclass(frozen=True)
@@ -117,12 +71,24 @@ class TileMemory:
     l0c: int = 0
 
 
-def legal_tiles(kernel: str) -> tuple[Tile, ...]:
-    """Tiles (block_m, block_n, block_k) of this kernel that fit every target, small ones first."""
-    return _LEGAL_TILES[kernel]
+def legal_tiles(kernel: str, chip: Chip = ATLAS_A2) -> tuple[Tile, ...]:
+    """Those of the chip's tiles (block_m, block_n, block_k) of this kernel that fit its memory,
+    small ones first."""
+    return tuple(tile for tile in chip.tiles[kernel] if _refusal(kernel, tile, chip) is None)
 
 
-def tile_memory(kernel: str, tile: Tile) -> TileMemory:
+def multiples(kernel: str, chip: Chip = ATLAS_A2) -> Tile:
+    """What each side of the kernel's tiles is a multiple of, by the rule above."""
+    if kernel == "reduce_partials":
+        return (1, chip.fractal, 1)
+    if kernel == "dynamic_quant":
+        return (1, 1, chip.block_bytes)
+    if kernel.startswith("w4a16"):
+        return (chip.fractal, 2 * chip.block_bytes, chip.fractal_k[2.0])
+    return (chip.fractal, chip.fractal_k[1.0], chip.fractal_k[1.0])
+
+
+def tile_memory(kernel: str, tile: Tile, chip: Chip = ATLAS_A2) -> TileMemory:
     """What the kernel needs at this tile, by the rule above."""
     block_m, block_n, block_k = tile
     if kernel == "reduce_partials":
@@ -136,21 +102,31 @@ def tile_memory(kernel: str, tile: Tile) -> TileMemory:
     return TileMemory(
         ub=ub,
         l1=2 * (2 if is_w4a16 else 1) * (block_m + block_n) * block_k,
-        l0a=2 * 32 * block_m,
-        l0b=2 * 32 * block_n,
+        l0a=2 * chip.block_bytes * block_m,
+        l0b=2 * chip.block_bytes * block_n,
         l0c=4 * block_m * block_n,
     )
 
 
-def tile_refusal(kernel: str, tile: Tile) -> str | None:
-    """Why the kernel cannot have this tile: a side that does not align, or a memory too small."""
+def tile_refusal(kernel: str, tile: Tile, chip: Chip | None = None) -> str | None:
+    """Why the kernel cannot have this tile: a side that does not align, or a memory too small.
+
+    Without a chip, as an op is called that does not say its own: on none of those known.
+    """
+    if chip is not None:
+        return _refusal(kernel, tile, chip)
+    reasons = [_refusal(kernel, tile, known) for known in CHIPS.values()]
+    return None if None in reasons else reasons[0]
+
+
+def _refusal(kernel: str, tile: Tile, chip: Chip) -> str | None:
     for name, size, multiple in zip(
-        ("block_m", "block_n", "block_k"), tile, _MULTIPLES[kernel], strict=True
+        ("block_m", "block_n", "block_k"), tile, multiples(kernel, chip), strict=True
     ):
         if size < 1 or size % multiple:
             return f"{name}={size} is not a positive multiple of {multiple}"
-    memory = tile_memory(kernel, tile)
-    for name, capacity in CAPACITY.items():
+    memory = tile_memory(kernel, tile, chip)
+    for name, capacity in chip.memory.items():
         needed = getattr(memory, name)
         if needed > capacity:
             return f"tile {tile} needs {needed} bytes of {name.upper()}, which has {capacity}"

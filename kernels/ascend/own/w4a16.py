@@ -14,6 +14,7 @@ from torch import Tensor
 from panguq.errors import LoweringError
 from panguq.ir.ops.opset import define_op
 from panguq.ir.ops.packing import unpack_int4
+from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.own.tiles import split_bounds, tile_refusal
 from panguq.kernels.ascend.own.triton.launch import NAMESPACE, launch_w4a16
 
@@ -28,10 +29,12 @@ def refusal(
     group_size: int,
     splits: int = 1,
     tile: tuple[int, int, int] | None = None,
+    chip: Chip | None = None,
 ) -> str | None:
     """Why the kernels cannot do this matmul of m tokens (None: any), n outputs, k inputs.
 
     `group_size` 0 is one scale per output. `tile` is (block_m, block_n, block_k).
+    `chip`: the one that has room for it; None: any that is known.
     """
     if n % CODES_PER_WORD:
         return f"n={n} is not a multiple of {CODES_PER_WORD}: the weight is stored 8 codes a word"
@@ -41,7 +44,7 @@ def refusal(
         return f"{splits} splits: there is at least one"
     if tile is None:
         return None
-    if reason := tile_refusal("w4a16_split_k" if splits > 1 else "w4a16_data_parallel", tile):
+    if reason := tile_refusal("w4a16_split_k" if splits > 1 else "w4a16_data_parallel", tile, chip):
         return reason
     if group_size % tile[2]:
         return f"block_k={tile[2]} does not divide the group size {group_size}"

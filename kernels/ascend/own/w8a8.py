@@ -12,6 +12,7 @@ from torch import Tensor
 
 from panguq.errors import LoweringError
 from panguq.ir.ops.opset import define_op
+from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.own.tiles import tile_refusal
 from panguq.kernels.ascend.own.triton.launch import NAMESPACE, launch_w8a8
 from panguq.kernels.cpu.int8_linear import int32_matmul
@@ -27,15 +28,19 @@ def refusal(
     k: int,
     splits: int = 1,
     tile: tuple[int, int, int] | None = None,
+    chip: Chip | None = None,
 ) -> str | None:
-    """Why the kernels cannot do this matmul of m tokens (None: any), n outputs, k inputs."""
+    """Why the kernels cannot do this matmul of m tokens (None: any), n outputs, k inputs.
+
+    `chip`: the one that has room for the tile; None: any that is known.
+    """
     if k > LARGEST_K:
         return f"k={k} is more than {LARGEST_K}: a sum might not fit int32"
     if splits < 1:
         return f"{splits} splits: there is at least one"
     if tile is None:
         return None
-    if reason := tile_refusal("w8a8_split_k" if splits > 1 else "w8a8_data_parallel", tile):
+    if reason := tile_refusal("w8a8_split_k" if splits > 1 else "w8a8_data_parallel", tile, chip):
         return reason
     if splits > -(-k // tile[2]):
         return f"{splits} splits: k={k} has only {-(-k // tile[2])} blocks of {tile[2]}"

@@ -1,12 +1,14 @@
 """What a call of a torch_npu op must satisfy, checked before anything is sent to an NPU.
 
-Each op's file holds its contract: a generator that names the op's parameters that it reads and
-yields one `Broken` per rule the call breaks. Sizes may be symbolic: a rule then speaks only where
-it is broken whatever the size turns out to be, and never adds a guard.
+Each op's file holds its contract: a generator that names the op's parameters that it reads, and
+`chip` where a limit is the chip's, and yields one `Broken` per rule the call breaks. Sizes may be
+symbolic: a rule then speaks only where it is broken whatever the size turns out to be, and never
+adds a guard.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from panguq.errors import LoweringError
 from panguq.ir.ops.opset import bind, read_by
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
+from panguq.kernels.ascend.chip import Chip
 from panguq.tensors.dtypes import dtype_name
 
 Size = int | torch.SymInt
@@ -107,8 +111,10 @@ def register_contract(op: OpOverload, contract: Contract) -> None:
     _contracts[op] = contract
 
 
-def violations(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Violation]:
-    """Every rule that this call breaks; an empty list for a legal one.
+def violations(
+    op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], chip: Chip = ATLAS_A2
+) -> list[Violation]:
+    """Every rule that this call breaks on the chip; an empty list for a legal one.
 
     Tensors may be real, fake or on the meta device, sizes symbolic. Raises LoweringError for an op
     that has no contract.
@@ -122,13 +128,20 @@ def violations(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         given = bind(op._schema.arguments, args, kwargs)
     except TypeError as error:
         return [Violation(str(op), f"the arguments must fit the schema: {error}", str(op._schema))]
-    found = contract(**read_by(contract, given))
+    limits = {"chip": chip} if "chip" in inspect.signature(contract).parameters else {}
+    found = contract(**read_by(contract, given | limits))
     return [Violation(str(op), rule, source) for rule, source in found]
 
 
-def check_call(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
+def check_call(
+    op: OpOverload,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    where: str,
+    chip: Chip = ATLAS_A2,
+) -> None:
     """Raises LoweringError that names `where` and each broken rule with its source."""
-    if broken := violations(op, args, kwargs):
+    if broken := violations(op, args, kwargs, chip):
         rules = "; ".join(f"{violation.rule} ({violation.source})" for violation in broken)
         raise LoweringError(
             f"{where}: an Ascend NPU cannot run {op}: {rules}",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION, W4A8_GROUP, W4A8_SMALLEST_REFUSED_K
+from panguq.kernels.ascend.chip import Chip
+from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
@@ -76,6 +77,7 @@ def quant_matmul_contract(
     scale_dtype: int | None,
     group_sizes: Sequence[int] | None,
     y_scale: Tensor | None,
+    chip: Chip,
 ) -> Iterator[Broken]:
     """Yields each rule that the call breaks; sources beside each."""
     dtype_arguments = {
@@ -102,10 +104,11 @@ def quant_matmul_contract(
         return
     k = x1.shape[-1] * (CODES_PER_WORD if x1.dtype == torch.int32 else 1)
     n = x2.shape[1] * (CODES_PER_WORD if x2.dtype == torch.int32 else 1)
-    yield from _sizes(x1, x2, k, n)
+    yield from _sizes(x1, x2, k, n, chip.largest_dimension)
     output = dtype_of(output_dtype, torch.int8)
     if kinds == (torch.int8, torch.int32):
-        yield from _int8_by_int4(x1, scale, offset, pertoken_scale, bias, output, group_sizes, n)
+        given = (scale, offset, pertoken_scale, bias, output, group_sizes)
+        yield from _int8_by_int4(x1, *given, n, chip.w4a8_smallest_refused_k)
         return
     yield from not_given({"group_sizes": group_sizes}, PANGUQ)
     yield from _table(kinds, scale, offset, pertoken_scale, bias, output)
@@ -124,15 +127,15 @@ def quant_matmul_contract(
     yield from wrong_shape("bias", bias, biases, _DOCS)
 
 
-def _sizes(x1: Tensor, x2: Tensor, k: Size, n: Size) -> Iterator[Broken]:
+def _sizes(x1: Tensor, x2: Tensor, k: Size, n: Size, largest: int) -> Iterator[Broken]:
     if surely(k != x2.shape[0]):
         yield Broken(f"x1's k {k} must equal x2's k {x2.shape[0]}", _META)
     for what, size in (("m", x1.shape[-2]), ("k", k), ("n", n)):
         if surely(size < 1):
             yield Broken(f"{what} must be at least 1, not {size}", _DOCS)
     for what, size in (("k", k), ("n", n)):
-        if surely(size > LARGEST_DIMENSION):
-            yield Broken(f"{what} must be at most {LARGEST_DIMENSION}, not {size}", _DOCS)
+        if surely(size > largest):
+            yield Broken(f"{what} must be at most {largest}, not {size}", _DOCS)
     if x2.dtype == torch.int32:
         # The page also allows the transposed view of a contiguous [n, k / 8].
         yield from not_contiguous("x2", x2, PANGUQ)
@@ -186,6 +189,7 @@ def _int8_by_int4(
     output: torch.dtype | None,
     group_sizes: Sequence[int] | None,
     n: Size,
+    smallest_refused_k: int,
 ) -> Iterator[Broken]:
     """int8 x int4: one scale per token and one per group of 256 inputs, no bias."""
     if x1.dim() != 2:
@@ -194,8 +198,8 @@ def _int8_by_int4(
     m, k = x1.shape
     if surely(k % W4A8_GROUP != 0):
         yield Broken(f"k must be a multiple of {W4A8_GROUP}, not {k}", _INT4)
-    if surely(k >= W4A8_SMALLEST_REFUSED_K):
-        yield Broken(f"k must be less than {W4A8_SMALLEST_REFUSED_K}, not {k}", _INT4)
+    if surely(k >= smallest_refused_k):
+        yield Broken(f"k must be less than {smallest_refused_k}, not {k}", _INT4)
     yield from wrong_dtype("scale", scale, (torch.int64,), _META)
     yield from wrong_shape("scale", scale, [[k // W4A8_GROUP, n]], _META)
     for what, tensor, shape in (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
@@ -41,6 +41,7 @@ def _contract(
     antiquant_group_size: int,
     inner_precise: int,
     weight_dtype: int | None,
+    chip: Chip,
 ) -> Iterator[Broken]:
     unused = {"quant_scale": quant_scale, "quant_offset": quant_offset}
     yield from not_given({**unused, "weight_dtype": weight_dtype}, PANGUQ)
@@ -59,9 +60,10 @@ def _contract(
         yield Broken(f"x's k {k} must equal weight's k {weight.shape[0]}", _HOST)
     if surely(m < 1):
         yield Broken(f"m must be at least 1, not {m}", _ACLNN)
+    largest = chip.largest_dimension
     for what, size in (("k", k), ("n", n)):
-        if surely(size < 1) or surely(size > LARGEST_DIMENSION):
-            yield Broken(f"{what} must be from 1 to {LARGEST_DIMENSION}, not {size}", _ACLNN)
+        if surely(size < 1) or surely(size > largest):
+            yield Broken(f"{what} must be from 1 to {largest}, not {size}", _ACLNN)
     if weight.dtype == torch.int32:
         # The page also allows the transposed view of a contiguous [n, k / 8].
         yield from not_contiguous("weight", weight, PANGUQ)

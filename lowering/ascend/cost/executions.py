@@ -7,16 +7,12 @@ from itertools import product
 from typing import Literal
 
 from panguq.ir.number_format import INT4, INT8
+from panguq.kernels.ascend.chip import Chip
 from panguq.lowering.ascend.cost.terms import ARGUMENTS, Form, WeightLayout
 from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.ascend.rules import weight_quant_templates
 from panguq.lowering.problem import FLOAT_BYTES, Candidate, MatmulProblem
 
-# Blocks of which the sums fit L0C (128 KiB) and two steps of k fit L0A, L0B and L1: what CATLASS
-# and CANN's tuned tilings use.
-VENDOR_BLOCKS = ((128, 256), (256, 128), (64, 512))
-FRACTAL_K = {2.0: 16, 1.0: 32, 0.5: 64}  # by bytes of an input; CANN platform_config, DtypeMKN
-_CUBE_SIZE = 16 * 16
 _W4A8_SCALE_BYTES, _FLOAT32 = 8, 4
 
 
@@ -83,9 +79,9 @@ def own_execution(
     form = Form("tiles", "kn", mixed=True, split=split)
     if problem.scheme.activation is None:
         form = Form("tiles", "kn", mixed=True, split=split, dequantize=dequantize)
-        numbers = _weight_only(problem)
+        numbers = _weight_only(problem, target.chip)
     else:
-        numbers = _int8(problem)
+        numbers = _int8(problem, target.chip)
     numbers |= {"launches": launches or (2 if split else 1), "splits": candidate.splits}
     numbers |= dict(zip(("block_m", "block_n", "block_k"), candidate.tile, strict=True))
     numbers |= {"grid_m": 1, "grid_n": 1, "tile_vector_cores": tile_vector_cores}
@@ -99,10 +95,10 @@ def scheme_numbers(problem: MatmulProblem, target: AscendMachine) -> dict[str, f
         return _float(problem, target)
     assert activation is not None
     if weight.format == INT8:
-        return _int8(problem)
+        return _int8(problem, target.chip)
     if activation.format == INT8:  # 8-bit inputs as two 4-bit halves
-        return _int4(problem, 2, _W4A8_SCALE_BYTES / 256)
-    return _int4(problem, 1, _FLOAT32 / problem.k)
+        return _int4(problem, target.chip, 2, _W4A8_SCALE_BYTES / 256)
+    return _int4(problem, target.chip, 1, _FLOAT32 / problem.k)
 
 
 def _templates(candidate: Candidate, problem: MatmulProblem) -> list[tuple[int, str]]:
@@ -124,13 +120,13 @@ def _vendor_form(
     form = Form("rectangles", layout, mixed=True)
     if problem.scheme.activation is not None:
         return form, scheme_numbers(problem, target)
-    scale_bytes = _weight_only(problem)["scale_bytes"]
+    scale_bytes = _weight_only(problem, target.chip)["scale_bytes"]
     if template == "msd":
         weight = problem.scheme.weight
         if weight is not None and weight.format == INT4:
-            return form, _int4(problem, 3, scale_bytes)
-        return form, _int8(problem) | {"x_parts": 2, "scale_bytes": scale_bytes}
-    return replace(form, dequantize="vendor"), _weight_only(problem)
+            return form, _int4(problem, target.chip, 3, scale_bytes)
+        return form, _int8(problem, target.chip) | {"x_parts": 2, "scale_bytes": scale_bytes}
+    return replace(form, dequantize="vendor"), _weight_only(problem, target.chip)
 
 
 def _nz_split_k(
@@ -144,7 +140,7 @@ def _nz_split_k(
     form = Form("tiles", "blocked", mixed=True, split=True, dequantize="ring")
     blocks = {"block_m": 128, "block_n": 128, "block_k": 512, "splits": splits, "launches": 1}
     grid = {"grid_m": 1, "grid_n": 1, "tile_vector_cores": 2}
-    numbers = _weight_only(problem) | blocks | grid
+    numbers = _weight_only(problem, target.chip) | blocks | grid
     return Execution(form, numbers, f"nz_split_k, {splits} splits", first_m, last_m)
 
 
@@ -159,7 +155,7 @@ def _grids(target: AscendMachine, x_bytes: float) -> list[tuple[str, dict[str, f
             grid_n = used // grid_m
             pairs[used // grid_n, grid_n] = None  # with so many columns, so many rows fit
     found: list[tuple[str, dict[str, float]]] = []
-    for (grid_m, grid_n), (block_m, block_n) in product(pairs, VENDOR_BLOCKS):
+    for (grid_m, grid_n), (block_m, block_n) in product(pairs, target.chip.vendor_blocks):
         label = f"{grid_m}x{grid_n} cores, blocks {block_m}x{block_n}"
         blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
         grid = {"grid_m": grid_m, "grid_n": grid_n, "splits": 1, "launches": 1}
@@ -169,25 +165,26 @@ def _grids(target: AscendMachine, x_bytes: float) -> list[tuple[str, dict[str, f
 
 def _float(problem: MatmulProblem, target: AscendMachine) -> dict[str, float]:
     size = FLOAT_BYTES[problem.dtype]
-    fractal_k = FRACTAL_K.get(size, target["float32_macs_per_cycle"] / _CUBE_SIZE)
+    chip = target.chip
+    fractal_k = chip.fractal_k.get(size, target["float32_macs_per_cycle"] / chip.fractal**2)
     return _scheme(1, size, size, size, 0, size, fractal_k)
 
 
-def _int8(problem: MatmulProblem) -> dict[str, float]:
-    return _scheme(1, 1, 1, 1, _FLOAT32 / problem.k, 2, FRACTAL_K[1.0])
+def _int8(problem: MatmulProblem, chip: Chip) -> dict[str, float]:
+    return _scheme(1, 1, 1, 1, _FLOAT32 / problem.k, 2, chip.fractal_k[1.0])
 
 
-def _int4(problem: MatmulProblem, x_parts: int, scale_bytes: float) -> dict[str, float]:
-    return _scheme(x_parts, 0.5, 0.5, 0.5, scale_bytes, 2, FRACTAL_K[0.5])
+def _int4(problem: MatmulProblem, chip: Chip, x_parts: int, scale_bytes: float) -> dict[str, float]:
+    return _scheme(x_parts, 0.5, 0.5, 0.5, scale_bytes, 2, chip.fractal_k[0.5])
 
 
-def _weight_only(problem: MatmulProblem) -> dict[str, float]:
+def _weight_only(problem: MatmulProblem, chip: Chip) -> dict[str, float]:
     """Weights that become 16-bit before the cube multiplies."""
     weight = problem.scheme.weight
     assert weight is not None
     per_group = FLOAT_BYTES[problem.dtype] * (1 if weight.symmetric else 2)
     scale_bytes = per_group / problem.group_size
-    return _scheme(1, 2, weight.bits / 8, 2, scale_bytes, 2, FRACTAL_K[2.0])
+    return _scheme(1, 2, weight.bits / 8, 2, scale_bytes, 2, chip.fractal_k[2.0])
 
 
 def _scheme(

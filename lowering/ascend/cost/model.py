@@ -92,7 +92,7 @@ def _term_arrays(
     """The terms `[executions, tokens]`, in the order of `TERMS`."""
     shape = (len(found), len(tokens))
     columns = np.array([e.arguments(problem, target) for e in found], dtype=float).T[:, :, None]
-    values = compiled(form)(tokens[None, :], *columns)
+    values = compiled(form, target.chip.fractal)(tokens[None, :], *columns)
     return [np.broadcast_to(np.asarray(value, dtype=float), shape) for value in values]
 
 

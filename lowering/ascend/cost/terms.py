@@ -39,7 +39,6 @@ MEANING = {
 TERMS = tuple(MEANING)
 OVERLAPPED = ("cube", "core_load", "dequantize", "vector_traffic", "hbm", "l2")
 SERIAL = tuple(name for name in TERMS if name not in OVERLAPPED)
-FRACTAL = 16  # rows and columns that the cube multiplies in one cycle
 SUM_BYTES = 4  # a partial sum is float32 or int32
 
 
@@ -110,9 +109,9 @@ class _Work:
 
 
 @functools.cache
-def terms(form: Form) -> dict[str, Expr]:
-    """Every term of `TERMS` in microseconds."""
-    work = _tiles(form) if form.blocks == "tiles" else _rectangles(form)
+def terms(form: Form, fractal: int = 16) -> dict[str, Expr]:
+    """Every term of `TERMS` in microseconds; `fractal` is the chip's."""
+    work = _tiles(form, fractal) if form.blocks == "tiles" else _rectangles(form, fractal)
     cycles_per_us = S["clock_mhz"]
     sharing = S["tile_vector_cores"]
     weights = work.inputs * work.columns  # that the busiest core multiplies with
@@ -167,16 +166,16 @@ def total(form: Form) -> Expr:
 
 
 @functools.cache
-def compiled(form: Form) -> Callable[..., Any]:
+def compiled(form: Form, fractal: int) -> Callable[..., Any]:
     """`terms` as a function of numbers or numpy arrays, in the order of `ARGUMENTS`."""
-    values = list(terms(form).values())
+    values = list(terms(form, fractal).values())
     function: Callable[..., Any] = sympy.lambdify(
         [S[name] for name in ARGUMENTS], values, modules="numpy", cse=True
     )
     return function
 
 
-def _tiles(form: Form) -> _Work:
+def _tiles(form: Form, fractal: int) -> _Work:
     block_m, block_n, block_k = S["block_m"], S["block_n"], S["block_k"]
     splits = S["splits"] if form.split else 1
     programs = ceiling(M / block_m) * ceiling(N / block_n) * splits
@@ -184,7 +183,7 @@ def _tiles(form: Form) -> _Work:
     steps = waves * ceiling(ceiling(K / block_k) / splits)
     columns = Min(block_n, N)
     fractals = (
-        ceiling(block_m / FRACTAL) * ceiling(block_n / FRACTAL) * ceiling(block_k / S["fractal_k"])
+        ceiling(block_m / fractal) * ceiling(block_n / fractal) * ceiling(block_k / S["fractal_k"])
     )
     rows = Min(block_m, M)
     return _Work(
@@ -199,21 +198,21 @@ def _tiles(form: Form) -> _Work:
     )
 
 
-def _rectangles(form: Form) -> _Work:
+def _rectangles(form: Form, fractal: int) -> _Work:
     block_k = S["block_k"]
     rows = S["x_parts"] * M
-    core_m = FRACTAL * ceiling(ceiling(rows / FRACTAL) / S["grid_m"])
-    core_n = FRACTAL * ceiling(ceiling(N / FRACTAL) / S["grid_n"])
+    core_m = fractal * ceiling(ceiling(rows / fractal) / S["grid_m"])
+    core_n = fractal * ceiling(ceiling(N / fractal) / S["grid_n"])
     steps = ceiling(K / block_k)
     over_m, over_n = ceiling(core_m / S["block_m"]), ceiling(core_n / S["block_n"])
     columns = Min(S["block_n"], core_n)
-    cores = Min(S["grid_m"], ceiling(rows / FRACTAL)) * Min(S["grid_n"], ceiling(N / FRACTAL))
+    cores = Min(S["grid_m"], ceiling(rows / fractal)) * Min(S["grid_n"], ceiling(N / fractal))
     loaded_rows = Min(core_m, rows)
     return _Work(
         cores=cores,
         inputs=K * over_n * over_m,
         columns=columns,
-        fractals=core_m / FRACTAL * core_n / FRACTAL * ceiling(K / S["fractal_k"]),
+        fractals=core_m / fractal * core_n / fractal * ceiling(K / S["fractal_k"]),
         x_bytes=over_n * steps * loaded_rows * _padded(block_k * S["x_bytes"]),
         weight_bytes=over_m * over_n * steps * _weight_bytes(form, columns, block_k),
         all_blocks=cores,

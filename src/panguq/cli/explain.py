@@ -123,7 +123,7 @@ def _run_shape(options: argparse.Namespace, scheme: Any, target: Any, dtype: Any
         text = candidates_csv(problem, found.rows)
         _write(options.csv, text)
     if options.heat_map is not None:
-        save_heat_map(options.heat_map, problem, neighbours(problem), target)
+        save_heat_map(options.heat_map, problem, neighbours(problem, target.largest_n), target)
     if options.json:
         print_json(found.as_json())
     else:

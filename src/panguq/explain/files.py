@@ -15,7 +15,6 @@ from panguq.errors import LoweringError
 from panguq.explain.matmul import CandidateRow
 from panguq.extras import require
 from panguq.files.whole_file import output_file
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
 from panguq.lowering.problem import MatmulProblem
 from panguq.lowering.target import Floats, Target
 
@@ -64,9 +63,9 @@ def split_k_gain(problem: MatmulProblem, target: Target, tokens: Sequence[int] =
     return gain
 
 
-def neighbours(problem: MatmulProblem) -> list[tuple[int, int]]:
-    """(n, k) of the problem and of shapes with about as many weights, from wide to deep, as far
-    as CANN takes them."""
+def neighbours(problem: MatmulProblem, largest: int | None) -> list[tuple[int, int]]:
+    """(n, k) of the problem and of shapes with about as many weights, from wide to deep, up to
+    sizes of `largest`."""
     pairs = []
     for power in range(4, -5, -1):
         factor = 2.0**power
@@ -75,7 +74,7 @@ def neighbours(problem: MatmulProblem) -> list[tuple[int, int]]:
         )
         if power == 0:
             pairs.append((problem.n, problem.k))
-        elif max(n, k) <= LARGEST_DIMENSION:
+        elif largest is None or max(n, k) <= largest:
             pairs.append((n, k))
     return list(dict.fromkeys(pairs))
 

@@ -16,7 +16,7 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.run.interpret import run, values
 from panguq.ir.text.printer import print_graph
-from panguq.kernels.ascend.limits import LARGEST_DIMENSION
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.calibrate import Calibrate
@@ -293,9 +293,9 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     ("f", "scheme", "merged"),
     [
-        (LARGEST_DIMENSION // 2, "W8A16", 1),
-        (LARGEST_DIMENSION // 2 + 1, "W8A16", 0),
-        (LARGEST_DIMENSION // 2 + 1, "FLOAT", 1),
+        (ATLAS_A2.largest_dimension // 2, "W8A16", 1),
+        (ATLAS_A2.largest_dimension // 2 + 1, "W8A16", 0),
+        (ATLAS_A2.largest_dimension // 2 + 1, "FLOAT", 1),
     ],
 )
 def test_not_more_outputs_than_a_quantized_matmul_may_have(f, scheme, merged) -> None:
@@ -307,7 +307,9 @@ def test_not_more_outputs_than_a_quantized_matmul_may_have(f, scheme, merged) ->
     result = MergeGateUp().run(gm, ctx)
     assert result.changed == merged
     if not merged:
-        reason = f"{2 * f} outputs are more than the {LARGEST_DIMENSION} of a quantized matmul"
+        reason = (
+            f"{2 * f} outputs are more than the {ATLAS_A2.largest_dimension} of a quantized matmul"
+        )
         assert [s.reason for s in result.skipped] == [reason]
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.own.tiles import (
-    CAPACITY,
     legal_tiles,
     split_bounds,
     tile_memory,
@@ -44,7 +44,7 @@ def test_every_usual_group_has_a_tile(group_size):
 def test_memory_of_a_tile():
     memory = tile_memory("w8a8_split_k", (128, 256, 512))
     assert memory.l1 == 2 * (128 + 256) * 512
-    assert memory.l0c == CAPACITY["l0c"] == 4 * 128 * 256
+    assert memory.l0c == ATLAS_A2.memory["l0c"] == 4 * 128 * 256
     assert memory.ub == 0
 
 
