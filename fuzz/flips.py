@@ -37,8 +37,11 @@ def _prepare(folder: Path) -> Case:
     source = make_folder(folder / "source", make_model(num_hidden_layers=1, hidden_size=64))
     ids = torch.randint(3, 258, (2, 16), generator=torch.Generator().manual_seed(5))
     model = load_pretrained(source)
-    compiled = panguq.compile(model, "w8a8", calibration=ids, dump_dir=folder / "dump")
+    compiled = panguq.compile(
+        model, "w8a8", calibration=ids, dump_dir=folder / "dump", work_dir=folder / "work"
+    )
     compiled.save(folder / "saved")
+    wanted = compiled(ids).logits
     panguq.compile(model, "w8a8-dynamic").save(
         folder / "compressed-tensors", format="compressed-tensors"
     )
@@ -48,13 +51,9 @@ def _prepare(folder: Path) -> Case:
     linear = torch.nn.Sequential(torch.nn.Linear(64, 64))
     panguq.compile(linear, "w8a16", example_inputs=(torch.randn(4, 64),)).save(folder / "module")
 
-    def resume(place: Path) -> torch.Tensor:
-        return panguq.compile(model, "w8a8", calibration=ids, work_dir=place)(ids).logits
-
-    wanted = resume(folder / "work")
-
     def same_bits(place: Path, changed: str) -> str:
-        if not torch.equal(resume(place), wanted):
+        resumed = panguq.compile(model, "w8a8", calibration=ids, work_dir=place)
+        if not torch.equal(resumed(ids).logits, wanted):
             raise Fault(f"{changed}: other bits without a word")
         return "the same bits"
 

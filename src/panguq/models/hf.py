@@ -28,7 +28,6 @@ from panguq.models.config import (
     read_object,
     refuse_quantized,
 )
-from panguq.models.config_limits import check_sizes
 from panguq.models.gguf.tokenizer import read_gguf_tokenizer
 from panguq.models.gguf.weights import find_gguf, gguf_config, load_gguf
 from panguq.models.load_weights import load_weights, name_groups
@@ -164,7 +163,6 @@ def _dtype_if_stored(path: Path) -> torch.dtype | None:
 
 def _gguf_config(file: Path) -> Any:
     config = gguf_config(file)
-    check_sizes(config.to_dict(), file)
     _check_causal_lm(config, file)
     return config
 

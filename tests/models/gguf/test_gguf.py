@@ -31,7 +31,7 @@ def write_gguf(path: Path, model: Any, quantized: bool = False, **fields: str) -
     """
     config = model.config
     writer = gguf.GGUFWriter(str(path), fields.get("architecture", "llama"))
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(int(fields.get("layers", config.num_hidden_layers)))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -180,6 +180,12 @@ def test_an_architecture_that_transformers_does_not_read(tmp_path: Path) -> None
     path = write_gguf(tmp_path / "pangu.gguf", make_model(), architecture="pangu-embedded")
     message = refused(InputError, path)
     assert "architecture pangu-embedded is not supported" in message
+
+
+def test_a_billion_layers(tmp_path: Path) -> None:
+    """Of an architecture whose configuration has an entry for each."""
+    path = write_gguf(tmp_path / "m.gguf", make_model(), architecture="qwen3", layers="1000000000")
+    assert "num_hidden_layers is 1000000000" in refused(StorageError, path)
 
 
 def test_several_files(file: Path, tmp_path: Path) -> None:

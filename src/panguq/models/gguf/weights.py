@@ -10,6 +10,7 @@ import torch
 from panguq.errors import InputError, StorageError, first_line
 from panguq.extras import require
 from panguq.models.checkpoint_files import CONFIG, refuse_pointer
+from panguq.models.config_limits import check_sizes
 
 SUFFIX = ".gguf"
 
@@ -34,7 +35,7 @@ def find_gguf(path: Path) -> Path | None:
 
 def gguf_config(file: Path) -> Any:
     """The configuration that a GGUF file describes. Raises InputError, StorageError."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     need("gguf")
     refuse_pointer(file)
@@ -42,9 +43,12 @@ def gguf_config(file: Path) -> Any:
         if opened.read(4) != b"GGUF":
             raise StorageError(f"{file}: truncated or damaged, not a GGUF file", _AGAIN)
     try:
-        config = AutoConfig.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True
-        )
+        where = {"gguf_file": file.name, "local_files_only": True}
+        data, _ = PretrainedConfig.get_config_dict(str(file.parent), **where)
+        check_sizes(data, file)  # a class may make a list of all layers
+        config = AutoConfig.from_pretrained(str(file.parent), **where)
+    except StorageError:
+        raise
     except Exception as error:  # its readers index and unpack whatever the bytes say
         if "is not supported" in str(error):
             raise InputError(
