@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from panguq.errors import PanguqError
+from panguq.suggest import did_you_mean
+
 
 @dataclass(frozen=True)
 class NumberFormat(ABC):
@@ -62,9 +65,38 @@ class Integer(NumberFormat):
         return codes.to(torch.float32)
 
 
+class Float8E4M3(NumberFormat):
+    """8-bit floats of 4 exponent and 3 mantissa bits, up to 448; the finite ones of E4M3 (OCP FP8).
+
+    Its smallest normal number is 2^-6, and below that it counts in steps of 2^-9. There are no
+    infinities: what is beyond 448 becomes 448, and only a NaN has the code of a NaN.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("float8_e4m3fn", 8, torch.float8_e4m3fn, -448.0, 448.0)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Rounds halves to even mantissas."""
+        return values.clamp(self.smallest, self.largest).to(self.storage)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(-1)^s 2^(e - 7) (1 + m / 8); for e = 0, (-1)^s 2^-6 m / 8."""
+        return codes.to(torch.float32)
+
+
 INT1, INT4, INT8 = Integer(1), Integer(4), Integer(8)
+FLOAT8_E4M3 = Float8E4M3()
 
 FORMATS: dict[str, NumberFormat] = {
-    known.name: known for known in (Integer(bits) for bits in range(1, 9))
+    known.name: known for known in (*(Integer(bits) for bits in range(1, 9)), FLOAT8_E4M3)
 }
 """All formats by name."""
+
+
+def find_number_format(name: str) -> NumberFormat:
+    """The format of this name. Raises PanguqError, with the nearest one, if there is none."""
+    if name not in FORMATS:
+        raise PanguqError(
+            f"unknown number format {name!r}", did_you_mean(name, FORMATS, "number formats")
+        )
+    return FORMATS[name]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from panguq.errors import RecipeError
-from panguq.ir.number_format import INT4, INT8, Integer, NumberFormat
+from panguq.ir.number_format import FLOAT8_E4M3, INT4, INT8, Integer, NumberFormat
 
 Granularity = Literal["per_tensor", "per_token", "per_channel", "per_group"]
 
@@ -93,8 +93,14 @@ class Scheme:
         """Whether nothing is quantized."""
         return self.weight is None
 
+    @property
+    def formats(self) -> tuple[NumberFormat, ...]:
+        """The formats of the weight's codes and of the activation's, as far as there are codes."""
+        return tuple(spec.format for spec in (self.weight, self.activation) if spec is not None)
+
 
 _PER_CHANNEL_8 = QuantSpec(INT8, "per_channel")
+_PER_CHANNEL_FP8 = QuantSpec(FLOAT8_E4M3, "per_channel")
 _PER_GROUP_4 = QuantSpec(INT4, "per_group", group_size=128)
 _PER_TENSOR_8 = QuantSpec(INT8, "per_tensor", symmetric=False)
 _PER_TOKEN_8 = QuantSpec(INT8, "per_token", dynamic=True)
@@ -108,6 +114,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("FLOAT"),
         Scheme("W8A8", _PER_CHANNEL_8, _PER_TENSOR_8),
         Scheme("W8A8_DYNAMIC", _PER_CHANNEL_8, _PER_TOKEN_8),
+        Scheme("W8A8_FP8", _PER_CHANNEL_FP8, replace(_PER_TOKEN_8, format=FLOAT8_E4M3)),
         Scheme("W8A16", _PER_CHANNEL_8),
         Scheme("W6A16", replace(_PER_GROUP_4, format=Integer(6))),
         Scheme("W6A6", QuantSpec(Integer(6), "per_channel"), _PER_TOKEN_6),

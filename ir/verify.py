@@ -13,13 +13,13 @@ from panguq.ir.edit import get_tensor, label, op_name
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.ops.opset import is_allowed
 from panguq.ir.properties import Property
-from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput
+from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput, QuantizedWeight
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 
 # By name: who defines them stands above this module.
-WEIGHT_DEQUANTIZERS = ("dequantize_weight", "dequantize_binary")
+WEIGHT_DEQUANTIZERS = ("dequantize_weight", "decode_weight", "dequantize_binary")
 
 
 def check_form(gm: fx.GraphModule) -> str | None:
@@ -129,13 +129,13 @@ def _open_codes(gm: fx.GraphModule) -> str | None:
 
 def _weight_codes(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
-        if node.target is panguq.quantize_weight.default:
+        if QuantizedWeight.match(node) is not None:
             return f"{label(node)} still computes codes from a float weight"
     return None
 
 
 def _lowered(gm: fx.GraphModule) -> str | None:
-    dequantizers = ("dequantize", *WEIGHT_DEQUANTIZERS)
+    dequantizers = ("dequantize", "decode_per_token", *WEIGHT_DEQUANTIZERS)
     for node in gm.graph.nodes:
         if node.target is aten.linear.default:
             for source in node.all_input_nodes:

@@ -17,21 +17,25 @@ from torch import fx
 from torch._ops import OpOverload
 
 from panguq.ir.edit import label, read_instead
+from panguq.ir.number_format import INT4, INT8, Integer, NumberFormat, find_number_format
 
 _View = TypeVar("_View", bound="View")
 
 
 @dataclass(frozen=True)
 class View:
-    """A call of the op called `op`."""
+    """A call of the op called `op`, or of `encoded`, which does its work in any number format."""
 
     node: fx.Node
     op: ClassVar[str]
+    encoded: ClassVar[str | None] = None
 
     @classmethod
     def match(cls: type[_View], node: object) -> _View | None:
         """The view of this node; None if it is no call of the op."""
-        return cls(node) if isinstance(node, fx.Node) and calls(node, cls.op) else None
+        if not isinstance(node, fx.Node) or not isinstance(node.target, OpOverload):
+            return None
+        return cls(node) if node.target.name() in (cls.op, cls.encoded) else None
 
     @classmethod
     def of(cls: type[_View], node: fx.Node) -> _View:
@@ -40,6 +44,16 @@ class View:
         if view is None:
             raise TypeError(f"{label(node)} calls {node.target}, not {cls.op}")
         return view
+
+    def _named(self, name: str) -> Any:
+        """The argument of this name; None if the op has none of it."""
+        return arguments(self.node).get(name)
+
+    @property
+    def _encoding(self) -> NumberFormat | None:
+        """The format that the call names; None for the integers' own op."""
+        name = self._named("format")
+        return None if name is None else find_number_format(name)
 
 
 class Linear(View):
@@ -98,13 +112,17 @@ class Linear(View):
 
 
 class QuantizedInput(View):
-    """`dequantize(codes, scale, zero_point, dtype)`: a value that went through a quantizer."""
+    """`dequantize(codes, scale, zero_point, dtype)`: a value that went through a quantizer.
+
+    Or `decode_per_token(codes, scale, format, dtype)`.
+    """
 
     op = "panguq::dequantize"
+    encoded = "panguq::decode_per_token"
 
     @property
     def codes(self) -> fx.Node:
-        """int8 codes of the value's shape."""
+        """Codes of the value's shape, in the format's dtype."""
         return operand(self.node, 0)
 
     @property
@@ -115,12 +133,13 @@ class QuantizedInput(View):
     @property
     def zero_point(self) -> fx.Node | None:
         """int32 `[1]`; None for 0."""
-        return optional_operand(self.node, 2)
+        found: fx.Node | None = self._named("zero_point")
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
         """What the codes are dequantized to."""
-        found: torch.dtype = argument(self.node, 3)
+        found: torch.dtype = self._named("dtype")
         return found
 
     @property
@@ -141,9 +160,13 @@ class QuantizedInput(View):
 
 
 class QuantizedWeight(View):
-    """`quantize_weight(weight, scale, zero_point, group_size, ...)`: codes of a float weight."""
+    """`quantize_weight(weight, scale, zero_point, group_size, ...)`: codes of a float weight.
+
+    Or `encode_weight(weight, scale, group_size, format)`.
+    """
 
     op = "panguq::quantize_weight"
+    encoded = "panguq::encode_weight"
 
     @property
     def weight(self) -> fx.Node:
@@ -163,17 +186,18 @@ class QuantizedWeight(View):
     @property
     def zero_point(self) -> fx.Node | None:
         """Stored, of the scale's shape; None for 0."""
-        return optional_operand(self.node, 2)
+        found: fx.Node | None = self._named("zero_point")
+        return found
 
     @property
     def group_size(self) -> int:
         """Inputs per scale."""
-        return int(argument(self.node, 3))
+        return int(self._named("group_size"))
 
     @property
-    def bits(self) -> int:
-        """Of a code."""
-        return int(argument(self.node, 5)).bit_length() + 1
+    def format(self) -> NumberFormat:
+        """Of the codes."""
+        return self._encoding or Integer(int(self._named("quant_max")).bit_length() + 1)
 
     @property
     def dequantized(self) -> DequantizedWeight:
@@ -182,13 +206,17 @@ class QuantizedWeight(View):
 
 
 class DequantizedWeight(View):
-    """`dequantize_weight(codes, scale, zero_point, group_size, dtype)`: a weight from its codes."""
+    """`dequantize_weight(codes, scale, zero_point, group_size, dtype)`: a weight from its codes.
+
+    Or `decode_weight(codes, scale, group_size, format, dtype)`.
+    """
 
     op = "panguq::dequantize_weight"
+    encoded = "panguq::decode_weight"
 
     @property
     def codes(self) -> fx.Node:
-        """int8 `[n, k]`: stored, unpacked from what is stored, or made by `quantize_weight`."""
+        """`[n, k]`: stored, unpacked from what is stored, or made by a `QuantizedWeight`."""
         return operand(self.node, 0)
 
     @property
@@ -199,17 +227,18 @@ class DequantizedWeight(View):
     @property
     def zero_point(self) -> fx.Node | None:
         """Stored, of the scale's shape; None for 0."""
-        return optional_operand(self.node, 2)
+        found: fx.Node | None = self._named("zero_point")
+        return found
 
     @property
     def group_size(self) -> int:
         """Inputs per scale."""
-        return int(argument(self.node, 3))
+        return int(self._named("group_size"))
 
     @property
     def dtype(self) -> torch.dtype:
         """What the codes are dequantized to."""
-        found: torch.dtype = argument(self.node, 4)
+        found: torch.dtype = self._named("dtype")
         return found
 
     @property
@@ -228,15 +257,17 @@ class DequantizedWeight(View):
         return QuantizedWeight.match(self.codes)
 
     @property
-    def bits(self) -> int | None:
-        """Of a code as it is stored, or will be; None where groups of one weight differ."""
+    def format(self) -> NumberFormat | None:
+        """Of the codes; None where groups of one weight differ."""
+        if self._encoding is not None:
+            return self._encoding
         if self.quantizer is not None:
-            return self.quantizer.bits
+            return self.quantizer.format
         if calls(self.codes, "panguq::unpack_codes"):
-            return int(argument(self.codes, 1))
+            return Integer(int(argument(self.codes, 1)))
         if calls(self.codes, "panguq::unpack_mixed_codes"):
             return None
-        return 4 if self.is_packed else 8
+        return INT4 if self.is_packed else INT8
 
 
 class BinaryWeight(View):

@@ -42,4 +42,4 @@ def matmul_problem(
 def _has_mixed_codes(node: fx.Node) -> bool:
     """Whether the weight's codes are stored group by group, each in a width of its own."""
     weight = DequantizedWeight.match(Linear.of(node).weight)
-    return weight is not None and weight.bits is None
+    return weight is not None and weight.format is None

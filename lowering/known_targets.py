@@ -7,12 +7,13 @@ from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.chips import CHIPS
 from panguq.lowering.ascend.target import targets_of
 from panguq.lowering.cpu.target import CPU
+from panguq.lowering.reference.target import REFERENCE
 from panguq.lowering.target import Target, check_target
 from panguq.suggest import did_you_mean
 
 TARGETS: dict[str, Target] = {
     target.name: target
-    for target in (CPU, *(part for chip in CHIPS.values() for part in targets_of(chip)))
+    for target in (CPU, *(part for chip in CHIPS.values() for part in targets_of(chip)), REFERENCE)
 }
 """Panguq's own by name, and those that were added."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from panguq.ir.number_format import Integer
 from panguq.ir.quant_spec import Scheme
 
 Precision = Literal["bfloat16", "float32"]
@@ -39,6 +40,12 @@ class MatmulProblem:
     weight_format: WeightFormat = "ND"
     own_kernels: bool = True
     mixed: bool = False
+
+    @property
+    def foreign(self) -> str | None:
+        """Why a kernel of integers cannot do it: the format that is none; None if all are."""
+        other = [known for known in self.scheme.formats if not isinstance(known, Integer)]
+        return f"no kernel reads {other[0]}" if other else None
 
     @property
     def group_size(self) -> int:

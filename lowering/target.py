@@ -19,6 +19,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from panguq.errors import LoweringError
+from panguq.ir.number_format import Integer, NumberFormat
 from panguq.ir.quant_spec import Scheme
 from panguq.lowering.choice import DECODE_M, DECODE_STEPS, PREFILL_M, Choice, TokenMix
 from panguq.lowering.options import AscendOptions
@@ -109,6 +110,8 @@ class Target(ABC):
     """Where compiled models run. On a CPU all do: every op has a body there."""
     takes_empty_masks: ClassVar[bool] = True
     """Whether the lowered graph takes a mask without elements for plain causal attention."""
+    lowers: ClassVar[bool] = True
+    """Whether there are kernels, for which matmuls are lowered; else the fake-quant graph runs."""
     fits_schemes: ClassVar[bool] = False
     """Whether a scheme that no kernel takes is replaced by one of its `fallbacks`."""
     prepacking: ClassVar[tuple[OpOverload, ...]] = ()
@@ -128,6 +131,10 @@ class Target(ABC):
         return self.constants[constant].value
 
     # --- what may run -----------------------------------------------------------------------------
+
+    def reads(self, number_format: NumberFormat) -> bool:
+        """Whether there are kernels that read codes of this format; here, of integers alone."""
+        return isinstance(number_format, Integer)
 
     @abstractmethod
     def candidates(self, problem: MatmulProblem, allow_float: bool = False) -> list[Candidate]:

@@ -66,15 +66,13 @@ class AssignSchemes(Pass):
         return tuple(glob for glob, _ in self.schemes)
 
     @property
-    def has_static_activation(self) -> bool:
-        """Whether any glob asks for statically quantized activations."""
-        activations = [parse_scheme(name).activation for _, name in self.schemes]
-        return any(spec is not None and not spec.dynamic for spec in activations)
+    def given_schemes(self) -> tuple[Scheme, ...]:
+        return tuple(parse_scheme(name) for _, name in self.schemes)
 
     @property
     def quantizes(self) -> bool:
         """Whether any glob asks for quantization at all."""
-        return any(not parse_scheme(name).is_float for _, name in self.schemes)
+        return any(not scheme.is_float for scheme in self.given_schemes)
 
     def choose(self, node: fx.Node) -> tuple[Scheme, str]:
         """The scheme of this linear and, where it is not the plain choice, why."""

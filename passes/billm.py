@@ -59,6 +59,7 @@ class BiLlm(SolveWeights):
     """
 
     name: ClassVar[str] = "billm"
+    integers_only: ClassVar[bool] = True
     note_columns: ClassVar[tuple[str, ...]] = ("block_size", "salient", "paper_bits", "stored_bits")
     block_size: int = 128
     most_salient: int = 50

@@ -12,7 +12,7 @@ from torch import fx
 
 from panguq.ir.edit import call, free_name, get_tensor, label, module_path, tensor_node
 from panguq.ir.node_meta import range_of, scheme_of
-from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
+from panguq.ir.ops import encode, quantize  # noqa: F401  (register the quantize ops)
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.run.interpret import ensure_finite
@@ -34,6 +34,7 @@ class InsertFakeQuant(Pass):
       zero; symmetric: `scale = max(|low|, |high|) / qmax`, zero point 0.
       In a 16-bit model the scale is one of its dtype's values, see `storable_scale`.
     - per token, dynamic: the scale is computed by the graph, `amax|x| / qmax` for each token.
+    - a format of other numbers than integers (FP8): `decode(encode(x))` in that format.
     - weights, per channel or group: from the smallest and largest weight of the group.
     Matmuls that read one tensor share its quantize node.
     """
@@ -82,6 +83,8 @@ def _quantize_input(matmul: Linear, spec: QuantSpec) -> fx.Node:
     node, source = matmul.node, matmul.input
     dtype = source.meta["val"].dtype
     zero = None
+    if not spec.is_integer:
+        return _encode_input(matmul, spec, dtype)
     if spec.dynamic:
         pair = call(
             node,
@@ -118,6 +121,19 @@ def _quantize_input(matmul: Linear, spec: QuantSpec) -> fx.Node:
     )
 
 
+def _encode_input(matmul: Linear, spec: QuantSpec, dtype: torch.dtype) -> fx.Node:
+    """`_quantize_input` in a format whose codes are no integers."""
+    node, source, name = matmul.node, matmul.input, spec.format.name
+    op = panguq.encode_per_token.default
+    pair = call(node, op, (source, name), origin=source, suffix=".encode_per_token")
+    codes = call(node, operator.getitem, (pair, 0), origin=source, suffix=".codes")
+    scale = call(node, operator.getitem, (pair, 1), origin=source, suffix=".scale")
+    args = (codes, scale, name, dtype)
+    return call(
+        node, panguq.decode_per_token.default, args, origin=source, suffix=".decode_per_token"
+    )
+
+
 def _quantize_stored_weight(
     gm: fx.GraphModule, ctx: PassContext, matmul: Linear, spec: QuantSpec, stem: str
 ) -> fx.Node:
@@ -128,6 +144,11 @@ def _quantize_stored_weight(
     group_size = spec.group_size_for(weight.shape[1])
     scale, zero_point = min_max_scale(weight, group_size, spec)
     scale_node = tensor_node(node, f"{stem}_scale", ctx.store.put(scale))
+    if not spec.is_integer:
+        grid = (scale_node, group_size, spec.format.name)
+        op, back = panguq.encode_weight.default, panguq.decode_weight.default
+        codes = call(node, op, (stored, *grid), origin=node, suffix=".weight_codes")
+        return call(node, back, (codes, *grid, weight.dtype), origin=node, suffix=".weight")
     zero_node = None
     if zero_point is not None:
         zero_node = tensor_node(node, f"{stem}_zero_point", ctx.store.put(zero_point))

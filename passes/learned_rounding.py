@@ -56,6 +56,7 @@ class LearnedRounding(SolveWeights):
     note_columns: ClassVar[tuple[str, ...]] = ("start_error_db", "error_db", "changed_share")
     start: Literal["gptq", "nearest"] = "gptq"
     damping: float = 1.0
+    integers_only: ClassVar[bool] = True
     rounds: int = 2
     steps: float = 1.0
     learn_scales: bool = True

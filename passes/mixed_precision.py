@@ -92,10 +92,8 @@ class MixedPrecision(Pass):
         return self.keep
 
     @property
-    def has_static_activation(self) -> bool:
-        """Whether a choice quantizes activations statically."""
-        activations = [scheme.activation for scheme in self.schemes]
-        return any(spec is not None and not spec.dynamic for spec in activations)
+    def given_schemes(self) -> tuple[Scheme, ...]:
+        return self.schemes
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """As declared. Raises RecipeError without a budget, before anything has run."""

@@ -1,4 +1,4 @@
-"""Turn quantized weights into stored integer codes, with a search for the best clipping."""
+"""Turn quantized weights into stored codes, with a search for the best clipping."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from panguq.passes.codes.weight_scales import (
     clip_ratios,
     quantize_groups,
     search_scale,
+    weight_codes,
 )
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.row_slices import row_slices
 from panguq.tensors.work_folder import Finished
 
-panguq = torch.ops.panguq
-
 
 class Rounded(NamedTuple):
-    """Codes int8 `[n, k]`, scales and zero points `[n, groups]`, and how good they are."""
+    """Codes `[n, k]`, scales and zero points `[n, groups]`, and how good they are."""
 
     codes: Tensor
     scale: Tensor
@@ -42,12 +41,12 @@ class Rounded(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Before: `quantize_weight(w, scale, zero_point)`.  After: integer codes read from storage.
+    """Before: `quantize_weight(w, scale, zero_point)`.  After: codes read from storage.
 
     Round to nearest. `clip_search` first replaces the scales by those of least squared error
     over `steps` clip ratios from `smallest_ratio` to 1, each input weighted by the mean square of
     its activations (`importance: activations`, needs calibrate) or not (`none`). Codes of 8 bits
-    are stored as int8 `[n, k]`, codes of 4 bits two to a byte, uint8 `[n, k / 2]`, others as
+    are stored as they are, `[n, k]`, codes of 4 bits two to a byte, uint8 `[n, k / 2]`, others as
     `pack_codes` packs them.
     """
 
@@ -75,7 +74,7 @@ class QuantizeWeights(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
         rows = []
-        nodes = [n for n in gm.graph.nodes if n.target is panguq.quantize_weight.default]
+        nodes = [n for n in gm.graph.nodes if QuantizedWeight.match(n) is not None]
         for done, node in enumerate(nodes):
             ctx.progress("quantize weights", done, len(nodes))
             rows.append(self._quantize(gm, ctx, node))
@@ -124,7 +123,7 @@ class QuantizeWeights(Pass):
         importance: Tensor | None,
     ) -> Rounded:
         """A weight `[n, k]` rounded, a few rows at a time: its float copies would be large."""
-        codes = torch.empty(weight.shape, dtype=torch.int8)
+        codes = torch.empty(weight.shape, dtype=spec.format.storage)
         steps, zeros = torch.empty_like(scale), None if zero is None else torch.empty_like(zero)
         clipped, signal, noise = 0, 0.0, 0.0
         for rows in row_slices(weight):
@@ -134,8 +133,7 @@ class QuantizeWeights(Pass):
             if self.clip_search:
                 ratios = clip_ratios(self.smallest_ratio, self.steps)
                 step, offset = search_scale(some, group_size, spec, importance, ratios)
-            limits = (group_size, spec.quant_min, spec.quant_max)
-            codes[rows] = panguq.quantize_weight(some, step, offset, *limits)
+            codes[rows] = weight_codes(some, step, offset, group_size, spec)
             groups = some.float().reshape(len(some), -1, group_size)
             error = quantize_groups(groups, step, offset, spec).sub_(groups)
             noise += float(error.square_().sum())

@@ -62,6 +62,7 @@ class SlimLlm(SolveWeights):
     """
 
     name: ClassVar[str] = "slim-llm"
+    integers_only: ClassVar[bool] = True
     note_columns: ClassVar[tuple[str, ...]] = ("fewer_bits", "more_bits", "held_out_db", "damping")
     act_order: bool = True
     damping: float = 1.0

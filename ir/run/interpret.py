@@ -113,7 +113,7 @@ def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
     """Raises NumericsError that names the tensor if it holds NaN or Inf."""
     if not tensor.is_floating_point():
         return
-    tensor = materialized(tensor)
+    tensor = _comparable(materialized(tensor))
     bad = 0
     if not _all_finite(tensor):
         bad = sum(int((~torch.isfinite(tensor[some])).sum()) for some in row_slices(tensor))
@@ -124,6 +124,11 @@ def ensure_finite(name: str, tensor: Tensor, kind: str = "weight") -> None:
             if kind == "weight"
             else "the model itself overflows on this calibration input",
         )
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy in float32: torch does not compare 8-bit floats."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -138,6 +143,7 @@ def _is_broken(node: fx.Node, value: Any, environment: Values) -> bool:
     """Whether this value is not finite, other than by the -inf of a mask that it was given."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
+    value = _comparable(value)
     if torch.isfinite(value).all():
         return False
     given = [environment[source] for source in node.all_input_nodes]

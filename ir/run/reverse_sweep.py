@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from panguq.ir.analysis.blocks import blocks
 from panguq.ir.edit import ancestors, label
+from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.ops.opset import body_of
 from panguq.ir.run import interpret
 from panguq.ir.run.interpret import (
@@ -149,6 +150,7 @@ def _is_rounded(node: fx.Node) -> bool:
     return source.target in (
         torch.ops.panguq.quantize_per_tensor.default,
         torch.ops.panguq.quantize_per_token.default,
+        torch.ops.panguq.encode_per_token.default,
     )
 
 

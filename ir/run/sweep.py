@@ -16,8 +16,9 @@ from torch import Tensor, fx
 
 from panguq.ir.analysis.blocks import blocks
 from panguq.ir.edit import ancestors, label
+from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.run.interpret import Values, compute, ensure_finite, last_uses, without_inputs
-from panguq.ir.views import DequantizedWeight, Item, operand
+from panguq.ir.views import DequantizedWeight, Item, QuantizedInput, operand
 from panguq.tensors import spill
 from panguq.tensors.memory import return_free_pages
 
@@ -227,8 +228,9 @@ def _is_quantization(node: fx.Node) -> bool:
         panguq.quantize_per_tensor.default,
         panguq.quantize_per_token.default,
         panguq.quantize_per_channel.default,
+        panguq.encode_per_token.default,
     )
     item = Item.match(node)
     if item is not None:
         return item.source.target in quantizers
-    return node.target in (*quantizers, panguq.dequantize.default)
+    return node.target in quantizers or QuantizedInput.match(node) is not None

@@ -16,6 +16,7 @@ _DTYPES = {
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
@@ -72,7 +73,9 @@ def _content(gm: fx.GraphModule, node: fx.Node, hasher: Hasher | None) -> str:
     if hasher is None:
         return ""
     tensor = get_tensor(gm, str(node.target))
-    amax = float(tensor.abs().max()) if tensor.numel() else 0.0
+    has_no_max = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    plain = tensor.float() if has_no_max else tensor
+    amax = float(plain.abs().max()) if tensor.numel() else 0.0
     return f" amax={amax:.6g} #{hasher(tensor)[:10]}"
 
 

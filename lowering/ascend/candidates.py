@@ -27,6 +27,8 @@ def ascend_candidates(
     weight, activation = problem.scheme.weight, problem.scheme.activation
     if weight is None:
         return [Candidate(FLOAT_OP)]
+    if problem.foreign is not None:
+        return [Candidate("none", problem.foreign)]
     try:
         _ = problem.group_size
     except ValueError as error:

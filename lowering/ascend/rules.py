@@ -8,7 +8,7 @@ ops-nn on aclnnQuantMatmulV5 and aclnnWeightQuantBatchMatmulV2.
 
 from __future__ import annotations
 
-from panguq.ir.number_format import INT4, INT8
+from panguq.ir.number_format import INT4, INT8, Integer
 from panguq.ir.quant_spec import Scheme
 from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.limits import W4A8_GROUP
@@ -150,7 +150,10 @@ def fallback_names(scheme: Scheme) -> tuple[str, ...]:
     A fallback keeps inputs that are quantized quantized (per token, which needs no calibration)
     and float inputs float, and goes to the next wider weights that a kernel reads, then to none.
     It is decided before weights are quantized, so that codes of the fallback exist. W8A8 has no
-    quantized fallback: every shape that refuses it refuses W8A8_DYNAMIC, too.
+    quantized fallback: every shape that refuses it refuses W8A8_DYNAMIC, too. Codes that are no
+    integers have none, since they are refused for what they are, and not for a shape.
     """
+    if not all(isinstance(known, Integer) for known in scheme.formats):
+        return ()  # who asked for FP8 wants neither integers nor floats instead
     base = scheme.name.partition("-")[0]
     return _FALLBACKS.get(base, ("FLOAT",))

@@ -13,6 +13,8 @@ def cpu_candidates(problem: MatmulProblem) -> list[Candidate]:
     weight, activation = problem.scheme.weight, problem.scheme.activation
     if weight is None:
         return [Candidate(FLOAT_OP)]
+    if problem.foreign is not None:
+        return [Candidate("none", problem.foreign)]
     if weight.format == INT8 and activation is not None:
         grouped = None if weight.granularity == "per_channel" else "weights must be per channel"
         return [Candidate("int8_linear", grouped or int8_linear.refusal(m, n, k))]

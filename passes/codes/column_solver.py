@@ -107,7 +107,7 @@ def _split(start: int, stop: int, size: int, unit: int) -> Iterator[tuple[int, i
 
 
 class GroupGrid:
-    """A Rounder to integer codes with a scale (and zero point) a group, which it keeps.
+    """A Rounder to codes with a scale (and zero point) a group, which it keeps.
 
     `order` `[k]` is the weight's column behind each solved one, None for its own order.
     `fit` gives a group's scale when its first column comes, from the weights as updated by then;
@@ -130,7 +130,7 @@ class GroupGrid:
         self.spec = spec
         self.fit = fit
         self.order = list(range(k)) if order is None else order.tolist()
-        self.codes = torch.empty(k, n, dtype=torch.int8)
+        self.codes = torch.empty(k, n, dtype=spec.format.storage)
         self.scales = [] if scale is None else list(scale.T.contiguous())
         self.zeros = [] if zero_point is None else list(zero_point.T.contiguous())
         if fit is not None:
@@ -153,10 +153,16 @@ class GroupGrid:
             self.zeros[group], self.offsets[group] = zero, zero.float()
 
     def round(self, column: int, weight: Tensor) -> Tensor:
-        """clamp(round(w / scale) + zero_point), kept as a code and returned as a value."""
+        """clamp(round(w / scale) + zero_point), kept as a code and returned as a value.
+
+        In a format that has no integers, encode(w / scale).
+        """
         source = self.order[column]
         group = source // self.unit
         step = self.steps[group].to(weight.dtype)
+        if not self.spec.is_integer:
+            self.codes[source] = found = self.spec.format.encode(weight / step)
+            return self.spec.format.decode(found).to(weight.dtype).mul_(step)
         code = (weight / step).round_()
         if not self.offsets:
             code.clamp_(self.spec.quant_min, self.spec.quant_max)
@@ -168,7 +174,7 @@ class GroupGrid:
         return code.sub_(offset).mul_(step)
 
     def solution(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes int8 `[n, k]`, scale and zero point `[n, k / group_size]`, in weight order."""
+        """Codes `[n, k]`, scale and zero point `[n, k / group_size]`, in weight order."""
         scale = torch.stack(self.scales, dim=1)
         zero = torch.stack(self.zeros, dim=1) if self.zeros else None
         return self.codes.T.contiguous(), scale, zero

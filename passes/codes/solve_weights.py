@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.decibels import decibels
+from panguq.errors import RecipeError
 from panguq.ir.edit import get_tensor, label
 from panguq.ir.node_meta import meta_of, weight_spec_of
 from panguq.ir.properties import Property
@@ -20,6 +21,7 @@ from panguq.ir.run.interpret import ensure_finite
 from panguq.ir.run.sweep import solving_sweep
 from panguq.ir.views import DequantizedWeight, Linear, QuantizedWeight, by_input, matmul_of
 from panguq.passes.codes.stored_codes import set_grid, store_codes
+from panguq.passes.codes.weight_scales import weight_values
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.weight_store import WeightStore
@@ -50,7 +52,7 @@ class WeightProblem:
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes int8 `[n, k]`, scale `[n, groups]` and zero point int8 `[n, groups]` for a problem.
+    """Codes, mostly int8, `[n, k]`, scale and zero point int8 `[n, groups]` for a problem.
 
     `extra` holds what else a method stores, by name, each with n rows; `shared` what they share.
     `notes` are the method's own columns of the pass's table.
@@ -87,6 +89,19 @@ class SolveWeights(Pass):
     needs_calibration: ClassVar[bool] = True
     beside_float: ClassVar[bool] = False
     note_columns: ClassVar[tuple[str, ...]] = ()
+    integers_only: ClassVar[bool] = False
+    """Whether it counts on codes that are integers."""
+
+    def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
+        """As declared. Raises RecipeError for a scheme whose codes the pass cannot choose."""
+        for scheme in (s for p in earlier for s in p.given_schemes):
+            if self.integers_only and scheme.weight and not scheme.weight.is_integer:
+                raise RecipeError(
+                    f"{self.name} chooses among integers, and {scheme.name} has codes "
+                    f"of {scheme.weight.format}",
+                    "use quantize-weights or gptq in its place",
+                )
+        return self.requires
 
     def solve(self, problem: WeightProblem) -> Solution:
         """The codes for a problem; raises NumericsError where the inputs allow none."""
@@ -94,10 +109,8 @@ class SolveWeights(Pass):
 
     def dequantize(self, problem: WeightProblem, solution: Solution) -> Tensor:
         """The weights `[n, k]` that a solution stands for, in the stored dtype."""
-        weight: Tensor = panguq.dequantize_weight(
-            solution.codes, solution.scale, solution.zero_point, problem.group_size, problem.dtype
-        )
-        return weight
+        grid = (solution.scale, solution.zero_point, problem.group_size, problem.spec)
+        return weight_values(solution.codes, *grid, problem.dtype)
 
     def store(
         self, gm: fx.GraphModule, store: WeightStore, node: fx.Node, solution: Solution

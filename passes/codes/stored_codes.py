@@ -16,7 +16,7 @@ panguq = torch.ops.panguq
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes int8 `[n, k]` as they are stored; see `store_codes`."""
+    """Codes `[n, k]` as they are stored; see `store_codes`."""
     if bits == 8:
         return codes
     packed: Tensor = panguq.pack_int4(codes) if bits == 4 else panguq.pack_codes(codes, bits)
@@ -48,9 +48,9 @@ def set_grid(
 
 
 def store_codes(node: fx.Node, store: WeightStore, codes: Tensor, bits: int) -> None:
-    """Replace `quantize_weight(w, ...)` by stored `codes` int8 `[n, k]`; drops w if none reads it.
+    """Replace `quantize_weight(w, ...)` by stored `codes` `[n, k]`; drops w if none reads it.
 
-    8 bits: int8 as it is. 4 bits: `unpack_int4` of two codes a byte. Else: `unpack_codes`.
+    8 bits: as they are. 4 bits, int8: `unpack_int4` of two codes a byte. Else: `unpack_codes`.
     """
     read_packed(node, store.put(packed_codes(codes, bits)), bits)
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from panguq.errors import RecipeError
+from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops)
 from panguq.ir.quant_spec import QuantSpec
 from panguq.tensors.row_slices import row_slices
+
+panguq = torch.ops.panguq
 
 SMALLEST_SCALE = 1e-30  # a smaller one is of a group without weights, and stands as
 EMPTY_SCALE = 1e-10
@@ -63,12 +66,12 @@ def storable(scale: Tensor, dtype: torch.dtype, above: bool = False) -> Tensor:
 def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale, and zero point if asymmetric, `[n, k / group_size]`, from each group's range.
 
-    Symmetric: `max|w| / qmax`. Asymmetric: `(max - min) / (qmax - qmin)` over a range widened to
+    Symmetric: `max|w| / largest`. Asymmetric: `(max - min) / (qmax - qmin)` over a range widened to
     hold zero, `zero_point = round(qmin - min / scale)` with the scale as stored.
     """
     low, high = _ranges(weight, group_size)
     if spec.symmetric:
-        scale = _store(torch.maximum(-low, high) / spec.quant_max, spec)
+        scale = _store(torch.maximum(-low, high) / spec.format.largest, spec)
         return storable(scale, weight.dtype, above=True), None
     return affine_scale(low, high, spec, weight.dtype)
 
@@ -102,11 +105,43 @@ def quantize_groups(
 ) -> Tensor:
     """`groups` `[n, groups, size]` rounded to the grid: float32 values that codes can express."""
     step = scale.float().unsqueeze(-1)
+    if not spec.is_integer:
+        return spec.format.decode(spec.format.encode(groups / step)).mul_(step)
     codes = (groups / step).round_()
     if zero_point is None:
         return codes.clamp_(spec.quant_min, spec.quant_max).mul_(step)
     zero = zero_point.unsqueeze(-1)
     return codes.add_(zero).clamp_(spec.quant_min, spec.quant_max).sub_(zero).mul_(step)
+
+
+def weight_codes(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, spec: QuantSpec
+) -> Tensor:
+    """The codes `[n, k]` of a weight, in the dtype of the spec's format."""
+    codes: Tensor
+    if spec.is_integer:
+        limits = (spec.quant_min, spec.quant_max)
+        codes = panguq.quantize_weight(weight, scale, zero_point, group_size, *limits)
+    else:
+        codes = panguq.encode_weight(weight, scale, group_size, spec.format.name)
+    return codes
+
+
+def weight_values(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group_size: int,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight `[n, k]` that codes stand for."""
+    weight: Tensor
+    if spec.is_integer:
+        weight = panguq.dequantize_weight(codes, scale, zero_point, group_size, dtype)
+    else:
+        weight = panguq.decode_weight(codes, scale, group_size, spec.format.name, dtype)
+    return weight
 
 
 def search_scale(
@@ -174,8 +209,8 @@ def _candidates(
     if not spec.symmetric:
         return [affine_scale(low, high, spec, dtype)]
     amax = torch.maximum(low.abs(), high.abs())
-    if spec.bits > 4:
-        return [(_store(amax / spec.quant_max, spec), None)]
+    if spec.bits > 4 or not spec.is_integer:
+        return [(_store(amax / spec.format.largest, spec), None)]
     # With few codes the one extra negative code is worth having: either end may get it.
     step = amax / -spec.quant_min
     return [(_store(step, spec), None), (_store(-step, spec), None)]

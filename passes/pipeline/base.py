@@ -142,9 +142,15 @@ class Pass:
         return ()
 
     @property
+    def given_schemes(self) -> tuple[Scheme, ...]:
+        """The schemes among its options, which it may give matmuls."""
+        return ()
+
+    @property
     def has_static_activation(self) -> bool:
         """Whether the pass may give a matmul statically quantized activations."""
-        return False
+        activations = [scheme.activation for scheme in self.given_schemes]
+        return any(spec is not None and not spec.dynamic for spec in activations)
 
     @property
     def sweeps(self) -> float:

@@ -17,6 +17,7 @@ from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import Linear
 from panguq.passes.codes.gram import gram, output_error
 from panguq.passes.codes.static_scales import affine
+from panguq.passes.codes.token_scales import quantized_tokens
 from panguq.passes.codes.weight_scales import quantize_groups, search_scale
 from panguq.passes.scaling.folding import Factors
 
@@ -141,8 +142,7 @@ def quantized_input(x: Tensor, spec: QuantSpec, energy: Tensor, dtype: torch.dty
     counted by the weights that it meets, `energy` `[k]`.
     """
     if spec.dynamic:
-        codes, scale = panguq.quantize_per_token(x, spec.quant_max)
-        return panguq.dequantize(codes, scale, None, torch.float32)
+        return quantized_tokens(x, spec, torch.float32)
 
     def through(tokens: Tensor, step: float, zero_point: int) -> Tensor:
         scale, zero = torch.tensor([step]), torch.tensor([zero_point], dtype=torch.int32)

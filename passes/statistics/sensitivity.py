@@ -35,6 +35,7 @@ from panguq.ir.quant_spec import QuantSpec, Scheme
 from panguq.ir.run.reverse_sweep import reverse_sweep
 from panguq.ir.views import Linear, results_of
 from panguq.passes.codes.static_scales import affine
+from panguq.passes.codes.token_scales import quantized_tokens
 from panguq.passes.codes.weight_scales import quantize_groups, search_scale
 from panguq.passes.pipeline.base import PassContext
 from panguq.tensors.folded_weight import materialized
@@ -200,8 +201,7 @@ def _add_activation(
 def quantize_activation(x: Tensor, spec: QuantSpec) -> Tensor:
     """x `[..., k]` rounded to the grid of `spec`; a static range is that of x's plain tokens."""
     if spec.dynamic:
-        codes, scale = panguq.quantize_per_token(x, spec.quant_max)
-        return panguq.dequantize(codes, scale, None, x.dtype)
+        return quantized_tokens(x, spec, x.dtype)
     seen = InputStatistics(x.shape[-1], torch.ones(x.shape[-1]))
     seen.add(x)
     step, offset = affine(seen.histogram.low, seen.histogram.high, spec, x.dtype)

@@ -66,7 +66,8 @@ def compile(
     sampled: this many more sequences, as long as the longest of `calibration`, that a causal
         language model writes itself. GPTQ and its relatives fit the text that they see; some of
         the model's own keeps what they choose from being good for `calibration` alone.
-    target: `cpu`, `ascend910b1` … `ascend910b4`, or the path of a target file.
+    target: `cpu`, `ascend910b1` … `ascend910b4`, the path of a target file, or `reference`: no
+        kernels, so that the fake-quantized model is what runs. It takes every scheme.
     dtype: what the model is cast to before anything else. By default a model keeps its own on a
         CPU and becomes bfloat16 for an Ascend target, whose kernels take 16-bit floats.
     allow_unmatched: let globs of the recipe match no matmul of the model, which otherwise is an
@@ -90,10 +91,13 @@ def compile(
     recipe = Recipe.of(recipe, allow_unmatched=allow_unmatched)
     schedule = Schedule.of(recipe, target)
     schedule.check_order()
+    schedule.check_formats()
     dump_folder = chosen_folder(dump_dir)
     tokenizer = source_tokenizer(model) if tokenizer is None else tokenizer
     calibrated = schedule.needs_calibration
     data = CompileData.read(model, calibration, sampled, tokenizer, example_inputs, calibrated)
+    found = find_target(target)
+    rules = TargetRules(found, recipe.precision, recipe.ascend)
     with held_units(work_dir) as units:
         gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
         ctx = PassContext(
@@ -101,7 +105,7 @@ def compile(
             WeightStore(units=units),
             seed=seed,
             progress=progress or terminal_progress(),
-            matmul_rules=TargetRules(find_target(target), recipe.precision, recipe.ascend),
+            matmul_rules=rules if found.lowers else None,
             allow_unmatched=recipe.allow_unmatched,
         )
         quality = Quality(ctx)
@@ -111,7 +115,7 @@ def compile(
 
         records = runner.run(gm, schedule.described)
         schedule.check_described(gm, ctx.allow_unmatched)
-        check_lowerable(gm, find_target(target), recipe.precision)
+        check_lowerable(gm, found, recipe.precision)
         quality.warn(left_in_float(gm, schedule.assign, [record.result for record in records]))
         ctx.reference = clone(gm)
 

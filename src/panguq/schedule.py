@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from panguq.ir.properties import TRACED, Property
-from panguq.lowering.stages import fitting, lowering_passes
+from panguq.lowering.stages import check_formats, fitting, lowering_passes
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.pipeline.base import Pass
 from panguq.passes.pipeline.module_globs import check_globs
@@ -31,6 +31,7 @@ class Schedule:
     fitting: tuple[Pass, ...]
     calibrated: tuple[Pass, ...]
     lowering: tuple[Pass, ...]
+    target: str
 
     @classmethod
     def of(cls, recipe: Recipe, target: str) -> Schedule:
@@ -40,6 +41,7 @@ class Schedule:
             fitting=tuple(fitting(target, recipe.ascend)),
             calibrated=recipe.passes,
             lowering=tuple(lowering_passes(target, recipe.precision, recipe.ascend)),
+            target=target,
         )
 
     @property
@@ -66,6 +68,10 @@ class Schedule:
         """Raises RecipeError for a pass's glob that matches no matmul of the described graph."""
         for step in self.calibrated:
             check_globs(step.name, step.globs, gm, allow_unmatched)
+
+    def check_formats(self) -> None:
+        """Raises LoweringError for a scheme whose number format the target has no kernel for."""
+        check_formats(self.passes, self.target)
 
     def check_order(self) -> None:
         """Raises RecipeError if a pass needs what nothing before it has established."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from panguq.errors import InputError
+from panguq.ir.number_format import Integer
+from panguq.ir.quant_spec import SCHEMES
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.limits import W4A8_GROUP
 
@@ -157,6 +159,9 @@ def support(
     if form not in READS[server]:
         return _no(f"it does not read the format {form!r}", f"format={READS[server][0]!r}")
     entry = SUPPORT[server, form].get(base)
+    formats = SCHEMES[base].formats if base in SCHEMES else ()
+    if not all(isinstance(known, Integer) for known in formats):
+        return _no(f"panguq writes no codes of {formats[0]} for it", "W8A8_DYNAMIC")
     if entry is None or "SYM" in options or "ASYM" in options:
         return _no(f"panguq knows no kernel of it for {scheme}", "W8A8_DYNAMIC")
     if entry.takes and form == "ascend" and base == "W4A8" and group_size not in (None, W4A8_GROUP):

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from panguq.ir.edit import find_label, label
+from panguq.ir.number_format import FLOAT8_E4M3, INT4, INT8, Integer, NumberFormat
 from panguq.ir.views import (
     BinaryWeight,
     DequantizedWeight,
@@ -81,38 +82,46 @@ def test_rewired() -> None:
     assert list(x.users) == [b.input, a.node]
 
 
-@pytest.mark.parametrize(("scheme", "static"), [("W8A8", True), ("W8A8_DYNAMIC", False)])
-def test_a_quantized_input(scheme: str, static: bool) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "quantizer", "static"),
+    [
+        ("W8A8", "quantize_per_tensor", True),
+        ("W8A8_DYNAMIC", "quantize_per_token", False),
+        ("W8A8_FP8", "encode_per_token", False),
+    ],
+)
+def test_a_quantized_input(scheme: str, quantizer: str, static: bool) -> None:
     gm = quantized(scheme, *FAKE)
     a = linear(gm)
     x = QuantizedInput.of(a.input)
     assert x.is_static == static and x.dtype == torch.float32
     assert (x.zero_point is not None) == static and (x.scale.op == "get_attr") == static
     assert x.source.name == "relu" and a.source is x.source
-    kind = "tensor" if static else "token"
-    assert x.quantizer.target is getattr(torch.ops.panguq, f"quantize_per_{kind}").default
+    assert x.quantizer.target is getattr(torch.ops.panguq, quantizer).default
     assert (Item.match(x.codes) is None) == static
 
 
 @pytest.mark.parametrize(
-    ("scheme", "passes", "bits", "stored"),
+    ("scheme", "passes", "format", "stored"),
     [
-        ("W8A16", (), 8, torch.float32),
-        ("W8A16", (QuantizeWeights(),), 8, torch.int8),
-        ("W4A16-g32", (), 4, torch.float32),
-        ("W4A16-g32", (QuantizeWeights(),), 4, torch.uint8),
-        ("W3A16-g32", (QuantizeWeights(),), 3, torch.uint8),
+        ("W8A16", (), INT8, torch.float32),
+        ("W8A16", (QuantizeWeights(),), INT8, torch.int8),
+        ("W8A8_FP8", (), FLOAT8_E4M3, torch.float32),
+        ("W8A8_FP8", (QuantizeWeights(),), FLOAT8_E4M3, torch.float8_e4m3fn),
+        ("W4A16-g32", (), INT4, torch.float32),
+        ("W4A16-g32", (QuantizeWeights(),), INT4, torch.uint8),
+        ("W3A16-g32", (QuantizeWeights(),), Integer(3), torch.uint8),
         ("W2A16-g32", (SlimLlm(),), None, torch.uint8),
     ],
 )  # fmt: skip
 def test_a_dequantized_weight(
-    scheme: str, passes: tuple[Pass, ...], bits: int | None, stored: torch.dtype
+    scheme: str, passes: tuple[Pass, ...], format: NumberFormat | None, stored: torch.dtype
 ) -> None:
     gm = quantized(scheme, *FAKE, *passes)
     weight = DequantizedWeight.of(linear(gm).weight)
-    assert weight.bits == bits and weight.dtype == torch.float32
+    assert weight.format == format and weight.dtype == torch.float32
     assert weight.group_size == 32 and weight.scale.target == "a.weight_scale"
-    assert (weight.zero_point is None) == (scheme in ("W8A16", "W4A16-g32"))
+    assert (weight.zero_point is None) == (scheme in ("W8A16", "W8A8_FP8", "W4A16-g32"))
     assert matmul_of(weight.codes) is matmul_of(weight.scale) is linear(gm).node
     assert weight.is_packed == (scheme == "W4A16-g32" and bool(passes))
     source = weight.codes if not weight.codes.args else operand(weight.codes, 0)
@@ -123,7 +132,7 @@ def test_a_dequantized_weight(
         assert weight.quantizer == QuantizedWeight(weight.codes)
         assert weight.quantizer.weight_name == "a.weight"
         assert weight.quantizer.dequantized == weight
-        assert weight.quantizer.group_size == 32 and weight.quantizer.bits == bits
+        assert weight.quantizer.group_size == 32 and weight.quantizer.format == format
 
 
 def test_a_binary_weight() -> None:

@@ -38,7 +38,14 @@ def change(path: Path, edit) -> Path:
 
 
 def test_the_built_in_targets() -> None:
-    assert [*TARGETS] == ["cpu", "ascend910b1", "ascend910b2", "ascend910b3", "ascend910b4"]
+    assert [*TARGETS] == [
+        "cpu",
+        "ascend910b1",
+        "ascend910b2",
+        "ascend910b3",
+        "ascend910b4",
+        "reference",
+    ]
     assert [int(find_target(name)["cube_cores"]) for name in ASCEND] == [24, 24, 20, 20]
     assert [int(find_target(name)["hbm_gb_per_s"]) for name in ASCEND] == [1600, 1600, 1600, 800]
 

@@ -51,7 +51,10 @@ def count(gm: fx.GraphModule, op) -> int:
     return sum(n.target is op.default for n in gm.graph.nodes)
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16", "W4A16_ASYM"])
+GOLDEN = ("W8A8", "W8A8_DYNAMIC", "W8A8_FP8", "W8A16", "W4A16", "W4A16_ASYM")
+
+
+@pytest.mark.parametrize("scheme", GOLDEN)
 def test_golden(golden, scheme) -> None:
     gm, _ = quantized(Siblings(), scheme)
     golden(f"insert_fake_quant_{scheme.lower()}", print_graph(gm))

@@ -75,7 +75,9 @@ def plan(
     results = [assigned]
     notes = {skip.node: skip.reason for skip in assigned.skipped}
     refusals += [*refused, *_glob_refusals(gm, recipe)]
-    for step in schedule.fitting:
+    unread = _format_refusals(schedule)
+    refusals += unread
+    for step in () if unread else schedule.fitting:
         try:
             results.append(step.run(gm, ctx))
             notes |= {skip.node: skip.reason for skip in results[-1].skipped}
@@ -88,7 +90,8 @@ def plan(
             choice = choices.choose(node)
             row = _describe(node, choice, notes.get(label(node), ""))
         except LoweringError as error:
-            refusals.append(f"{label(node)}: {error.message}")
+            if not unread:  # which says it once for all of them
+                refusals.append(f"{label(node)}: {error.message}")
             row = _describe(node, None, f"refused: {error.message}")
         matmuls.append(row)
     sites, blocked = _smoothing(gm, interface, schedule.passes)
@@ -117,6 +120,14 @@ def _order_refusals(schedule: Schedule) -> list[str]:
     try:
         schedule.check_order()
     except RecipeError as error:
+        return [_with_hint(error)]
+    return []
+
+
+def _format_refusals(schedule: Schedule) -> list[str]:
+    try:
+        schedule.check_formats()
+    except LoweringError as error:
         return [_with_hint(error)]
     return []
 

@@ -19,6 +19,8 @@ from panguq.passes.codes.weight_scales import (
     quantize_groups,
     search_scale,
     storable,
+    weight_codes,
+    weight_values,
 )
 
 RATIOS = tuple(torch.linspace(1.0, 0.6, 9).tolist())
@@ -218,6 +220,33 @@ def test_a_float16_model_keeps_its_smallest_weights(scheme: str, amax: float) ->
     width = amax if spec.symmetric else 2 * amax
     assert errors[0] <= max(width / levels, 2.0**-24) * 1.01  # a scale's own rounding shifts zero
     assert errors[0] == 0 or width / levels > 2.0**-24
+
+
+WEIGHTS = {name: scheme.weight for name, scheme in SCHEMES.items() if scheme.weight}
+
+
+def levels_of(spec: QuantSpec) -> Tensor:
+    """The value of every code, without scale and zero point."""
+    codes = torch.arange(-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1), dtype=torch.int8)
+    levels = spec.format.decode(codes.view(spec.format.storage))
+    return levels[~levels.isnan()]
+
+
+@given(name=st.sampled_from(sorted(WEIGHTS)), seed=st.integers(0, 999), kind=KINDS)
+def test_no_code_stands_for_a_nearer_weight(name: str, seed: int, kind: str) -> None:
+    """In every format, with and without zero points."""
+    spec, weight = WEIGHTS[name], weights(seed, kind=kind)
+    size = spec.group_size_for(64)
+    scale, zero = min_max_scale(weight, size, spec)
+    codes = weight_codes(weight, scale, zero, size, spec)
+    values = weight_values(codes, scale, zero, size, spec, torch.float32)
+    groups = weight.unflatten(1, (-1, size))
+    assert torch.equal(values, quantize_groups(groups, scale, zero, spec).flatten(1))
+    offset = 0 if zero is None else zero.float()
+    grid = (levels_of(spec)[:, None, None] - offset) * scale.float()
+    least = (grid[..., None].double() - groups.double()).abs().amin(0)
+    error = (values.view(groups.shape).double() - groups.double()).abs()
+    assert (error <= least + 1e-6 * groups.abs().amax()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from panguq.ir.ops import binary, canonical, mixed_packing, packing, quantize
+from panguq.ir.number_format import FLOAT8_E4M3
+from panguq.ir.ops import binary, canonical, encode, mixed_packing, packing, quantize
 from panguq.ir.ops.packing import pack_codes, pack_int4
 from panguq.kernels.ascend.own import dynamic_quant as own_dynamic_quant
 from panguq.kernels.ascend.own import int4_weight, w4a16, w8a8
@@ -24,6 +25,7 @@ from panguq.lowering.ascend import dispatch
 
 K, N, GROUP = 64, 32, 32
 BF16, FP32 = torch.bfloat16, torch.float32
+FP8 = FLOAT8_E4M3.name
 TILE = [16, 64, 32]
 FEW = 4  # up to so many tokens a kernel for few of them runs
 
@@ -220,6 +222,33 @@ OWN: dict[str, Call] = {
     "dequantize_weight": (
         quantize.dequantize_weight,
         lambda m: {"codes": codes(N, K, bits=4), **grouped_weight(), "dtype": BF16},
+    ),
+    "encode_per_token": (
+        encode.encode_per_token,
+        lambda m: {"x": floats(2, m, K), "format": FP8},
+    ),
+    "decode_per_token": (
+        encode.decode_per_token,
+        lambda m: {
+            "codes": floats(2, m, K).to(torch.float8_e4m3fn),
+            "scale": scales(2, m, 1),
+            "format": FP8,
+            "dtype": BF16,
+        },
+    ),
+    "encode_weight": (
+        encode.encode_weight,
+        lambda m: {"weight": floats(N, K), "scale": scales(N, 1), "group_size": K, "format": FP8},
+    ),
+    "decode_weight": (
+        encode.decode_weight,
+        lambda m: {
+            "codes": floats(N, K).to(torch.float8_e4m3fn),
+            "scale": scales(N, 1),
+            "group_size": K,
+            "format": FP8,
+            "dtype": BF16,
+        },
     ),
     "dequantize_binary": (
         binary.dequantize_binary,
