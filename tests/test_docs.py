@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,6 +12,8 @@ import torch
 import panguq
 from panguq.formats.registry import FORMATS
 from panguq.ir.analysis.channel_rules import RULES
+from panguq.ir.number_format import FORMATS as NUMBER_FORMATS
+from panguq.ir.quant_spec import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -50,7 +53,9 @@ def test_examples_run(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "token_ids": torch.randint(0, 64, (4, 32)),
         "folder": tmp_path,
     }
-    with patch.dict(FORMATS), patch.dict(RULES):  # which pages may add to
+    with ExitStack() as restored:
+        for known in (FORMATS, RULES, NUMBER_FORMATS, SCHEMES):  # which pages may add to
+            restored.enter_context(patch.dict(known))
         for example, said in examples(page):
             capsys.readouterr()
             exec(compile(example, str(page), "exec"), namespace)
