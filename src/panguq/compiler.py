@@ -29,6 +29,7 @@ from panguq.recipe import Recipe, RecipeLike
 from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
+from panguq.report.smoothing import nowhere_to_smooth, smoothing_sites
 from panguq.schedule import Schedule
 from panguq.tensors.memory import return_large_blocks
 from panguq.tensors.weight_store import WeightStore
@@ -117,6 +118,8 @@ def compile(
         schedule.check_described(gm, ctx.allow_unmatched)
         check_lowerable(gm, found, recipe.precision)
         quality.warn(left_in_float(gm, schedule.assign, [record.result for record in records]))
+        sites, _ = smoothing_sites(gm, interface, schedule.calibrated)
+        quality.warn(nowhere_to_smooth(sites, interface))
         ctx.reference = clone(gm)
 
         data.prepare(gm, ctx, target)

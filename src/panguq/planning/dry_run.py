@@ -11,9 +11,7 @@ from torch import Tensor, fx, nn
 
 from panguq.data.calibration import WINDOW, WINDOWS
 from panguq.errors import LoweringError, PanguqError, RecipeError
-from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import label, module_path
-from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import Linear
 from panguq.lowering.choice import Choice
@@ -22,14 +20,14 @@ from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, linears
+from panguq.passes.pipeline.base import PassContext, PassResult, linears
 from panguq.passes.pipeline.module_globs import check_globs, matches
 from panguq.passes.pipeline.runner import Runner
-from panguq.passes.smoothquant import SmoothQuant
 from panguq.planning.costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
 from panguq.planning.report import MatmulPlan, Plan
 from panguq.recipe import Recipe
 from panguq.report.left_in_float import left_in_float
+from panguq.report.smoothing import nowhere_to_smooth, smoothing_sites
 from panguq.schedule import Schedule
 from panguq.tensors.weight_store import WeightStore
 from panguq.tracing import trace
@@ -94,7 +92,8 @@ def plan(
                 refusals.append(f"{label(node)}: {error.message}")
             row = _describe(node, None, f"refused: {error.message}")
         matmuls.append(row)
-    sites, blocked = _smoothing(gm, interface, schedule.passes)
+    sites, blocked = smoothing_sites(gm, interface, schedule.passes)
+    said = [*left_in_float(gm, _assign_pass(recipe), results), *nowhere_to_smooth(sites, interface)]
     seconds = compile_seconds(gm, schedule.passes, windows * window)
     return Plan(
         recipe=recipe.name,
@@ -106,7 +105,7 @@ def plan(
         smoothing_sites=sites,
         smoothing_blocked=blocked,
         refusals=tuple(refusals),
-        warnings=() if refused else tuple(left_in_float(gm, _assign_pass(recipe), results)),
+        warnings=() if refused else tuple(said),
         calibration_tokens=windows * window,
         weight_bytes=weight_bytes(gm),
         disk_bytes=disk_bytes(gm),
@@ -188,19 +187,6 @@ def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
         bias=Linear.of(node).bias is not None,
         note=note,
     )
-
-
-def _smoothing(
-    gm: fx.GraphModule, interface: Interface, passes: Sequence[Pass]
-) -> tuple[dict[str, int], dict[str, str]]:
-    """How many sites of each kind the recipe's smoothquant finds; what cannot move, and why."""
-    kinds = {kind for p in passes if isinstance(p, SmoothQuant) for kind in p.sites}
-    if not kinds:
-        return {}, {}
-    sites, blocked = find_scale_sites(gm, interface)
-    found = [s for s in sites if all(scheme_of(c.linear).activation for c in s.consumers)]
-    counts = {kind: sum(site.kind == kind for site in found) for kind in sorted(kinds)}
-    return counts, {label(entry.node): entry.reason for entry in blocked}
 
 
 def _with_hint(error: PanguqError) -> str:
