@@ -12,7 +12,7 @@ from panguq.ir.edit import op_name
 from panguq.ir.ops.opset import name_of
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import argument, operand
-from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.lowering.ascend.cost.model import cost
 from panguq.lowering.ascend.dispatch import NO_LIMIT, parse_kernel, row_for
 from panguq.lowering.ascend.machine import AscendMachine

@@ -18,7 +18,7 @@ from panguq.ir.run.sweep import Progress
 from panguq.passes.pipeline.base import no_progress
 
 COLLAPSED = 10.0  # times the float model's perplexity: the model says nothing any more
-POOR_DB = 5.0
+POOR_DB = 5.0  # of local SQNR: a matmul below it is named in warnings
 
 Logits = Callable[[Tensor], Tensor]
 """From token ids `[1, seq]` to logits `[1, seq, vocab]`."""

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from panguq.ir.ops.opset import define_op
 from panguq.ir.ops.packing import pack_int4, unpack_int4
-
-CODES_PER_WORD = 8
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 
 
 def _fake_int4_weight(packed: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from panguq.errors import LoweringError
 from panguq.ir.ops.opset import define_op
 from panguq.ir.ops.packing import unpack_int4
 from panguq.kernels.ascend.chip import Chip
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.own.tiles import split_bounds, tile_refusal
 from panguq.kernels.ascend.own.triton.launch import NAMESPACE, launch_w4a16
 
-CODES_PER_WORD = 8
 BIAS_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float16}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from panguq.ir.ops.quantize import quantize_per_token
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
@@ -18,7 +19,7 @@ from panguq.kernels.ascend.vendor.contracts import (
     wrong_shape,
 )
 from panguq.kernels.ascend.vendor.dtypes import dtype_of
-from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD, pack_words
+from panguq.kernels.ascend.vendor.int4pack import pack_words
 from panguq.kernels.ascend.vendor.library import define_npu_op
 
 _DOCS = OP_PLUGIN.format("npu_dynamic_quant")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from panguq.ir.ops.packing import pack_int4, unpack_int4
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     Broken,
@@ -17,7 +18,6 @@ from panguq.kernels.ascend.vendor.contracts import (
 )
 from panguq.kernels.ascend.vendor.library import define_npu_op
 
-CODES_PER_WORD = 8
 _DOCS = OP_PLUGIN.format("npu_convert_weight_to_int4pack")
 _HOST = "torch_npu's host code for npu_convert_weight_to_int4pack"
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.limits import W4A8_GROUP
+from panguq.kernels.ascend.limits import CODES_PER_WORD, W4A8_GROUP
 from panguq.kernels.ascend.vendor.dtypes import dtype_of
-from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD, unpack_words
+from panguq.kernels.ascend.vendor.int4pack import unpack_words
 from panguq.kernels.ascend.vendor.library import define_npu_op
 from panguq.kernels.ascend.vendor.quant_matmul_rules import quant_matmul_contract
 from panguq.kernels.ascend.vendor.trans_quant_param import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from panguq.kernels.ascend.chip import Chip
-from panguq.kernels.ascend.limits import W4A8_GROUP
+from panguq.kernels.ascend.limits import CODES_PER_WORD, W4A8_GROUP
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
@@ -23,7 +23,6 @@ from panguq.kernels.ascend.vendor.contracts import (
     wrong_shape,
 )
 from panguq.kernels.ascend.vendor.dtypes import dtype_of
-from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD
 
 _DOCS = OP_PLUGIN.format("npu_quant_matmul")
 _META = "torch_npu's Meta kernel for npu_quant_matmul"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     Broken,
@@ -16,7 +17,7 @@ from panguq.kernels.ascend.vendor.contracts import (
     wrong_shape,
 )
 from panguq.kernels.ascend.vendor.dtypes import dtype_of
-from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD, pack_words
+from panguq.kernels.ascend.vendor.int4pack import pack_words
 from panguq.kernels.ascend.vendor.library import define_npu_op
 
 _DOCS = OP_PLUGIN.format("npu_quantize")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from panguq.kernels.ascend.chip import Chip
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.contracts import (
     OP_PLUGIN,
     PANGUQ,
@@ -20,7 +21,7 @@ from panguq.kernels.ascend.vendor.contracts import (
     wrong_dtype,
     wrong_shape,
 )
-from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD, unpack_words
+from panguq.kernels.ascend.vendor.int4pack import unpack_words
 from panguq.kernels.ascend.vendor.library import define_npu_op
 
 GROUP_MULTIPLE = 32

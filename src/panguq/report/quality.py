@@ -17,6 +17,7 @@ from panguq.compile_report import (
 )
 from panguq.decibels import finite_db
 from panguq.errors import PanguqError
+from panguq.evaluation import POOR_DB
 from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.views import Linear, operands_at
@@ -27,7 +28,6 @@ from panguq.report.end_to_end import Graphs, Outcome, check_end_to_end, other_ke
 from panguq.report.local_sqnr import MatmulReference, local_sqnr, matmul_references
 
 aten = torch.ops.aten
-POOR_DB = 5.0
 logger = logging.getLogger("panguq")
 
 

@@ -18,9 +18,8 @@ from panguq.formats.onnx.blocks import normalize
 from panguq.formats.onnx.builder import Value
 from panguq.formats.onnx.quantize import packed_pairs, token_codes
 from panguq.formats.onnx.step import Emitter, Step
-from panguq.kernels.ascend.limits import W4A8_GROUP
+from panguq.kernels.ascend.limits import CODES_PER_WORD, W4A8_GROUP
 from panguq.kernels.ascend.vendor.dtypes import dtype_number, dtype_of
-from panguq.kernels.ascend.vendor.int4pack import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.quant_matmul import SHIFT
 from panguq.kernels.ascend.vendor.trans_quant_param import scale_bits, scale_of
 from panguq.lowering.ascend.dispatch import Operands
