@@ -125,3 +125,16 @@ def test_no_op_writes_draws_or_reads_memory_that_it_was_not_given() -> None:
         if isinstance(op, torch._ops.OpOverload) and op.namespace == "aten":
             assert not op._schema.is_mutable and "Storage" not in str(op._schema), name
             assert not name.removeprefix("aten.").startswith(refused)
+
+
+def test_examples_and_buffers_follow_the_model_to_another_dtype() -> None:
+    """An Ascend target casts to bfloat16 without being asked, and so it takes float32 examples."""
+    model = Odd(lambda m, x: m.linear(x * m.get_buffer("scale"))).eval()
+    model.register_buffer("scale", torch.rand(32) + 1)
+    x = torch.randn(3, 5, 32)
+    compiled = panguq.compile(model, "w8a8", example_inputs=(x,), target="ascend910b1")
+    assert compiled(x.bfloat16()).dtype == torch.bfloat16 and model.scale.dtype == torch.float32
+    with pytest.raises(
+        panguq.InputError, match=r"input x is torch\.float32, the graph takes torch\.bf"
+    ):
+        compiled(x)

@@ -153,7 +153,7 @@ def test_a_result_that_is_no_tensor_is_refused(extra, said) -> None:
 
 def test_examples_that_the_module_does_not_take_are_refused() -> None:
     with pytest.raises(TraceError, match="itself fails on the example inputs"):
-        panguq.compile(Base().inner, "float", example_inputs=(X,), dtype=torch.bfloat16)
+        panguq.compile(Base().inner, "float", example_inputs=(X.double(),))
 
 
 # --- the comparison with the model --------------------------------------------------------------

@@ -16,7 +16,13 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from panguq.artifact import LOWERED, Artifact
-from panguq.data.inputs import check_ids, check_module_inputs, prepare, takes_empty_mask
+from panguq.data.inputs import (
+    check_ids,
+    check_input_dtypes,
+    check_module_inputs,
+    prepare,
+    takes_empty_mask,
+)
 from panguq.errors import InputError
 from panguq.formats.registry import find_format
 from panguq.frozen_module import FrozenModule, asked_of_to
@@ -143,6 +149,7 @@ class CompiledModule(FrozenModule):
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the graph on the inputs that the source module took when it was traced."""
         check_module_inputs(self.interface, inputs)
+        check_input_dtypes(self.graph, inputs)
         with _as_compiled(self._device):
             results = self.executable(*(x.to(self._device) for x in inputs))
         return results[0] if self.interface.returns == "tensor" else results

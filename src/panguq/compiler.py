@@ -34,7 +34,7 @@ from panguq.schedule import Schedule
 from panguq.tensors.memory import return_large_blocks
 from panguq.tensors.weight_store import WeightStore
 from panguq.tensors.work_folder import WorkFolder
-from panguq.tracing import trace
+from panguq.tracing import in_dtype, trace
 
 
 def compile(
@@ -69,8 +69,9 @@ def compile(
         the model's own keeps what they choose from being good for `calibration` alone.
     target: `cpu`, `ascend910b1` … `ascend910b4`, the path of a target file, or `reference`: no
         kernels, so that the fake-quantized model is what runs. It takes every scheme.
-    dtype: what the model is cast to before anything else. By default a model keeps its own on a
-        CPU and becomes bfloat16 for an Ascend target, whose kernels take 16-bit floats.
+    dtype: what the model and its example inputs are cast to before anything else. By default a
+        model keeps its own on a CPU and becomes bfloat16 for an Ascend target, whose kernels take
+        16-bit floats.
     allow_unmatched: let globs of the recipe match no matmul of the model, which otherwise is an
         error; a built-in recipe's own may.
     dump_dir: a folder for the pass-by-pass dump; `PANGUQ_DUMP` gives a default.
@@ -95,12 +96,14 @@ def compile(
     schedule.check_formats()
     dump_folder = chosen_folder(dump_dir)
     tokenizer = source_tokenizer(model) if tokenizer is None else tokenizer
+    dtype = dtype or default_dtype(target)
+    example_inputs = in_dtype(example_inputs, dtype)
     calibrated = schedule.needs_calibration
     data = CompileData.read(model, calibration, sampled, tokenizer, example_inputs, calibrated)
     found = find_target(target)
     rules = TargetRules(found, recipe.precision, recipe.ascend)
     with held_units(work_dir) as units:
-        gm, interface = trace(model, example_inputs, dtype or default_dtype(target))
+        gm, interface = trace(model, example_inputs, dtype)
         ctx = PassContext(
             interface,
             WeightStore(units=units),

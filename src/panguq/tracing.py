@@ -32,7 +32,7 @@ def trace(
             "load it first, for example with panguq.load_pretrained(folder)",
         )
     if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
-        model = _cast(model, dtype)
+        model = _cast(model, dtype, keep_buffers=is_causal_lm(model))
     compare = compare and has_weights(model)
     if is_causal_lm(model):
         return _trace_causal_lm(model, compare)
@@ -71,9 +71,25 @@ def _checked(
     return gm, interface
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with its parameters cast. Buffers, such as rotary tables, keep their precision."""
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+def in_dtype(
+    example_inputs: Sequence[Tensor] | None, dtype: torch.dtype | None
+) -> Sequence[Tensor] | None:
+    """The examples as the cast module takes them: floating-point ones in its dtype."""
+    if example_inputs is None or dtype is None:
+        return example_inputs
+    floats = [isinstance(x, Tensor) and x.is_floating_point() for x in example_inputs]
+    return tuple(x.to(dtype) if f else x for x, f in zip(example_inputs, floats, strict=True))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype, keep_buffers: bool) -> nn.Module:
+    """A copy with its parameters cast, and its buffers, as `model.to(dtype)` would do.
+
+    Those of a language model, such as rotary tables, keep their precision.
+    """
+    memo: dict[int, Any] = {
+        id(b): b if keep_buffers or not b.is_floating_point() else b.detach().to(dtype)
+        for b in model.buffers()
+    }
     for p in model.parameters():
         cast = p.detach().to(dtype) if p.is_floating_point() else p.detach()
         memo[id(p)] = nn.Parameter(cast, requires_grad=False)

@@ -9,7 +9,9 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.interface import Interface
+from panguq.ir.node_meta import meta_of
 from panguq.ir.text.size_expression import evaluate_size, names_in
+from panguq.ir.text.value_types import DTYPES
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -45,6 +47,23 @@ def check_module_inputs(interface: Interface, inputs: Sequence[Tensor]) -> None:
                     f"dimension {index} of input {name} is {size}, the graph serves {expected}",
                     f"the traced shape is {list(shape)}; compile again with other example inputs",
                 )
+
+
+def check_input_dtypes(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Raise InputError for floats of another width than the graph computes in."""
+    given = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, tensor in zip(given, inputs, strict=True):
+        if "val" in node.meta:
+            wanted = node.meta["val"].dtype
+        else:  # a graph from a file
+            wanted = DTYPES.get((meta_of(node).stored_type or "").partition("[")[0])
+        if wanted is None or not wanted.is_floating_point or not tensor.is_floating_point():
+            continue
+        if tensor.dtype != wanted:
+            raise InputError(
+                f"input {node.target} is {tensor.dtype}, the graph takes {wanted}",
+                f"convert it: x.to({wanted})",
+            )
 
 
 def takes_empty_mask(gm: fx.GraphModule) -> bool:
