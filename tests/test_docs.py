@@ -14,6 +14,10 @@ from panguq.formats.registry import FORMATS
 from panguq.ir.analysis.channel_rules import RULES
 from panguq.ir.number_format import FORMATS as NUMBER_FORMATS
 from panguq.ir.quant_spec import SCHEMES
+from panguq.kernels.ascend.chips import CHIPS
+from panguq.lowering.targets import TARGETS
+
+CHANGED_BY_PAGES = (FORMATS, RULES, NUMBER_FORMATS, SCHEMES, TARGETS, CHIPS)
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -54,7 +58,7 @@ def test_examples_run(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "folder": tmp_path,
     }
     with ExitStack() as restored:
-        for known in (FORMATS, RULES, NUMBER_FORMATS, SCHEMES):  # which pages may add to
+        for known in CHANGED_BY_PAGES:
             restored.enter_context(patch.dict(known))
         for example, said in examples(page):
             capsys.readouterr()
