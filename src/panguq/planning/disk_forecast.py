@@ -60,9 +60,13 @@ def check_disk(places: dict[Path, int]) -> None:
         if free < needed:
             raise StorageError(
                 f"{place}: not enough space: the compile will write at least "
-                f"{needed / 2**30:.2f} GiB there, and {free / 2**30:.2f} GiB are free",
+                f"{_size(needed)} there, and {_size(free)} are free",
                 "free some space there, or choose another disk (--out, --work-dir)",
             )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def _fewest_bits(
