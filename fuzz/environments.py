@@ -127,8 +127,8 @@ def _prepare(folder: Path) -> Case:
             ended = wait(child, place)
             ended.check(*given.statuses)
             return _look(ended, place / given.out)
-        finally:
-            subprocess.run(["umount", place / "disk"], check=False, capture_output=True)
+        finally:  # lazily: the model that was looked at may still be mapped
+            subprocess.run(["umount", "-l", place / "disk"], check=False, capture_output=True)
             shutil.rmtree(place)
 
     return case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,27 @@ def test_every_rule_has_a_broken_folder() -> None:
     }
     for rules in RULES.values():
         assert len({rule.name for rule in rules}) == len(rules)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ignore": 7}, {"config_groups": {"g": {"weights": {"num_bits": "x"}, "targets": 3}}},
+        {"config_groups": {"g": {"weights": {"num_bits": 8}, "targets": True}}},
+    ],
+)  # fmt: skip
+def test_a_quantization_config_of_another_form_is_a_finding(changed: Any, tmp_path: Path) -> None:
+    draft = compressed()
+    setting(**changed)(draft)
+    report = check_folder(draft.write(tmp_path / "odd"))
+    assert report.refused_by() or "ignore" in changed
+
+
+def test_a_pipe_among_the_weights_is_not_waited_for(tmp_path: Path) -> None:
+    folder = compressed().write(tmp_path / "folder")
+    os.mkfifo(folder / "more.safetensors")
+    found = [f for f in check_folder(folder).findings if f.tensor == "more.safetensors"]
+    assert any("not a regular file" in finding.message for finding in found)
 
 
 # --- the command --------------------------------------------------------------------------------

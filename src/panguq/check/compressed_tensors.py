@@ -59,7 +59,7 @@ def groups(folder: CheckedFolder) -> list[ConfigGroup]:
     top = str(config.get("format", ""))
     found = []
     for name, entry in (listed if isinstance(listed, dict) else {}).items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("weights"), dict):
+        if not _is_readable(entry):
             continue
         weights, activation = entry["weights"], entry.get("input_activations")
         own = str(entry.get("format") or "")
@@ -77,6 +77,17 @@ def groups(folder: CheckedFolder) -> list[ConfigGroup]:
             )
         )
     return found
+
+
+def _is_readable(entry: object) -> bool:
+    """Whether an entry of config_groups has the form of one."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("weights"), dict):
+        return False
+    numbers = (entry["weights"].get(key) for key in ("num_bits", "group_size"))
+    targets = entry.get("targets")
+    return all(n is None or isinstance(n, int) for n in numbers) and (
+        targets is None or isinstance(targets, list)
+    )
 
 
 def linears_of(folder: CheckedFolder) -> dict[str, tuple[int, int] | None]:
@@ -100,7 +111,8 @@ def config_group_of(folder: CheckedFolder, path: str) -> ConfigGroup | None:
 
 def is_ignored(folder: CheckedFolder, path: str) -> bool:
     """Whether the config leaves this linear out."""
-    listed = (folder.quantization_config or {}).get("ignore") or ()
+    found = (folder.quantization_config or {}).get("ignore")
+    listed = found if isinstance(found, list) else ()
     return any(_is_named(path, str(t)) or _is_matched(path, str(t)) for t in listed)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from panguq.errors import StorageError
 
@@ -56,13 +57,18 @@ def read_limited(path: Path, largest: int, hint: str = "") -> bytes:
 
     Raises StorageError for one of more than `largest` bytes, or for none, and OSError.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise StorageError(f"{path}: not a regular file", hint)
-        refuse_larger(path, status.st_size, largest, hint)
+    with open_file(path, hint) as file:
+        refuse_larger(path, os.fstat(file.fileno()).st_size, largest, hint)
         return file.read(largest)
+
+
+def open_file(path: Path, hint: str = "") -> BinaryIO:
+    """A regular file, or what a link to one leads to. Raises StorageError for none, and OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StorageError(f"{path}: not a regular file", hint)
+    return os.fdopen(handle, "rb")
 
 
 def refuse_larger(path: Path, size: int, largest: int, hint: str = "") -> None:

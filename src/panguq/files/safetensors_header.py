@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from panguq.errors import StorageError
-from panguq.files.limits import HEADER_BYTES, MIB, TENSORS, TENSORS_IN_FILE
+from panguq.files.limits import HEADER_BYTES, MIB, TENSORS, TENSORS_IN_FILE, open_file
 
 _ENTRY = b'"data_offsets"'  # one of these a tensor
 _HINT = "the file is damaged or made to do harm; download it again"
@@ -15,9 +15,10 @@ _HINT = "the file is damaged or made to do harm; download it again"
 def count_tensors(path: Path) -> int:
     """How many tensors the file lists, or a few more; none for what is no safetensors file.
 
-    Raises StorageError if its header is longer, or lists more, than any model's; OSError.
+    Raises StorageError for a pipe, say, and if the header is longer, or lists more, than any
+    model's; OSError.
     """
-    with open(path, "rb") as file:
+    with open_file(path, _HINT) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > os.fstat(file.fileno()).st_size:
             return 0  # no safetensors file; its reader says so
