@@ -192,14 +192,16 @@ def npu_fused_infer_attention_score(
     """
     batch, heads, queries, head = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    grouped = query.to(torch.float32).reshape(batch, kv_heads, -1, head)
+    rows = heads // kv_heads * queries  # -1 would be ambiguous for a batch of none
+    grouped = query.to(torch.float32).reshape(batch, kv_heads, rows, head)
     scores = (grouped @ key.to(torch.float32).transpose(2, 3)).mul_(scale)
     scores = scores.view(batch, heads, queries, keys)
     hidden = _hidden(queries, keys, atten_mask, sparse_mode)
     if hidden is not None:
         scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
-    weights = scores.softmax(dim=-1).view(batch, kv_heads, -1, keys)
-    result = (weights @ value.to(torch.float32)).view(batch, heads, queries, -1).to(query.dtype)
+    weights = scores.softmax(dim=-1).view(batch, kv_heads, rows, keys)
+    mixed = (weights @ value.to(torch.float32)).view(batch, heads, queries, value.shape[-1])
+    result = mixed.to(query.dtype)
     lse = scores.logsumexp(dim=-1, keepdim=True) if softmax_lse_flag else torch.empty(0)
     return result, lse
 

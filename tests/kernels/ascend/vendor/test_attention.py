@@ -100,6 +100,11 @@ def test_causal_modes_count_from_the_first_or_the_last_key(
     assert_close(everything.to(torch.bfloat16), one, 50)
 
 
+def test_a_batch_of_none_gives_none() -> None:
+    query, key, value = (tensor[:0] for tensor in inputs(0, torch.bfloat16, 2, 3, 4, 5))
+    assert attend(query, key, value)[0].shape == (0, 6, 4, 16)
+
+
 def test_true_hides_a_key() -> None:
     query, key, value = inputs(0, torch.float16, 1, 1, 1, 3)
     mask = torch.tensor([[[[True, False, True]]]])
