@@ -29,7 +29,7 @@ def test_neither_memory_nor_open_files_grow(load: Load) -> None:
 
 def test_each_fault_is_a_sentence(load: Load) -> None:
     bad = replace(
-        load, different=1, unfinished_threads=2, forked_equal=False, end_mib=load.warm_mib + 50,
-        end_files=load.warm_files + 1, loaded_mib=100.0, left_mib=90.0,
+        load, different=1, unfinished_threads=2, forked_equal=False, freed=False,
+        end_mib=load.warm_mib + 50, end_files=load.warm_files + 1, left_mib=90.0,
     )  # fmt: skip
-    assert len(bad.faults) == 6
+    assert len(bad.faults) == 7
