@@ -63,7 +63,8 @@ def _disk(found: _Surroundings, place: Path, rng: random.Random) -> None:
 
 
 def _file_size(found: _Surroundings, place: Path, rng: random.Random) -> None:
-    found.limits[resource.RLIMIT_FSIZE] = rng.choice((0, 1000, 20_000, 100_000, 400_000))
+    sizes = (2000, 4000, 20_000, 100_000, 400_000)  # stderr is a file, too
+    found.limits[resource.RLIMIT_FSIZE] = rng.choice(sizes)
 
 
 def _few_files(found: _Surroundings, place: Path, rng: random.Random) -> None:
