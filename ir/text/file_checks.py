@@ -14,6 +14,7 @@ from panguq.ir.plain_names import is_input_name, is_weight_name
 from panguq.ir.text.plain_arguments import DAMAGED
 from panguq.ir.text.value_types import type_text
 
+_OF_ONE_ARGUMENT = ("operator.neg", "torch.sym_float", "torch.sym_not")
 FORMAT = "panguq-graph"
 VERSION = 1
 
@@ -39,6 +40,9 @@ def check_arguments(
     if not isinstance(op, OpOverload):
         if kwargs:
             raise StorageError(f"{where}: {name_of(op)} takes no keyword arguments", DAMAGED)
+        takes = 1 if name_of(op) in _OF_ONE_ARGUMENT else 2
+        if len(args) != takes:  # fx writes such calls as `a + b`, and stumbles over another number
+            raise StorageError(f"{where}: {name_of(op)} takes {takes} arguments", DAMAGED)
         return
     schema = op._schema.arguments
     positional = [a.name for a in schema if not a.kwarg_only]

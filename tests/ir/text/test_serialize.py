@@ -322,6 +322,10 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: linear(d).update(kwargs={"bias=print('!'), **x": None}),
         "arguments it cannot take",
     ),
+    "a sum of one": (
+        lambda d: linear(d).update(target="operator.add", args=[1]),
+        "operator.add takes 2 arguments",
+    ),
     "twice": (lambda d: linear(d).update(kwargs={"input": None}), "arguments it cannot take"),
     "no weight": (lambda d: weight(d).update(target="lost"), "there is no weight lost"),
     "weight type": (
