@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit status: 0 it worked, 1 it did not, 2 wrong usage, 130 interrupted."""
     try:
         _prepare()
+        _check_here()  # some libraries end the process where there is no folder
         parsed = parser().parse_args(arguments)
-        _check_here()
         status: int = parsed.run(parsed)
         if sys.stdout is not None:
             sys.stdout.flush()
