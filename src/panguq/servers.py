@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from panguq.errors import InputError
-from panguq.ir.number_format import Integer
-from panguq.ir.quant_spec import SCHEMES
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.limits import W4A8_GROUP
 
@@ -153,6 +151,9 @@ def support(
     No server takes from panguq a scheme without an entry (weights of 6, 3, 2 or 1 bits, another
     symmetry).
     """
+    from panguq.ir.number_format import Integer  # these two import torch, which --help does without
+    from panguq.ir.quant_spec import SCHEMES
+
     base, *options = scheme.upper().split("-")
     if base == "FLOAT":
         return _YES
