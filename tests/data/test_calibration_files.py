@@ -35,8 +35,8 @@ CHATS = "".join(json.dumps({"messages": CHAT}) + "\n\n" for _ in range(2))
         ("a.json", LINES),
         ("rows.json", json.dumps(ROWS, indent=1)),
         ("columns.json", json.dumps({"text": TEXTS})),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.txt.gz", gzip.compress(JOINED.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.txt.gz", gzip.compress(JOINED.encode(), mtime=0)),
     ],
 )
 def test_files_of_texts(name: str, content: str | bytes, tmp_path: Path) -> None:
