@@ -93,7 +93,8 @@ def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> int |
         return None
     if kind not in ("sliding_attention", "chunked_attention"):
         raise TraceError(
-            f"layer {index} of {type(model).__name__} is of type {kind!r}",
+            f"layer {index} of {type(model).__name__} is of type {kind!r}"
+            f"{_module_of_layer(model, index)}",
             "panguq traces layers of full, sliding or chunked attention with a cache of "
             "keys and values",
         )
@@ -106,6 +107,14 @@ def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> int |
             f"set {names[0]} in the config",
         )
     return size
+
+
+def _module_of_layer(model: nn.Module, index: int) -> str:
+    """`: module model.layers.0 (Block)`, the first module that a list of them holds there."""
+    for path, module in model.named_modules():
+        if path.endswith(f".{index}"):
+            return f": module {path} ({type(module).__name__})"
+    return ""
 
 
 def _first(config: Any, keys: tuple[str, ...]) -> int | None:

@@ -46,7 +46,8 @@ class Canonicalize(Pass):
     - Casts to the same dtype, full slices, copies, dropout, products with 1 and assertions go;
       `view` and `_unsafe_view` become `reshape`; sizes are read from the graph's inputs.
     - A tensor made empty and filled slice by slice becomes a concatenation.
-    - `addmm` and `mm` with a stored weight `[k, n]` become `linear` with weight `[n, k]`.
+    - `addmm` and `mm` with a stored weight `[k, n]`, and `matmul` with the transpose of one of
+      `[n, k]`, become `linear` with weight `[n, k]`.
     - `weight * (x * rsqrt(mean(x^2) + eps))` becomes `panguq.rms_norm`.
     - `x * cos + concat(-x2, x1) * sin` becomes `panguq.rotary`.
     - `silu(gate) * up` becomes `panguq.swiglu`.
@@ -211,7 +212,22 @@ def _addmm(node: fx.Node) -> fx.Node | None:
 
 
 def _mm(node: fx.Node) -> fx.Node | None:
-    return _linear(node, operand(node, 0), operand(node, 1), None)
+    x, weight = operand(node, 0), operand(node, 1)
+    if _turns(weight) and operand(weight, 0).op == "get_attr":  # x @ weight.T, as in Falcon
+        return call(node, aten.linear.default, (x, operand(weight, 0), None), origin=node)
+    return _linear(node, x, weight, None)
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether this is a matrix's transpose."""
+    if node.op != "call_function" or len(node.meta["val"].shape) != 2:
+        return False
+    given = arguments(node) if _is(node, aten.permute.default, aten.transpose.int) else {}
+    swapped = {given.get("dim0"), given.get("dim1")} in ({0, 1}, {-1, -2})
+    return swapped or given.get("dims") in ([1, 0], [-1, 0], [-1, -2]) or node.target in _TURNS
+
+
+_TURNS = (aten.t.default, aten.numpy_T.default)
 
 
 # --- patterns raised into one op --------------------------------------------------------------
