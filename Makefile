@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-load bench-peers clean
+.PHONY: help setup demo test test-contract test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-model bench-load bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test: setup  ## run the tests
 
 test-contract: setup  ## run what panguq promises: load, generate, save, compile for each target
 	$(RUN) -m pytest -n auto --dist loadfile tests/contract $(ARGS)
+
+test-families: setup  ## try every model family; ARGS=--update rewrites docs/models.md
+	$(RUN) -m tests.families.sweep $(ARGS)
 
 test-oldest: setup  ## the same with the lowest releases that pyproject.toml allows
 	$(RUN) -m conformance.versions oldest --torch '$(TORCH)' $(ARGS)
