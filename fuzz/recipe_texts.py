@@ -20,11 +20,11 @@ import torch
 from fuzz.kind import Case, Fault, Kind
 from panguq.pass_options import passes_by_name
 from panguq.recipe import Recipe, preset_names
-from panguq.registry import LOWERING_PASSES
+from panguq.registry import all_passes
 from panguq.schedule import check_passes
 
 _PASSES = passes_by_name()
-_NAMES = (*_PASSES, *(step.name for step in LOWERING_PASSES), "", "Smoothquant", "x" * 1000)
+_NAMES = (*_PASSES, *(step.name for step in all_passes()), "", "Smoothquant", "x" * 1000)
 _GLOBS = ("*", "*.down_proj", "model.layers.[0-1].*", "[", "[!", "**", "?" * 50, "lm_head", "[]a]",
           "\\", "*" * 2000)  # fmt: skip
 _SCHEMES = ("W8A8", "W4A16", "FLOAT", "W8A8_DYNAMIC", "W4A16-g32", "W3A16", "W2A16", "W1A16",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import panguq
+from panguq import registry
 from panguq.formats.registry import FORMATS
 from panguq.ir.analysis.channel_rules import RULES
 from panguq.ir.number_format import FORMATS as NUMBER_FORMATS
@@ -60,6 +61,7 @@ def test_examples_run(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     with ExitStack() as restored:
         for known in CHANGED_BY_PAGES:
             restored.enter_context(patch.dict(known))
+        restored.enter_context(patch.object(registry, "RECIPE_PASSES", registry.RECIPE_PASSES))
         for example, said in examples(page):
             capsys.readouterr()
             exec(compile(example, str(page), "exec"), namespace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from panguq.errors import RecipeError
 from panguq.lowering.fit_schemes import FitSchemes
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.options import DEFAULT_OPTIONS
@@ -49,17 +50,24 @@ RECIPE_PASSES: tuple[type[Pass], ...] = (
 """What recipes are made of. Every recipe begins with the first two, which it does not list."""
 
 
+def add_pass(kind: type[Pass]) -> type[Pass]:
+    """Let recipes name a pass of your own, and files that name it be read; a class decorator.
+
+    Raises RecipeError for a name that is taken.
+    """
+    global RECIPE_PASSES
+    if kind.name in {known.name for known in all_passes()}:
+        raise RecipeError(f"there is a pass {kind.name!r} already", "give it another name")
+    RECIPE_PASSES = (*RECIPE_PASSES, kind)
+    return kind
+
+
+def all_passes() -> tuple[type[Pass], ...]:
+    """What recipes are made of and what targets add."""
+    before, after = _of_targets("passes_before"), _of_targets("passes_after")
+    return tuple(dict.fromkeys((*RECIPE_PASSES, FitSchemes, *before, LowerMatmuls, *after)))
+
+
 def _of_targets(place: str) -> dict[type[Pass], None]:
     found = (getattr(target, place)(DEFAULT_OPTIONS) for target in known_targets())
     return {type(step): None for passes in found for step in passes}
-
-
-LOWERING_PASSES: tuple[type[Pass], ...] = (
-    FitSchemes,
-    *_of_targets("passes_before"),
-    LowerMatmuls,
-    *_of_targets("passes_after"),
-)
-"""What targets add to the passes of a recipe."""
-
-ALL_PASSES: tuple[type[Pass], ...] = (*RECIPE_PASSES, *LOWERING_PASSES)

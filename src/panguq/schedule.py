@@ -14,7 +14,7 @@ from panguq.passes.pipeline.base import Pass
 from panguq.passes.pipeline.module_globs import check_globs
 from panguq.passes.pipeline.runner import check_order
 from panguq.recipe import Recipe
-from panguq.registry import ALL_PASSES
+from panguq.registry import all_passes
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,4 @@ class Schedule:
 
 def check_passes(passes: Sequence[Pass], have: frozenset[Property] = TRACED) -> None:
     """Raises RecipeError, naming what to put before it, for a pass that comes too early."""
-    check_order(passes, have, ALL_PASSES)
+    check_order(passes, have, all_passes())

@@ -89,6 +89,6 @@ def run_recipes(options: argparse.Namespace) -> int:
 
 
 def _registry() -> tuple[Any, ...]:
-    from panguq.registry import ALL_PASSES
+    from panguq.registry import all_passes
 
-    return ALL_PASSES
+    return all_passes()

@@ -48,11 +48,11 @@ def _allow_unmatched(reader: DumpReader) -> AllowUnmatched:
 
 
 def _pass_of(reader: DumpReader, stage: str, info: StageInfo) -> Pass:
-    known = {kind.name: kind for kind in registry.ALL_PASSES}
+    known = {kind.name: kind for kind in registry.all_passes()}
     if info.name not in known:
         raise StorageError(
             f"{reader.path / stage / STAGE_JSON}: this panguq has no pass {info.name}",
-            "register the pass, or read the graph that it was given with `panguq show`",
+            "import what adds the pass, or read the graph that it was given with `panguq show`",
         )
     where = f"{reader.path / stage / STAGE_JSON}: {info.name}"
     if not isinstance(info.options, dict):

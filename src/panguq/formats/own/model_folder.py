@@ -113,7 +113,7 @@ def _read_recipe(folder: Folder) -> Recipe:
     except PanguqError as error:
         raise StorageError(
             f"{where}: {error.message}",
-            "it was compiled with passes that this panguq does not have; import what defines them, "
+            "it was compiled with passes that this panguq does not have; import what adds them, "
             "or compile the model again",
         ) from error
 
