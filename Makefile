@@ -36,9 +36,9 @@ demo: setup  ## compile a real model and show what it gives
 	$(RUN) -m demo.run $(ARGS)
 
 # A process for each core: the tests compute on one thread. The model is fetched before, by one.
-test: setup  ## run the tests
+test: setup  ## run the tests, but those of a real model, which `make conformance` has
 	$(RUN) -m demo.fetch
-	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile -m 'not real_model' $(ARGS)
 
 test-contract: setup  ## run what panguq promises: load, generate, save, compile for each target
 	$(RUN) -m pytest -n auto --dist loadfile tests/contract $(ARGS)
@@ -80,7 +80,9 @@ docs: setup  ## build the manual into build/site
 fuzz: setup  ## attack panguq with random input: SEED=7 MINUTES=30
 	$(RUN) -m fuzz --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
-conformance: setup  ## check against real parts of the Ascend stack, in environments of their own
+conformance: setup  ## check with a real model, and against real parts of the Ascend stack
+	$(RUN) -m demo.fetch
+	$(RUN) -m pytest -n auto --dist loadfile -m real_model tests
 	$(RUN) -m conformance --environment .venv-npu --torch '$(TORCH)'
 	$(RUN) -m conformance.triton --environment .venv-triton --torch '$(TORCH)'
 

@@ -18,6 +18,8 @@ from panguq.evaluation import evaluate, logits_of, weight_figures
 from tests import smollm2
 from tests.formats.onnx.onnx_values import perplexities_with_onnx
 
+pytestmark = pytest.mark.real_model
+
 
 @pytest.fixture(scope="module")
 def whole() -> tuple[Any, Any, str]:

@@ -123,9 +123,10 @@ def run(options: argparse.Namespace) -> int:
     from panguq.compiler import compile
     from panguq.data.calibration_data import read_calibration
     from panguq.lowering.targets import find_target
-    from panguq.models.hf import load_pretrained, load_tokenizer
+    from panguq.models.hf import existing_folder, load_pretrained, load_tokenizer
 
     find_target(options.target)
+    existing_folder(options.model)
     tokenizer = (_tokenizer_if_any if options.calibration is None else load_tokenizer)(
         options.model
     )

@@ -68,7 +68,7 @@ def load_pretrained(folder: str | Path) -> Any:
     another kind of model, a quantized one or an adapter; StorageError, naming the file, for a
     damaged checkpoint.
     """
-    path = _existing(folder)
+    path = existing_folder(folder)
     gguf = find_gguf(path)
     refuse_adapter(path if gguf is None else gguf.parent)
     if gguf is not None:
@@ -100,7 +100,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Raises InputError if there is none that loads.
     """
-    path = _existing(folder)
+    path = existing_folder(folder)
     gguf = find_gguf(path)
     if gguf is None:
         return read_tokenizer(path)
@@ -115,7 +115,7 @@ def skeleton(folder: str | Path) -> nn.Module:
     Only config.json and the headers of weight files are read, and the weights may be missing. It
     can be traced and planned, not run. Raises InputError as `load_pretrained` does.
     """
-    path = _existing(folder)
+    path = existing_folder(folder)
     gguf = find_gguf(path)
     refuse_adapter(path if gguf is None else gguf.parent)
     config = read_config(path) if gguf is None else _gguf_config(gguf)
@@ -229,7 +229,8 @@ def _check_causal_lm(config: Any, folder: Path) -> None:
         )
 
 
-def _existing(folder: str | Path) -> Path:
+def existing_folder(folder: str | Path) -> Path:
+    """The absolute path of a model's folder or GGUF file. Raises InputError if there is none."""
     path = Path(folder)
     if not path.exists():
         raise InputError(

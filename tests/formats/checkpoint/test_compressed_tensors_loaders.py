@@ -54,6 +54,7 @@ def test_an_openpangu_shaped_model(name: str, tmp_path: Path) -> None:
             assert compare.problems(found) == [], mode
 
 
+@pytest.mark.real_model
 @pytest.mark.parametrize(("name", "layers"), [("w8a8-serving", 30), ("w4a16", 4)])
 def test_smollm2(name: str, layers: int, tmp_path: Path) -> None:
     source, calibration, ids = checkpoints.smollm2()

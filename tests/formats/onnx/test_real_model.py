@@ -18,6 +18,8 @@ from panguq.ir.edit import label
 from tests import smollm2
 from tests.formats.onnx.onnx_values import is_matmul, local_differences, perplexities_with_onnx
 
+pytestmark = pytest.mark.real_model
+
 
 @pytest.mark.parametrize(("recipe", "layers"), [("w8a8", smollm2.OUTLIER_LAYERS), ("w4a16", 4)])
 def test_every_stage_exports_and_runs(recipe: str, layers: int, tmp_path: Path) -> None:

@@ -160,8 +160,7 @@ def test_the_command_in_json(tmp_path, capsys, tiny_quick) -> None:
         (["--out", "mine.json"], "mine.json: a target file is YAML"),
         (["--out", "folder.yaml"], "folder.yaml: is a folder"),
         (["--out", "file.txt/mine.yaml"], "file.txt/mine.yaml: cannot be written: "),
-        (["--threads", "0"], "threads: 0 is not between 1 and"),
-        (["--threads", "100000"], "threads: 100000 is not between 1 and"),
+        (["--threads", "4000"], "threads: 4000 is not between 1 and"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_timed(
