@@ -20,7 +20,6 @@ from panguq.models.config import known_settings
 from panguq.models.hf import load_pretrained, skeleton
 from tests.model_folders import make_folder, make_model, with_config
 
-torch.set_num_threads(1)
 IDS = torch.arange(1, 9)[None]
 
 

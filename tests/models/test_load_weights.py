@@ -18,7 +18,6 @@ from panguq.errors import InputError, PanguqError, StorageError
 from panguq.models.hf import load_pretrained, skeleton
 from tests.model_folders import make_folder, make_model, with_config
 
-torch.set_num_threads(1)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

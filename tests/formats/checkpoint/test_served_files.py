@@ -15,7 +15,6 @@ import panguq
 from panguq.formats.checkpoint.served_files import served_config
 from tests.model_folders import make_folder, make_model, make_tokenizer
 
-torch.set_num_threads(1)
 FORMATS = ["compressed-tensors", "ascend"]
 
 
