@@ -332,3 +332,13 @@ def test_nearest_ignores_case_and_joiners() -> None:
 def test_did_you_mean_lists_the_names() -> None:
     assert did_you_mean("a", ["b", "c"], "letters") == "The letters are b, c"
     assert did_you_mean("x", [], "letters") == "there are no letters"
+
+
+def test_a_value_of_pages_is_not_repeated_whole() -> None:
+    entry = {"smoothquant": {"sites": ["x" * 5000]}}
+    with pytest.raises(RecipeError, match="unknown kind of site") as caught:
+        Recipe.of({"schemes": {"*": "W8A8"}, "passes": [entry]})
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(RecipeError, match="unknown option") as caught:
+        Recipe.of({"schemes": {"*": "W8A8-" + "9" * 5000}, "passes": []})
+    assert len(str(caught.value)) < 2000

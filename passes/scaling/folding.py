@@ -25,7 +25,7 @@ def check_kinds(pass_name: str, kinds: Iterable[str]) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise RecipeError(
-                f"{pass_name}: unknown kind of site {kind!r}",
+                f"{pass_name}: unknown kind of site {kind!r:.80}",
                 did_you_mean(str(kind), KINDS, "kinds"),
             )
 

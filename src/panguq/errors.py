@@ -13,7 +13,13 @@ class PanguqError(Exception):
 
 
 class RecipeError(PanguqError):
-    """A recipe, or a pass order, that cannot mean anything."""
+    """A recipe, or a pass order, that cannot mean anything.
+
+    It quotes what a recipe says, which may be pages: message and hint are cut at 900 characters.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(_cut(message), _cut(hint))
 
 
 class TraceError(PanguqError):
@@ -42,6 +48,10 @@ class ExportError(PanguqError):
 
 class StorageError(PanguqError):
     """A file or folder that is missing, damaged, or cannot be written."""
+
+
+def _cut(text: str, most: int = 900) -> str:
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def first_line(error: BaseException, typed: bool = False) -> str:
