@@ -6,12 +6,11 @@ takes one kind of bytes for another is found here.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import fx
 
+from panguq.decibels import sqnr_db
 from panguq.errors import LoweringError, RecipeError
 from panguq.ir.edit import clone, op_name
 from panguq.ir.ops import binary, mixed_packing, packing
@@ -92,12 +91,6 @@ def compiled(
     _seen.update(op_name(node) for node in gm.graph.nodes)
     run_pipeline(gm, lowering_passes(target, "bfloat16", options), ctx, held=QUANTIZED)
     return quantized, prepack(gm)
-
-
-def sqnr_db(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    noise = float((wanted.double() - found.double()).square().sum())
-    signal = float(wanted.double().square().sum())
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 
 def test_every_op_that_stores_codes_was_there() -> None:
