@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from types import FrameType
 
 # Whatever ends a command is said with what is in memory already: it may be that no file opens.
 from panguq.cli.failure import said, say, silence_stdout
@@ -65,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit status: 0 it worked, 1 it did not, 2 wrong usage, 130 interrupted."""
+    before = signal.getsignal(signal.SIGINT)
+    pressed = _remember_interrupts()
     try:
         _prepare()
         _check_here()  # some libraries end the process where there is no folder
@@ -77,15 +80,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         silence_stdout()
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or bool(pressed)
         if os.environ.get("PANGUQ_TRACEBACK") and isinstance(error, Exception):
             raise
-        say(said(error, ["panguq", *(sys.argv[1:] if arguments is None else arguments)]))
+        command = ["panguq", *(sys.argv[1:] if arguments is None else arguments)]
+        say(said(error, command, interrupted=interrupted))
         silence_stdout()
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
-    finally:
-        if arguments is None:  # the process ends here: nothing is left to be interrupted
-            with suppress(ValueError):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return 130 if interrupted else 1
+    finally:  # of a process that ends here, nothing is left to be interrupted
+        with suppress(ValueError, TypeError):  # not the main thread; not set by Python
+            signal.signal(signal.SIGINT, signal.SIG_IGN if arguments is None else before)
+
+
+def _remember_interrupts() -> list[int]:
+    """A list that Ctrl-C adds to. Python raises KeyboardInterrupt wherever it is, in the middle of
+    an import too, and a library may catch it there and fail later, with an error of any kind."""
+    pressed: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Who ignores it, as a shell does for what it starts in the background, keeps ignoring it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, interrupt)
+    return pressed
 
 
 def _prepare() -> None:

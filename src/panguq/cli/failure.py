@@ -21,10 +21,10 @@ _NO_MEMORY = (
 )  # fmt: skip
 
 
-def said(error: BaseException, command: list[str]) -> str:
-    """What stderr says of an exception that ends a command."""
+def said(error: BaseException, command: list[str], interrupted: bool = False) -> str:
+    """What stderr says of an exception that ends a command, `interrupted` if after Ctrl-C."""
     kept = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-    if isinstance(error, KeyboardInterrupt):
+    if interrupted or isinstance(error, KeyboardInterrupt):
         return f"interrupted{':' if kept else ''}{kept}".replace("\n", " ")
     if isinstance(error, PanguqError):
         return f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else "") + kept
