@@ -17,6 +17,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch._dynamo.config
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, default_decompositions
@@ -265,7 +266,9 @@ _WHAT_IS_SERVED = (
 
 def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedProgram:
     source = module.model if isinstance(module, CausalLMStep) else module
-    with _naming_the_module(source), torch.no_grad():
+    # Nearly every call in a trace has sizes of its own: torch would fill a cache that none reads.
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with _naming_the_module(source), torch.no_grad(), uncached:
         exported = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
         nodes = list(exported.graph_module.graph.nodes)
         if any(_writes(node) for node in nodes):
