@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from tests.model_shelf import (
     shared_model,
     token_ids,
 )
+from tests.shared_traces import shared_traces
 
 QUANTIZED = tuple(
     name for name in preset_names() if name not in ("float", "w8a8-fp8")
@@ -80,9 +82,18 @@ def least_local_db(preset: str) -> float:
     return 25 if preset.startswith("w8") else 12
 
 
+EXAMPLE = (token_ids(2, 16),)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
+
+
 @functools.cache
 def compiled(family: str, preset: str) -> CompiledCausalLM:
-    model = panguq.compile(make_model(family), preset, calibration=token_ids(8, 32))
+    model = panguq.compile(shared_model(family), preset, calibration=token_ids(8, 32))
     assert isinstance(model, CompiledCausalLM)
     return model
 
@@ -106,7 +117,7 @@ def logits_db(expected: Tensor, actual: Tensor) -> float:
 def test_every_preset(family, preset) -> None:
     model, ids = compiled(family, preset), token_ids(3, 40, seed=9)
     with torch.no_grad():
-        expected = make_model(family)(ids).logits
+        expected = shared_model(family)(ids).logits
     assert logits_db(expected, model(ids).logits) >= least_db(preset)
     matmuls = [m for m in model.report.matmuls if m.scheme != "FLOAT"]
     assert len(matmuls) == (14 if family == "openpangu" else 12)
@@ -142,7 +153,7 @@ def test_the_given_model_is_not_changed(preset) -> None:
 def test_every_family(family, preset) -> None:
     model, ids = compiled(family, preset), token_ids(3, 40, seed=9)
     with torch.no_grad():
-        expected = make_model(family)(ids).logits
+        expected = shared_model(family)(ids).logits
     assert logits_db(expected, model(ids).logits) >= least_db(preset)
 
 
@@ -152,7 +163,7 @@ def test_lowered_perplexity_is_the_fake_quant_graphs(preset) -> None:
     model, windows = compiled("openpangu", preset), token_ids(6, 48, seed=5)
     fake, lowered = (perplexity(model.at_stage(s), windows) for s in ("fake-quant", "lowered"))
     assert lowered == pytest.approx(fake, rel=0.01)
-    assert fake != pytest.approx(perplexity(make_model("openpangu"), windows), rel=1e-9)
+    assert fake != pytest.approx(perplexity(shared_model("openpangu"), windows), rel=1e-9)
 
 
 def test_a_stage_that_is_not_there() -> None:
@@ -163,7 +174,7 @@ def test_a_stage_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float_is_the_identity(family) -> None:
-    model, eager = panguq.compile(make_model(family), "float"), make_model(family)
+    model, eager = panguq.compile(shared_model(family), "float"), shared_model(family)
     ids = token_ids(2, 33)
     with torch.no_grad():
         expected = eager(ids).logits
@@ -194,13 +205,13 @@ def test_compiling_twice_gives_the_same_bits(caplog) -> None:
 
 
 def test_another_seed_gives_other_data() -> None:
-    first, second = (panguq.compile(make_model("llama"), "w8a8", seed=s) for s in (0, 1))
+    first, second = (panguq.compile(shared_model("llama"), "w8a8", seed=s) for s in (0, 1))
     one, other = (weights_of(m.graph) for m in (first, second))
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_given_data_is_said(caplog) -> None:
-    model = panguq.compile(make_model("llama"), "w8a8", calibration=token_ids(3, 16))
+    model = panguq.compile(shared_model("llama"), "w8a8", calibration=token_ids(3, 16))
     used = model.report.calibration
     assert str(used) == "given by the caller: 3 sequences, 48 tokens"
     assert (used.source, used.sequences, used.tokens) == ("given by the caller", 3, 48)
@@ -211,12 +222,12 @@ def test_own_text_beside_given_data(tmp_path) -> None:
     """As long as the longest sequence given; another number of them makes another compile."""
     given = [token_ids(1, 16)[0], token_ids(1, 24)[0]]
     one = panguq.compile(
-        make_model("llama"), "w8a8", calibration=given, sampled=2, work_dir=tmp_path / "work"
+        shared_model("llama"), "w8a8", calibration=given, sampled=2, work_dir=tmp_path / "work"
     )
     said = "given by the caller: 4 sequences, 88 tokens (2 of them sampled from the model itself)"
     assert str(one.report.calibration) == said
     assert key_of(tmp_path / "work")["sampled sequences"] == "2"
-    other = panguq.compile(make_model("llama"), "w8a8", calibration=given)
+    other = panguq.compile(shared_model("llama"), "w8a8", calibration=given)
     assert not torch.equal(one(token_ids(1, 20)).logits, other(token_ids(1, 20)).logits)
 
 
@@ -225,21 +236,21 @@ def key_of(work_dir: Path) -> dict[str, str]:
 
 
 def test_no_text_is_written_where_none_is_needed() -> None:
-    model = panguq.compile(make_model("llama"), "float", calibration=token_ids(1, 16), sampled=2)
+    model = panguq.compile(shared_model("llama"), "float", calibration=token_ids(1, 16), sampled=2)
     assert model.report.calibration.sampled_sequences == 0
 
 
 def test_who_writes_no_text() -> None:
     with pytest.raises(InputError, match="sampled -1"):
-        panguq.compile(make_model("llama"), "w8a8", sampled=-1)
+        panguq.compile(shared_model("llama"), "w8a8", sampled=-1)
     with pytest.raises(InputError, match="at most 16384"):
-        panguq.compile(make_model("llama"), "w8a8", sampled=10**9)
+        panguq.compile(shared_model("llama"), "w8a8", sampled=10**9)
     with pytest.raises(InputError, match="only a causal language model"):
         panguq.compile(nn.Linear(32, 32), "w8a8", example_inputs=(torch.randn(3, 32),), sampled=1)
 
 
 def test_float_says_nothing(caplog) -> None:
-    panguq.compile(make_model("llama"), "float")
+    panguq.compile(shared_model("llama"), "float")
     assert not [r for r in caplog.records if r.name == "panguq" and r.levelno >= logging.WARNING]
 
 
@@ -273,7 +284,7 @@ def test_a_bfloat16_compile() -> None:
 @pytest.mark.parametrize("preset", ["float", *(name for name in QUANTIZED if name not in NARROW)])
 def test_any_module_with_example_inputs(preset) -> None:
     batches = [(token_ids(2, 16, seed),) for seed in range(4)]
-    model = panguq.compile(hand_written(), preset, example_inputs=batches[0], calibration=batches)
+    model = panguq.compile(hand_written(), preset, example_inputs=EXAMPLE, calibration=batches)
     assert type(model) is CompiledModule
     ids = token_ids(3, 21, seed=8)
     with torch.no_grad():
@@ -358,7 +369,7 @@ def test_the_report_has_every_pass_and_matmul() -> None:
 )  # fmt: skip
 def test_what_is_refused(options, error, message) -> None:
     with pytest.raises(error, match=message):
-        panguq.compile(make_model("llama"), **options)
+        panguq.compile(shared_model("llama"), **options)
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "w8a16"])
@@ -427,7 +438,7 @@ def test_padding_is_not_observed() -> None:
     mask = torch.zeros_like(ids)
     mask[:, -5:] = 1
     compiled = panguq.compile(
-        make_model("llama"), "w8a8", calibration=[{"input_ids": ids, "attention_mask": mask}]
+        shared_model("llama"), "w8a8", calibration=[{"input_ids": ids, "attention_mask": mask}]
     )
     assert str(compiled.report.calibration) == "given by the caller: 2 sequences, 10 tokens"
 
@@ -476,7 +487,7 @@ def test_a_tokenizer_that_cannot_be_saved_calibrates(caplog, tmp_path) -> None:
     tokenizer = make_tokenizer().backend_tokenizer
     (tmp_path / "a.txt").write_text("ab" * 40)
     compiled = panguq.compile(
-        make_model("llama"), "float", calibration=tmp_path / "a.txt", tokenizer=tokenizer
+        shared_model("llama"), "float", calibration=tmp_path / "a.txt", tokenizer=tokenizer
     )
     assert compiled.report.calibration.source == str(tmp_path / "a.txt")
     assert compiled.report.calibration.first_80_characters == "ab" * 40

@@ -14,8 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor
 
 import panguq
-from panguq import compiler
 from panguq.errors import PanguqError, TraceError
 from panguq.ir.analysis.channels import find_scale_sites
-from panguq.ir.edit import clone, op_name
+from panguq.ir.edit import op_name
 from tests.families.models import FAMILIES, VOCAB, WINDOW, make
+from tests.shared_traces import shared_traces
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- sweep -->", "<!-- end of sweep -->"
@@ -55,26 +54,6 @@ MASK = torch.ones_like(IDS)
 MASK[0, :3] = 0
 CALIBRATION = [token_ids(2, 14, seed) for seed in (2, 3)]
 GREEDY = dict(max_new_tokens=WINDOW + 4, do_sample=False)
-
-
-@contextmanager
-def shared_traces() -> Iterator[None]:
-    """All compiles of one model and dtype begin with copies of one trace."""
-    made: dict[tuple[int, torch.dtype | None], Any] = {}
-    original = compiler.trace
-
-    def trace(model: Any, examples: Any, dtype: torch.dtype | None, compare: bool = True) -> Any:
-        key = id(model), dtype
-        if key not in made:
-            made[key] = original(model, examples, dtype, compare)
-        gm, interface = made[key]
-        return clone(gm), interface
-
-    compiler.trace = trace
-    try:
-        yield
-    finally:
-        compiler.trace = original
 
 
 def difference(expected: Tensor, actual: Tensor) -> float:

@@ -18,8 +18,8 @@ from tests.families.sweep import (
     check_float,
     page_table,
     quantized,
-    shared_traces,
 )
+from tests.shared_traces import shared_traces
 
 SHORT = (
     "bloom", "cohere2", "falcon", "gemma2", "gemma3_text", "gpt_neox", "granite", "minicpm3",
