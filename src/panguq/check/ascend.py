@@ -127,7 +127,10 @@ def _leftover_quantization_config(folder: CheckedFolder) -> Iterator[Hit]:
 
 def _described_missing(folder: CheckedFolder) -> Iterator[Hit]:
     for name, kind in tensor_types(folder).items():
-        if name not in folder.tensors and not (folder.is_tied and name == "lm_head.weight"):
+        tied = folder.is_tied and name in (
+            folder.model.tied if folder.model else ("lm_head.weight",)
+        )
+        if name not in folder.tensors and not tied:
             yield Hit(name, f"described as {kind}, and in no file")
 
 

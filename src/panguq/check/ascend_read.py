@@ -21,6 +21,7 @@ from panguq.check.files import CheckedFolder, open_folder
 from panguq.errors import StorageError
 from panguq.formats.checkpoint.ascend_v1_tensors import FLOAT, unpack_rows
 from panguq.ir.ops import quantize  # noqa: F401  (registers the ops called here)
+from panguq.models.hub_names import hub_names
 
 panguq = torch.ops.panguq
 READABLE = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC")
@@ -98,12 +99,14 @@ def load_ascend_v1(path: str | Path, dtype: torch.dtype | None = None) -> Any:
     config = read_config(folder.path)
     dtype = dtype or getattr(torch, folder.dtype or "float32")
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    names = hub_names(model)
     left = dict.fromkeys(folder.tensors)
     for path_, kind in _linears(folder).items():
-        _replace(model, path_, FakeQuantLinear(kind, _linear_tensors(folder, path_, kind)))
+        linear = FakeQuantLinear(kind, _linear_tensors(folder, path_, kind))
+        _replace(model, names.module_in_memory(path_), linear)
         for leaf in _PARTS:
             left.pop(f"{path_}.{leaf}", None)
-    _load_floats(model, folder, left, dtype)
+    _load_floats(model, folder, {names.in_memory.get(n, n): n for n in left}, dtype)
     model.requires_grad_(False)
     return model
 
@@ -188,10 +191,11 @@ def _replace(model: nn.Module, path: str, linear: FakeQuantLinear) -> None:
 
 
 def _load_floats(
-    model: nn.Module, folder: CheckedFolder, names: dict[str, None], dtype: torch.dtype
+    model: nn.Module, folder: CheckedFolder, names: dict[str, str], dtype: torch.dtype
 ) -> None:
+    """`names`: of the tensors that are left, as they are stored, by those of the model."""
     wanted = set(model.state_dict())
-    values = {name: folder.tensor(name).to(dtype) for name in names if name in wanted}
+    values = {n: folder.tensor(there).to(dtype) for n, there in names.items() if n in wanted}
     held = {name for name in wanted if _is_quantized(model, name)}
     tied = {"lm_head.weight"} if folder.is_tied else set()
     missing = sorted(wanted - held - values.keys() - tied)

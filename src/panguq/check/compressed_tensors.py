@@ -231,6 +231,16 @@ def _split_fused(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(whole, "its shards belong to several groups: the loader stops")
 
 
+def _ignored_in_memory(folder: CheckedFolder) -> Iterator[Hit]:
+    """transformers looks for the names that it has in memory, where these are others."""
+    if folder.model is None or folder.renamed:
+        return
+    for path in folder.model.linears:
+        here = folder.model.names.module_in_memory(path)
+        if is_ignored(folder, path) and not is_ignored(folder, here):
+            yield Hit(path, f"ignored, and transformers knows it as {here}, which is not")
+
+
 def _mixed_precision(folder: CheckedFolder) -> Iterator[Hit]:
     if (folder.quantization_config or {}).get("format") == "mixed-precision":
         yield Hit(
@@ -324,6 +334,7 @@ COMPRESSED_TENSORS_RULES = (
     Rule("activations-dropped", _SERVING, _activations_dropped, _CODE),
     Rule("asymmetric-packed", _TRANSFORMERS, _asymmetric_packed, _TRIED),
     Rule("split-fused", _SERVING, _split_fused, _CODE),
+    Rule("ignored-in-memory", _TRANSFORMERS, _ignored_in_memory, _TRIED),
     Rule("mixed-precision", NOBODY, _mixed_precision, _TRIED),
     Rule("missing-part", _ALL, _missing_part, _TRIED),
     Rule("not-a-target", _ALL, _not_a_target, _TRIED),

@@ -27,6 +27,7 @@ from panguq.servers import SERVERS, Server
 CONFIG = "config.json"
 DESCRIPTION = "quant_model_description.json"
 ALL: tuple[Server, ...] = SERVERS
+SERVING: tuple[Server, ...] = tuple(server for server in SERVERS if server != "transformers")
 TEXTS = (".json", ".jinja", ".model", ".txt")
 """Endings of files that a loader reads whole."""
 NOBODY: tuple[Server, ...] = ()
@@ -79,7 +80,21 @@ class CheckedFolder:
 
     @cached_property
     def model(self) -> ExpectedModel | None:
-        """The modules that config.json asks for; None if panguq cannot tell."""
+        """The modules that config.json asks for, under their published names, or under those that
+        they have in memory where the folder has these; None if panguq cannot tell."""
+        if self._in_memory is None:
+            return None
+        return self._in_memory if self.renamed else self._in_memory.published()
+
+    @cached_property
+    def renamed(self) -> dict[str, str]:
+        """The tensors that are called as transformers calls them in memory, which is not as they
+        are published; with their published names."""
+        model = self._in_memory
+        return {} if model is None else model.called_as_in_memory(self.tensors)
+
+    @cached_property
+    def _in_memory(self) -> ExpectedModel | None:
         return None if self.config is None else expected_model(self.config)
 
     @property
@@ -254,6 +269,15 @@ def _missing_weight(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(name, "missing, and the architecture has it")
 
 
+def _names_in_memory(folder: CheckedFolder) -> Iterator[Hit]:
+    for name, published in folder.renamed.items():
+        yield Hit(
+            name,
+            f"transformers has this name in memory; it is published as {published}, which servers "
+            "look for",
+        )
+
+
 def _unknown_model(folder: CheckedFolder) -> Iterator[Hit]:
     if folder.config is not None and folder.model is None:
         kind = folder.config.get("model_type")
@@ -272,6 +296,7 @@ FILE_RULES = (
     Rule("index-disagrees", ALL, _index_disagrees),
     Rule("duplicate-tensor", ALL, _duplicate_tensor, "vLLM loads every safetensors file there is"),
     Rule("missing-weight", ALL, _missing_weight),
+    Rule("names-in-memory", SERVING, _names_in_memory, "transformers, conversion_mapping.py"),
     Rule("no-tokenizer", NOBODY, _no_tokenizer),
     Rule("unknown-model", NOBODY, _unknown_model),
 )

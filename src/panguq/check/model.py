@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from panguq.errors import PanguqError
+from panguq.models.hub_names import HubNames, hub_names
 
 
 @dataclass(frozen=True)
 class ExpectedModel:
     """`linears` `(n, k)` by module path, the logits' among them; `embeddings` by module path;
-    `parameters` by name with their shapes; `tied`: those that are another parameter's tensor."""
+    `parameters` by name with their shapes; `tied`: those that are another parameter's tensor.
+    `names`: the published ones, by those in memory."""
 
     linears: Mapping[str, tuple[int, int]]
     embeddings: tuple[str, ...]
     parameters: Mapping[str, tuple[int, ...]]
     tied: frozenset[str]
+    names: HubNames
+
+    def published(self) -> ExpectedModel:
+        """The same under the names of the published checkpoint."""
+        names = self.names
+        if not names.differ:
+            return self
+        return replace(
+            self,
+            linears={names.module(path): shape for path, shape in self.linears.items()},
+            embeddings=tuple(names.module(path) for path in self.embeddings),
+            parameters={names.tensors.get(n, n): s for n, s in self.parameters.items()},
+            tied=frozenset(names.tensors.get(name, name) for name in self.tied),
+        )
+
+    def called_as_in_memory(self, stored: Iterable[str]) -> dict[str, str]:
+        """Those of the stored tensors that are not called as they are published, with how."""
+        modules = {
+            name.rpartition(".")[0]: there.rpartition(".")[0]
+            for name, there in self.names.tensors.items()
+            if name != there
+        }
+        found = {}
+        for name in stored:
+            path, _, leaf = name.rpartition(".")
+            if path in modules:
+                found[name] = f"{modules[path]}.{leaf}"
+        return found
 
 
 def expected_model(config: Mapping[str, Any]) -> ExpectedModel | None:
-    """What transformers builds for this config; None if it has no such causal language model."""
+    """What transformers builds for this config, under its names in memory; None if it has no such
+    causal language model."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         model = _skeleton(plain)
@@ -42,6 +73,7 @@ def expected_model(config: Mapping[str, Any]) -> ExpectedModel | None:
         embeddings=tuple(p for p, m in model.named_modules() if isinstance(m, nn.Embedding)),
         parameters={name: tuple(p.shape) for name, p in parameters.items()},
         tied=frozenset(parameters) - first,
+        names=hub_names(model),
     )
 
 

@@ -58,7 +58,7 @@ def save_ascend_v1(
     it is compiled). Raises StorageError if there is something at `path` already (unless `overwrite`
     and panguq wrote it), or if it cannot be written.
     """
-    graph = read_checkpoint_graph(artifact)
+    graph = read_checkpoint_graph(artifact).published()
     _refuse_mixed(graph)
     for warning in check_linears(graph.quantized, artifact.dtype):
         logger.warning(warning)
@@ -76,9 +76,8 @@ def checkpoint_entries(graph: CheckpointGraph) -> Iterator[Entry]:
     """Every tensor of the checkpoint. A tied lm_head is written too: loaders look it up."""
     for name, tensor in graph.weights.items():
         yield float_entry(name, tensor)
-    embeddings = [name for name in graph.weights if name.endswith("embed_tokens.weight")]
-    if graph.is_tied and embeddings:
-        yield float_entry("lm_head.weight", graph.weights[embeddings[0]])
+    for name, first in graph.tied.items():
+        yield float_entry(name, graph.weights[first])
     for linear in graph.quantized.values():
         yield from linear_entries(linear)
 

@@ -34,7 +34,7 @@ TYPES = {"W8A8": "W8A8", "W8A8_DYNAMIC": "W8A8_DYNAMIC", "W8A16": "W8A16", "W4A8
 FLOAT = "FLOAT"
 SLICES = 16
 """Parts of k that `scale_bias` of a split linear is summed over: one for each of 16 devices."""
-SPLIT_OVER_K = ("o_proj", "down_proj")
+SPLIT_OVER_K = ("o_proj", "down_proj", "out_proj", "c_proj")
 """The linears whose k tensor parallelism splits, by the last part of their name."""
 W4A8_SHIFT = 8
 

@@ -69,7 +69,7 @@ def save_compressed_tensors(
     GPT-2's Conv1D), or where nothing is quantized; StorageError for a place that is taken or
     cannot be written.
     """
-    graph = read_checkpoint_graph(artifact)
+    graph = read_checkpoint_graph(artifact).published()
     for warning in check_loaders(graph):
         logger.warning(warning)
     tensors = dict(_tensors(graph, artifact.dtype))
@@ -193,5 +193,7 @@ def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _config(artifact: Artifact, graph: CheckpointGraph) -> dict[str, Any]:
     data = config_of(artifact, graph.is_tied)
     quantized = list(graph.quantized.values())
-    data["quantization_config"] = quantization_config(quantized, graph.float_linears)
+    data["quantization_config"] = quantization_config(
+        quantized, graph.float_linears, graph.names.module_in_memory
+    )
     return data

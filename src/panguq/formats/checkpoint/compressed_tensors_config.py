@@ -9,7 +9,7 @@ compressed-tensors package, `QuantizationArgs`, `QuantizationScheme` and `Quanti
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,12 +63,20 @@ def group_of(linear: QuantizedLinear) -> Group:
 
 
 def quantization_config(
-    linears: Sequence[QuantizedLinear], ignored: Iterable[str]
+    linears: Sequence[QuantizedLinear],
+    ignored: Iterable[str],
+    in_memory: Callable[[str], str] = lambda path: path,
 ) -> dict[str, Any]:
     """The config for quantized linears; `ignored` are the paths of all linears that stay float.
 
-    One group targets the class Linear without those; several target their linears by name.
+    One group targets the class Linear without those; several target their linears by name. Servers
+    look for the published names, transformers for those that it has in memory (`in_memory`), so
+    both are there where they differ.
     """
+
+    def both(paths: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(name for path in paths for name in (path, in_memory(path))))
+
     groups: dict[Group, list[str]] = defaultdict(list)
     for linear in linears:
         groups[group_of(linear)].append(linear.path)
@@ -78,10 +86,10 @@ def quantization_config(
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
-        "ignore": list(ignored),
+        "ignore": both(ignored),
         "kv_cache_scheme": None,
         "config_groups": {
-            f"group_{index}": group.entry(names or paths)
+            f"group_{index}": group.entry(names or both(paths))
             for index, (group, paths) in enumerate(groups.items())
         },
     }

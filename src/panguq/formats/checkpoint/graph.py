@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from panguq.formats.checkpoint.linear import (
 )
 from panguq.ir.edit import get_tensor, label, module_path
 from panguq.ir.views import Linear
+from panguq.models.hub_names import HubNames, hub_names
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
@@ -41,14 +42,46 @@ class CheckpointGraph:
     source model, biases of quantized linears excluded, each tied tensor once, under its first
     name; `float_linears` the paths of linears that stay float, the logits' among them; `fused` the
     paths of linears that read one tensor (q, k, v; gate, up), quantized and float ones, which
-    servers fuse; `is_tied` says that the logits' linear reads the embedding's own tensor.
+    servers fuse; `tied` the other names of tied tensors, with the first. `names` are those of the
+    published checkpoint.
     """
 
     quantized: Mapping[str, QuantizedLinear]
     weights: Mapping[str, Tensor]
     float_linears: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...]
-    is_tied: bool
+    tied: Mapping[str, str]
+    names: HubNames
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the logits' linear reads the embedding's own tensor."""
+        return bool(self.tied)
+
+    def published(self) -> CheckpointGraph:
+        """The same under the names of the published checkpoint, which servers know.
+
+        Raises ExportError for weights of which transformers makes others when it loads them.
+        """
+        names = self.names
+        merged = [name for name in names.merged if name not in self.tied]
+        if merged:
+            raise ExportError(
+                f"transformers makes {_listed(merged)} out of other tensors when it loads them, "
+                "and panguq does not take that back",
+                "save in panguq's own format",
+            )
+        if not names.differ:
+            return self
+        modules = names.module
+        return replace(
+            self,
+            quantized={modules(p): replace(q, path=modules(p)) for p, q in self.quantized.items()},
+            weights={names.tensors[name]: tensor for name, tensor in self.weights.items()},
+            float_linears=tuple(modules(path) for path in self.float_linears),
+            fused=tuple(tuple(modules(path) for path in paths) for paths in self.fused),
+            tied={names.tensors[one]: names.tensors[first] for one, first in self.tied.items()},
+        )
 
 
 def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
@@ -76,13 +109,14 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     nodes = {path: same[0] for path, same in by_path.items()}
     quantized = {p: read_linear(gm, p, n) for p, n in nodes.items() if not reads_float(n)}
     check_modules(skeleton, quantized.values())
-    weights, is_tied = _float_weights(gm, skeleton, quantized)
+    weights, tied = _float_weights(gm, skeleton, quantized)
     return CheckpointGraph(
         quantized=quantized,
         weights=weights,
         float_linears=tuple(path for path in nodes if path not in quantized),
         fused=_fused(nodes),
-        is_tied=is_tied,
+        tied=tied,
+        names=hub_names(skeleton),
     )
 
 
@@ -155,7 +189,7 @@ def check_modules(skeleton: nn.Module, linears: Iterable[LinearForm]) -> None:
 
 def _float_weights(
     gm: fx.GraphModule, skeleton: nn.Module, quantized: Mapping[str, QuantizedLinear]
-) -> tuple[dict[str, Tensor], bool]:
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor that is not a quantized linear's, by the source's names."""
     expected = skeleton.state_dict(keep_vars=True)
     taken = {f"{path}.{leaf}" for path in quantized for leaf in ("weight", "bias")}
@@ -208,18 +242,19 @@ def _by_source_name(
 
 def _without_tied(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], bool]:
-    """One name for each tensor where the architecture ties several, if they still are one."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One name for each tensor where the architecture ties several, if they still are one; and
+    the other names, with that one."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in expected.items():
         names[id(parameter)].append(name)
     weights: dict[str, Tensor] = {}
-    is_tied = False
-    for tied in names.values():
-        one = len({_place(found[name]) for name in tied}) == 1
-        is_tied |= one and len(tied) > 1
-        weights |= {name: found[name] for name in (tied[:1] if one else tied)}
-    return weights, is_tied
+    tied: dict[str, str] = {}
+    for first, *others in names.values():
+        one = len({_place(found[name]) for name in (first, *others)}) == 1
+        tied |= dict.fromkeys(others, first) if one else {}
+        weights |= {name: found[name] for name in ((first,) if one else (first, *others))}
+    return weights, tied
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -1,0 +1,148 @@
+"""Folders for servers have the published names, where transformers has others in memory."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import panguq
+from panguq.check.ascend_read import load_ascend_v1
+from panguq.check.report import check_folder
+from panguq.errors import ExportError
+from panguq.formats.checkpoint.graph import read_checkpoint_graph
+from panguq.models.hub_names import HubNames, hub_names
+from tests.families.models import make
+
+RENAMED = ("exaone", "gpt_neox")
+IDS = torch.arange(2, 26).view(2, 12)
+SIDE = (".weight_scale", ".weight_offset", ".weight_packed", ".weight_shape")
+STEM = {"compressed-tensors": "model", "ascend": "quant_model_weights"}
+
+
+@functools.cache
+def compiled(family: str, scheme: str = "W8A8_DYNAMIC") -> Any:
+    passes = ["insert-fake-quant", "quantize-weights"]
+    return panguq.compile(
+        make(family), {"schemes": {"*": scheme}, "passes": passes}, dtype=torch.bfloat16
+    )
+
+
+@functools.cache
+def saved_by_transformers(family: str, folder: Path) -> set[str]:
+    make(family).save_pretrained(folder / family)
+    return set(load_file(folder / family / "model.safetensors"))
+
+
+def names_in(folder: Path, format: str) -> set[str]:
+    return set(load_file(folder / f"{STEM[format]}.safetensors"))
+
+
+@pytest.mark.parametrize("format", STEM)
+@pytest.mark.parametrize("family", RENAMED)
+def test_a_folder_has_the_names_that_transformers_saves(
+    family: str, format: str, tmp_path: Path
+) -> None:
+    expected = saved_by_transformers(family, tmp_path)
+    compiled(family).save(tmp_path / "out", format=format)
+    found = names_in(tmp_path / "out", format)
+    assert {name for name in found if not name.endswith(SIDE)} == expected
+    codes = {name.removesuffix(".weight_scale") for name in found if name.endswith("scale")}
+    assert codes == set(read_checkpoint_graph(compiled(family).artifact).published().quantized)
+    assert f"{min(codes)}.weight" in expected
+
+
+def test_a_folder_that_is_loaded_has_the_same_names(tmp_path: Path) -> None:
+    make("exaone").save_pretrained(tmp_path / "float")
+    recipe = {"schemes": {"*": "W4A16-g32"}, "passes": ["insert-fake-quant", "quantize-weights"]}
+    from panguq.models.hf import load_pretrained
+
+    panguq.compile(load_pretrained(tmp_path / "float"), recipe).save(
+        tmp_path / "out", format="compressed-tensors"
+    )
+    found = names_in(tmp_path / "out", "compressed-tensors")
+    assert "transformer.h.1.mlp.c_proj.weight_packed" in found
+    assert not any(name.startswith("model.") for name in found)
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_transformers_reads_the_folder(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    compiled(family).save(tmp_path / "out", format="compressed-tensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    source: Any = make(family).to(torch.bfloat16)
+    logits, wanted = model(IDS).logits.float(), source(IDS).logits.float()
+    assert (logits - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_panguq_reads_the_folder_of_the_npu_format(family: str, tmp_path: Path) -> None:
+    compiled(family).save(tmp_path / "out", format="ascend")
+    description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert names_in(tmp_path / "out", "ascend") == {n for n in description if "." in n}
+    logits = load_ascend_v1(tmp_path / "out")(IDS).logits.float()
+    wanted = make(family)(IDS).logits
+    assert (logits - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_linears_that_stay_float_are_named_for_servers_and_for_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    compiled(family).save(tmp_path / "out", format="compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {"exaone": ["lm_head"], "gpt_neox": ["embed_out", "lm_head"]}
+    assert config["quantization_config"]["ignore"] == expected[family]
+
+
+def test_check_takes_published_names(tmp_path: Path) -> None:
+    compiled("gpt_neox").save(tmp_path / "out", format="compressed-tensors")
+    report = check_folder(tmp_path / "out")
+    assert [finding.rule for finding in report.findings] == ["no-tokenizer"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["embed_out"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    found = {f.rule: f for f in check_folder(tmp_path / "out").findings}["ignored-in-memory"]
+    assert found.breaks == ("transformers",)
+    assert "knows it as lm_head" in found.message
+
+
+def test_check_says_when_a_folder_has_the_names_of_transformers_memory(tmp_path: Path) -> None:
+    compiled("exaone").save(tmp_path / "out", format="compressed-tensors")
+    file = tmp_path / "out" / "model.safetensors"
+    names = read_checkpoint_graph(compiled("exaone").artifact).names
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        path, _, leaf = name.rpartition(".")
+        tensors[f"{names.module_in_memory(path)}.{leaf}"] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "out" / "SHA256SUMS").unlink()
+    report = check_folder(tmp_path / "out")
+    found = [f for f in report.findings if f.rule == "names-in-memory"]
+    by_name = {finding.tensor: finding.message for finding in found}
+    assert "transformer.h.0.mlp.c_fc_0.weight" in by_name["model.layers.0.mlp.gate_proj.weight"]
+    assert "lm_head.weight" not in by_name
+    assert report.servers["vllm"] == "refuses"
+    assert not any("transformers" in f.breaks for f in report.findings if f.rule != "changed-file")
+
+
+def test_an_architecture_that_is_not_renamed_keeps_its_names() -> None:
+    names = hub_names(make("llama"))
+    assert not names.differ
+    assert names.module("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+    assert not hub_names(torch.nn.Linear(2, 2)).differ
+
+
+def test_weights_that_are_merged_when_they_are_loaded_are_refused() -> None:
+    from dataclasses import replace
+
+    graph = read_checkpoint_graph(compiled("gpt_neox").artifact)
+    merged = HubNames(graph.names.tensors, ("model.a.qkv.weight",))
+    with pytest.raises(ExportError, match=r"makes model\.a\.qkv\.weight out of other tensors"):
+        replace(graph, names=merged).published()
