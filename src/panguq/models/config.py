@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-from panguq.errors import InputError, StorageError
+from panguq.errors import StorageError
 from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.strict_json import parse_json
 from panguq.models.config_limits import check_sizes
@@ -54,19 +54,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise StorageError(f"{path}: not an object", _DAMAGED)
     return data
-
-
-def refuse_quantized(data: Mapping[str, Any], place: object) -> None:
-    """Refuse the config of a model that is quantized already, in a part of it too.
-
-    `"quantization_config": null` says that it is not. Raises InputError.
-    """
-    for part in [data, *(value for value in data.values() if isinstance(value, dict))]:
-        if any(part.get(key) is not None for key in _QUANTIZED):
-            raise InputError(
-                f"{place}: the model is quantized already",
-                "give the float checkpoint that it was made from",
-            )
 
 
 def build_config(data: Mapping[str, Any], path: Path) -> Any:

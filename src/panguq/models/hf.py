@@ -16,6 +16,7 @@ from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.strict_json import parse_json
 from panguq.models.checkpoint_files import (
     CONFIG,
+    StoredTensor,
     other_files,
     refuse_adapter,
     stored_dtype,
@@ -26,13 +27,13 @@ from panguq.models.config import (
     build_generation_config,
     first_lines,
     read_object,
-    refuse_quantized,
 )
 from panguq.models.gguf.tokenizer import read_gguf_tokenizer
 from panguq.models.gguf.weights import find_gguf, gguf_config, load_gguf
 from panguq.models.load_weights import load_weights, name_groups
 from panguq.models.openpangu import config as openpangu_config
 from panguq.models.openpangu.chat import chat_inputs, chat_prompt, split_thinking
+from panguq.models.packed_floats import PackedFloats, packed_floats
 from panguq.models.tokenizer_files import read_tokenizer
 
 logger = logging.getLogger("panguq")
@@ -56,7 +57,8 @@ _TOKENIZERS = ("tokenizer*", "vocab*", "*.gguf", "spiece.model")
 def load_pretrained(folder: str | Path) -> Any:
     """The transformers model in a local folder, in the dtype in which most weights are stored.
 
-    Weights are memory-mapped. `model.panguq_unused_weights` names those of the checkpoint that the
+    Weights are memory-mapped. Those in FP8 or MXFP4 are made into the config's dtype, in nameless
+    files; see `packed_floats`. `model.panguq_unused_weights` names those of the checkpoint that the
     architecture does not use (layers that predict further tokens, a vision tower), and files of
     weights that were not read; a warning does so, too. Of config.json and generation_config.json
     only what transformers' classes know counts, and nothing that chooses code or files. openPangu's
@@ -80,8 +82,9 @@ def load_pretrained(folder: str | Path) -> Any:
     tensors = stored_tensors(path)
     others = other_files(path, tensors)
     _check_layers(path, config, len(tensors))
-    dtype = stored_dtype(tensors) or torch.float32
-    model, unused = load_weights(path, config, tensors, dtype)
+    packed = packed_floats(data, path)
+    dtype = _dtype(tensors, packed) or torch.float32
+    model, unused = load_weights(path, config, tensors, dtype, packed)
     if data.get("model_type") == openpangu_config.MODEL_TYPE:
         openpangu_config.check_no_other_weights(path, unused)
     if unused:
@@ -118,9 +121,10 @@ def skeleton(folder: str | Path) -> nn.Module:
     path = existing_folder(folder)
     gguf = find_gguf(path)
     refuse_adapter(path if gguf is None else gguf.parent)
-    config = read_config(path) if gguf is None else _gguf_config(gguf)
-    dtype = torch.float32 if gguf is not None else _dtype_if_stored(path)
-    return _fake_model(config, path, dtype)
+    if gguf is not None:
+        return _fake_model(_gguf_config(gguf), path, torch.float32)
+    data = _config_data(path)
+    return _fake_model(_config(data, path), path, _dtype_if_stored(path, packed_floats(data, path)))
 
 
 def skeleton_of_config(data: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -155,10 +159,14 @@ def read_config(folder: Path) -> Any:
     return _config(_config_data(folder), folder)
 
 
-def _dtype_if_stored(path: Path) -> torch.dtype | None:
+def _dtype_if_stored(path: Path, packed: PackedFloats | None) -> torch.dtype | None:
     if not any(path.glob("*.safetensors")):
         return None
-    return stored_dtype(stored_tensors(path))
+    return _dtype(stored_tensors(path), packed)
+
+
+def _dtype(tensors: list[StoredTensor], packed: PackedFloats | None) -> torch.dtype | None:
+    return stored_dtype(tensors) if packed is None else stored_dtype(packed.plain(tensors))
 
 
 def _gguf_config(file: Path) -> Any:
@@ -181,7 +189,7 @@ def _config(data: dict[str, Any], folder: Path) -> Any:
     from transformers import CONFIG_MAPPING
 
     model_type = str(data.get("model_type", ""))
-    refuse_quantized(data, folder)
+    packed_floats(data, folder)
     if model_type == openpangu_config.MODEL_TYPE:
         data = openpangu_config.as_llama(data)
     elif model_type not in CONFIG_MAPPING:

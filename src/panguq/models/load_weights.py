@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from panguq.errors import InputError, StorageError
 from panguq.models.checkpoint_files import CONFIG, StoredTensor, open_tensors, refuse_unweighted
 from panguq.models.config import first_lines
+from panguq.models.packed_floats import PackedFloats
 from panguq.tensors.dtypes import dtype_name
+from panguq.tensors.weight_store import WeightStore
 
 logger = logging.getLogger("panguq")
 
@@ -25,10 +27,16 @@ _COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
 
 
 def load_weights(
-    folder: Path, config: Any, tensors: list[StoredTensor], dtype: torch.dtype
+    folder: Path,
+    config: Any,
+    tensors: list[StoredTensor],
+    dtype: torch.dtype,
+    packed: PackedFloats | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The model of `config` with these tensors, memory-mapped where they are stored as `dtype`,
     and the names of those that it does not use.
+
+    `packed`: how some of the weights are stored that are no ordinary floats.
 
     Only the files of `tensors` are read. Raises StorageError, naming the weight, for one that is
     missing or of another shape; InputError for one that belongs to a module which has no place for
@@ -36,6 +44,9 @@ def load_weights(
     """
     kind, config = _model_class(config)
     state = open_tensors(tensors)
+    if packed is not None:
+        state = packed.unpack(tensors, state, WeightStore())
+        tensors = packed.plain(tensors)
     try:
         with _quiet_transformers():
             model, info = kind.from_pretrained(

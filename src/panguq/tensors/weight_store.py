@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -44,6 +44,18 @@ class WeightStore:
         size = tensor.numel() * tensor.element_size()
         if size < self.in_memory_bytes:
             return tensor.clone() if tensor._base is not None else tensor
+        mapped = self.empty(tensor.shape, tensor.dtype)
+        mapped.copy_(tensor)
+        return mapped
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor to be filled, backed by a file if it is large.
+
+        Raises StorageError when the disk is full.
+        """
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if size < self.in_memory_bytes:
+            return torch.empty(shape, dtype=dtype)
         folder = self.folder or (self.units.temporary if self.units else None)
         try:
             storage = _nameless(folder, size)
@@ -53,8 +65,7 @@ class WeightStore:
                 f"{folder or tempfile.gettempdir()}: {error.strerror or error}",
                 "free some space there, or set TMPDIR to a folder with more",
             ) from error
-        mapped = torch.empty(0, dtype=tensor.dtype).set_(storage).view(tensor.shape)
-        mapped.copy_(tensor)
+        mapped: Tensor = torch.empty(0, dtype=dtype).set_(storage).view(shape)
         return mapped
 
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
