@@ -5,17 +5,38 @@ How a model wants its mask is here, and what its layers keep in their cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from panguq.errors import TraceError
-from panguq.ir.interface import CacheLayer
-from panguq.ir.kv_cache import cache_argument, cache_of, layer_tensors, make_cache
+from panguq.ir.interface import CacheLayer, CacheState, cached_tensors
+from panguq.ir.kv_cache import (
+    by_layer,
+    cache_argument,
+    cache_of,
+    hold,
+    layer_classes,
+    layer_tensors,
+    new_layer,
+)
+from panguq.ir.length_limits import FULL, RECURRENT
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
+from panguq.tensors.dtypes import dtype_name
 
 MaskForm = Literal["attended", "real_tokens"]
 """`attended` is the graph's own mask, `[batch, 1, seq, total]`, True where a query attends;
@@ -24,11 +45,12 @@ OWN_ATTENTION = "panguq"
 
 
 class CausalLMStep(nn.Module):
-    """A transformers causal language model with its cache as two stacked tensors.
+    """A transformers causal language model with its cache as stacked tensors.
 
-    Stacking gives all layers one symbol for the length of the past; the stacks disappear
-    again when the graph is unlifted. `windows` are the sizes of attention's sliding windows by kind
-    of layer, or by "" where all layers share one mask; None is no window.
+    Stacking what is alike gives all layers one symbol for the length of the past, and a trace few
+    inputs; the stacks disappear again when the graph is unlifted. `windows` are the sizes of
+    attention's sliding windows by kind of layer, or by "" where all layers share one mask; None is
+    no window.
     """
 
     def __init__(self, model: Any, form: MaskForm, windows: dict[str, int | None]) -> None:
@@ -37,21 +59,47 @@ class CausalLMStep(nn.Module):
         self.form = form
         self.windows = windows
 
+    def keep(self, layers: Sequence[CacheLayer], float_dtype: str) -> None:
+        """Let the cache consist of these layers."""
+        self.layers = tuple(layers)
+        self.tensors = cached_tensors(layers, float_dtype)
+        alike: dict[object, list[int]] = {}
+        for place, cached in enumerate(self.tensors):
+            alike.setdefault((cached.part, cached.sizes, cached.dtype), []).append(place)
+        self.stacks = list(alike.values())
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
         logit_positions: Tensor,
-        past_keys: Tensor,
-        past_values: Tensor,
+        stacks: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        total = past_keys.shape[3] + input_ids.shape[1]
+        places = [place for alike in self.stacks for place in alike]
+        parts = dict(zip(places, (t for stack in stacks for t in stack.unbind(0)), strict=True))
+        growing = [
+            stack
+            for stack, alike in zip(stacks, self.stacks, strict=True)
+            if self.tensors[alike[0]].grows
+        ]
+        past = growing[0].shape[3]
+        for stack in growing[1:]:
+            torch._check(stack.shape[3] == past)  # one symbol for all
+        total = past + input_ids.shape[1]
         torch._check(attention_mask.shape[3] == total)  # no symbol of its own
-        layers = zip(past_keys.unbind(0), past_values.unbind(0), strict=True)
-        past = [tensor for pair in layers for tensor in pair]
-        output = self.call(input_ids, attention_mask, position_ids, logit_positions, past)
-        return output.logits, *layer_tensors(cache_of(output))
+        cache = self._cache([parts[place] for place in range(len(parts))])
+        output = self.call(input_ids, attention_mask, position_ids, logit_positions, cache)
+        return output.logits, *layer_tensors(self.layers, cache_of(output))
+
+    def _cache(self, tensors: list[Tensor]) -> DynamicCache:
+        cache = DynamicCache()
+        cache.layers = []
+        for spec, held in zip(self.layers, by_layer(self.layers, tensors), strict=True):
+            layer = new_layer(spec, _TRACED.get(layer_classes(spec)[0]))
+            hold(layer, spec, held)
+            cache.layers.append(layer)
+        return cache
 
     def call(
         self,
@@ -59,24 +107,53 @@ class CausalLMStep(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         logit_positions: Tensor | int,
-        past: list[Tensor],
+        cache: DynamicCache,
     ) -> Any:
         """What the model itself returns, as a transformers output."""
         return self.model(
             input_ids=input_ids,
-            attention_mask=self._mask(attention_mask),
+            attention_mask=self._mask(attention_mask, input_ids.shape[1]),
             position_ids=position_ids,
             use_cache=True,
             logits_to_keep=logit_positions,
-            **{cache_argument(self.model.forward): make_cache(past)},
+            **{cache_argument(self.model.forward): cache},
         )
 
-    def _mask(self, attended: Tensor) -> Any:
-        """The mask as the model reads it; one for each kind of layer where their windows differ."""
-        if self.form == "real_tokens":  # the last token attends to every real one
-            return attended[:, 0, -1].long()
+    def _mask(self, attended: Tensor, new: int) -> Any:
+        """The mask as the model reads it; one for each kind of layer where these differ."""
+        real = attended[:, 0, -1]  # the last token attends to every real one
+        if self.form == "real_tokens":
+            return real.long()
         masks = {kind: _windowed(attended, size) for kind, size in self.windows.items()}
+        if any(kind in RECURRENT for kind in masks):
+            masks = {FULL: attended, **masks}
+            masks |= {kind: real[:, -new:] for kind in RECURRENT}
         return masks.get("", masks) if masks else attended
+
+
+class _TracedStates(LinearAttentionLayer):
+    """Keeps states as values, where transformers' own layers write into them."""
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **unused: Any) -> Tensor:
+        whole = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        self.conv_states[state_idx] = whole[..., -self.conv_kernel_size[state_idx] :]
+        return whole
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **unused: Any
+    ) -> Tensor:
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
+class _TracedStatesAndKeys(_TracedStates, LinearAttentionAndFullAttentionLayer):
+    pass
+
+
+_TRACED: dict[type, type] = {
+    LinearAttentionLayer: _TracedStates,
+    LinearAttentionAndFullAttentionLayer: _TracedStatesAndKeys,
+}
 
 
 def _windowed(attended: Tensor, window: int | None) -> Tensor:
@@ -149,36 +226,89 @@ def check_dense(model: nn.Module) -> None:
 
 
 def cache_layers(step: CausalLMStep, mode: FakeTensorMode | None) -> tuple[CacheLayer, ...]:
-    """What each layer keeps of a token, asked of one forward on fake tensors.
+    """What each layer keeps, asked of one forward on fake tensors.
 
     mode: that of the model's tensors, if they are fake. Raises TraceError for a layer that keeps
-    something else than one key and one value a token.
+    something else than one key and one value a token, and states.
     """
     batch, seq = 3, 5
+    name = type(step.model).__name__
     with mode or FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         output = step.call(
             torch.zeros(batch, seq, dtype=torch.long),
             torch.ones(batch, 1, seq, seq, dtype=torch.bool),
             torch.arange(seq).expand(batch, seq),
             1,
-            [],
+            _fresh_cache(step.model),
         )
-    layers = []
+    found = []
     for index, layer in enumerate(cache_of(output).layers):
-        shapes = [getattr(getattr(layer, name, None), "shape", None) for name in ("keys", "values")]
-        sizes = [tuple(shape) for shape in shapes if shape is not None and len(shape) == 4]
-        plain = [size for size in sizes if (size[0], size[2]) == (batch, seq)]
-        if len(plain) != 2 or plain[0][1] != plain[1][1]:
-            raise TraceError(
-                f"layer {index} of {type(step.model).__name__} keeps a {type(layer).__name__} of "
-                f"{' and '.join(str(list(s)) for s in sizes) or 'no keys and values'}",
-                "panguq traces a cache of one key and one value a token",
-            )
-        key, value = plain
-        layers.append(CacheLayer(heads=key[1], key_dim=key[3], value_dim=value[3]))
-    if len(set(layers)) != 1:
+        heads, key_dim, value_dim = _keys(layer, index, name, batch, seq)
+        states = _states(layer, index, name)
+        made = CacheLayer(heads=heads, key_dim=key_dim, value_dim=value_dim, states=states)
+        found.append(made)
+    layers = tuple(found)
+    _check_attends(any(layer.heads for layer in layers), step.model)
+    return layers
+
+
+def _check_attends(attends: bool, model: nn.Module) -> None:
+    if not attends:
+        path, block = next((p, m) for p, m in model.named_modules() if p.endswith(".0"))
         raise TraceError(
-            f"the layers of {type(step.model).__name__} keep caches of {len(set(layers))} sizes",
-            "panguq traces models whose layers all keep the same",
+            f"no layer of {type(model).__name__} attends to keys, and module {path} "
+            f"({type(block).__name__}) keeps a state alone",
+            "panguq traces models with attention, whose cache tells how long the past is",
         )
-    return tuple(layers)
+
+
+def _fresh_cache(model: Any) -> DynamicCache:
+    """As transformers makes it for this model, but all layers of attention keep all tokens."""
+    config = model.config.get_text_config(decoder=True)
+    if not set(getattr(config, "layer_types", None) or ()) & {*RECURRENT, "hybrid"}:
+        return DynamicCache()
+    cache = DynamicCache(config=config)
+    _check_attends(any(isinstance(x, CacheLayerMixin) for x in cache.layers), model)
+    sliding = DynamicSlidingWindowLayer
+    cache.layers = [DynamicLayer() if type(x) is sliding else x for x in cache.layers]
+    return cache
+
+
+_WITHOUT_KEYS = (DummyLayer, LinearAttentionCacheLayerMixin)
+
+
+def _keys(layer: Any, index: int, name: str, batch: int, seq: int) -> tuple[int, int, int]:
+    """Heads and sizes of a layer's keys and values; zeros if it has no place for them."""
+    if isinstance(layer, _WITHOUT_KEYS) and not isinstance(layer, CacheLayerMixin):
+        return 0, 0, 0
+    shapes = [getattr(getattr(layer, part, None), "shape", None) for part in ("keys", "values")]
+    sizes = [tuple(shape) for shape in shapes if shape is not None and len(shape) == 4]
+    plain = [size for size in sizes if (size[0], size[2]) == (batch, seq)]
+    if len(plain) != 2 or plain[0][1] != plain[1][1]:
+        raise TraceError(
+            f"layer {index} of {name} keeps a {type(layer).__name__} of "
+            f"{' and '.join(str(list(s)) for s in sizes) or 'no keys and values'}",
+            "panguq traces a cache of one key and one value a token",
+        )
+    key, value = plain
+    return key[1], key[3], value[3]
+
+
+def _states(layer: Any, index: int, name: str) -> tuple[CacheState, ...]:
+    """The states of convolutions and recurrences that a layer keeps."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return ()
+    found = []
+    kinds: tuple[Literal["conv", "recurrent"], ...] = ("conv", "recurrent")
+    for kind in kinds:
+        held = getattr(layer, f"{kind}_states")
+        numbers = [number for number, state in held.items() if state is not None]
+        if numbers != list(range(len(numbers))):
+            raise TraceError(
+                f"layer {index} of {name} keeps {kind} states {numbers} and none before",
+                "panguq traces states that are numbered from 0",
+            )
+        for number in numbers:
+            shape = tuple(int(size) for size in held[number].shape[1:])
+            found.append(CacheState(kind=kind, shape=shape, dtype=dtype_name(held[number].dtype)))
+    return tuple(found)

@@ -7,7 +7,8 @@ they have in the source model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import sympy
 import torch
@@ -25,6 +26,8 @@ WHAT_TO_DO = "docs/contributing/when-a-model-does-not-trace.md shows what to do 
 """The hint of an error that is about the model's own code."""
 _UNBIND = torch.ops.aten.unbind.int
 _SIZE = torch.ops.aten.sym_size.int
+Stacks = Mapping[str, Sequence[tuple[int, str]]]
+"""Inputs that a forward unbinds first: for each part its place among all parts, and its name."""
 _STATE = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
@@ -136,9 +139,9 @@ def _path_below(node: fx.Node, strip: str = "") -> str:
 
 
 def unlift(
-    exported: ExportedProgram, results: list[str], strip: str, split: dict[str, str]
+    exported: ExportedProgram, results: list[str], strip: str, stacks: Stacks
 ) -> fx.GraphModule:
-    """The exported graph with weights as get_attr and each stack in `split` as its parts.
+    """The exported graph with weights as get_attr and each of the `stacks` as its parts.
 
     Names that a graph cannot have are replaced by some like them. Raises TraceError for a weight
     that no file could hold.
@@ -149,18 +152,19 @@ def unlift(
     mapping: dict[fx.Node, fx.Node] = {}
     names: dict[str, str] = {}
     nodes = list(exported.graph_module.graph.nodes)
-    stacks = [n for n in nodes if n.op == "placeholder" and n.name in split]
-    unbinds = [u for stack in stacks for u in stack.users if u.target is _UNBIND]
-    items = {item: str(unbind.args[0]) for unbind in unbinds for item in unbind.users}
-    in_layer_order = sorted(items, key=lambda item: (item.args[1], items[item]))
+    stacked = {n: stacks[n.name] for n in nodes if n.op == "placeholder" and n.name in stacks}
+    unbinds = [u for stack in stacked for u in stack.users if u.target is _UNBIND]
+    parts = {item: stacked[u.args[0]][int(item.args[1])] for u in unbinds for item in u.users}
     for node in nodes:
-        if node.op == "placeholder" and node.name not in sources and node.name not in split:
+        if node.op == "placeholder" and node.name not in sources and node not in stacked:
             plain = node.name if is_input_name(node.name) else f"input_{len(mapping)}"
             mapping[node] = _placeholder(graph, plain, node)
-    for item in in_layer_order:
-        mapping[item] = _placeholder(graph, f"past_{split[items[item]]}_{item.args[1]}", item)
+    for item, (_, name) in sorted(parts.items(), key=lambda part: part[1]):
+        mapping[item] = _placeholder(graph, name, item)
     for node in nodes:
-        if node.op == "placeholder" and node.name in sources:
+        if node in mapping or node in stacked or node in unbinds:
+            continue
+        if node.op == "placeholder":
             if not node.users:
                 continue
             source = sources[node.name].removeprefix(strip)
@@ -171,10 +175,8 @@ def unlift(
             mapping[node] = graph.get_attr(names[source])
             mapping[node].meta["val"] = node.meta["val"]
             annotate(mapping[node], module_path=source.rpartition(".")[0])
-        elif node in mapping or node in stacks or node in unbinds:
-            continue
-        elif node.args and node.args[0] in stacks:  # a size of the stack is one of its parts'
-            part = mapping[in_layer_order[0]]
+        elif node.args and node.args[0] in stacked:  # a size of the stack is one of its parts'
+            part = next(mapping[item] for item, of in parts.items() if of in stacked[node.args[0]])
             mapping[node] = graph.call_function(_SIZE, (part, int(node.args[1]) - 1))
             mapping[node].meta = {"val": node.meta["val"]}
         elif node.op == "output":
@@ -215,8 +217,15 @@ _KNOWN_SIZES = {
     ("input_ids", 0): "batch",
     ("input_ids", 1): "seq",
     ("logit_positions", 0): "kept",
-    ("past_key_0", 2): "past",
 }
+_PAST_KEY = re.compile(r"past_key_\d+")
+
+
+def _known_size(name: str, axis: int) -> str | None:
+    """What a size of a causal language model's input is called."""
+    if axis == 2 and _PAST_KEY.fullmatch(name):
+        return "past"
+    return _KNOWN_SIZES.get((name, axis))
 
 
 def name_symbols(gm: fx.GraphModule) -> dict[str, tuple[str | int, ...]]:
@@ -227,8 +236,9 @@ def name_symbols(gm: fx.GraphModule) -> dict[str, tuple[str | int, ...]]:
     for p in placeholders:
         for d, size in enumerate(p.meta["val"].shape):
             expr = size.node.expr if isinstance(size, torch.SymInt) else None
-            if isinstance(expr, sympy.Symbol) and (not causal or (p.target, d) in _KNOWN_SIZES):
-                names.setdefault(expr, _KNOWN_SIZES.get((str(p.target), d), f"{p.target}_{d}"))
+            known = _known_size(str(p.target), d)
+            if isinstance(expr, sympy.Symbol) and (known or not causal):
+                names.setdefault(expr, known or f"{p.target}_{d}")
     gm.meta["symbol_names"] = names
     gm.meta["spelled_sizes"] = {}
     return {str(p.target): shape_of(gm, p) for p in placeholders}

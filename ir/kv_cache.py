@@ -1,4 +1,8 @@
-"""Between transformers' cache objects and the flat tensors that a graph takes and returns."""
+"""Between transformers' cache objects and the flat tensors that a graph takes and returns.
+
+The tensors come layer by layer, as `Interface.cached_tensors` lists them: key and value, then the
+states of convolutions and of linear attention.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,38 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from panguq.errors import InputError
+from panguq.ir.interface import CacheLayer, cached_tensors
 
 # What the installed transformers calls the cache, in a model's output and in `generate`.
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
-SERVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+# What may keep a layer's keys and values, its states, or both; a layer's own kind comes first.
+_KEYS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_STATES = (LinearAttentionLayer,)
+_BOTH = (
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+)
+_NOTHING = (DummyLayer, DynamicLayer)
 _USE = "use transformers' DynamicCache, the default of generate, or its StaticCache"
 
 
@@ -40,33 +61,82 @@ def cache_of(output: Any) -> Any:
     return getattr(output, CACHE_NAME)
 
 
-def make_cache(tensors: Sequence[Tensor]) -> DynamicCache:
-    """A transformers DynamicCache that holds these keys and values, one pair a layer.
+def layer_classes(layer: CacheLayer) -> tuple[type, ...]:
+    """The classes of transformers that may keep what this layer does; the first is its own."""
+    if layer.states:
+        return _BOTH if layer.heads else _STATES
+    return _KEYS if layer.heads else _NOTHING
+
+
+def new_layer(layer: CacheLayer, made_of: type | None = None) -> Any:
+    """An empty layer of a cache, of class `made_of` or of its own."""
+    made = made_of or layer_classes(layer)[0]
+    if not issubclass(made, LinearAttentionCacheLayerMixin):
+        return made()
+    counts = [sum(s.kind == kind for s in layer.states) for kind in ("conv", "recurrent")]
+    return made(number_of_states=max(counts))
+
+
+def make_cache(layers: Sequence[CacheLayer], tensors: Sequence[Tensor]) -> DynamicCache:
+    """A transformers DynamicCache that holds these tensors, as `layers` say.
 
     The tensors are taken as they are: no copy, and no concatenation with an empty past.
     """
     cache = DynamicCache()
-    cache.layers = []
-    for key, value in zip(tensors[::2], tensors[1::2], strict=True):
-        layer = DynamicLayer()
-        _hold(layer, key, value)
-        cache.layers.append(layer)
+    cache.layers = [new_layer(layer) for layer in layers]
+    for spec, layer, held in zip(layers, cache.layers, by_layer(layers, tensors), strict=True):
+        hold(layer, spec, held)
     return cache
 
 
-def _hold(layer: Any, key: Tensor, value: Tensor) -> None:
-    layer.keys, layer.values = key, value
-    layer.dtype, layer.device = key.dtype, key.device
-    layer.is_initialized = True
+def by_layer(layers: Sequence[CacheLayer], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The flat tensors of a cache, a list for each layer."""
+    split: list[list[Tensor]] = [[] for _ in layers]
+    for cached, tensor in zip(cached_tensors(layers, ""), tensors, strict=True):
+        split[cached.layer].append(tensor)
+    return split
 
 
-def layer_tensors(cache: Any) -> list[Tensor]:
-    """Keys and values of a dynamic cache's layers, flat and in layer order."""
-    return [t for x in cache.layers if x.is_initialized for t in (x.keys, x.values)]
+def hold(layer: Any, spec: CacheLayer, held: Sequence[Tensor]) -> None:
+    """Let a dynamic layer hold all that its graph takes or returned."""
+    if spec.heads:
+        key, value = held[:2]
+        layer.keys, layer.values = key, value
+        layer.dtype, layer.device = key.dtype, key.device
+        layer.is_initialized = True
+    _hold_states(layer, spec, held)
 
 
-def check_cache(cache: Any, layers: int) -> None:
-    """Raise InputError for a cache that a compiled model of so many layers cannot read."""
+def _hold_states(layer: Any, spec: CacheLayer, held: Sequence[Tensor]) -> None:
+    for (kind, index), state in zip(_states(spec), held[2 * bool(spec.heads) :], strict=True):
+        # What a graph returns is the end of a longer tensor, which a view would keep in memory.
+        getattr(layer, f"{kind}_states")[index] = state.contiguous()
+        getattr(layer, f"is_{kind}_states_initialized")[index] = True
+        layer.has_previous_state[index] = True
+        if kind == "conv":
+            layer.conv_kernel_size[index] = state.shape[-1]
+        if layer.device is None:
+            layer.dtype, layer.device = state.dtype, state.device
+
+
+def _states(spec: CacheLayer) -> list[tuple[str, int]]:
+    """Kind of each of a layer's states, and its number among those of that kind."""
+    kinds = [state.kind for state in spec.states]
+    return [(kind, kinds[:at].count(kind)) for at, kind in enumerate(kinds)]
+
+
+def layer_tensors(layers: Sequence[CacheLayer], cache: Any) -> list[Tensor]:
+    """What a dynamic cache's layers hold, flat and in layer order."""
+    return [t for spec, x in zip(layers, cache.layers, strict=True) for t in _all_held(spec, x)]
+
+
+def _all_held(spec: CacheLayer, layer: Any) -> list[Tensor]:
+    keys = [layer.keys, layer.values] if spec.heads else []
+    return [*keys, *(getattr(layer, f"{kind}_states")[index] for kind, index in _states(spec))]
+
+
+def check_cache(cache: Any, layers: Sequence[CacheLayer]) -> None:
+    """Raise InputError for a cache that a compiled model of these layers cannot read."""
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise InputError(f"the cache is a {type(cache).__name__}", _USE)
     if getattr(cache, "offloading", False):
@@ -74,28 +144,49 @@ def check_cache(cache: Any, layers: int) -> None:
             "the cache is moved to and from an accelerator; a compiled model keeps it in place",
             "leave offloading out: " + _USE,
         )
-    foreign = {type(layer).__name__ for layer in cache.layers if type(layer) not in SERVED_LAYERS}
+    if len(cache.layers) not in (0, len(layers)):
+        raise InputError(
+            f"the cache has {len(cache.layers)} layers, the model {len(layers)}",
+            "pass back the cache that this model returned",
+        )
+    foreign = {
+        type(layer).__name__
+        for layer, spec in zip(cache.layers, layers, strict=False)
+        if type(layer) not in layer_classes(spec)
+    }
     if foreign:
         raise InputError(
             f"the cache is a {type(cache).__name__} with layers {', '.join(sorted(foreign))}",
             _USE + "; a recipe with the pass quantize-kv-cache gives an int8 cache",
         )
-    if len(cache.layers) not in (0, layers):
+    if any(getattr(layer, "record_past", False) for layer in cache.layers):
         raise InputError(
-            f"the cache has {len(cache.layers)} layers, the model {layers}",
-            "pass back the cache that this model returned",
+            "the cache records its past, to be cropped; a compiled model keeps one state of a "
+            "convolution or of linear attention, which has no past to go back to",
+            "generate without an assistant",
         )
 
 
-def held_tensors(cache: Any, new: int) -> list[Tensor]:
-    """Keys and values that a cache holds, flat and in layer order; empty for a fresh one.
+def held_tensors(layers: Sequence[CacheLayer], cache: Any, new: int) -> list[Tensor]:
+    """What a cache holds, flat and in layer order; empty for a fresh one.
 
-    Raises InputError if it has dropped some of them, or has no room for `new` tokens more.
+    Raises InputError if it has dropped some of it, or has no room for `new` tokens more.
     """
-    return [t for layer in cache.layers for t in _held(layer, new)]
+    held = [_held(spec, layer, new) for spec, layer in zip(layers, cache.layers, strict=False)]
+    some = [tensors for tensors in held if tensors]
+    if some and len(some) < sum(bool(spec.heads or spec.states) for spec in layers):
+        raise InputError(
+            "some layers of the cache hold tokens and some hold none",
+            "pass back the cache that this model returned, or begin again with all tokens",
+        )
+    return [tensor for tensors in some for tensor in tensors]
 
 
-def _held(layer: Any, new: int) -> tuple[Tensor, ...]:
+def _held(spec: CacheLayer, layer: Any, new: int) -> list[Tensor]:
+    if spec.states and not all(layer.has_previous_state.values()):
+        return []
+    if not spec.heads:
+        return _all_held(spec, layer)
     length = int(layer.get_seq_length())
     if isinstance(layer, StaticLayer) and length + new > layer.max_cache_len:
         sliding = isinstance(layer, StaticSlidingWindowLayer)
@@ -107,30 +198,35 @@ def _held(layer: Any, new: int) -> tuple[Tensor, ...]:
             else "make it with a larger max_cache_len",
         )
     if length == 0:
-        return ()
+        return []
     if not isinstance(layer, StaticLayer) and layer.keys.shape[-2] < length:
         raise InputError(
             f"the cache has seen {length} tokens and holds the last {layer.keys.shape[-2]}",
             "begin again with all tokens; a graph reads every one of them",
         )
-    return layer.keys[:, :, :length], layer.values[:, :, :length]
+    key, value, *states = _all_held(spec, layer)
+    return [key[:, :, :length], value[:, :, :length], *states]
 
 
-def update_cache(cache: Any, tensors: Sequence[Tensor], new: int) -> Any:
-    """Let `cache` hold these grown keys and values, the last `new` of them new, and return it."""
+def update_cache(
+    cache: Any, layers: Sequence[CacheLayer], tensors: Sequence[Tensor], new: int
+) -> Any:
+    """Let `cache` hold what a graph returned, the last `new` of its tokens new, and return it."""
     if not cache.layers:
-        cache.layers.extend(make_cache(tensors).layers)
+        cache.layers.extend(make_cache(layers, tensors).layers)
         return cache
-    pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    for index, (layer, (key, value)) in enumerate(zip(cache.layers, pairs, strict=True)):
-        if isinstance(layer, DynamicLayer):
-            if type(layer) is not DynamicLayer:  # it would drop what the graph reads
-                layer = cache.layers[index] = DynamicLayer()
-            _hold(layer, key, value)
+    for index, (spec, held) in enumerate(zip(layers, by_layer(layers, tensors), strict=True)):
+        layer = cache.layers[index]
+        if not isinstance(layer, StaticLayer):
+            if isinstance(layer, DynamicSlidingWindowLayer):  # it would drop what the graph reads
+                layer = cache.layers[index] = new_layer(spec)
+            hold(layer, spec, held)
             continue
+        key, value = held[:2]
         if _is_empty_for_others(layer, key):
             layer.lazy_initialization(key, value)
         layer.update(key[:, :, -new:], value[:, :, -new:])
+        _hold_states(layer, spec, held)
     return cache
 
 

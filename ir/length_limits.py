@@ -15,7 +15,10 @@ from torch import nn
 
 from panguq.errors import TraceError
 
-_PLAIN = ("full_attention", "attention", "dense", "sparse", "moe")
+FULL = "full_attention"
+RECURRENT = ("linear_attention", "conv")
+"""Kinds of layers that know of a mask which new tokens are real, and nothing else."""
+_PLAIN = (FULL, "attention", "dense", "sparse", "moe", "mlp", "hybrid", *RECURRENT)
 _WINDOWS = ("sliding_window", "sliding_window_size")
 _OTHER_WINDOWS = ("keep_window_size", "attention_window_size", "local_attention_window_len")
 _LENGTH_WORDS = ("window", "chunk", "local")
@@ -60,9 +63,10 @@ def attention_windows(
     """The sliding windows to be written into masks, and the lengths that others limit.
 
     Windows by kind of layer, or by "" where one mask serves all layers; none of them where a mask
-    need not say it. transformers' own models are told their windows by masks, so that the model is
-    right at every length; another model may do otherwise beyond its window. Raises TraceError for
-    layers that keep another state than keys and values.
+    need not say it. Kinds in RECURRENT are among them where some layers have masks of that kind.
+    transformers' own models are told their windows by masks, so that the model is right at every
+    length; another model may do otherwise beyond its window. Raises TraceError for layers of a kind
+    that panguq does not know.
     """
     types = list(getattr(config, "layer_types", None) or ())
     sizes = {kind: _layer_window(model, config, types.index(kind), kind) for kind in set(types)}
@@ -84,7 +88,10 @@ def attention_windows(
     if found and not by_masks:
         reason = "beyond its sliding window, attention hides tokens"
         limits += [LengthLimit(size, reason) for size in found]
-    return (windows if found and by_masks else {}), limits
+    recurrent = bool(set(types) & {*RECURRENT, "hybrid"})
+    if recurrent and not found:
+        windows = {kind: None for kind in (FULL, *RECURRENT)}
+    return (windows if (found and by_masks) or recurrent else {}), limits
 
 
 def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> int | None:
@@ -95,8 +102,8 @@ def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> int |
         raise TraceError(
             f"layer {index} of {type(model).__name__} is of type {kind!r}"
             f"{_module_of_layer(model, index)}",
-            "panguq traces layers of full, sliding or chunked attention with a cache of "
-            "keys and values",
+            "panguq traces layers of full, sliding or chunked attention, of linear attention and "
+            "of convolutions",
         )
     names = _WINDOWS if kind == "sliding_attention" else ("attention_chunk_size",)
     size = _first(config, names)

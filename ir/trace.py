@@ -34,13 +34,14 @@ from panguq.ir.causal_lm import (
 from panguq.ir.edit import module_path
 from panguq.ir.exported_graph import (
     WHAT_TO_DO,
+    Stacks,
     check_deterministic,
     name_symbols,
     returned_by,
     unlift,
     writes_dropped,
 )
-from panguq.ir.interface import Interface
+from panguq.ir.interface import CachedTensor, Interface
 from panguq.ir.length_limits import (
     LengthLimit,
     attention_windows,
@@ -98,33 +99,35 @@ def trace_causal_lm(
     asked = CausalLMStep(skeleton_of(skeleton), mask_form, windows)  # it keeps fake buffers
     with _naming_the_module(asked.model):
         cached = cache_layers(asked, mode)
-    layers, layer = len(cached), cached[0]
     dtype = next(skeleton.parameters()).dtype
+    step.keep(cached, dtype_name(dtype))
+    tensors = step.tensors
     with mode or nullcontext():
-        keys = torch.zeros(layers, BATCH, layer.heads, PAST, layer.key_dim, dtype=dtype)
-        values = torch.zeros(layers, BATCH, layer.heads, PAST, layer.value_dim, dtype=dtype)
         positions = torch.arange(PAST, PAST + SEQ).expand(BATCH, SEQ)
         args = (
             torch.zeros(BATCH, SEQ, dtype=torch.long),
             torch.ones(BATCH, 1, SEQ, PAST + SEQ, dtype=torch.bool),
             positions,
             torch.arange(KEPT),
-            keys,
-            values,
+            [_zeros(len(places), tensors[places[0]]) for places in step.stacks],
         )
     batch, seq, kept, length = Dim("batch"), Dim("seq"), Dim("kept"), Dim("past")
-    stack = {1: batch, 3: length}
     dynamic = (
         {0: batch, 1: seq},
         {0: batch, 2: seq, 3: Dim.AUTO},
         {0: batch, 1: seq},
         {0: kept},
-        stack,
-        stack,
+        [
+            {1: batch, 3: length} if tensors[places[0]].grows else {1: batch}
+            for places in step.stacks
+        ],
     )
     exported = _export(step, args, dynamic)
-    gm = _graph_of(exported, model, "model.", {"past_keys": "key", "past_values": "value"})
-    cache = [f"{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
+    parts = {
+        f"stacks_{number}": [(at, f"past_{tensors[at].name}") for at in places]
+        for number, places in enumerate(step.stacks)
+    }
+    gm = _graph_of(exported, model, "model.", parts)
     named = ("input_ids", "attention_mask", "position_ids", "logit_positions")
     check_causal_modules(skeleton, {module_path(node) for node in gm.graph.nodes})
     table = _learned_positions(gm)
@@ -133,8 +136,8 @@ def trace_causal_lm(
     limit = min(limits, key=lambda found: found.positions, default=None)
     interface = Interface(
         kind="causal_lm",
-        inputs=(*named, *(f"past_{name}" for name in cache)),
-        outputs=("logits", *cache),
+        inputs=(*named, *(f"past_{cached.name}" for cached in tensors)),
+        outputs=("logits", *(cached.name for cached in tensors)),
         input_shapes=name_symbols(gm),
         float_dtype=dtype_name(dtype),
         vocab_size=int(skeleton.get_input_embeddings().weight.shape[0]),
@@ -146,14 +149,19 @@ def trace_causal_lm(
     return gm, interface
 
 
+def _zeros(count: int, cached: CachedTensor) -> Tensor:
+    sizes = (PAST if size is None else size for size in cached.sizes)
+    return torch.zeros(count, BATCH, *sizes, dtype=getattr(torch, cached.dtype))
+
+
 def _graph_of(
-    exported: ExportedProgram, model: nn.Module, strip: str, split: dict[str, str]
+    exported: ExportedProgram, model: nn.Module, strip: str, stacks: Stacks
 ) -> fx.GraphModule:
     """The plain graph; what it leaves undone is told in `gm.meta["trace_warnings"]`."""
     name = type(model).__name__
     check_deterministic(exported, name)
     results = returned_by(exported, name)
-    gm = unlift(exported, results, strip, split)
+    gm = unlift(exported, results, strip, stacks)
     gm.meta["trace_warnings"] = tuple(f"{name}: {w}" for w in writes_dropped(exported, results))
     return gm
 

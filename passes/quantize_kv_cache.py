@@ -108,18 +108,22 @@ def find_cached(gm: fx.GraphModule, ctx: PassContext, result: PassResult) -> lis
     """The cached tensors that grow by concatenation; the others are skipped with a reason."""
     inputs = {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
     output, results = next(reversed(gm.graph.nodes)), results_of(gm)
-    pairs = ctx.interface.cache_pairs()
-    if not pairs:
+    cache = ctx.interface.cached_tensors()
+    if not cache:
         result.skip(output, "the graph has no KV cache: it takes and returns no past keys")
     found = []
-    for index, (taken, returned) in enumerate(pairs.items()):
-        past, grown = inputs[taken], results[ctx.interface.outputs.index(returned)]
+    for cached in cache:
+        past = inputs[f"past_{cached.name}"]
+        grown = results[ctx.interface.outputs.index(cached.name)]
+        if cached.part not in ("key", "value"):
+            result.skip(past, "it is the state of all tokens, which is rewritten at each of them")
+            continue
         reason = _obstacle(past, grown)
         if reason is not None:
             result.skip(past, reason)
             continue
-        part: Literal["key", "value"] = "value" if index % 2 else "key"
-        found.append(Cached(index // 2, part, past, arguments(grown)["tensors"][1], grown))
+        new = arguments(grown)["tensors"][1]
+        found.append(Cached(cached.layer, cached.part, past, new, grown))
     return found
 
 

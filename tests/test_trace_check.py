@@ -280,10 +280,11 @@ def test_a_mixture_of_experts_is_refused_by_the_plan_too() -> None:
             refused(model, "float")
 
 
-def test_layers_with_another_state_are_refused() -> None:
-    config = dict(layer_types=["conv", "full_attention"], full_attn_idxs=[1])
-    with pytest.raises(TraceError, match=r"of type 'conv': module model\.layers\.0 \("):
-        panguq.compile(build("Lfm2", **config), "float")
+def test_layers_of_another_kind_are_refused() -> None:
+    model = build("Qwen2")
+    model.config.layer_types = ["indexed_attention", "full_attention"]
+    with pytest.raises(TraceError, match=r"'indexed_attention': module model\.layers\.0 \("):
+        panguq.compile(model, "float")
 
 
 def equal_to_eager(model, compiled, tokens: int) -> None:

@@ -255,8 +255,9 @@ class CompiledCausalLM(CompiledModule, Generates):
             )
         past: list[Tensor] = []
         if cache is not None:
-            check_cache(cache, len(self.interface.cache))
-            past = held_tensors(cache, check_ids(self.interface, _on_cpu(input_ids)).shape[1])
+            check_cache(cache, self.interface.cache)
+            new = check_ids(self.interface, _on_cpu(input_ids)).shape[1]
+            past = held_tensors(self.interface.cache, cache, new)
         inputs = prepare(
             self.interface,
             _on_cpu(input_ids),
@@ -272,8 +273,8 @@ class CompiledCausalLM(CompiledModule, Generates):
     def _kept(self, cache: Any, grown: list[Tensor], new: int, use_cache: bool) -> Any:
         """The cache to return, which holds `grown`, the last `new` tokens of them new."""
         if cache is not None:
-            return update_cache(cache, grown, new)
-        return make_cache(grown) if use_cache else None
+            return update_cache(cache, self.interface.cache, grown, new)
+        return make_cache(self.interface.cache, grown) if use_cache else None
 
 
 def compiled_model(artifact: Artifact, stage: str = LOWERED) -> CompiledModule:

@@ -50,7 +50,7 @@ class Generates(GenerationMixin):
         self._check_options(kwargs, given or self.generation_config)
         for name in ("cache", "past_key_values"):
             if kwargs.get(name) is not None:
-                check_cache(kwargs[name], len(self.interface.cache))
+                check_cache(kwargs[name], self.interface.cache)
                 kwargs[CACHE_NAME] = kwargs.pop(name)
         return super().generate(*args, **kwargs)
 

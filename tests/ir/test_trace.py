@@ -16,7 +16,7 @@ import panguq
 from panguq.data.inputs import prepare
 from panguq.errors import InputError, TraceError
 from panguq.ir.interface import Interface
-from panguq.ir.kv_cache import layer_tensors
+from panguq.ir.kv_cache import held_tensors, layer_tensors
 from panguq.ir.run.interpret import run
 from panguq.ir.text.printer import print_graph
 from panguq.ir.trace import trace_causal_lm, trace_module
@@ -63,12 +63,17 @@ def check_against_eager(
     gm: fx.GraphModule, interface: Interface, model: nn.Module, batch: int, seq: int, past: int
 ) -> None:
     cache = eager_cache(model, batch, past)
-    inputs = prepare(interface, token_ids(batch, seq), past=layer_tensors(copy.deepcopy(cache)))
+    inputs = prepare(
+        interface,
+        token_ids(batch, seq),
+        past=held_tensors(interface.cache, copy.deepcopy(cache), seq),
+    )
     with torch.no_grad():
         expected = model(token_ids(batch, seq), past_key_values=cache, use_cache=True)
     logits, *grown = run(gm, inputs)
     assert_logits_equal(expected.logits, logits)
-    for wanted, tensor in zip(layer_tensors(expected.past_key_values), grown, strict=True):
+    cached = layer_tensors(interface.cache, expected.past_key_values)
+    for wanted, tensor in zip(cached, grown, strict=True):
         assert_logits_equal(wanted, tensor)
 
 

@@ -78,16 +78,17 @@ def takes_empty_mask(gm: fx.GraphModule) -> bool:
 def empty_past(interface: Interface, batch: int) -> list[Tensor]:
     """A cache that holds no token yet, in the order in which the graph takes it."""
     return [
-        torch.zeros(batch, layer.heads, 0, size, dtype=dtype)
-        for layer, dtypes in zip(interface.cache, _cache_dtypes(interface), strict=True)
-        for size, dtype in zip((layer.key_dim, layer.value_dim), dtypes, strict=True)
+        torch.zeros(
+            batch, *(size or 0 for size in cached.sizes), dtype=getattr(torch, cached.dtype)
+        )
+        for cached in interface.cached_tensors()
     ]
 
 
-def _cache_dtypes(interface: Interface) -> list[tuple[torch.dtype, torch.dtype]]:
-    """The dtypes of every layer's keys and values."""
-    known = {"float": getattr(torch, interface.float_dtype), "int8": torch.int8}
-    return [(known[layer.key_dtype], known[layer.value_dtype]) for layer in interface.cache]
+def past_length(interface: Interface, past: Sequence[Tensor]) -> int:
+    """How many tokens a cache holds: a model without any key cannot say, and is not traced."""
+    pairs = zip(interface.cached_tensors(), past, strict=True)
+    return next((int(tensor.shape[2]) for cached, tensor in pairs if cached.grows), 0)
 
 
 def check_ids(interface: Interface, input_ids: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def prepare(
     batch, seq = input_ids.shape
     past = list(past) or empty_past(interface, batch)
     _check_past(interface, past, batch)
-    length = int(past[0].shape[2]) if past else 0
+    length = past_length(interface, past)
     total = length + seq
     if interface.max_positions is not None and total > interface.max_positions:
         raise InputError(
@@ -152,25 +153,23 @@ def prepare(
 
 
 def _check_past(interface: Interface, past: Sequence[Tensor], batch: int) -> None:
-    expected = 2 * len(interface.cache)
-    if len(past) != expected:
+    expected = interface.cached_tensors()
+    if len(past) != len(expected):
         raise InputError(
-            f"the cache holds {len(past)} tensors, the model needs {expected}",
+            f"the cache holds {len(past)} tensors, the model needs {len(expected)}",
             "pass back the past_key_values that this model returned",
         )
-    dtypes = [dtype for pair in _cache_dtypes(interface) for dtype in pair]
-    for index, (tensor, dtype) in enumerate(zip(past, dtypes, strict=True)):
-        layer = interface.cache[index // 2]
-        size = layer.value_dim if index % 2 else layer.key_dim
-        wanted = (batch, layer.heads, past[0].shape[2], size)
+    length = past_length(interface, past)
+    for index, (cached, tensor) in enumerate(zip(expected, past, strict=True)):
+        wanted = (batch, *(length if size is None else size for size in cached.sizes))
         if tuple(tensor.shape) != wanted:
             raise InputError(
                 f"cache tensor {index} has shape {list(tensor.shape)}, expected {list(wanted)}",
                 "the cache belongs to another batch or another model",
             )
-        if tensor.dtype != dtype:
+        if tensor.dtype != getattr(torch, cached.dtype):
             raise InputError(
-                f"cache tensor {index} is {tensor.dtype}, expected {dtype}",
+                f"cache tensor {index} is {tensor.dtype}, expected torch.{cached.dtype}",
                 "the cache belongs to a model that was compiled with another recipe or dtype",
             )
 

@@ -70,8 +70,13 @@ class Plan(BaseModel):
         return "\n".join(lines)
 
     def _first_inputs(self) -> dict[str, list[str | int]]:
-        cache = [name for name in self.inputs if name.startswith("past_")]
-        return {name: s for name, s in self.inputs.items() if name not in cache[2:]}
+        """All but the cache, of which the first tensor of each kind stands for the others."""
+        cache: dict[str, str] = {}
+        for name in self.inputs:
+            if name.startswith("past_"):
+                cache.setdefault(name.split("_")[1], name)
+        shown = set(cache.values())
+        return {n: s for n, s in self.inputs.items() if n in shown or not n.startswith("past_")}
 
     def _matmul_lines(self) -> list[str]:
         groups: dict[tuple[str, ...], int] = {}
