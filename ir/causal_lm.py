@@ -213,18 +213,6 @@ def makes_its_own_mask(model: Any) -> bool:
     return follows is not None and not follows()
 
 
-def check_dense(model: nn.Module) -> None:
-    """Raises TraceError for a mixture of experts: a graph does not show its matmuls one by one."""
-    for path, module in model.named_modules():
-        named = path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__
-        if named and any(True for _ in module.parameters()):
-            raise TraceError(
-                f"mixture of experts is not supported yet: module {path} "
-                f"({type(module).__name__}) of {type(model).__name__}",
-                "panguq quantizes the matmuls of dense models",
-            )
-
-
 def cache_layers(step: CausalLMStep, mode: FakeTensorMode | None) -> tuple[CacheLayer, ...]:
     """What each layer keeps, asked of one forward on fake tensors.
 

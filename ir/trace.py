@@ -28,10 +28,10 @@ from panguq.ir.causal_lm import (
     CausalLMStep,
     MaskForm,
     cache_layers,
-    check_dense,
     choose_attention,
 )
 from panguq.ir.edit import module_path
+from panguq.ir.experts import check_experts, choose_experts
 from panguq.ir.exported_graph import (
     WHAT_TO_DO,
     Stacks,
@@ -89,7 +89,8 @@ def trace_causal_lm(
     if getattr(config, "is_encoder_decoder", False):
         raise TraceError(f"{type(model).__name__} is an encoder-decoder model", _WHAT_IS_SERVED)
     check_causal(skeleton, config)
-    check_dense(skeleton)
+    check_experts(skeleton)
+    choose_experts(skeleton)
     windows, limits = attention_windows(model, config)
     limits += reset_rotary_frequencies(skeleton)
     keep_rotary_frequencies(skeleton)
@@ -232,7 +233,9 @@ def _traced(
     is made static: only few calls could choose another one.
     """
     while True:
-        exported = _export(skeleton_of(model), args, dynamic)
+        skeleton = skeleton_of(model)
+        choose_experts(skeleton)
+        exported = _export(skeleton, args, dynamic)
         gm = _graph_of(exported, model, "", {})
         shapes = name_symbols(gm)
         gm.meta["size_limits"] = _size_limits(gm, exported)

@@ -32,10 +32,12 @@ class View:
 
     @classmethod
     def match(cls: type[_View], node: object) -> _View | None:
-        """The view of this node; None if it is no call of the op."""
+        """The view of this node, of a kind of its own where there is one; None if it is no call."""
         if not isinstance(node, fx.Node) or not isinstance(node.target, OpOverload):
             return None
-        return cls(node) if node.target.name() in (cls.op, cls.encoded) else None
+        name = node.target.name()
+        kinds = (cls, *cls.__subclasses__())
+        return next((kind(node) for kind in kinds if name in (kind.op, kind.encoded)), None)
 
     @classmethod
     def of(cls: type[_View], node: fx.Node) -> _View:
@@ -109,6 +111,31 @@ class Linear(View):
     def read_weight(self, weight: fx.Node) -> None:
         """Let the linear multiply by this weight."""
         read_instead(self.node, 1, weight)
+
+
+class ExpertLinear(Linear):
+    """`expert_linear(x, weight, bias, counts)`: a linear of every expert, weight `[experts, n, k]`.
+
+    x `[r, k]` is sorted by expert; bias `[experts, n]`.
+    """
+
+    op = "panguq::expert_linear"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """n and k of one expert's weight."""
+        _, n, k = self.weight.meta["val"].shape
+        return int(n), int(k)
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return int(self.weight.meta["val"].shape[0])
+
+    @property
+    def counts(self) -> fx.Node:
+        """int64 `[experts]`: each expert's rows."""
+        return operand(self.node, 3)
 
 
 class QuantizedInput(View):

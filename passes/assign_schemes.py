@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -11,11 +11,12 @@ import torch
 from torch import fx
 
 from panguq.errors import RecipeError
-from panguq.ir.edit import label, module_path
+from panguq.ir.analysis.choices import deciding_linears
+from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
-from panguq.ir.views import Linear, by_input, results_of
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table, linears
+from panguq.ir.views import ExpertLinear, Linear, by_input, results_of
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table, matmuls
 from panguq.passes.pipeline.module_globs import check_globs
 
 
@@ -26,7 +27,8 @@ class AssignSchemes(Pass):
     `schemes` maps globs over module paths to scheme names; the last match wins. A matmul whose
     result is the graph's first output (the logits) stays float unless a glob other than `*`
     names it. Matmuls that read one tensor (q, k, v; gate, up) are fused by servers and share
-    one scheme: if the globs disagree, that is an error.
+    one scheme: if the globs disagree, that is an error. A matmul that decides something, as a
+    router does, stays float: `ir/analysis/choices.py` finds it.
     """
 
     name: ClassVar[str] = "assign-schemes"
@@ -39,8 +41,14 @@ class AssignSchemes(Pass):
         result = PassResult()
         rows = []
         check_globs("the recipe's scheme for", self.globs, gm, ctx.allow_unmatched)
-        for node in linears(gm):
+        deciding = deciding_linears(gm)
+        for node in matmuls(gm):
             scheme, reason = self.choose(node)
+            if not scheme.is_float and node in deciding:
+                scheme = SCHEMES["FLOAT"]
+                reason = f"a choice follows from its result ({op_name(deciding[node])})"
+            elif not scheme.is_float and ExpertLinear.match(node) is not None:
+                scheme, reason = SCHEMES["FLOAT"], "matmuls of experts are not quantized yet"
             weight = scheme.weight
             if weight is not None:
                 k = Linear.of(node).shape[1]
@@ -57,7 +65,7 @@ class AssignSchemes(Pass):
             if reason:
                 result.skip(node, reason)
             rows.append((label(node), scheme.name, reason))
-        _check_siblings(gm)
+        _check_siblings(gm, deciding)
         result.tables["schemes"] = Table(("matmul", "scheme", "note"), tuple(rows))
         return result
 
@@ -105,8 +113,8 @@ def gives_logits(node: fx.Node) -> bool:
     return result is node
 
 
-def _check_siblings(gm: fx.GraphModule) -> None:
-    for siblings in by_input(linears(gm)).values():
+def _check_siblings(gm: fx.GraphModule, spared: Container[fx.Node]) -> None:
+    for siblings in by_input(n for n in matmuls(gm) if n not in spared).values():
         names = {module_path(n): scheme_of(n).name for n in siblings}
         if len(set(names.values())) > 1:
             listed = ", ".join(f"{path} {name}" for path, name in names.items())

@@ -25,11 +25,13 @@ from panguq.ir.edit import (
     tensor_node,
 )
 from panguq.ir.exported_graph import WHAT_TO_DO
+from panguq.ir.node_meta import annotate
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
+from panguq.ir.ops import experts as expert_ops  # noqa: F401
 from panguq.ir.ops.opset import is_allowed
 from panguq.ir.plain_names import weight_name
 from panguq.ir.run.interpret import ensure_finite
-from panguq.ir.views import arguments, operand, operands_at
+from panguq.ir.views import ExpertLinear, arguments, operand, operands_at
 from panguq.passes.patterns.written_slices import concatenation
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table
 
@@ -48,6 +50,8 @@ class Canonicalize(Pass):
     - A tensor made empty and filled slice by slice becomes a concatenation.
     - `addmm` and `mm` with a stored weight `[k, n]`, and `matmul` with the transpose of one of
       `[n, k]`, become `linear` with weight `[n, k]`.
+    - A weight `[experts, k, n]` of an `expert_linear`, transposed as it is read, becomes one of
+      `[experts, n, k]`; each such matmul has its weight's name as its module's.
     - `weight * (x * rsqrt(mean(x^2) + eps))` becomes `panguq.rms_norm`.
     - `x * cos + concat(-x2, x1) * sin` becomes `panguq.rotary`.
     - `silu(gate) * up` becomes `panguq.swiglu`.
@@ -106,7 +110,12 @@ def _modules(paths: list[str]) -> str:
 
 def _check_weights(gm: fx.GraphModule) -> None:
     """Raises NumericsError for a weight with NaN or Inf. Other constants, such as masks, may."""
-    readers = (aten.linear.default, aten.embedding.default, aten.layer_norm.default)
+    readers = (
+        aten.linear.default,
+        panguq.expert_linear.default,
+        aten.embedding.default,
+        aten.layer_norm.default,
+    )
     for node in gm.graph.nodes:
         read = any(user.target in (*readers, panguq.rms_norm.default) for user in node.users)
         if node.op == "get_attr" and read:
@@ -228,6 +237,21 @@ def _turns(node: fx.Node) -> bool:
 
 
 _TURNS = (aten.t.default, aten.numpy_T.default)
+
+
+def _expert_linear(node: fx.Node) -> fx.Node | None:
+    """The matmuls of all experts, reading a weight `[experts, n, k]` that is stored as such."""
+    read = ExpertLinear.of(node)
+    source, turned = read.weight, _is(read.weight, aten.transpose.int)
+    if turned and operand(source, 0).op == "get_attr":
+        gm = node.graph.owning_module
+        assert gm is not None
+        source = operand(source, 0)
+        transposed = get_tensor(gm, str(source.target)).transpose(1, 2)
+        read.read_weight(tensor_node(node, f"{source.target}_t", transposed))
+    if source.op == "get_attr":
+        annotate(node, module_path=str(source.target))
+    return None
 
 
 # --- patterns raised into one op --------------------------------------------------------------
@@ -391,6 +415,7 @@ _REWRITES: list[tuple[Any, Rewrite]] = [
     (aten.addmm.default, _addmm),
     (aten.mm.default, _mm),
     (aten.matmul.default, _mm),
+    (panguq.expert_linear.default, _expert_linear),
     (aten.mul.Tensor, _rms_norm),
     (aten.rms_norm.default, _torch_rms_norm),
     (aten.add.Tensor, _rotary),

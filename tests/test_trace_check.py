@@ -273,13 +273,6 @@ def test_scores_are_capped() -> None:
     assert caps == [0.5, 0.5]
 
 
-def test_a_mixture_of_experts_is_refused_by_the_plan_too() -> None:
-    model = build("Mixtral", num_local_experts=4)
-    for refused in (panguq.compile, panguq.plan):
-        with pytest.raises(TraceError, match=r"not supported yet: module model\.layers\.0\.mlp"):
-            refused(model, "float")
-
-
 def test_layers_of_another_kind_are_refused() -> None:
     model = build("Qwen2")
     model.config.layer_types = ["indexed_attention", "full_attention"]

@@ -15,7 +15,7 @@ from panguq.ir.interface import Interface
 from panguq.ir.properties import Property as Property
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.run.sweep import Progress
-from panguq.ir.views import Linear
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.tensors.weight_store import WeightStore
 from panguq.tensors.work_folder import Finished
 
@@ -169,10 +169,15 @@ class Pass:
         raise NotImplementedError
 
 
-def linears(gm: fx.GraphModule) -> list[fx.Node]:
-    """Every `aten.linear` whose weight is a stored tensor, in graph order."""
+def matmuls(gm: fx.GraphModule) -> list[fx.Node]:
+    """Every linear whose weight is a stored tensor, those of experts too, in graph order."""
     found = (Linear.match(node) for node in gm.graph.nodes)
     return [linear.node for linear in found if linear is not None and linear.is_stored]
+
+
+def linears(gm: fx.GraphModule) -> list[fx.Node]:
+    """Those of the matmuls that have one weight `[n, k]`, as experts' do not."""
+    return [node for node in matmuls(gm) if ExpertLinear.match(node) is None]
 
 
 def labels(nodes: Iterable[fx.Node]) -> str:

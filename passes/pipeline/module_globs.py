@@ -14,7 +14,7 @@ from torch import fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import module_path
-from panguq.passes.pipeline.base import linears
+from panguq.passes.pipeline.base import matmuls
 from panguq.suggest import nearest_names
 
 AllowUnmatched: TypeAlias = bool | tuple[str, ...]
@@ -31,7 +31,7 @@ def check_globs(
 
     `what` says what the globs are for. `*` stands for whatever there is.
     """
-    paths = [module_path(node) for node in linears(gm)]
+    paths = [module_path(node) for node in matmuls(gm)]
     for glob in globs:
         if glob != "*" and not matches(glob, paths) and not _may(glob, allow_unmatched):
             raise RecipeError(f"{what} {glob!r} matches no matmul of this model", hint(glob, paths))

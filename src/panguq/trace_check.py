@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from panguq.data.inputs import prepare
 from panguq.errors import TraceError, first_line
+from panguq.ir.analysis.choices import deciding_linears
 from panguq.ir.edit import module_path
 from panguq.ir.interface import Interface
 from panguq.ir.kv_cache import cache_argument, cache_of
@@ -173,7 +174,10 @@ def _compare_logits(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> tuple[
             "compile a model that runs; panguq compares its graph with it",
         ) from error
     logits, *grown = interpret.run(gm, call.inputs)
-    worst = _difference(_real(output.logits, call), _real(logits, call))
+    expected, actual = _real(output.logits, call), _real(logits, call)
+    worst = _difference(expected, actual)
+    if worst > _tolerance(eager) and _may_choose_otherwise(eager, gm):
+        worst = _usual_difference(expected, actual)
     if worst > _tolerance(eager):
         again = call.eager(eager)
         if _difference(_real(output.logits, call), _real(again.logits, call)) > 0:
@@ -209,6 +213,22 @@ def _difference(expected: Any, actual: Any) -> float:
     scale = expected[finite].abs().max().item() or 1.0
     worst = (expected[finite] - actual[finite]).abs().max().item() / scale
     return worst if math.isfinite(worst) else math.inf
+
+
+def _may_choose_otherwise(eager: nn.Module, gm: fx.GraphModule) -> bool:
+    """Whether a sum in another order may send a token to another expert: at 16 bits some scores of
+    a router nearly tie, and what follows for that token is no measure of the graph."""
+    return _tolerance(eager) > TOLERANCE and bool(deciding_linears(gm))
+
+
+def _usual_difference(expected: Tensor, actual: Tensor) -> float:
+    """The difference at the median token, of the largest expected value."""
+    if expected.shape != actual.shape or not bool(
+        expected.isfinite().all() & actual.isfinite().all()
+    ):
+        return math.inf
+    scale = expected.abs().max().item() or 1.0
+    return float((expected - actual).abs().amax(-1).median()) / scale
 
 
 def _not_deterministic(name: str) -> TraceError:

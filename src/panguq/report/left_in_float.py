@@ -11,7 +11,7 @@ from torch import fx
 from panguq.ir.edit import label, module_path
 from panguq.ir.node_meta import scheme_of
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.pipeline.base import PassResult, linears
+from panguq.passes.pipeline.base import PassResult, matmuls
 
 
 def left_in_float(
@@ -24,7 +24,7 @@ def left_in_float(
     where the recipe quantizes nothing at all. Matmuls that the recipe itself leaves in float are
     not named, nor is the logits' matmul where no glob names it.
     """
-    nodes = linears(gm)
+    nodes = matmuls(gm)
     reasons: dict[str, list[str]] = defaultdict(list)  # the last pass that spoke decided
     for result in results:
         for skip in result.skipped:
