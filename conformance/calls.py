@@ -29,6 +29,10 @@ from panguq.kernels.ascend.vendor.contracts import violations
 # ScalarType numbers, which torch_npu's schemas take where they say `int? dtype`.
 INT8, INT32, FLOAT16, FLOAT32, BFLOAT16, QINT8, QUINT4X2 = 1, 3, 5, 6, 15, 12, 16
 SYMBOL_HINT = 24
+# A Meta kernel's message about a wrong tensor may itself fail, with an AttributeError.
+REFUSALS = (
+    RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError,
+)  # fmt: skip
 SPELLING = re.compile(r"(\w+)\[([\w, ]*)\](\^T)?")
 
 
@@ -87,6 +91,8 @@ class Call:
         """The arguments with tensors in the place of their types. Text of other kinds stays."""
 
         def value(argument: Any) -> Any:
+            if isinstance(argument, list):
+                return [value(item) for item in argument]
             if isinstance(argument, str) and SPELLING.fullmatch(argument):
                 argument = TensorType.of(argument)
             return argument.make(device, m) if isinstance(argument, TensorType) else argument
@@ -122,7 +128,7 @@ def _answer(run: Callable[[], Any]) -> Answer:
     """The results' types of `run`, or the first line of what it raised."""
     try:
         results = run()
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+    except REFUSALS as error:
         return Answer(str(error).strip().split("\n")[0] or type(error).__name__)
     results = results if isinstance(results, (list, tuple)) else [results]
     return Answer(None, tuple(type_of(result) for result in results if result is not None))

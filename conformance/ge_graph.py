@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from conformance.calls import SYMBOL_HINT, Answer, Call, quiet
 
@@ -92,17 +93,16 @@ class _OneCall(nn.Module):
     def __init__(self, called: Call) -> None:
         super().__init__()
         self.called = called
-        args, kwargs = called.with_tensors("cpu", SYMBOL_HINT)
-        self.given = [*args, *kwargs.values()]
-        self.tensors = [value for value in self.given if isinstance(value, Tensor)]
+        leaves, self.form = pytree.tree_flatten(called.with_tensors("cpu", SYMBOL_HINT))
+        self.leaves = leaves
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> Any:
         """The call with these tensors in their places."""
         left = iter(tensors)
-        values = [next(left) if isinstance(value, Tensor) else value for value in self.given]
-        count = len(self.called.args)
-        named = dict(zip(self.called.kwargs, values[count:], strict=True))
-        return getattr(torch.ops.npu, self.called.op).default(*values[:count], **named)
+        leaves = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.form)
+        return getattr(torch.ops.npu, self.called.op).default(*args, **kwargs)
 
 
 def ask_torchair(called: Call) -> tuple[Answer, list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from conformance.calls import BFLOAT16, FLOAT16, QINT8, QUINT4X2, Call, call
+from conformance.moe_calls import grouped_calls, routing_calls
 
 # k inputs, n outputs of openPangu's down projection and of a projection with a bias.
 SHAPES = {"down": (6144, 1536), "key": (1536, 768)}
@@ -113,6 +114,8 @@ def all_calls(shapes: dict[str, tuple[int, int]] = SHAPES) -> Iterator[tuple[str
         for one in matmul_calls(scheme, dtype, k, n, biased)
     ]
     named += [(f"block {dtype}", one) for dtype in DTYPES for one in block_calls(dtype)]
+    named += [(f"routing {dtype}", one) for dtype in DTYPES for one in routing_calls(dtype)]
+    named += [one for dtype in DTYPES for one in grouped_calls(dtype)]
     for name, one in named:
         if str(one) not in seen:
             seen.add(str(one))

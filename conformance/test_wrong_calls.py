@@ -8,9 +8,11 @@ import pytest
 
 from conformance.calls import Answer, ask_contract, ask_host, ask_meta
 from conformance.ge_graph import ask_torchair
+from conformance.moe_wrong_calls import MOE_WRONG_CALLS
 from conformance.wrong_calls import WRONG_CALLS, WrongCall
 
 LAYERS = ("meta", "torchair", "host")
+CALLS = (*WRONG_CALLS, *MOE_WRONG_CALLS)
 
 
 def verdicts(wrong: WrongCall) -> dict[str, Answer]:
@@ -28,7 +30,7 @@ Row = tuple[WrongCall, dict[str, Answer], Answer]
 @pytest.fixture(scope="module")
 def table() -> list[Row]:
     """All wrong calls with all verdicts."""
-    return [(wrong, verdicts(wrong), ask_contract(wrong.call)) for wrong in WRONG_CALLS]
+    return [(wrong, verdicts(wrong), ask_contract(wrong.call)) for wrong in CALLS]
 
 
 def test_who_refuses_what_is_the_golden_table(

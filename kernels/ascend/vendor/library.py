@@ -81,7 +81,7 @@ def _contiguous(body: Function) -> Function:
         result = body(*args, **kwargs)
         if isinstance(result, Tensor):
             return result.contiguous()
-        return tuple(tensor.contiguous() for tensor in result)
+        return type(result)(tensor.contiguous() for tensor in result)
 
     return run
 

@@ -14,7 +14,9 @@ from torch.utils import _pytree as pytree
 from panguq.errors import LoweringError
 from panguq.kernels.ascend.vendor import ops as npu
 from panguq.kernels.ascend.vendor.contracts import check_call, violations
-from tests.kernels.ascend.npu_calls import (
+from tests.kernels.ascend.moe_wrong_calls import MOE_ILLEGAL
+from tests.kernels.ascend.npu_calls import LEGAL, causal, fixed
+from tests.kernels.ascend.operands import (
     BF16,
     BF16_NUMBER,
     FP16,
@@ -22,12 +24,9 @@ from tests.kernels.ascend.npu_calls import (
     FP32,
     INT8,
     INT32,
-    LEGAL,
     K,
     N,
-    causal,
     codes,
-    fixed,
     floats,
     words,
 )
@@ -364,6 +363,7 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("attention", {"atten_mask": causal(1, 1, 4, 4).mT}, "atten_mask must be contiguous"),
     ("attention", {"atten_mask": causal(2, 4, 4)}, "atten_mask must have shape [2, 1, 4, 4] or"),
     ("attention", {"atten_mask": causal(1, 1, 4, 5)}, "atten_mask must have shape [2, 1, 4, 4] or"),
+    *MOE_ILLEGAL,
 ]
 
 

@@ -39,16 +39,17 @@ class OneCall(torch.nn.Module):
     def __init__(self, name: str, m: int) -> None:
         super().__init__()
         self.op, arguments = LEGAL[name]
-        self.inputs: dict[str, Tensor] = {}
-        self.rest: dict[str, Any] = {}
-        for key, value in arguments(m).items():
-            if isinstance(value, Tensor) and m in value.shape:
-                self.inputs[key] = value
-            else:
-                self.rest[key] = value
+        self.leaves, self.form = pytree.tree_flatten(arguments(m))
+        self.inputs = {
+            place: leaf
+            for place, leaf in enumerate(self.leaves)
+            if isinstance(leaf, Tensor) and m in leaf.shape
+        }
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.op(**dict(zip(self.inputs, inputs, strict=True)), **self.rest)
+        given = dict(zip(self.inputs, inputs, strict=True))
+        leaves = [given.get(place, leaf) for place, leaf in enumerate(self.leaves)]
+        return self.op(**pytree.tree_unflatten(leaves, self.form))
 
 
 @pytest.mark.parametrize("name", LEGAL)
