@@ -83,9 +83,10 @@ class Attention(View):
         return operand(self.node, 2)
 
     @property
-    def mask(self) -> fx.Node:
-        """Broadcast to `[batch, heads, seq, total]`; without elements: plain causal."""
-        return operand(self.node, 3)
+    def mask(self) -> fx.Node | None:
+        """Broadcast to `[batch, heads, seq, total]`; without elements: plain causal. None hides
+        nothing."""
+        return arguments(self.node)["mask"]
 
     @property
     def scale(self) -> Any:

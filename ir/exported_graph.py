@@ -228,17 +228,22 @@ def _known_size(name: str, axis: int) -> str | None:
     return _KNOWN_SIZES.get((name, axis))
 
 
-def name_symbols(gm: fx.GraphModule) -> dict[str, tuple[str | int, ...]]:
-    """Give each symbolic size a name, keep it in `gm.meta`, and return the inputs' shapes."""
+def name_symbols(
+    gm: fx.GraphModule, known: Mapping[tuple[str, int], str] | None = None
+) -> dict[str, tuple[str | int, ...]]:
+    """Give each symbolic size a name, keep it in `gm.meta`, and return the inputs' shapes.
+
+    `known` are names by input and axis; without them, a language model's own.
+    """
     names: dict[sympy.Symbol, str] = {}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    causal = any(p.target == "input_ids" for p in placeholders)
+    causal = known is None and any(p.target == "input_ids" for p in placeholders)
     for p in placeholders:
         for d, size in enumerate(p.meta["val"].shape):
             expr = size.node.expr if isinstance(size, torch.SymInt) else None
-            known = _known_size(str(p.target), d)
-            if isinstance(expr, sympy.Symbol) and (known or not causal):
-                names.setdefault(expr, known or f"{p.target}_{d}")
+            name = _known_size(str(p.target), d) if known is None else known.get((str(p.target), d))
+            if isinstance(expr, sympy.Symbol) and (name or not causal):
+                names.setdefault(expr, name or f"{p.target}_{d}")
     gm.meta["symbol_names"] = names
     gm.meta["spelled_sizes"] = {}
     return {str(p.target): shape_of(gm, p) for p in placeholders}

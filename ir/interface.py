@@ -69,16 +69,18 @@ class Interface(BaseModel):
     A causal language model takes `input_ids` `[batch, seq]`, `attention_mask` (boolean
     `[batch, 1, seq, past + seq]`), `position_ids` `[batch, seq]`, `logit_positions` `[kept]`
     (which positions' logits are wanted), then what each layer keeps, a key and a value or states;
-    it returns `logits` `[batch, kept, vocab]`, the grown keys and values and the new states. Any
-    other module takes and returns what its `forward` did when it was traced. `max_positions` is the
-    most tokens, past and new, for which the graph is right, and `max_positions_reason` says what
-    changes beyond, as a learned position table or a sliding window does; `positions_from_mask` says
-    that the model numbers only real tokens; `size_limits` are the least and the largest value
-    (None: any) of a named size for which the trace holds.
+    it returns `logits` `[batch, kept, vocab]`, the grown keys and values and the new states. An
+    encoder is a transformers model that reads whole sequences or images, without a cache: its
+    inputs and outputs have the names that they have there, and `output_class` names the class of
+    its output. Any other module takes and returns what its `forward` did when it was traced.
+    `max_positions` is the most tokens, past and new, for which the graph is right, and
+    `max_positions_reason` says what changes beyond, as a learned position table or a sliding window
+    does; `positions_from_mask` says that the model numbers only real tokens; `size_limits` are the
+    least and the largest value (None: any) of a named size for which the trace holds.
     """
 
     model_config = ConfigDict(frozen=True)
-    kind: Literal["causal_lm", "module"]
+    kind: Literal["causal_lm", "encoder", "module"]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     input_shapes: dict[str, tuple[str | int, ...]]
@@ -90,6 +92,7 @@ class Interface(BaseModel):
     size_limits: dict[str, tuple[int, int | None]] = {}
     cache: tuple[CacheLayer, ...] = ()
     returns: Literal["tensor", "tuple"] = "tuple"
+    output_class: str = ""
 
     def cached_tensors(self) -> tuple[CachedTensor, ...]:
         """All tensors of the cache, in the order in which the graph takes and returns them."""

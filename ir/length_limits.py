@@ -32,29 +32,28 @@ class LengthLimit:
     reason: str
 
 
-def check_causal(model: Any, config: Any) -> None:
-    """Raises TraceError for a model whose config says that its attention is not causal."""
-    for settings in (config, model.config):
+def attends_both_ways(model: Any) -> bool:
+    """Whether the model's config says that its tokens see those after them."""
+    for settings in (model.config, model.config.get_text_config(decoder=True)):
         if getattr(settings, "is_causal", None) is False:
-            raise _not_causal(model, "is_causal is False in its config")
-        both_ways = getattr(settings, "use_bidirectional_attention", None)
-        if both_ways in (True, "all"):
-            raise _not_causal(model, f"use_bidirectional_attention is {both_ways!r} in its config")
+            return True
+        if getattr(settings, "use_bidirectional_attention", None) in (True, "all"):
+            return True
+    return False
 
 
 def check_causal_modules(model: nn.Module, traced: Container[str]) -> None:
-    """As `check_causal`, for what the modules at the `traced` paths say of themselves. Others, such
-    as attention to an encoder that a decoder alone does not have, may say what they like."""
+    """Raises TraceError for modules at the `traced` paths that say of themselves that they are not
+    causal, where the config says nothing. Others, such as attention to an encoder that a decoder
+    alone does not have, may say what they like."""
     for path, module in model.named_modules():
         if path in traced and getattr(module, "is_causal", None) is False:
-            raise _not_causal(model, f"is_causal is False in {path}")
-
-
-def _not_causal(model: nn.Module, why: str) -> TraceError:
-    return TraceError(
-        f"the attention of {type(model).__name__} is not causal: {why}",
-        "panguq computes each token from those before it; a bidirectional model is not served",
-    )
+            raise TraceError(
+                f"the attention of {type(model).__name__} is not causal: is_causal is False in "
+                f"{path}",
+                "set is_causal to False in the config, so that the whole model is compiled as one "
+                "that attends both ways",
+            )
 
 
 def attention_windows(

@@ -30,7 +30,7 @@ from panguq.ir.causal_lm import (
     cache_layers,
     choose_attention,
 )
-from panguq.ir.edit import module_path
+from panguq.ir.edit import finish, module_path
 from panguq.ir.experts import check_experts, choose_experts
 from panguq.ir.exported_graph import (
     WHAT_TO_DO,
@@ -44,8 +44,8 @@ from panguq.ir.exported_graph import (
 from panguq.ir.interface import CachedTensor, Interface
 from panguq.ir.length_limits import (
     LengthLimit,
+    attends_both_ways,
     attention_windows,
-    check_causal,
     check_causal_modules,
     keep_rotary_frequencies,
     reset_rotary_frequencies,
@@ -63,7 +63,8 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in tensors}).eval()
 
 
-def _fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
+def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
+    """The mode of the model's tensors if they are fake, or None."""
     for tensor in [*model.parameters(), *model.buffers()]:
         mode = getattr(tensor, "fake_mode", None)
         if isinstance(mode, FakeTensorMode):
@@ -72,8 +73,21 @@ def _fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
 
 
 def is_causal_lm(model: Any) -> bool:
-    """Whether this is a transformers model that continues token sequences from a cache."""
-    return hasattr(model, "config") and hasattr(model, "generate") and model.can_generate()
+    """Whether this is a transformers model that continues token sequences from a cache.
+
+    Attention that goes both ways continues nothing: the cache would hold what the next token
+    changes.
+    """
+    generates = hasattr(model, "config") and hasattr(model, "generate") and model.can_generate()
+    return generates and not attends_both_ways(model)
+
+
+def encoder_decoder(model: Any) -> TraceError:
+    """The error for a model of two halves."""
+    return TraceError(
+        f"{type(model).__name__} is an encoder-decoder model",
+        "panguq compiles its encoder alone: panguq.compile(model.get_encoder(), ...)",
+    )
 
 
 def trace_causal_lm(
@@ -87,8 +101,7 @@ def trace_causal_lm(
     skeleton: Any = skeleton_of(model)
     config = skeleton.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
-        raise TraceError(f"{type(model).__name__} is an encoder-decoder model", _WHAT_IS_SERVED)
-    check_causal(skeleton, config)
+        raise encoder_decoder(model)
     check_experts(skeleton)
     choose_experts(skeleton)
     windows, limits = attention_windows(model, config)
@@ -96,7 +109,7 @@ def trace_causal_lm(
     keep_rotary_frequencies(skeleton)
     choose_attention(skeleton)
     step = CausalLMStep(skeleton, mask_form, windows)
-    mode = _fake_mode_of(model)
+    mode = fake_mode_of(model)
     asked = CausalLMStep(skeleton_of(skeleton), mask_form, windows)  # it keeps fake buffers
     with _naming_the_module(asked.model):
         cached = cache_layers(asked, mode)
@@ -123,7 +136,7 @@ def trace_causal_lm(
             for places in step.stacks
         ],
     )
-    exported = _export(step, args, dynamic)
+    exported = _export(step, args, dynamic, skeleton)
     parts = {
         f"stacks_{number}": [(at, f"past_{tensors[at].name}") for at in places]
         for number, places in enumerate(step.stacks)
@@ -190,17 +203,23 @@ def _numbers_real_tokens(model: nn.Module) -> bool:
 
 
 def trace_module(
-    model: nn.Module, example_inputs: Sequence[Tensor]
+    model: nn.Module,
+    example_inputs: Sequence[Tensor],
+    names: Sequence[str] = (),
 ) -> tuple[fx.GraphModule, Interface]:
     """Trace any module that maps tensors to a tensor or a tuple of tensors.
 
     Sizes of the example inputs stay dynamic wherever the module allows it; they must be at
-    least 2. Raises TraceError otherwise, or if the module cannot be exported.
+    least 2. With `names` of the inputs, the module only wraps another one, its attribute `model`,
+    whose name and whose weights' names count. Raises TraceError otherwise, or if the module cannot
+    be exported.
     """
+    source: Any = model.model if names else model
     for index, example in enumerate(example_inputs):
         if not isinstance(example, Tensor) or min(example.shape, default=2) < 2:
             raise TraceError(
-                f"example input {index} of {type(model).__name__} is not a tensor with every "
+                f"example input {names[index] if names else index} of "
+                f"{type(source).__name__} is not a tensor with every "
                 f"size at least 2: {getattr(example, 'shape', type(example).__name__)}",
                 "sizes 0 and 1 would be baked into the graph; give a larger example",
             )
@@ -209,7 +228,7 @@ def trace_module(
     if inspect.Parameter.VAR_POSITIONAL in kinds:  # `*inputs` is one argument to export
         named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         dynamic = (*dynamic[:named], dynamic[named:])
-    exported, gm, input_shapes = _traced(model, tuple(example_inputs), dynamic)
+    exported, gm, input_shapes = _traced(model, tuple(example_inputs), dynamic, names)
     results = next(reversed(gm.graph.nodes)).args[0]
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     interface = Interface(
@@ -225,7 +244,7 @@ def trace_module(
 
 
 def _traced(
-    model: nn.Module, args: tuple[Tensor, ...], dynamic: Any
+    model: nn.Module, args: tuple[Tensor, ...], dynamic: Any, names: Sequence[str]
 ) -> tuple[ExportedProgram, fx.GraphModule, dict[str, tuple[str | int, ...]]]:
     """The exported module, its graph, and its inputs' shapes.
 
@@ -233,11 +252,15 @@ def _traced(
     is made static: only few calls could choose another one.
     """
     while True:
-        skeleton = skeleton_of(model)
-        choose_experts(skeleton)
-        exported = _export(skeleton, args, dynamic)
-        gm = _graph_of(exported, model, "", {})
-        shapes = name_symbols(gm)
+        copied: Any = skeleton_of(model)
+        choose_experts(copied)
+        exported = _export(copied, args, dynamic, copied.model if names else copied)
+        if names:
+            gm = _graph_of(exported, copied.model, "model.", {})
+            _name_inputs(gm, names)
+        else:
+            gm = _graph_of(exported, model, "", {})
+        shapes = name_symbols(gm, _encoder_sizes(names) if names else None)
         gm.meta["size_limits"] = _size_limits(gm, exported)
         bound = excluded(gm)
         if not bound:
@@ -247,6 +270,21 @@ def _traced(
             for axis, size in enumerate(shape):
                 if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & bound:
                     axes[axis] = Dim.STATIC
+
+
+def _name_inputs(gm: fx.GraphModule, names: Sequence[str]) -> None:
+    """Call the graph's inputs so."""
+    given = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(given, names, strict=True):
+        node.target = name
+        node._rename(name)
+    finish(gm)
+
+
+def _encoder_sizes(names: Sequence[str]) -> dict[tuple[str, int], str]:
+    """What the first input's sizes are called; others have the input's name and the axis."""
+    of_tokens = {(name, 1): "seq" for name in names if name == "input_ids"}
+    return {(names[0], 0): "batch", **of_tokens}
 
 
 def _is_axes(value: object) -> bool:
@@ -275,8 +313,10 @@ _WHAT_IS_SERVED = (
 )
 
 
-def _export(module: nn.Module, args: tuple[Any, ...], dynamic: Any) -> ExportedProgram:
-    source = module.model if isinstance(module, CausalLMStep) else module
+def _export(
+    module: nn.Module, args: tuple[Any, ...], dynamic: Any, source: nn.Module
+) -> ExportedProgram:
+    """Export a module; `source` is the one to blame."""
     # Nearly every call in a trace has sizes of its own: torch would fill a cache that none reads.
     uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
     with _naming_the_module(source), torch.no_grad(), uncached:

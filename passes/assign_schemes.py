@@ -19,6 +19,8 @@ from panguq.ir.views import ExpertLinear, Linear, by_input, results_of
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table, matmuls
 from panguq.passes.pipeline.module_globs import check_globs
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class AssignSchemes(Pass):
@@ -97,16 +99,23 @@ class AssignSchemes(Pass):
         return parse_scheme(name), ""
 
 
+_OF_TRANSFORMERS = ("logit_positions", "input_ids", "pixel_values", "input_features")
+"""Inputs that say that a graph is one of transformers' models, whose last linear is its head."""
+_PICKS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.select.int)
+
+
 def gives_logits(node: fx.Node) -> bool:
-    """Whether this linear gives a language model's logits, perhaps scaled or capped on the way."""
+    """Whether this linear gives the logits (or scores, or embeddings) of one of transformers'
+    models, perhaps scaled, capped or picked at some tokens on the way."""
     graph = node.graph
-    if not any(p.target == "logit_positions" for p in graph.nodes if p.op == "placeholder"):
+    if not any(p.target in _OF_TRANSFORMERS for p in graph.nodes if p.op == "placeholder"):
         return False
     gm = graph.owning_module
     assert gm is not None
     result = results_of(gm)[0]
     while result is not node and Linear.match(result) is None:
         inputs = [n for n in result.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        inputs = inputs[:1] if result.target in _PICKS else inputs
         if len(inputs) != 1 or inputs[0].op != "call_function":
             return False
         result = inputs[0]

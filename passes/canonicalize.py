@@ -379,8 +379,8 @@ def _attention(node: fx.Node) -> fx.Node | None:
         scale = q.shape[3] ** -0.5
     if not isinstance(scale, float):  # it follows from a dynamic size
         return None
-    if mask is None:
-        if not given["is_causal"] or q.shape[2] != k.shape[2]:
+    if mask is None and given["is_causal"]:
+        if q.shape[2] != k.shape[2]:
             return None
         name = weight_name(f"{module_path(node) or 'attention'}.causal_mask", ())
         mask = tensor_node(node, name, torch.empty(0, dtype=torch.bool))

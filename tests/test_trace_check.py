@@ -227,18 +227,6 @@ def build(kind: str, **settings):
     return getattr(transformers, name)(config).eval()
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "said"),
-    [
-        ("Llama", {"is_causal": False}, "is_causal is False in its config"),
-        ("Gemma3Text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    ],
-)
-def test_bidirectional_attention_is_refused(kind, settings, said) -> None:
-    with pytest.raises(TraceError, match=f"{kind[:4]}.* is not causal: {said}"):
-        panguq.compile(build(kind, **settings), "float")
-
-
 def test_a_module_that_attends_both_ways_is_refused() -> None:
     model = make_model("llama")
     model.model.layers[1].self_attn.is_causal = False

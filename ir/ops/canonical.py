@@ -64,7 +64,7 @@ def _attention_fake(query: Tensor, value: Tensor) -> Tensor:
 
 
 @define_op(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale, "
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, "
     "Tensor? sinks=None, float softcap=0.0) -> Tensor",
     fake=_attention_fake,
 )
@@ -72,7 +72,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     scale: float,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
@@ -81,10 +81,11 @@ def attention(
 
     query `[batch, heads, seq, d]`; key and value `[batch, kv_heads, total, d]` with heads a
     multiple of kv_heads; mask broadcastable to `[batch, heads, seq, total]`, boolean (True
-    attends) or additive. A mask without elements stands for plain causal attention: query i
-    attends to the keys 0 ... total - seq + i. `sinks` `[heads]` are scores of one more key, whose
-    value is zero; a `softcap` c other than 0 makes every score s `c * tanh(s / c)` before the mask.
-    The result is laid out as `[batch, seq, heads, d]`, as the next matmul reads it.
+    attends) or additive. No mask hides nothing; a mask without elements stands for plain causal
+    attention: query i attends to the keys 0 ... total - seq + i. `sinks` `[heads]` are scores of
+    one more key, whose value is zero; a `softcap` c other than 0 makes every score s
+    `c * tanh(s / c)` before the mask. The result is laid out as `[batch, seq, heads, d]`, as the
+    next matmul reads it.
     """
     if sinks is None and softcap == 0.0:
         result = _attention(query, key, value, mask, scale)
@@ -97,7 +98,7 @@ def _attention_by_scores(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     scale: float,
     sinks: Tensor | None,
     softcap: float,
@@ -108,11 +109,8 @@ def _attention_by_scores(
     scores = _wide(query) @ _wide(key).transpose(2, 3) * scale
     if softcap != 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask.numel() == 0:
-        mask = torch.ones(seq, total, dtype=torch.bool, device=query.device).tril(total - seq)
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
-    scores = scores + mask
+    if mask is not None:
+        scores = scores + _added(mask, seq, total, scores)
     if sinks is not None:
         one_more = _wide(sinks)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, one_more), dim=-1)
@@ -120,10 +118,22 @@ def _attention_by_scores(
     return (weights @ _wide(value)).to(query.dtype)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _added(mask: Tensor, seq: int, total: int, scores: Tensor) -> Tensor:
+    """The mask as what is added to scores: -inf where a key is hidden."""
+    if mask.numel() == 0:
+        mask = torch.ones(seq, total, dtype=torch.bool, device=scores.device).tril(total - seq)
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     seq, total = query.shape[2], key.shape[2]
-    if mask.numel() == 0:
+    causal = mask is not None and mask.numel() == 0
+    if causal:
         if seq == 1:
             folded = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
             out = functional.scaled_dot_product_attention(folded, key, value, scale=scale)
@@ -134,7 +144,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    if mask.numel() == 0:
+    if causal and seq == total:
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale
         )

@@ -127,8 +127,20 @@ def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator, s
         return torch.randn(shape, generator=generator, dtype=_lift(val.dtype))
     if val.dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool).tril(shape[-1] - shape[-2])
-    high = min(sizes["seq"], *shape[-1:]) if node.target == "logit_positions" else 4
+    high = min(sizes["seq"], *shape[-1:]) if node.target == "logit_positions" else _rows(node)
     return torch.randint(0, max(high, 1), shape, generator=generator)
+
+
+def _rows(node: fx.Node) -> int:
+    """Below what integers of this input lie: 4, or the rows of a smaller table that they look up,
+    such as that of a text's two parts."""
+    readers, tables = list(node.users), []
+    for reader in readers:
+        if reader.target is aten.embedding.default and operand(reader, 1) in (node, *readers):
+            tables.append(int(operand(reader, 0).meta["val"].shape[0]))
+        elif len(reader.all_input_nodes) == 1:
+            readers += [user for user in reader.users if user not in readers]
+    return min([4, *tables])
 
 
 def _weight_epsilon(gm: fx.GraphModule) -> float:

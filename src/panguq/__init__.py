@@ -26,7 +26,7 @@ from panguq.errors import (
 from panguq.versions import warn_of_untested
 
 if TYPE_CHECKING:
-    from panguq.compiled_model import CompiledCausalLM, CompiledModule, load
+    from panguq.compiled_model import CompiledCausalLM, CompiledEncoder, CompiledModule, load
     from panguq.compiler import compile
     from panguq.data.calibration_data import read_calibration
     from panguq.evaluation import evaluate
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompiledCausalLM",
+    "CompiledEncoder",
     "CompiledModule",
     "InputError",
     "LoweringError",
@@ -64,6 +65,7 @@ __all__ = [
 # Loaded on first use: `import panguq` stays light, without transformers.
 _LAZY = {
     "CompiledCausalLM": ("panguq.compiled_model", "CompiledCausalLM"),
+    "CompiledEncoder": ("panguq.compiled_model", "CompiledEncoder"),
     "CompiledModule": ("panguq.compiled_model", "CompiledModule"),
     "Plan": ("panguq.planning.dry_run", "Plan"),
     "Recipe": ("panguq.recipe", "Recipe"),

@@ -27,8 +27,8 @@ class Artifact:
     """The graphs of one compile and what is needed to run, inspect and write them.
 
     `stages` maps a stage's name (`fake-quant`, `lowered`) to its graph; the stages share their
-    weights. A causal language model has a `config` and `generation_config` of transformers, and a
-    `tokenizer` if one was given; other modules have none.
+    weights. A model of transformers has a `config` of it, and a `tokenizer` if one was given; a
+    causal language model a `generation_config`, too; other modules have none.
     """
 
     stages: Mapping[str, fx.GraphModule]
@@ -41,13 +41,17 @@ class Artifact:
     tokenizer: Any = None
 
     def of(self, model: Any, tokenizer: Any) -> Artifact:
-        """This artifact as that of a transformers language model, with what is saved along.
+        """This artifact as that of a transformers model, with what is saved along.
 
-        The configuration has the vocabulary that the embedding has. A tokenizer that cannot be
+        The configuration has the vocabulary that the embedding has, and names the model's class. A
+        tokenizer that cannot be
         saved is left out, which is said.
         """
         config = copy.deepcopy(model.config)
-        config.get_text_config(decoder=True).vocab_size = self.interface.vocab_size
+        if self.interface.vocab_size is not None:
+            config.get_text_config(decoder=True).vocab_size = self.interface.vocab_size
+        if self.interface.kind == "encoder":
+            config.architectures = [type(model).__name__]
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             logger.warning(
                 "the tokenizer, a %s, is not saved with the model: only those of transformers are",

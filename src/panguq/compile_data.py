@@ -15,12 +15,20 @@ from panguq.data.calibration import (
     SAMPLED_TOKENS,
     Batches,
     causal_lm_batches,
+    encoder_batches,
     sample_sequences,
 )
 from panguq.data.calibration_data import GIVEN, CalibrationData, decoded, read_calibration
 from panguq.data.calibration_modules import module_batches
 from panguq.data.inputs import takes_empty_mask
 from panguq.errors import InputError
+from panguq.ir.encoder import (
+    Examples,
+    encoder_examples,
+    input_names,
+    is_encoder,
+    reads_text,
+)
 from panguq.ir.trace import is_causal_lm
 from panguq.lowering.targets import find_target
 from panguq.passes.pipeline.base import PassContext
@@ -30,6 +38,7 @@ logger = logging.getLogger("panguq")
 
 
 MOST_SAMPLED = 1 << 14
+RANDOM_TOKENS = 32
 
 
 @dataclass
@@ -45,7 +54,7 @@ class CompileData:
     given: Any
     sampled: int
     tokenizer: Any
-    example_inputs: Sequence[Tensor] | None
+    example_inputs: Examples
     calibrated: bool
     batches: Batches | None = None
     summary: CalibrationSummary = field(default_factory=CalibrationSummary)
@@ -57,7 +66,7 @@ class CompileData:
         given: Any,
         sampled: int,
         tokenizer: Any,
-        example_inputs: Sequence[Tensor] | None,
+        example_inputs: Examples,
         calibrated: bool,
     ) -> CompileData:
         """Raises InputError, before any long work, for what is no calibration data."""
@@ -68,10 +77,15 @@ class CompileData:
                 f"sampled {sampled}: at most {MOST_SAMPLED} sequences are written side by side",
                 "a hundred are plenty",
             )
-        if given is not None and is_causal_lm(model):
+        encodes = is_encoder(model)
+        if given is not None and (is_causal_lm(model) or (encodes and reads_text(model))):
             config: Any = model.config
             longest = getattr(config, "max_position_embeddings", None)
             given = read_calibration(given, tokenizer, longest=longest)
+        if encodes and given is None and example_inputs is None and calibrated:
+            raise needs_data(model)
+        if sampled and not is_causal_lm(model):
+            raise InputError("sampled: only a causal language model writes text of its own")
         return cls(
             model, given, sampled if calibrated else 0, tokenizer, example_inputs, calibrated
         )
@@ -93,14 +107,22 @@ class CompileData:
                 self.batches = self._causal_lm_batches(gm, ctx, target, self.given)
                 self.summary = self.given.summary
             return
-        if self.sampled:
-            raise InputError("sampled: only a causal language model writes text of its own")
         if self.given is None and self.calibrated:
             logger.warning("calibration data: none given, so the example inputs serve for it")
-        inputs = [tuple(self.example_inputs or ())] if self.given is None else self.given
         source = "the example inputs" if self.given is None else GIVEN
-        self.batches = module_batches(inputs, ctx.interface, self.example_inputs)
+        if ctx.interface.kind == "encoder":
+            if self.given is None and self.example_inputs is None:
+                source = "random inputs, which no pass observes"
+            examples = encoder_examples(self.model, self.example_inputs, 1, RANDOM_TOKENS)
+            data = [examples] if self.given is None else self.given
+            self.batches = encoder_batches(data, ctx.interface)
+        else:
+            inputs = tuple(x for x in self.example_inputs or () if isinstance(x, Tensor))
+            data = [inputs] if self.given is None else self.given
+            self.batches = module_batches(data, ctx.interface, inputs or None)
         self.summary = CalibrationSummary(source=source, sequences=len(self.batches))
+        if isinstance(self.given, CalibrationData):
+            self.summary = self.given.summary
 
     def sample(self, gm: fx.GraphModule, ctx: PassContext, target: str) -> Batches:
         """All batches, those included that the model writes itself."""
@@ -143,3 +165,15 @@ class CompileData:
     ) -> Batches:
         empty_mask = takes_empty_mask(gm) and find_target(target).takes_empty_masks
         return causal_lm_batches(data, ctx.interface, None, empty_mask)
+
+
+def needs_data(model: nn.Module) -> InputError:
+    """The error where a recipe observes data, none is given, and the model cannot write any."""
+    names = input_names(model)
+    text = reads_text(model)
+    forms = "a path of text, texts with a tokenizer, or token ids"
+    tensors = f"a list of inputs, each a mapping with {', '.join(names) or 'its inputs'}"
+    return InputError(
+        f"the recipe calibrates on data, and {type(model).__name__} writes none of its own",
+        f"give calibration=: {forms if text else tensors}",
+    )

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, fx
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from panguq.artifact import LOWERED, Artifact
+from panguq.data.encoder_inputs import named_inputs, named_output, prepare_encoder
 from panguq.data.inputs import (
     check_ids,
     check_input_dtypes,
@@ -177,17 +179,14 @@ class CompiledModule(FrozenModule):
         return f"recipe={self.recipe.name}, target={self.target}, stage={self.stage}"
 
 
-class CompiledCausalLM(CompiledModule, Generates):
-    """A compiled causal language model with transformers' calling convention and `generate`."""
+class _CompiledTransformer(CompiledModule):
+    """What compiled models of transformers share: a configuration, and perhaps a tokenizer."""
 
     def __init__(self, artifact: Artifact, stage: str = LOWERED) -> None:
         super().__init__(artifact, stage)
         self.config = artifact.config
-        self.generation_config = artifact.generation_config or GenerationConfig.from_model_config(
-            artifact.config
-        )
+        self.generation_config = artifact.generation_config
         self.tokenizer = artifact.tokenizer
-        self.empty_mask = takes_empty_mask(self.graph)
 
     @property
     def artifact(self) -> Artifact:
@@ -198,6 +197,57 @@ class CompiledCausalLM(CompiledModule, Generates):
             generation_config=self.generation_config,
             tokenizer=self.tokenizer,
         )
+
+    def _output(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """The output in the form that was asked for, by default the config's."""
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+
+class CompiledEncoder(_CompiledTransformer):
+    """A compiled transformers model without a cache: an encoder, a classifier, a reranker.
+
+    It is called like the model that it came from, and returns an output of the same class with the
+    same fields.
+    """
+
+    def forward(self, *inputs: Any, return_dict: bool | None = None, **named: Any) -> Any:
+        """The model's output for its inputs, in the order or by the names that it has in
+        transformers; `attention_mask` `[batch, seq]` and `token_type_ids` may be left out.
+
+        Raises InputError for what the graph cannot serve.
+        """
+        with _as_compiled(self._device):
+            results = self.executable(*self._prepared(inputs, named))
+        names = self.interface.outputs
+        output = named_output(self.interface.output_class, self.config, names, results)
+        return self._output(output, return_dict)
+
+    @torch.compiler.disable  # it looks at values
+    def _prepared(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:
+        """The graph's inputs in order, where the model runs."""
+        given = named_inputs(self.interface, inputs, named)
+        prepared = prepare_encoder(self.interface, {k: _on_cpu(x) for k, x in given.items()})
+        return [x.to(self._device) for x in prepared.values()]
+
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises InputError: without a cache nothing is continued."""
+        raise InputError(
+            "this model reads its whole input at once and has no cache, so it does not generate",
+            "call it with its inputs; a model whose config says is_causal: true generates",
+        )
+
+
+class CompiledCausalLM(_CompiledTransformer, Generates):
+    """A compiled causal language model with transformers' calling convention and `generate`."""
+
+    def __init__(self, artifact: Artifact, stage: str = LOWERED) -> None:
+        super().__init__(artifact, stage)
+        self.generation_config = artifact.generation_config or GenerationConfig.from_model_config(
+            artifact.config
+        )
+        self.empty_mask = takes_empty_mask(self.graph)
 
     def forward(  # type: ignore[override]
         self,
@@ -230,9 +280,7 @@ class CompiledCausalLM(CompiledModule, Generates):
             use_cache = getattr(self.config, "use_cache", True)
         held = self._kept(given, grown, input_ids.shape[1], bool(use_cache))
         output = CausalLMOutputWithPast(**{"logits": logits, CACHE_NAME: held})
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        return self._output(output, return_dict)
 
     @torch.compiler.disable  # it looks at values
     def _prepared(
@@ -278,17 +326,20 @@ class CompiledCausalLM(CompiledModule, Generates):
 
 
 def compiled_model(artifact: Artifact, stage: str = LOWERED) -> CompiledModule:
-    """The model that runs this artifact: a `CompiledCausalLM` for a causal language model."""
-    is_causal_lm = artifact.interface.kind == "causal_lm"
-    return (CompiledCausalLM if is_causal_lm else CompiledModule)(artifact, stage)
+    """The model that runs this artifact: a `CompiledCausalLM` for a causal language model, a
+    `CompiledEncoder` for another model of transformers."""
+    return _KINDS.get(artifact.interface.kind, CompiledModule)(artifact, stage)
+
+
+_KINDS = {"causal_lm": CompiledCausalLM, "encoder": CompiledEncoder}
 
 
 def load(path: str | Path, stage: str = LOWERED) -> CompiledModule:
     """The compiled model in a folder that `save` wrote, to be run at `stage`.
 
-    Weights are memory-mapped. A causal language model comes back as a `CompiledCausalLM`, with its
-    tokenizer if it was saved with one. Raises StorageError, naming the file, for anything missing,
-    truncated, changed or from elsewhere.
+    Weights are memory-mapped. A model of transformers comes back as a `CompiledCausalLM` or a
+    `CompiledEncoder`, with its tokenizer if it was saved with one. Raises StorageError, naming the
+    file, for anything missing, truncated, changed or from elsewhere.
     """
     from panguq.formats.own.model_folder import read_model
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from panguq.artifact import FAKE_QUANT, LOWERED, Artifact
 from panguq.compile_data import CompileData
@@ -16,8 +15,8 @@ from panguq.compiled_model import CompiledModule, compiled_model
 from panguq.data.calibration import probe_of
 from panguq.dumps.dump import Dump, chosen_folder
 from panguq.ir.edit import clone, store_folded
+from panguq.ir.encoder import Examples
 from panguq.ir.run.sweep import Progress
-from panguq.ir.trace import is_causal_lm
 from panguq.lowering.lower_matmuls import check_lowerable
 from panguq.lowering.scheme_costs import TargetRules
 from panguq.lowering.stages import default_dtype
@@ -44,7 +43,7 @@ def compile(
     calibration: Any = None,
     sampled: int = 0,
     tokenizer: Any = None,
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Examples = None,
     target: str = "cpu",
     dtype: torch.dtype | None = None,
     allow_unmatched: bool = False,
@@ -55,13 +54,15 @@ def compile(
 ) -> CompiledModule:
     """Compile a model under a recipe into a graph of the target's kernels.
 
-    model: a transformers causal language model, or any nn.Module together with
-        `example_inputs`. It is never changed; tensors that no pass rewrites are shared.
+    model: a causal language model of transformers, another of its models (an encoder, a classifier,
+        a reranker, a vision tower), or any nn.Module together with `example_inputs`. It is never
+        changed; tensors that no pass rewrites are shared.
     recipe: a built-in recipe's name (`panguq.recipes()`), a YAML file, a mapping, or a Recipe.
     calibration: the path of a file, texts or conversations (with `tokenizer`), token ids, or
-        batches (docs/calibration.md has all forms); for other modules an iterable of inputs.
-        Without it, a recipe that needs data samples sequences from the model itself (other modules:
-        takes the example inputs), and says so. `report.calibration` says what was used.
+        batches (docs/calibration.md has all forms); for other modules, and models that read more
+        than text, an iterable of inputs. Without it, a recipe that needs data samples sequences
+        from a causal language model itself, or takes the example inputs, and says so.
+        `report.calibration` says what was used.
     tokenizer: the model's; it is saved along. None: the one in the local folder that the model was
         loaded from, if there is one.
     sampled: this many more sequences, as long as the longest of `calibration`, that a causal
@@ -141,4 +142,5 @@ def compile(
             dump.close(report)
         quality.conclude(report)
     made = Artifact({FAKE_QUANT: fake_quant, LOWERED: gm}, ctx.interface, recipe, target, report)
-    return compiled_model(made.of(model, tokenizer) if is_causal_lm(model) else made)
+    of_transformers = ctx.interface.kind != "module"
+    return compiled_model(made.of(model, tokenizer) if of_transformers else made)

@@ -22,6 +22,7 @@ from panguq.data.inputs import prepare
 from panguq.errors import TraceError, first_line
 from panguq.ir.analysis.choices import deciding_linears
 from panguq.ir.edit import module_path
+from panguq.ir.encoder import DEFAULTS, Examples, encoder_examples, let_return_no_cache
 from panguq.ir.interface import Interface
 from panguq.ir.kv_cache import cache_argument, cache_of
 from panguq.ir.length_limits import (
@@ -99,6 +100,29 @@ def check_causal_lm(model: Any, gm: fx.GraphModule, interface: Interface) -> Non
             _compare_logits(_Call(f"positions beyond {change}", given, inputs), eager, gm)
 
 
+def check_encoder(
+    model: Any, gm: fx.GraphModule, interface: Interface, given: Examples = None
+) -> None:
+    """As `check_causal_lm`, for a transformers model without a cache: all outputs, on inputs of
+    other sizes than the trace's, once as its user leaves out what has a default, and once with
+    padding at either end."""
+    eager: Any = _copy(model)
+    let_return_no_cache(eager)
+    tokens = _tokens(model, interface)
+    inputs = encoder_examples(model, given, BATCH, tokens)
+    needed = {name: x for name, x in inputs.items() if name not in DEFAULTS}
+    with torch.random.fork_rng(devices=[]):
+        if given is not None:
+            _compare_fields(_Call("the example inputs", inputs, inputs), eager, gm, interface)
+            return
+        _compare_fields(_Call("inputs without padding", needed, inputs), eager, gm, interface)
+        if "attention_mask" in inputs and _weight_bytes(model) <= LARGE_BYTES:
+            mask = inputs["attention_mask"]
+            mask[1, : min(PADDING, tokens - 2)] = mask[0, -1] = 0
+            padded = _Call("inputs with padding", inputs, inputs, mask.bool())
+            _compare_fields(padded, eager, gm, interface)
+
+
 def check_module(
     model: nn.Module, gm: fx.GraphModule, interface: Interface, examples: Sequence[Tensor]
 ) -> None:
@@ -166,13 +190,7 @@ def _tolerance(model: nn.Module) -> float:
 def _compare_logits(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> tuple[Any, list[Tensor]]:
     """What the model returned, and the cache that the graph did."""
     name = type(eager).__name__
-    try:
-        output = call.eager(eager)
-    except Exception as error:
-        raise TraceError(
-            f"{name} itself fails on {call.what}: {first_line(error, typed=True)}",
-            "compile a model that runs; panguq compares its graph with it",
-        ) from error
+    output = _eager_output(call, eager)
     logits, *grown = interpret.run(gm, call.inputs)
     expected, actual = _real(output.logits, call), _real(logits, call)
     worst = _difference(expected, actual)
@@ -184,6 +202,33 @@ def _compare_logits(call: _Call, eager: nn.Module, gm: fx.GraphModule) -> tuple[
             raise _not_deterministic(name)
         raise _differs(call, eager, gm, worst, name)
     return output, grown
+
+
+def _eager_output(call: _Call, eager: nn.Module) -> Any:
+    """What the model returns. Raises TraceError where it does not run."""
+    try:
+        return call.eager(eager)
+    except Exception as error:
+        raise TraceError(
+            f"{type(eager).__name__} itself fails on {call.what}: {first_line(error, typed=True)}",
+            "compile a model that runs; panguq compares its graph with it",
+        ) from error
+
+
+def _compare_fields(
+    call: _Call, eager: nn.Module, gm: fx.GraphModule, interface: Interface
+) -> None:
+    """Every output against the model's, which the interface names."""
+    name = type(eager).__name__
+    output = _eager_output(call, eager)
+    actual = dict(zip(interface.outputs, interpret.run(gm, call.inputs), strict=True))
+    for field, value in actual.items():
+        worst = _difference(_real(output[field], call), _real(value, call))
+        if worst > _tolerance(eager):
+            again = call.eager(eager)
+            if _difference(_real(output[field], call), _real(again[field], call)) > 0:
+                raise _not_deterministic(name)
+            raise _differs(call, eager, gm, worst, name)
 
 
 def _real(value: Any, call: _Call) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, fx, nn
 
 from panguq.errors import InputError, TraceError
 from panguq.ir.causal_lm import MaskForm, makes_its_own_mask
+from panguq.ir.encoder import Examples, is_encoder, trace_encoder
 from panguq.ir.interface import Interface
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
-from panguq.trace_check import check_causal_lm, check_module, has_weights
+from panguq.trace_check import check_causal_lm, check_encoder, check_module, has_weights
 
 
 def trace(
     model: nn.Module,
-    example_inputs: Sequence[Tensor] | None,
+    example_inputs: Examples,
     dtype: torch.dtype | None,
     compare: bool = True,
 ) -> tuple[fx.GraphModule, Interface]:
@@ -32,13 +33,18 @@ def trace(
             "load it first, for example with panguq.load_pretrained(folder)",
         )
     if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
-        model = _cast(model, dtype, keep_buffers=is_causal_lm(model))
+        model = _cast(model, dtype, keep_buffers=is_causal_lm(model) or is_encoder(model))
     compare = compare and has_weights(model)
     if is_causal_lm(model):
         return _trace_causal_lm(model, compare)
-    if example_inputs is None:
+    if is_encoder(model):
+        gm, interface = trace_encoder(model, example_inputs)
+        if compare:
+            check_encoder(model, gm, interface, example_inputs)
+        return gm, interface
+    if example_inputs is None or isinstance(example_inputs, Mapping):
         raise InputError(
-            f"{type(model).__name__} is not a transformers causal language model",
+            f"{type(model).__name__} is not a model of transformers",
             "pass example_inputs=, a tuple of tensors with every size at least 2",
         )
     gm, interface = trace_module(model, example_inputs)
@@ -71,14 +77,18 @@ def _checked(
     return gm, interface
 
 
-def in_dtype(
-    example_inputs: Sequence[Tensor] | None, dtype: torch.dtype | None
-) -> Sequence[Tensor] | None:
+def in_dtype(example_inputs: Examples, dtype: torch.dtype | None) -> Examples:
     """The examples as the cast module takes them: floating-point ones in its dtype."""
     if example_inputs is None or dtype is None:
         return example_inputs
-    floats = [isinstance(x, Tensor) and x.is_floating_point() for x in example_inputs]
-    return tuple(x.to(dtype) if f else x for x, f in zip(example_inputs, floats, strict=True))
+    if isinstance(example_inputs, Mapping):
+        return {name: _as(x, dtype) for name, x in example_inputs.items()}
+    return tuple(_as(x, dtype) for x in example_inputs)
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
 
 
 def _cast(model: nn.Module, dtype: torch.dtype, keep_buffers: bool) -> nn.Module:

@@ -113,14 +113,15 @@ def make(family: str) -> Any:
     config = transformers.AutoConfig.for_model(family.partition("-")[0], **settings)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    _randomize(model)
+    randomize(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
+    """Give every parameter values of the scale that keeps activations at 1."""
     generator = torch.Generator().manual_seed(1)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parameter in model.parameters():
@@ -128,6 +129,6 @@ def _randomize(model: nn.Module) -> None:
         if id(parameter) in embeddings:
             parameter.copy_(0.5 * noise)
         elif parameter.dim() >= 2:
-            parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
+            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
         elif parameter.dim() == 1:
             parameter.add_(0.1 * noise)

@@ -348,6 +348,7 @@ def repeated(x: Tensor, groups: int) -> Tensor:
 @pytest.mark.parametrize(
     ("kv_heads", "function"),
     [
+        (4, lambda q, k, v, m: attend(q, k, v)),
         (4, lambda q, k, v, m: attend(q, k, v, m)),
         (4, lambda q, k, v, m: attend(q, k, v, m, scale=0.3)),
         (4, lambda q, k, v, m: attend(q, k, v, is_causal=True)),
@@ -365,7 +366,6 @@ def test_attention_is_raised(kv_heads, function) -> None:
 @pytest.mark.parametrize(
     ("kv_heads", "function"),
     [
-        (4, lambda q, k, v, m: attend(q, k, v)),  # without a mask
         (4, lambda q, k, v, m: attend(q[0], k[0], v[0], m)),  # without a batch
         (4, lambda q, k, v, m: attend(q, torch.cat((k, k), 2), torch.cat((v, v), 2),
                                       is_causal=True)),  # causal from the other end

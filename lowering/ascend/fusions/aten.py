@@ -81,7 +81,7 @@ def spell_attention(node: fx.Node, state: FusionState) -> fx.Node:
 
 
 def _attention_by_scores(
-    node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node
+    node: fx.Node, query: fx.Node, key: fx.Node, value: fx.Node, mask: fx.Node | None
 ) -> fx.Node:
     """`softmax(cap(q @ k^T * scale) + mask, sinks)[..., :total] @ v`, the scores in float32."""
     given, dtype = Attention.of(node), query.meta["val"].dtype
@@ -99,7 +99,9 @@ def _attention_by_scores(
         parts = _step(node, aten.div.Tensor, (scores, given.softcap), "parts_of_cap")
         squashed = _step(node, aten.tanh.default, (parts,), "squashed")
         scores = _step(node, aten.mul.Tensor, (squashed, given.softcap), "capped")
-    if mask.meta["val"].dtype == torch.bool:
+    if mask is None:
+        masked = scores
+    elif mask.meta["val"].dtype == torch.bool:
         hidden = _step(node, aten.logical_not.default, (mask,), "hidden")
         masked = _step(node, aten.masked_fill.Scalar, (scores, hidden, -math.inf), "masked")
     else:

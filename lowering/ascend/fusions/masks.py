@@ -15,23 +15,28 @@ from panguq.lowering.ascend.fusions.shared import FusionState, size_key
 aten = torch.ops.aten
 
 
-def attended_mask(attention: fx.Node, state: FusionState) -> fx.Node:
+def attended_mask(attention: fx.Node, state: FusionState) -> fx.Node | None:
     """The attention's mask in full: as it is, or built from the sizes where it is empty.
 
     bool `[1, 1, seq, total]` for an empty one, True where query i may see key j:
     `j <= total - seq + i`.
     """
     mask = Attention.of(attention).mask
-    return _causal(attention, state, hidden=False) if _is_empty(mask) else mask
+    if mask is None or not _is_empty(mask):
+        return mask
+    return _causal(attention, state, hidden=False)
 
 
-def hidden_mask(attention: fx.Node, state: FusionState) -> fx.Node | str:
-    """bool `[batch or 1, 1, seq, total]`, True where a key is hidden; or why there is none.
+def hidden_mask(attention: fx.Node, state: FusionState) -> fx.Node | str | None:
+    """bool `[batch or 1, 1, seq, total]`, True where a key is hidden, or why there cannot be one;
+    None where nothing is hidden.
 
     These shapes are npu_fused_infer_attention_score's, in full (op-plugin docs, `atten_mask`).
     """
     given = Attention.of(attention)
     query, key, mask = given.query, given.key, given.mask
+    if mask is None:
+        return None
     if _is_empty(mask):
         return _causal(attention, state, hidden=True)
     value = mask.meta["val"]
@@ -60,7 +65,7 @@ def _causal(attention: fx.Node, state: FusionState, hidden: bool) -> fx.Node:
 
 
 def _make_causal(attention: fx.Node, query: fx.Node, key: fx.Node, hidden: bool) -> fx.Node:
-    mask = Attention.of(attention).mask
+    mask = Attention.of(attention).mask or attention
 
     def make(op: Any, args: tuple[Any, ...], suffix: str, kwargs: Any = None) -> fx.Node:
         return call(attention, op, args, kwargs, origin=mask, suffix=suffix)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from panguq.data.calibration_data import WINDOW, WINDOWS, read_calibration
-from panguq.data.calibration_modules import module_batches
+from panguq.data.calibration_data import WINDOW, WINDOWS, CalibrationData, read_calibration
+from panguq.data.calibration_modules import items, module_batches
 from panguq.data.calibration_rows import Ids
 from panguq.data.calibration_tokens import bos_prefix, token_windows
+from panguq.data.encoder_inputs import prepare_encoder
 from panguq.data.inputs import empty_past, prepare, takes_empty_mask
 from panguq.errors import InputError, NumericsError
 from panguq.ir.interface import Interface
@@ -29,6 +30,7 @@ __all__ = [
     "Batches",
     "bos_prefix",
     "causal_lm_batches",
+    "encoder_batches",
     "module_batches",
     "probe_of",
     "sample_sequences",
@@ -59,6 +61,32 @@ def _prepared(row: Ids, interface: Interface, empty_mask: bool) -> dict[str, Ten
                 "cut it; files are cut to windows (--window)",
             ) from None
         raise InputError(f"{row.where}: {error.message}", error.hint) from None
+
+
+def encoder_batches(data: Any, interface: Interface) -> Batches:
+    """Graph inputs of an encoder for every row of text that was read, or every mapping (or tensors
+    in a row) of inputs, of which the graph's are taken. Raises InputError, naming the item."""
+    batches = []
+    for where, given in _encoder_rows(data, interface):
+        try:
+            batches.append(prepare_encoder(interface, given))
+        except InputError as error:
+            raise InputError(f"{where}: {error.message}", error.hint) from None
+    if not batches:
+        raise InputError("the calibration data is empty", f"give {', '.join(interface.inputs)}")
+    return batches
+
+
+def _encoder_rows(data: Any, interface: Interface) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(data, CalibrationData):
+        yield from ((row.where, {"input_ids": row.ids}) for row in data.sequences)
+        return
+    for where, item in items(data):
+        if isinstance(item, Mapping):
+            yield where, {name: item[name] for name in interface.inputs if name in item}
+        else:
+            row = item if isinstance(item, list | tuple) else (item,)
+            yield where, dict(zip(interface.inputs, row, strict=False))
 
 
 def sample_sequences(

@@ -33,7 +33,7 @@ def module_batches(
     """
     takes = f"the module takes {len(interface.inputs)}: {', '.join(interface.inputs)}"
     batches: list[dict[str, Tensor]] = []
-    for where, item in _items(data):
+    for where, item in items(data):
         if len(batches) >= MOST_ITEMS and not isinstance(data, Sequence):
             logger.warning("calibration data: the first %d inputs are taken", MOST_ITEMS)
             break
@@ -49,7 +49,8 @@ def module_batches(
     return batches
 
 
-def _items(data: Any) -> Iterable[tuple[str, Any]]:
+def items(data: Any) -> Iterable[tuple[str, Any]]:
+    """Every item with a name that says where it stands. Raises InputError for what has none."""
     if isinstance(data, str | bytes):
         raise InputError(
             f"calibration data is a {type(data).__name__}", "give an iterable of the inputs"

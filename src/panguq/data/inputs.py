@@ -138,7 +138,7 @@ def prepare(
             f"{interface.max_positions} positions{_reason(interface)}",
             "shorten the prompt, or generate fewer tokens",
         )
-    real = _real_tokens(attention_mask, batch, total)
+    real = real_tokens(attention_mask, batch, total)
     if position_ids is None:
         position_ids = _positions(interface, real, length, batch, seq)
     _check_positions(interface, position_ids, batch, seq)
@@ -174,7 +174,8 @@ def _check_past(interface: Interface, past: Sequence[Tensor], batch: int) -> Non
             )
 
 
-def _real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tensor | None:
+def real_tokens(attention_mask: Tensor | None, batch: int, total: int) -> Tensor | None:
+    """Boolean `[batch, total]`, None where all tokens are real. Raises InputError otherwise."""
     if attention_mask is None:
         return None
     if tuple(attention_mask.shape) != (batch, total):

@@ -231,10 +231,6 @@ def _check_causal_lm(config: Any, folder: Path) -> None:
         raise InputError(
             f"{folder}: holds a {what}, which is no decoder-only causal language model", _SERVED
         )
-    if getattr(config.get_text_config(decoder=True), "is_causal", None) is False:
-        raise InputError(
-            f"{folder}: is_causal is false in {CONFIG}, so each token sees those after it", _SERVED
-        )
 
 
 def existing_folder(folder: str | Path) -> Path:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from panguq.data.calibration import WINDOW, WINDOWS
 from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.edit import label, module_path
+from panguq.ir.encoder import Examples
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import Linear
 from panguq.lowering.choice import Choice
@@ -40,7 +40,7 @@ def plan(
     recipe: str | Path | Recipe,
     *,
     target: str = "cpu",
-    example_inputs: Sequence[Tensor] | None = None,
+    example_inputs: Examples = None,
     dtype: torch.dtype | None = None,
     windows: int = WINDOWS,
     window: int = WINDOW,

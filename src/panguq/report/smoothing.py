@@ -28,11 +28,11 @@ def smoothing_sites(
 
 
 def nowhere_to_smooth(counts: dict[str, int], interface: Interface) -> list[str]:
-    """A sentence if a language model has none of the sites that smoothquant asks for.
+    """A sentence if a model of transformers has none of the sites that smoothquant asks for.
 
     Other modules are often a matmul or two, of which nobody expects it.
     """
-    if not counts or any(counts.values()) or interface.kind != "causal_lm":
+    if not counts or any(counts.values()) or interface.kind == "module":
         return []
     return [
         f"smoothquant finds no site of kind {' or '.join(counts)} in this model and moves nothing: "

@@ -62,6 +62,15 @@ def test_masks_of_either_kind_and_none_mean_one_thing(more) -> None:
         torch.testing.assert_close(result, results[0])
 
 
+@pytest.mark.parametrize("more", [(), (SINKS, 0.0), (None, 0.7)])
+def test_without_a_mask_nothing_is_hidden(more) -> None:
+    result = attention(QUERY, KEY, VALUE, None, 0.3, *more)
+    everything = torch.ones(3, 5, dtype=torch.bool)
+    torch.testing.assert_close(result, attention(QUERY, KEY, VALUE, everything, 0.3, *more))
+    fake = attention(*(x.to("meta") for x in (QUERY, KEY, VALUE)), None, 0.3)
+    assert (result.shape, result.stride()) == (fake.shape, fake.stride())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fake_has_the_result_s_form(dtype) -> None:
     args = [x.to(dtype) for x in (QUERY, KEY, VALUE)]

@@ -88,7 +88,9 @@ def _attention(step: Step) -> str:
     query, key, value, mask, scale, sinks, softcap = step.arguments().values()
     if sinks is not None or softcap:
         raise step.error("attention with sinks or a cap of its scores is not written")
-    if any(known_size(size) == 0 for size in mask.meta["val"].shape):
+    if mask is None:
+        attended = ""
+    elif any(known_size(size) == 0 for size in mask.meta["val"].shape):
         attended = _causal(step, query, key)
     else:
         attended = _read_mask(step, mask)

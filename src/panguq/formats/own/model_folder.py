@@ -5,7 +5,7 @@
     report.json              what the compile did
     graph.<stage>.json       one graph a stage: nodes that name ops, weights and earlier nodes
     weights.safetensors      the weights of all stages, each once
-    config.json …            for causal language models: transformers' configuration files
+    config.json …            for models of transformers: their configuration files
     tokenizer.json …         the tokenizer's own files, if the model has one
 
 Only files that the manifest lists are read, each compared with its checksum; others are named in a
@@ -59,7 +59,9 @@ def save_model(artifact: Artifact, path: str | Path, overwrite: bool = False) ->
         files[f"graph.{stage}.json"] = to_text(graph)
     if artifact.config is not None:
         files["config.json"] = artifact.config.to_json_string(use_diff=True)
-        files["generation_config.json"] = artifact.generation_config.to_json_string(use_diff=True)
+        if artifact.generation_config is not None:
+            generation = artifact.generation_config.to_json_string(use_diff=True)
+            files["generation_config.json"] = generation
         if artifact.tokenizer is not None:
             files |= tokenizer_files(artifact.tokenizer)
     write_folder(path, files, shared_weights(artifact.stages), overwrite)
@@ -78,7 +80,7 @@ def read_model(path: str | Path) -> Artifact:
     recipe = _read_recipe(folder)
     stages = _read_stages(folder, interface)
     made = Artifact(stages, interface, recipe, report.target, report)
-    if interface.kind != "causal_lm":
+    if interface.kind == "module":
         return made
     return replace(
         made,
@@ -152,6 +154,8 @@ def _read_config(folder: Folder) -> Any:
 
 def _read_generation_config(folder: Folder) -> Any:
     name = "generation_config.json"
+    if name not in folder.names:
+        return None
     return build_generation_config(_object(folder, name), folder.path / name)
 
 
