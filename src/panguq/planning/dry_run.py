@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -12,6 +14,7 @@ from panguq.data.calibration import WINDOW, WINDOWS
 from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.edit import label, module_path
 from panguq.ir.encoder import Examples
+from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import Linear
 from panguq.lowering.choice import Choice
@@ -24,6 +27,7 @@ from panguq.passes.pipeline.base import PassContext, PassResult, linears
 from panguq.passes.pipeline.module_globs import check_globs, matches
 from panguq.passes.pipeline.runner import Runner
 from panguq.planning.costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
+from panguq.planning.equal_layers import NotEqualError, short_model
 from panguq.planning.report import MatmulPlan, Plan
 from panguq.recipe import Recipe
 from panguq.report.left_in_float import left_in_float
@@ -33,6 +37,8 @@ from panguq.tensors.weight_store import WeightStore
 from panguq.tracing import trace
 
 __all__ = ["Plan", "plan"]
+
+logger = logging.getLogger("panguq")
 
 
 def plan(
@@ -62,10 +68,8 @@ def plan(
         model = skeleton(model)
     started = time.perf_counter()
     dtype = dtype or default_dtype(target)
-    gm, interface = trace(model, example_inputs, dtype, compare=False)  # it would run the weights
+    gm, interface = _canonical(model, example_inputs, dtype, recipe)
     ctx = PassContext(interface, WeightStore(), allow_unmatched=recipe.allow_unmatched)
-    runner = Runner(ctx, prove=False)  # a proof would need the weights
-    runner.run(gm, [Canonicalize()])
     trace_seconds = time.perf_counter() - started
 
     refusals = _order_refusals(schedule)
@@ -113,6 +117,33 @@ def plan(
         trace_seconds=round(trace_seconds, 1),
         compile_seconds=round(trace_seconds + seconds, 1),
     )
+
+
+def _canonical(
+    model: Any, example_inputs: Examples | None, dtype: torch.dtype | None, recipe: Recipe
+) -> tuple[fx.GraphModule, Interface]:
+    """The canonical graph; of layers that are equal, for the recipe too, two are traced."""
+    globs = [*recipe.schemes, *(glob for step in recipe.passes for glob in step.globs)]
+    short = None
+    if isinstance(model, nn.Module):
+        short = short_model(model, lambda path: [bool(matches(glob, [path])) for glob in globs])
+    gm, interface = _canonical_trace(short.model if short else model, example_inputs, dtype)
+    if short is not None:
+        try:
+            return gm, short.whole(gm, interface)
+        except NotEqualError as error:
+            logger.info("every layer is traced: %s", error)
+            return _canonical_trace(model, example_inputs, dtype)
+    return gm, interface
+
+
+def _canonical_trace(
+    model: Any, example_inputs: Examples | None, dtype: torch.dtype | None
+) -> tuple[fx.GraphModule, Interface]:
+    gm, interface = trace(model, example_inputs, dtype, compare=False)  # it would run the weights
+    # a proof would need the weights
+    Runner(PassContext(interface, WeightStore()), prove=False).run(gm, [Canonicalize()])
+    return gm, interface
 
 
 def _order_refusals(schedule: Schedule) -> list[str]:

@@ -1,0 +1,101 @@
+"""A plan that traced equal layers once is, figure by figure, the one that traced them all."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import transformers
+
+from panguq.planning import dry_run
+from panguq.planning.equal_layers import NotEqualError, Pattern, pattern_of, short_model
+from panguq.planning.report import Plan
+from tests.families.models import FAMILIES
+from tests.model_shelf import canonical
+
+PAIR = ["sliding_attention", "full_attention"]
+DEEP: dict[str, dict[str, Any]] = {
+    "llama": dict(num_hidden_layers=5),
+    "cohere2": dict(num_hidden_layers=8, layer_types=PAIR * 4),
+}
+
+
+@functools.cache
+def deep(family: str) -> Any:
+    settings = {**FAMILIES[family], **DEEP[family]}
+    config = transformers.AutoConfig.for_model(family, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@functools.cache
+def planned(family: str) -> Plan:
+    return dry_run.plan(deep(family), "w8a8")
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    return {key: value for key, value in plan.model_dump().items() if "seconds" not in key}
+
+
+@pytest.mark.parametrize(("family", "traced"), [("llama", 3), ("cohere2", 6)])
+def test_the_plan_is_that_of_all_layers(
+    family: str, traced: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = short_model(deep(family))
+    assert short is not None and short.pattern.kept == traced
+    found = planned(family)
+    monkeypatch.setattr(dry_run, "short_model", lambda *given: None)
+    whole = dry_run.plan(deep(family), "w8a8")
+    assert figures(found) == figures(whole)
+    layers = len([name for name in found.inputs if name.startswith("past_key_")])
+    assert layers == deep(family).config.num_hidden_layers
+
+
+def test_a_layer_that_the_recipe_names_is_not_equal_to_others() -> None:
+    recipe = {
+        "schemes": {"*": "W8A16", "*.layers.1.mlp.*": "W4A16-g32"},
+        "passes": ["insert-fake-quant", "quantize-weights"],
+    }
+    found = dry_run.plan(deep("llama"), recipe)
+    fours = [row.name for row in found.matmuls if row.scheme.startswith("W4A16")]
+    assert fours == [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
+    assert len(found.matmuls) == 5 * 7 + 1
+
+
+def test_layers_that_were_traced_as_others_are_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differ(*given: object) -> None:
+        raise NotEqualError("they differ")
+
+    expected = planned("llama")
+    monkeypatch.setattr("panguq.planning.equal_layers.copy_layers", differ)
+    assert figures(dry_run.plan(deep("llama"), "w8a8")) == figures(expected)
+
+
+def test_patterns() -> None:
+    assert pattern_of(list("aaaaaa")) == Pattern(6, 1, 1)
+    assert pattern_of(list("abbbbb")) == Pattern(6, 1, 1)
+    assert pattern_of(list("aaabbbbb")) == Pattern(8, 3, 1)
+    assert pattern_of(list("ssfssfssfssfss")) == Pattern(14, 1, 3)
+    assert pattern_of(list("abcdef")) is None
+    assert pattern_of(list("aaa")) is None  # the first, and two that are compared
+    pattern = Pattern(14, 1, 3)
+    assert (pattern.kept, pattern.copies) == (8, 2)
+    assert [pattern.stands_for(i) for i in range(14)] == [
+        0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5, 6, 7
+    ]  # fmt: skip
+
+
+def test_layers_of_two_sizes_are_not_equal() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(deep("llama").config)
+    model.model.layers[2].mlp.up_proj = model.model.layers[2].mlp.down_proj
+    assert short_model(model) is None
+
+
+def test_a_graph_without_these_layers_stays_as_it_is() -> None:
+    from panguq.planning.equal_layers import copy_layers
+
+    gm, interface = canonical("llama")
+    before = str(gm.graph)
+    with pytest.raises(NotEqualError):
+        copy_layers(gm, interface, "model.blocks", Pattern(8, 0, 1))
+    assert str(gm.graph) == before
