@@ -23,6 +23,7 @@ from panguq.lowering.ascend.fusions.cache import (
     fuse_quantize_per_channel,
     fuse_quantize_per_token,
 )
+from panguq.lowering.ascend.fusions.experts import lower_experts
 from panguq.lowering.ascend.fusions.norm import fuse_quantizer, fuse_rms_norm
 from panguq.lowering.ascend.fusions.shared import FusionState
 from panguq.lowering.ascend.fusions.swiglu import fuse_swiglu
@@ -49,6 +50,8 @@ class FuseAscend(Pass):
       the graph, plain causal attention, is built from the sizes. The KV cache stays the
       concatenation that it was, a graph input and output. Codes of a quantized one are made and
       read by `npu_dynamic_quant` or aten ops.
+    - a mixture of experts becomes routing, grouped matmuls and weighted sums
+      (`fusions/experts.py`).
     - with `allow_inexact`, `npu_add_rms_norm` and the one `npu_quantize` or `npu_dynamic_quant`
       that reads its norm become `npu_add_rms_norm_quant` or `npu_add_rms_norm_dynamic_quant`.
     A call that an op's documented limits exclude is spelled in aten ops instead, with the reason.
@@ -75,6 +78,7 @@ class FuseAscend(Pass):
         result = PassResult()
         counts: Counter[str] = Counter()
         state = FusionState(result)
+        counts.update(lower_experts(gm, result))
         for op, fuse in _FUSIONS:
             for node in [n for n in gm.graph.nodes if n.target is op]:
                 outcome = fuse(node, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -183,4 +184,6 @@ def _kernel_behind(node: fx.Node) -> fx.Node:
     return node
 
 
-_SHAPING = (aten.view.default, aten.slice.Tensor, aten.cat.default, aten.add.Tensor)
+_SHAPING = (
+    aten.view.default, aten.slice.Tensor, aten.cat.default, aten.add.Tensor, operator.getitem,
+)  # fmt: skip

@@ -1,0 +1,179 @@
+"""A mixture of experts in the vendor's ops: routing, grouped matmuls, and the weighted sums."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from panguq.ir.edit import call, erase_unused, label, op_name, replace, value_types
+from panguq.ir.ops import experts as expert_ops  # noqa: F401  (registers torch.ops.panguq.*)
+from panguq.ir.views import ExpertLinear, Item, arguments, operand
+from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
+from panguq.kernels.ascend.vendor.contracts import check_call
+from panguq.kernels.ascend.vendor.grouped_matmul_rules import BY_ROWS, CUMULATIVE
+from panguq.kernels.ascend.vendor.moe_combine import ROWS
+from panguq.lowering.ascend.fusions.shared import refusal
+from panguq.passes.pipeline.base import PassResult
+
+aten = torch.ops.aten
+npu = torch.ops.npu
+panguq = torch.ops.panguq
+
+
+def lower_experts(gm: fx.GraphModule, result: PassResult) -> Counter[str]:
+    """Write every mixture of experts of the graph in the vendor's ops; how often each was written.
+
+    The k largest of a float32 softmax become `npu_moe_gating_top_k_softmax`; other choices, such as
+    those within groups, stay aten ops and are named in `result`.
+
+    `permute_tokens(x, route_tokens(ids))` becomes `npu_moe_init_routing_v2(x, ids)`, whose second
+    result is the inverse of the canonical order and whose third holds where each expert's rows end:
+    of the ways to list them the one that no number of experts leads to another kernel.
+    `expert_linear` becomes `npu_grouped_matmul`, `combine_experts` becomes
+    `npu_moe_finalize_routing`, or `npu_moe_token_unpermute` where the other does not take the
+    dtypes or, in float16, would add up in float16. There are no other kernels, so that a call
+    which a contract excludes is a LoweringError that names the module and the rule.
+    """
+    counts: Counter[str] = Counter()
+    for route in [n for n in gm.graph.nodes if n.target is panguq.route_tokens.default]:
+        chosen = operand(route, 0)
+        _route(route, counts)
+        gating = _gating(chosen)
+        if isinstance(gating, str):
+            result.skip(chosen, gating)
+        else:
+            counts["topk -> npu_moe_gating_top_k_softmax"] += 1
+    return counts
+
+
+def _gating(chosen: fx.Node) -> fx.Node | str:
+    """The choice of experts by the vendor's op, in the place of softmax and topk; or why not."""
+    item = Item.match(chosen)
+    if item is None or item.index != 1 or item.source.target is not aten.topk.default:
+        return "the experts are not the second result of a topk"
+    topk, given = item.source, arguments(item.source)
+    scores = operand(topk, 0)
+    last = (-1, scores.meta["val"].dim() - 1)
+    if scores.target is not aten.softmax.int or arguments(scores)["dim"] not in last:
+        return f"the scores are no softmax over the experts, but {op_name(scores)}"
+    if scores.meta["val"].dtype != torch.float32:
+        return "the scores are rounded to 16 bits before the choice, which the op does not do"
+    if given["dim"] not in last or not given["largest"]:
+        return "the experts are not those of the largest scores"
+    op, logits = npu.npu_moe_gating_top_k_softmax.default, operand(scores, 0)
+    if logits.meta["val"].dtype != torch.float32:
+        logits = call(topk, aten.to.dtype, (logits, torch.float32), origin=scores, suffix=".wide")
+    args = (logits, None, given["k"])
+    if reason := refusal(op, args):
+        erase_unused([logits])
+        return reason
+    gating = call(topk, op, args, origin=topk, suffix=".gating")
+    experts = _item(topk, gating, 1, ".experts")
+    for reader in list(chosen.users):
+        if reader.target is aten.to.dtype and reader.meta["val"].dtype == torch.int32:
+            replace(reader, experts)
+    for read in [found for found in map(Item.match, topk.users) if found is not None]:
+        if not read.node.users:
+            continue
+        if read.index == 0:
+            replace(read.node, _item(topk, gating, 0))
+        else:
+            wide = call(topk, aten.to.dtype, (experts, torch.int64), origin=topk, suffix=".ids")
+            replace(read.node, wide)
+    erase_unused([*topk.users, topk])
+    return gating
+
+
+def _route(route: fx.Node, counts: Counter[str]) -> None:
+    items = {item.index: item.node for item in map(Item.match, route.users) if item is not None}
+    order, rows_of = items.get(0), items.get(1)
+    readers = [] if order is None else list(order.users)
+    permutes = [n for n in readers if n.target is panguq.permute_tokens.default]
+    places = ends = None
+    for permute in permutes:
+        routed = _init_routing(route, permute)
+        rows = _item(permute, routed, 0)
+        places, ends = _item(permute, routed, 1, ".places"), _item(permute, routed, 2, ".ends")
+        counts["permute_tokens -> npu_moe_init_routing_v2"] += 1
+        replace(permute, rows)
+    for linear in [] if rows_of is None else list(rows_of.users):
+        if ExpertLinear.match(linear) is not None and ends is not None:
+            counts["expert_linear -> npu_grouped_matmul"] += 1
+            replace(linear, grouped_matmul(linear, ends))
+    for combine in [n for n in readers if n.target is panguq.combine_experts.default]:
+        if places is not None:
+            combined = _combine(combine, places)
+            counts[f"combine_experts -> {combined.target.name().partition('::')[2]}"] += 1  # type: ignore[union-attr]
+            replace(combine, combined)
+    if order is not None and order.users and places is not None:
+        # What else reads the order, as a model that weighs tokens before their experts.
+        before = next(iter(order.users))
+        replace(order, call(before, aten.argsort.default, (places,), origin=order))
+    erase_unused([route, *items.values()])
+
+
+def _init_routing(route: fx.Node, permute: fx.Node) -> fx.Node:
+    ids, experts = operand(route, 0), int(arguments(route)["experts"])
+    if ids.meta["val"].dtype != torch.int32:
+        ids = call(permute, aten.to.dtype, (ids, torch.int32), origin=route, suffix=".int32")
+    how = {
+        "expert_num": experts,
+        "expert_tokens_num_type": CUMULATIVE,
+        "expert_tokens_num_flag": True,
+        "active_expert_range": [0, experts],
+    }
+    args = (operand(permute, 0), ids)
+    return checked(permute, npu.npu_moe_init_routing_v2.default, args, how, suffix=".routed")
+
+
+def grouped_matmul(linear: fx.Node, ends: fx.Node) -> fx.Node:
+    """The float matmul of all experts; the weight is read where it lies, as a transposed view."""
+    given = ExpertLinear.of(linear)
+    dtype = linear.meta["val"].dtype
+    weight = call(linear, aten.transpose.int, (given.weight, 1, 2), origin=linear, suffix=".turned")
+    named: dict[str, Any] = {}
+    if given.bias is not None:
+        bias = given.bias
+        if dtype == torch.bfloat16:
+            bias = call(linear, aten.to.dtype, (bias, torch.float32), origin=linear, suffix=".bias")
+        named["bias"] = [bias]
+    return grouped_call(linear, given.input, weight, ends, named)
+
+
+def grouped_call(
+    linear: fx.Node, x: fx.Node, weight: fx.Node, ends: fx.Node, named: Mapping[str, Any]
+) -> fx.Node:
+    """`npu_grouped_matmul` of rows `[r, k]` and a weight `[experts, k, n]`: `[r, n]`."""
+    how = {"group_list": ends, "group_list_type": CUMULATIVE, **named}
+    how |= {"split_item": 2, "group_type": BY_ROWS}
+    op = npu.npu_grouped_matmul.default
+    return _item(linear, checked(linear, op, ([x], [weight]), how, suffix=".grouped"), 0)
+
+
+def _combine(combine: fx.Node, places: fx.Node) -> fx.Node:
+    rows, weights = operand(combine, 0), operand(combine, 2)
+    finalize = npu.npu_moe_finalize_routing.default
+    args = (rows, None, None, None, weights, places, None, ROWS)
+    if rows.meta["val"].dtype != torch.float16 and refusal(finalize, args) is None:
+        return call(combine, finalize, args, origin=combine)
+    unpermute = npu.npu_moe_token_unpermute.default
+    return checked(combine, unpermute, (rows, places, weights), {}, suffix="")
+
+
+def checked(
+    node: fx.Node, op: OpOverload, args: tuple[Any, ...], named: Mapping[str, Any], *, suffix: str
+) -> fx.Node:
+    """A call in front of `node`. Raises LoweringError for one that the op's contract excludes."""
+    check_call(op, value_types(args), value_types(dict(named)), label(node))
+    return call(node, op, args, named, origin=node, suffix=suffix)
+
+
+def _item(node: fx.Node, source: fx.Node, index: int, suffix: str = "") -> fx.Node:
+    """One of a call's results, in front of `node`; without a suffix, in `node`'s own name."""
+    return call(node, operator.getitem, (source, index), origin=node, suffix=suffix)
