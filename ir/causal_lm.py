@@ -112,22 +112,21 @@ class CausalLMStep(nn.Module):
         """What the model itself returns, as a transformers output."""
         return self.model(
             input_ids=input_ids,
-            attention_mask=self._mask(attention_mask, input_ids.shape[1]),
+            attention_mask=self._mask(attention_mask),
             position_ids=position_ids,
             use_cache=True,
             logits_to_keep=logit_positions,
             **{cache_argument(self.model.forward): cache},
         )
 
-    def _mask(self, attended: Tensor, new: int) -> Any:
+    def _mask(self, attended: Tensor) -> Any:
         """The mask as the model reads it; one for each kind of layer where these differ."""
-        real = attended[:, 0, -1]  # the last token attends to every real one
-        if self.form == "real_tokens":
-            return real.long()
+        if self.form == "real_tokens":  # the last token attends to every real one
+            return attended[:, 0, -1].long()
         masks = {kind: _windowed(attended, size) for kind, size in self.windows.items()}
         if any(kind in RECURRENT for kind in masks):
             masks = {FULL: attended, **masks}
-            masks |= {kind: real[:, -new:] for kind in RECURRENT}
+            masks |= dict.fromkeys(RECURRENT, _attend_to_themselves(attended))
         return masks.get("", masks) if masks else attended
 
 
@@ -154,6 +153,13 @@ _TRACED: dict[type, type] = {
     LinearAttentionLayer: _TracedStates,
     LinearAttentionAndFullAttentionLayer: _TracedStatesAndKeys,
 }
+
+
+def _attend_to_themselves(attended: Tensor) -> Tensor:
+    """Which new tokens do, boolean `[batch, seq]`: all real ones, and no padding."""
+    batch, _, seq, total = attended.shape
+    own = torch.arange(total - seq, total, device=attended.device)[None, :, None]
+    return attended[:, 0].gather(2, own.expand(batch, seq, 1)).squeeze(2)
 
 
 def _windowed(attended: Tensor, window: int | None) -> Tensor:

@@ -52,6 +52,7 @@ from panguq.ir.length_limits import (
 )
 from panguq.ir.ops.opset import is_allowed
 from panguq.ir.probe_sizes import excluded
+from panguq.ir.recurrences import recurrences_as_ops
 from panguq.tensors.dtypes import dtype_name
 
 BATCH, SEQ, PAST, KEPT = 3, 5, 7, 2  # all different, none of them 0 or 1
@@ -111,7 +112,7 @@ def trace_causal_lm(
     step = CausalLMStep(skeleton, mask_form, windows)
     mode = fake_mode_of(model)
     asked = CausalLMStep(skeleton_of(skeleton), mask_form, windows)  # it keeps fake buffers
-    with _naming_the_module(asked.model):
+    with _naming_the_module(asked.model), recurrences_as_ops(asked.model):
         cached = cache_layers(asked, mode)
     dtype = next(skeleton.parameters()).dtype
     step.keep(cached, dtype_name(dtype))
@@ -136,7 +137,8 @@ def trace_causal_lm(
             for places in step.stacks
         ],
     )
-    exported = _export(step, args, dynamic, skeleton)
+    with recurrences_as_ops(skeleton):
+        exported = _export(step, args, dynamic, skeleton)
     parts = {
         f"stacks_{number}": [(at, f"past_{tensors[at].name}") for at in places]
         for number, places in enumerate(step.stacks)

@@ -154,7 +154,8 @@ def _ascend_ops(gm: fx.GraphModule) -> str | None:
     return None
 
 
-_ON_NPU = ("panguq::dispatch_matmul",)  # calls the NPU kernel that its table names
+# The first calls the NPU kernel that its table names; the other's body is torch ops, run as such.
+_ON_NPU = ("panguq::dispatch_matmul", "panguq::gated_linear_attention")
 
 
 CHECKS: dict[Property, Callable[[fx.GraphModule], str | None]] = {

@@ -11,17 +11,32 @@ import transformers
 import panguq
 from panguq.errors import InputError
 from tests.families.models import make
-from tests.families.sweep import GREEDY, IDS, LONG, MASK, difference, token_ids
+from tests.families.sweep import (
+    CALIBRATION,
+    GREEDY,
+    IDS,
+    LONG,
+    MASK,
+    check_float,
+    difference,
+    quantized,
+    shared_traces,
+    token_ids,
+)
 
 
 @functools.cache
 def pair(family: str):
-    """The model and its float compile."""
+    """The model and its float compile, which is checked, and so is its trace in 8 bits."""
     model = make(family)
-    return model, panguq.compile(model, "float")
+    with shared_traces():
+        compiled = panguq.compile(model, "float")
+        check_float(model, compiled)
+        quantized(model, panguq.compile(model, "w8a8-dynamic", calibration=CALIBRATION))
+    return model, compiled
 
 
-FAMILIES = ["lfm2"]
+FAMILIES = ["lfm2", "qwen3_5_text", "falcon_h1"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +57,7 @@ def test_one_token_at_a_time_is_one_prompt(family) -> None:
 @pytest.mark.parametrize(
     "options",
     [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(prefill_chunk_size=3)],
-    ids=["beams", "several beams returned", "a prompt in chunks"],
+    ids=["beams", "several beams returned", "a prompt in chunks, one of them all padding"],
 )
 def test_generates_as_the_model(family, options) -> None:
     model, compiled = pair(family)
@@ -83,8 +98,9 @@ def test_a_state_cannot_be_cropped() -> None:
         compiled.generate(IDS[:1], assistant_model=assistant, **GREEDY)
 
 
-def test_a_longer_prompt_than_was_traced() -> None:
-    model, compiled = pair("lfm2")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_several_chunks(family) -> None:
+    model, compiled = pair(family)
     ids = token_ids(1, 80, seed=4)
     with torch.no_grad():
         assert difference(model(ids).logits, compiled(ids).logits) < 1e-5

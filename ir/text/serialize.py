@@ -20,6 +20,7 @@ from panguq.ir.edit import get_tensor, label, set_tensor, weights_of
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (defines ops that files name)
 from panguq.ir.ops import experts as expert_ops  # noqa: F401
+from panguq.ir.ops import linear_attention  # noqa: F401
 from panguq.ir.ops.opset import name_of, resolve
 from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.ir.text.file_checks import (

@@ -30,11 +30,15 @@ LATENT = dict(
 GPT2 = dict(**IDS, n_embd=128, n_layer=2, n_head=4, n_positions=POSITIONS)
 EXPERTS = dict(**SIZED, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
 CONV = dict(layer_types=["conv", FULL], full_attn_idxs=[1])
-LINEAR = dict(layer_types=["linear_attention", FULL], linear_num_key_heads=2)
+LINEAR = dict(
+    layer_types=["linear_attention", FULL], linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=32, linear_value_head_dim=32,
+)  # fmt: skip
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": GROUPED,
     "arcee": SIZED,
+    "bamba": dict(**GROUPED, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=32),
     "bitnet": GROUPED,
     "bloom": dict(**IDS, hidden_size=128, n_layer=2, n_head=4),
     "cohere": GROUPED,
@@ -47,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": dict(**HEADS, alibi=False),
     "falcon-alibi": dict(**HEADS, alibi=True, multi_query=False),
     "falcon-new": dict(**HEADS, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_h1": dict(**SIZED, mamba_d_ssm=256, mamba_n_heads=8, mamba_d_head=32),
     "gemma": SIZED,
     "gemma2": dict(**WINDOWED, query_pre_attn_scalar=32),
     "gemma3_text": WINDOWED,
@@ -81,6 +86,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": dict(**GROUPED, sliding_window=WINDOW),
     "qwen2": GROUPED,
     "qwen3": SIZED,
+    "qwen3_5_text": dict(**SIZED, **LINEAR),
     "seed_oss": SIZED,
     "smollm3": dict(**GROUPED, no_rope_layers=[1, 0]),
     "stablelm": GROUPED,
@@ -88,8 +94,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vaultgemma": dict(**WINDOWED, query_pre_attn_scalar=32),
     "youtu": LATENT,
     # Those that are refused.
-    "bamba": dict(**GROUPED, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=32),
-    "falcon_h1": dict(**SIZED, mamba_d_ssm=256, mamba_n_heads=8, mamba_d_head=32),
     "gemma3n_text": dict(
         **WINDOWED, num_kv_shared_layers=0, hidden_size_per_layer_input=16,
         vocab_size_per_layer_input=VOCAB, laurel_rank=8, activation_sparsity_pattern=[0.5, 0.0],
@@ -101,7 +105,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": dict(**WINDOWED, num_local_experts=4, num_experts_per_tok=2),
     "mamba": dict(**IDS, hidden_size=128, num_hidden_layers=2),
     "mixtral": dict(**GROUPED, num_local_experts=4),
-    "qwen3_5_text": dict(**SIZED, **LINEAR),
     "qwen3_moe": EXPERTS,
     "qwen3_next": dict(**EXPERTS, **LINEAR),
 }  # fmt: skip

@@ -144,7 +144,7 @@ def prepare(
     _check_positions(interface, position_ids, batch, seq)
     inputs = {
         "input_ids": input_ids,
-        "attention_mask": _mask(real, length, seq, batch, empty_mask),
+        "attention_mask": _mask(interface, real, length, seq, batch, empty_mask),
         "position_ids": position_ids.expand(batch, seq),
         "logit_positions": _kept(logits_to_keep, seq),
     }
@@ -231,11 +231,14 @@ def _positions(
     return torch.arange(past, past + seq).expand(batch, seq)
 
 
-def _mask(real: Tensor | None, past: int, seq: int, batch: int, empty_mask: bool) -> Tensor:
+def _mask(
+    interface: Interface, real: Tensor | None, past: int, seq: int, batch: int, empty_mask: bool
+) -> Tensor:
     """Boolean `[batch, 1, seq, past + seq]`: each token attends to the real ones up to itself.
 
-    A token before all real ones, which is padding, attends to itself: a row without any True would
-    give NaN.
+    A token before all real ones, which is padding, attends to one key: a row without any True would
+    give NaN. It is itself, or a neighbour where layers keep states: these take a token for real
+    that attends to itself.
     """
     if real is None and empty_mask:
         return torch.empty(0, dtype=torch.bool)
@@ -244,8 +247,11 @@ def _mask(real: Tensor | None, past: int, seq: int, batch: int, empty_mask: bool
     if real is None:
         return causal.expand(batch, 1, seq, total)
     mask = causal & real[:, None, None, :]
-    itself = torch.ones(seq, total, dtype=torch.bool).tril(past).triu(past)
-    return mask | (itself & ~mask.any(-1, keepdim=True))
+    one = torch.arange(past, total)
+    if total > 1 and any(layer.states for layer in interface.cache):
+        one = torch.where(one + 1 < total, one + 1, one - 1)
+    single = torch.nn.functional.one_hot(one, total).bool()
+    return mask | (single & ~mask.any(-1, keepdim=True))
 
 
 def _kept(logits_to_keep: int | Tensor, seq: int) -> Tensor:

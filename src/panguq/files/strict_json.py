@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from panguq.errors import StorageError
 
@@ -13,13 +13,15 @@ def json_text(value: Any, sort_keys: bool = False) -> str:
     return json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
 
 
-def parse_json(text: str | bytes, source: str) -> Any:
+def parse_json(text: str | bytes, source: str, infinities: bool = False) -> Any:
     """The value of a JSON text. Raises StorageError, naming `source`, for anything else.
 
-    Also refused: NaN and Infinity, which are not JSON, and a key that occurs twice.
+    Also refused: NaN and, without `infinities`, Infinity, which are not JSON, and a key that occurs
+    twice.
     """
+    constants = _infinity if infinities else _refuse_constant
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        return json.loads(text, parse_constant=constants, object_pairs_hook=_unique)
     except RecursionError:
         raise StorageError(f"{source}: nested too deeply", _DAMAGED) from None
     except ValueError as error:  # bad syntax, bad UTF-8, integers of thousands of digits
@@ -29,8 +31,12 @@ def parse_json(text: str | bytes, source: str) -> Any:
 _DAMAGED = "the file is damaged or not panguq's; save it again"
 
 
-def _refuse_constant(name: str) -> None:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _infinity(name: str) -> float:
+    return float(name) if name in ("Infinity", "-Infinity") else _refuse_constant(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

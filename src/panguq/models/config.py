@@ -49,8 +49,9 @@ _UNSAFE_GENERATION = frozenset({"compile_config", "continuous_batching_config", 
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises StorageError, naming the file, for anything else."""
-    data = parse_json(read_limited(path, CONFIG_BYTES, _DAMAGED), str(path))
+    """The object in a JSON file, in which Mamba-2's time steps may reach up to Infinity. Raises
+    StorageError, naming the file, for anything else."""
+    data = parse_json(read_limited(path, CONFIG_BYTES, _DAMAGED), str(path), infinities=True)
     if not isinstance(data, dict):
         raise StorageError(f"{path}: not an object", _DAMAGED)
     return data
@@ -73,13 +74,23 @@ def build_config(data: Mapping[str, Any], path: Path) -> Any:
             path, ", ".join(left), kind.__name__.removesuffix("Config"),
         )  # fmt: skip
     try:
-        settings = known_settings(kind, data)
+        settings = _with_infinities(known_settings(kind, data))
         check_sizes(settings, path)
         return AutoConfig.for_model(data["model_type"], **settings)
     except StorageError:
         raise
     except Exception as error:  # each configuration class checks its values in its own way
         raise StorageError(f"{path}: {first_lines(error)}", _DAMAGED) from error
+
+
+def _with_infinities(value: Any) -> Any:
+    """`{"__float__": "Infinity"}`, as transformers writes what is no number in JSON, as a float."""
+    if isinstance(value, dict):
+        name = value.get("__float__")
+        if len(value) == 1 and name in ("Infinity", "-Infinity"):
+            return float(name)
+        return {key: _with_infinities(entry) for key, entry in value.items()}
+    return [_with_infinities(entry) for entry in value] if isinstance(value, list) else value
 
 
 def check_known_sizes(data: Mapping[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ from panguq.files import limits
 
 # The first that a key contains says what it counts.
 _COUNTS = (
-    (re.compile(r"theta|base|token_id|_id$|_ids$|seed|scale|factor|version"), None),
+    (re.compile(r"theta|base|token_id|_id$|_ids$|seed|scale|factor|version|time_step"), None),
     (re.compile(r"layers$|n_layer|num_blocks|depth"), limits.LAYERS),
     (re.compile(r"vocab"), limits.VOCABULARY),
     (re.compile(r"position|window|length|chunk|context|n_ctx|seq"), limits.POSITIONS),
