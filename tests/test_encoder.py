@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
 
 import panguq
+from panguq.check.report import check_folder
+from panguq.cli import main
 from panguq.errors import InputError, TraceError
+from panguq.evaluation import logits_of
 from tests.families.encoder_sweep import check_encoder, inputs_of, loads_alike
 from tests.families.encoders import make_encoder
 
@@ -70,10 +75,10 @@ def test_data_must_be_given() -> None:
     text, image = make_encoder("BertModel"), make_encoder("ViTModel")
     with pytest.raises(InputError, match="BertModel writes none of its own") as caught:
         panguq.compile(text, "w8a8")
-    assert "a path of text, texts with a tokenizer, or token ids" in caught.value.hint
+    assert "texts with a tokenizer, or token ids" in caught.value.hint
     with pytest.raises(InputError, match="ViTModel writes none of its own") as caught:
         panguq.compile(image, "w8a8")
-    assert "mapping with pixel_values" in caught.value.hint
+    assert "mappings with pixel_values" in caught.value.hint
     assert "random inputs" in str(panguq.compile(text, "float").report.calibration)
 
 
@@ -120,3 +125,49 @@ def test_inputs_of_another_kind_are_given_as_examples() -> None:
     with torch.no_grad():
         expected = model(sound).pooler_output
     assert (compiled(sound).pooler_output - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.fixture(scope="module")
+def folder(bert, tmp_path_factory):
+    place = tmp_path_factory.mktemp("folders") / "bert"
+    bert.save_pretrained(place)
+    return place
+
+
+def test_a_folder_s_architectures_say_what_it_is(bert, folder) -> None:
+    loaded = panguq.load_pretrained(folder)
+    assert type(loaded) is type(bert)
+    plan = panguq.plan(folder, "w8a8")
+    assert [row.scheme for row in plan.matmuls if row.gives_logits] == ["FLOAT"]
+    assert not plan.refusals
+    (refusal,) = panguq.plan(folder, "w8a8", calibrated=False).refusals
+    assert "BertForSequenceClassification writes none of its own" in refusal
+
+
+def test_checkpoints_hold_the_head_in_float(compiled, tmp_path) -> None:
+    compiled.save(tmp_path / "served", format="compressed-tensors")
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["quantization_config"]["ignore"] == ["classifier"]
+    report = check_folder(tmp_path / "served")
+    assert not report.refused_by("vllm")
+    assert not any("classifier" in finding.tensor for finding in report.findings)
+
+
+def test_the_command_line_says_what_it_cannot_do(bert, compiled, folder, tmp_path, capsys) -> None:
+    compile_it = ["compile", str(folder), "--recipe", "w8a8"]
+    for arguments in (compile_it, [*compile_it, "--dry-run"]):
+        assert main(arguments) == 1
+        assert "BertForSequenceClassification writes none of its own" in "".join(
+            capsys.readouterr()
+        )
+    compiled.save(tmp_path / "saved")
+    text = tmp_path / "text.txt"
+    text.write_text("some words\n" * 99)
+    saved = str(tmp_path / "saved")
+    assert main(["generate", saved, "--prompt", "a"]) == 1
+    assert "does not generate" in capsys.readouterr().err
+    assert main(["eval", saved, "--against", str(folder), "--text", str(text)]) == 1
+    assert "no model that continues text" in capsys.readouterr().err
+    with pytest.raises(InputError, match="which this one does not"):
+        logits_of(compiled)

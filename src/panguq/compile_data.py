@@ -20,12 +20,12 @@ from panguq.data.calibration import (
 )
 from panguq.data.calibration_data import GIVEN, CalibrationData, decoded, read_calibration
 from panguq.data.calibration_modules import module_batches
+from panguq.data.encoder_inputs import lacks_data, needs_data
 from panguq.data.inputs import takes_empty_mask
 from panguq.errors import InputError
 from panguq.ir.encoder import (
     Examples,
     encoder_examples,
-    input_names,
     is_encoder,
     reads_text,
 )
@@ -82,7 +82,7 @@ class CompileData:
             config: Any = model.config
             longest = getattr(config, "max_position_embeddings", None)
             given = read_calibration(given, tokenizer, longest=longest)
-        if encodes and given is None and example_inputs is None and calibrated:
+        if given is None and calibrated and lacks_data(model, example_inputs):
             raise needs_data(model)
         if sampled and not is_causal_lm(model):
             raise InputError("sampled: only a causal language model writes text of its own")
@@ -165,15 +165,3 @@ class CompileData:
     ) -> Batches:
         empty_mask = takes_empty_mask(gm) and find_target(target).takes_empty_masks
         return causal_lm_batches(data, ctx.interface, None, empty_mask)
-
-
-def needs_data(model: nn.Module) -> InputError:
-    """The error where a recipe observes data, none is given, and the model cannot write any."""
-    names = input_names(model)
-    text = reads_text(model)
-    forms = "a path of text, texts with a tokenizer, or token ids"
-    tensors = f"a list of inputs, each a mapping with {', '.join(names) or 'its inputs'}"
-    return InputError(
-        f"the recipe calibrates on data, and {type(model).__name__} writes none of its own",
-        f"give calibration=: {forms if text else tensors}",
-    )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from panguq.errors import InputError
 from panguq.ir.run.interpret import first_non_finite
 from panguq.ir.run.sweep import Progress
 from panguq.passes.pipeline.base import no_progress
@@ -115,7 +116,15 @@ METRICS: tuple[type[Any], ...] = (Perplexity, FloatPerplexity, Divergence, TopOn
 
 
 def logits_of(model: Any) -> Logits:
-    """The logits function of a transformers model or a compiled one."""
+    """The logits function of a transformers model or a compiled one.
+
+    Raises InputError for a model that does not continue text.
+    """
+    if getattr(getattr(model, "interface", None), "kind", "causal_lm") != "causal_lm":
+        raise InputError(
+            "perplexity and its kin are of models that continue text, which this one does not",
+            "compare its outputs with the float model's: compiled.report.end_to_end has a figure",
+        )
 
     def logits(ids: Tensor) -> Tensor:
         with torch.no_grad():

@@ -147,16 +147,15 @@ def test_weights_of_another_shape(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        dict(model_type="bert", architectures=["BertForMaskedLM"]),
         dict(model_type="t5", architectures=["T5ForConditionalGeneration"]),
-        dict(architectures=["LlamaForSequenceClassification"]),
+        dict(architectures=["LlamaForSomethingElse"]),
+        dict(architectures=["LlamaRMSNorm"]),
+        dict(architectures=["BertForMaskedLM"]),
     ],
 )
 def test_other_kinds_of_model(folder: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     copy = with_config(folder, tmp_path / "copy", **changed)
-    error = refusal(InputError, copy)
-    assert changed["architectures"][0] in error.message
-    assert "decoder-only" in error.message
+    assert changed["architectures"][0] in refusal(InputError, copy).message
 
 
 def test_a_model_that_is_not_causal(folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,23 @@ def check_server(server: Server, out: Path | None, format: str) -> None:
         )
 
 
+def check_data(options: argparse.Namespace, recipe: Any, model: Any) -> None:
+    """Refuse a recipe that needs data where none is given and the model writes none of its own, and
+    text for a model that reads something else. Raises InputError."""
+    from panguq.data.encoder_inputs import lacks_data, needs_data
+    from panguq.ir.encoder import is_encoder, reads_text
+    from panguq.schedule import Schedule
+
+    needs = Schedule.of(recipe, options.target).needs_calibration
+    if options.calibration is None and needs and lacks_data(model, None):
+        raise needs_data(model)
+    if options.calibration is not None and is_encoder(model) and not reads_text(model):
+        raise InputError(
+            f"--calibration gives text, and {type(model).__name__} reads something else",
+            "compile it from Python with calibration=, a list of mappings of its inputs",
+        )
+
+
 def check_end(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) -> None:
     """Refuse what saving the model would: no room for it, schemes that the format cannot hold,
     or that the server of `--for` has no kernel for. Raises StorageError or ExportError."""

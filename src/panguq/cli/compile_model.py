@@ -20,7 +20,7 @@ from panguq.cli.command import (
     tokens,
     whole,
 )
-from panguq.cli.compile_end import check_end, check_server
+from panguq.cli.compile_end import check_data, check_end, check_server
 from panguq.cli.compile_places import check_out, held_places, saved
 from panguq.errors import InputError, RecipeError
 from panguq.formats.registry import FORMATS
@@ -132,6 +132,7 @@ def run(options: argparse.Namespace) -> int:
     )
     with held_places(options.out, options.work_dir) as places:
         model = load_pretrained(options.model)
+        check_data(options, recipe, model)
         check_end(options, recipe, dtype, model)
         calibration = None
         if options.calibration is not None:
@@ -184,6 +185,7 @@ def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
         dtype=dtype,
         windows=options.windows,
         window=options.window,
+        calibrated=options.calibration is not None,
     )
     verdict = _server_verdict(options, recipe, found)
     if options.json:

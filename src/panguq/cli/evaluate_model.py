@@ -59,7 +59,10 @@ def run(options: argparse.Namespace) -> int:
     is_float = options.stage == "float"
     compiled: Any = load(options.compiled, "lowered" if is_float else options.stage)
     if compiled.interface.kind != "causal_lm":
-        raise InputError(f"{options.compiled}: not a language model", "evaluate it yourself")
+        raise InputError(
+            f"{options.compiled}: no model that continues text, of which alone there is perplexity",
+            "its report.json compares it with the float model (end_to_end)",
+        )
     tokenizer = _tokenizer(options, compiled)
     what = "conversations" if options.chat else "a text"
     sizes = (options.window, options.windows)

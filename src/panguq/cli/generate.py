@@ -43,6 +43,11 @@ def run(options: argparse.Namespace) -> int:
     from panguq.compiled_model import load
 
     model: Any = load(options.compiled)
+    if model.interface.kind != "causal_lm":
+        raise InputError(
+            f"{options.compiled}: the model has no cache and does not generate",
+            "call it from Python: panguq.load(folder)",
+        )
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise InputError(

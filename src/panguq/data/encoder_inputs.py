@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import transformers.modeling_outputs
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from panguq.data.inputs import check_ids, check_module_inputs, real_tokens
 from panguq.errors import InputError
-from panguq.ir.encoder import DEFAULTS, IDS
+from panguq.ir.encoder import DEFAULTS, IDS, Examples, input_names, is_encoder, reads_text
 from panguq.ir.interface import Interface
 
 
@@ -107,3 +107,20 @@ def _modeling_of(config: Any) -> Any:
     if not place.startswith("transformers.models."):
         return None
     return import_module(place.replace(".configuration_", ".modeling_"))
+
+
+def lacks_data(model: nn.Module, example_inputs: Examples) -> bool:
+    """Whether nothing can stand for calibration data that is not given."""
+    return is_encoder(model) and example_inputs is None
+
+
+def needs_data(model: nn.Module) -> InputError:
+    """The error where a recipe observes data, none is given, and the model cannot write any."""
+    text = "--calibration FILE, or from Python texts with a tokenizer, or token ids"
+    names = " and ".join(input_names(model)) or "its inputs"
+    return InputError(
+        f"the recipe calibrates on data, and {type(model).__name__} writes none of its own",
+        f"give {text}"
+        if reads_text(model)
+        else f"compile it from Python with calibration=, a list of mappings with {names}",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from panguq.errors import InputError, PanguqError, StorageError
 from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.strict_json import parse_json
+from panguq.models.architectures import SERVED, model_class
 from panguq.models.checkpoint_files import (
     CONFIG,
     StoredTensor,
@@ -48,8 +50,6 @@ __all__ = [
     "skeleton",
     "split_thinking",
 ]
-
-_SERVED = "panguq compiles decoder-only causal language models that transformers itself defines"
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.gguf", "spiece.model")
 
@@ -137,12 +137,10 @@ def skeleton_of_config(data: Mapping[str, Any], folder: Path) -> nn.Module:
 
 def _fake_model(config: Any, path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """Raises StorageError, naming `path`, for values that the model's class does not take."""
-    from transformers import AutoModelForCausalLM
-
+    kind, config = model_class(config, path)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = _without_weights(kind, config, dtype)
     except Exception as error:  # each model class stumbles over values in its own way
         raise StorageError(
             f"{path}: no model can be made as {CONFIG} says: {first_lines(error)}",
@@ -151,10 +149,29 @@ def _fake_model(config: Any, path: Path, dtype: torch.dtype | None = None) -> nn
     return model.eval()
 
 
+def _without_weights(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            made: nn.Module = kind._from_config(config, dtype=dtype)
+            return made
+    except DataDependentOutputException:  # it reads a number while it is made, as ViT does
+        with torch.device("meta"):
+            made = kind._from_config(config, dtype=dtype)
+    memo: dict[int, Any] = {}
+    with mode:
+        for parameter in made.parameters():
+            fake = torch.empty_like(parameter, device="cpu")
+            memo[id(parameter)] = nn.Parameter(fake, requires_grad=False)
+        for buffer in made.buffers():
+            memo[id(buffer)] = torch.empty_like(buffer, device="cpu")
+    return copy.deepcopy(made, memo)
+
+
 def read_config(folder: Path) -> Any:
     """The folder's config, an object of transformers' own class for its model type.
 
-    Raises InputError for anything but a decoder-only causal language model in floating point.
+    Raises InputError for a model that panguq does not read.
     """
     return _config(_config_data(folder), folder)
 
@@ -171,7 +188,7 @@ def _dtype(tensors: list[StoredTensor], packed: PackedFloats | None) -> torch.dt
 
 def _gguf_config(file: Path) -> Any:
     config = gguf_config(file)
-    _check_causal_lm(config, file)
+    _check_architectures(config, file)
     return config
 
 
@@ -194,9 +211,9 @@ def _config(data: dict[str, Any], folder: Path) -> Any:
         data = openpangu_config.as_llama(data)
     elif model_type not in CONFIG_MAPPING:
         own_code = "; it needs code of its own, which is not run" if "auto_map" in data else ""
-        raise InputError(f"{folder}: unknown model type {model_type!r}{own_code}", _SERVED)
+        raise InputError(f"{folder}: unknown model type {model_type!r}{own_code}", SERVED)
     config = build_config(data, folder / CONFIG)
-    _check_causal_lm(config, folder)
+    _check_architectures(config, folder)
     return config
 
 
@@ -218,19 +235,12 @@ def _check_layers(folder: Path, config: Any, stored: int) -> None:
         )
 
 
-def _check_causal_lm(config: Any, folder: Path) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+def _check_architectures(config: Any, folder: Path) -> None:
+    """Raises InputError for a model that panguq does not read, StorageError for no names."""
     given = getattr(config, "architectures", None) or []
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
         raise StorageError(f"{folder / CONFIG}: architectures is no list of names", "correct it")
-    encodes = getattr(config, "is_encoder_decoder", False)
-    if not isinstance(name, str) or encodes or (given and name not in given):
-        what = ", ".join(given) or f"model type {config.model_type}"
-        raise InputError(
-            f"{folder}: holds a {what}, which is no decoder-only causal language model", _SERVED
-        )
+    model_class(config, folder)
 
 
 def existing_folder(folder: str | Path) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from panguq.errors import InputError, StorageError
+from panguq.models.architectures import model_class
 from panguq.models.checkpoint_files import CONFIG, StoredTensor, open_tensors, refuse_unweighted
 from panguq.models.config import first_lines
 from panguq.models.packed_floats import PackedFloats
@@ -42,7 +43,7 @@ def load_weights(
     missing or of another shape; InputError for one that belongs to a module which has no place for
     it, such as a bias: another function would be computed without it.
     """
-    kind, config = _model_class(config)
+    kind, config = model_class(config, folder)
     state = open_tensors(tensors)
     if packed is not None:
         state = packed.unpack(tensors, state, WeightStore())
@@ -187,8 +188,9 @@ def _unused(model: nn.Module, unexpected: list[str], state: Mapping[str, Tensor]
 
 def _note_tied(folder: Path, model: Any) -> None:
     """Let the configuration say whether the logits read the embedding's own weights."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not hasattr(model.config, "tie_word_embeddings"):
+    head = model.get_output_embeddings()
+    table: Any = None if head is None else model.get_input_embeddings()
+    if table is None or not hasattr(model.config, "tie_word_embeddings"):
         return
     tied = head.weight is table.weight
     if model.config.tie_word_embeddings and not tied:
@@ -201,20 +203,6 @@ def _note_tied(folder: Path, model: Any) -> None:
 
 
 # --- transformers -------------------------------------------------------------------------------
-
-
-def _model_class(config: Any) -> tuple[Any, Any]:
-    """The class of the language model, and the configuration that it takes, as transformers'
-    `AutoModelForCausalLM` chooses them: of a larger model perhaps the part for text."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    kinds = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    kinds = kinds if isinstance(kinds, (list, tuple)) else [kinds]
-    named = {kind.__name__: kind for kind in kinds}
-    kind = next((named[n] for n in config.architectures or () if n in named), kinds[0])
-    text = config.sub_configs.get("text_config")
-    is_part = text is not None and kind.config_class is text
-    return kind, config.get_text_config() if is_part else config
 
 
 @contextmanager

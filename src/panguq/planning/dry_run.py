@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from panguq.data.calibration import WINDOW, WINDOWS
+from panguq.data.encoder_inputs import lacks_data, needs_data
 from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.edit import label, module_path
 from panguq.ir.encoder import Examples
@@ -50,11 +51,14 @@ def plan(
     dtype: torch.dtype | None = None,
     windows: int = WINDOWS,
     window: int = WINDOW,
+    calibrated: bool = True,
 ) -> Plan:
     """What `compile` would do with this model: schemes, kernels, predicted cost, refusals.
 
     model: as for `compile`, or the path of a local model folder, of which only the config is read.
     windows, window: how much calibration data there would be, for the predicted time and memory.
+    calibrated: whether any would be given; where none is and the model writes none of its own, a
+        recipe that needs data is refused.
 
     The checks are those that `compile` makes before any calibration; what they refuse is listed in
     `Plan.refusals` instead of raised. Raises RecipeError for a recipe that cannot be read,
@@ -73,6 +77,8 @@ def plan(
     trace_seconds = time.perf_counter() - started
 
     refusals = _order_refusals(schedule)
+    if not calibrated and schedule.needs_calibration and lacks_data(model, example_inputs):
+        refusals.append(_with_hint(needs_data(model)))
     assigned, refused = _assign(gm, ctx, recipe)
     results = [assigned]
     notes = {skip.node: skip.reason for skip in assigned.skipped}

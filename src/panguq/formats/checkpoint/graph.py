@@ -26,6 +26,7 @@ from panguq.formats.checkpoint.linear import (
 )
 from panguq.ir.edit import get_tensor, label, module_path
 from panguq.ir.views import Linear
+from panguq.models.architectures import model_class
 from panguq.models.hub_names import HubNames, hub_names
 
 aten = torch.ops.aten
@@ -90,12 +91,12 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     Weights are those of the model, not copies. Raises ExportError, naming the modules, for what a
     checkpoint of the source's architecture cannot hold: matmuls that were split or added, weights
     that the architecture does not have or that no longer exist, quantized modules that are no
-    `torch.nn.Linear` (GPT-2's `Conv1D`), a quantized KV cache, a model that is no transformers
-    language model. An op without weights that a pass of your own inserted is not noticed.
+    `torch.nn.Linear` (GPT-2's `Conv1D`), a quantized KV cache, a model that is not
+    transformers'. An op without weights that a pass of your own inserted is not noticed.
     """
     if artifact.config is None or FAKE_QUANT not in artifact.stages:
         raise ExportError(
-            "only a compiled transformers language model can be saved as a checkpoint",
+            "only a compiled model of transformers can be saved as a checkpoint",
             "save other modules in panguq's own format",
         )
     gm = artifact.stages[FAKE_QUANT]
@@ -122,14 +123,13 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
 
 def _skeleton(config: Any) -> nn.Module:
     """The source's modules without memory for their weights."""
-    from transformers import AutoModelForCausalLM
-
     try:
+        kind, config = model_class(config)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: nn.Module = kind._from_config(config)
     except Exception as error:  # transformers raises whatever its configurations happen to
         raise ExportError(
-            f"transformers has no language model for a config of type {config.model_type!r}",
+            f"transformers has no model for a config of type {config.model_type!r}",
             "checkpoints are loaded by architecture; save in panguq's own format",
         ) from error
     return model

@@ -10,6 +10,7 @@ import torch
 
 from panguq.artifact import Artifact
 from panguq.files.strict_json import json_text
+from panguq.models.architectures import model_class
 from panguq.models.config import known_settings
 from panguq.models.tokenizer_files import tokenizer_files
 from panguq.tensors.dtypes import dtype_name
@@ -27,7 +28,8 @@ def config_of(artifact: Artifact, is_tied: bool) -> dict[str, Any]:
     """config.json as the folder is: with the vocabulary that the embedding has, whether the logits
     have weights of their own, without code, and without weights that are not there."""
     data = served_config(artifact.config, artifact.dtype)
-    data["vocab_size"] = artifact.interface.vocab_size
+    if artifact.interface.vocab_size is not None:
+        data["vocab_size"] = artifact.interface.vocab_size
     data["tie_word_embeddings"] = is_tied
     data |= {key: 0 for key in _FURTHER_TOKENS if getattr(artifact.config, key, None)}
     return {key: value for key, value in data.items() if key not in _OF_FURTHER_TOKENS}
@@ -40,15 +42,10 @@ def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     `rope_theta` with `rope_scaling`. Without the older ones, transformers 4 would silently take
     the default rotary base. Servers choose a model by `architectures`.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     data = known_settings(type(config), json.loads(config.to_json_string(use_diff=True)))
     name = dtype_name(dtype)
     data |= {"model_type": config.model_type, "dtype": name, "torch_dtype": name}
-    kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if not set(data.get("architectures") or ()) & set(kinds):
-        data["architectures"] = kinds[:1]
+    data["architectures"] = [model_class(config)[0].__name__]
     rope = data.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -62,8 +59,12 @@ def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 def served_files(artifact: Artifact) -> dict[str, bytes | str]:
     """generation_config.json and the tokenizer's files; a warning where there is no tokenizer."""
-    generation = artifact.generation_config.to_json_string(use_diff=True)
-    files: dict[str, bytes | str] = {"generation_config.json": generation}
+    files: dict[str, bytes | str] = {}
+    if artifact.generation_config is not None:
+        generation = artifact.generation_config.to_json_string(use_diff=True)
+        files["generation_config.json"] = generation
+    if artifact.tokenizer is None and artifact.interface.vocab_size is None:  # it reads no text
+        return files
     if artifact.tokenizer is None:
         logger.warning(
             "the folder has NO TOKENIZER, and a server will not take text without one: none lies "
