@@ -60,10 +60,18 @@ class InputStatistics:
     Over all tokens: `channel_amax` and `mean_square`, `[k]`. Over plain tokens: `plain_amax`
     and `plain_mean_square`, `[k]`, and, where wanted, a histogram weighted by `column_energy`
     `[k]`, the squared norm of the weights that each channel meets.
+
+    A value that `experts` experts read, sorted by expert, also has each one's `expert_tokens`
+    `[experts]` and `expert_square_sum` `[experts, k]`. An expert that few tokens reach has seen all
+    of them instead, if the pass says so.
     """
 
-    def __init__(self, channels: int, column_energy: Tensor | None = None) -> None:
+    def __init__(
+        self, channels: int, column_energy: Tensor | None = None, experts: int | None = None
+    ) -> None:
         self.column_energy = column_energy
+        self.expert_tokens = None if experts is None else torch.zeros(experts)
+        self.expert_square_sum = None if experts is None else torch.zeros(experts, channels)
         self.histogram = Histogram()
         self.channel_amax = torch.zeros(channels)
         self.plain_amax = torch.zeros(channels)
@@ -92,10 +100,23 @@ class InputStatistics:
         if self.column_energy is not None:
             self.histogram.add(kept, self.column_energy)
 
+    def add_of_expert(self, expert: int, rows: Tensor) -> None:
+        """Observe rows `[r, k]` as one expert meets them."""
+        assert self.expert_tokens is not None and self.expert_square_sum is not None
+        self.expert_tokens[expert] += len(rows)
+        self.expert_square_sum[expert] += rows.float().square().sum(0)
+
     @property
     def mean_square(self) -> Tensor:
-        """Mean square of each channel over all tokens, `[k]`."""
-        return self.square_sum / max(self.tokens, 1)
+        """Mean square of each channel over all tokens, `[k]`; or each expert's, `[experts, k]`.
+
+        An expert that met nothing has that of all rows.
+        """
+        overall = self.square_sum / max(self.tokens, 1)
+        if self.expert_tokens is None or self.expert_square_sum is None:
+            return overall
+        each = self.expert_square_sum / self.expert_tokens.clamp_min(1)[:, None]
+        return torch.where(self.expert_tokens[:, None] > 0, each, overall)
 
     @property
     def plain_mean_square(self) -> Tensor:

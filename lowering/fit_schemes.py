@@ -12,14 +12,14 @@ from panguq.ir.edit import label
 from panguq.ir.node_meta import annotate, is_quantized, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, Scheme
-from panguq.ir.views import by_input
+from panguq.ir.views import ExpertLinear, by_input
 from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
 from panguq.lowering.select_format import select_format
 from panguq.lowering.select_kernel import scheme_refusal
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, matmuls
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class FitSchemes(Pass):
 def fit(siblings: list[fx.Node], target: Target) -> tuple[Scheme, list[str]]:
     """The scheme for matmuls that read one tensor, and why not those before it in the order."""
     scheme = scheme_of(siblings[0])
+    if not target.takes_experts and any(ExpertLinear.match(n) is not None for n in siblings):
+        return SCHEMES["FLOAT"], [f"target {target.name} has no kernels for matmuls of experts"]
     reasons: list[str] = []
     for candidate in (scheme, *target.fallbacks(scheme)):
         refusals = []
@@ -101,4 +103,4 @@ def fit(siblings: list[fx.Node], target: Target) -> tuple[Scheme, list[str]]:
 
 
 def _siblings(gm: fx.GraphModule) -> list[list[fx.Node]]:
-    return list(by_input(filter(is_quantized, linears(gm))).values())
+    return list(by_input(filter(is_quantized, matmuls(gm))).values())

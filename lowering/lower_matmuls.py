@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from dataclasses import replace as replace_field
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import erase_unused, label, replace
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.properties import Property
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.lowering.choice import Choice
 from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.options import DEFAULT_OPTIONS, AscendOptions
@@ -22,9 +22,7 @@ from panguq.lowering.select_format import select_format
 from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
-
-aten = torch.ops.aten
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, matmuls
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class LowerMatmuls(Pass):
     A weight-only matmul that neither takes, or one that must not round to bfloat16
     (`precision`), becomes `dequantized_linear`, which takes everything, and says so; so do W4A8 and
     W4A4, on dequantized activations.
+    - Matmuls of experts: the same kernels, called `expert_int8_linear` and so on.
 
     On Ascend (x flattened to `[m, k]`, the result viewed as `[..., n]`)
     - W8A8: `npu_quant_matmul(npu_quantize(x), w, deq_scale, bias=int32)`; W8A8_DYNAMIC, W4A8 and
@@ -71,7 +70,7 @@ class LowerMatmuls(Pass):
         write = target.calls(gm, ctx.store)
         choices = Choices(target, self.precision, self.ascend)
         rows: list[tuple[object, ...]] = []
-        for node in [n for n in gm.graph.nodes if n.target is aten.linear.default]:
+        for node in [n for n in gm.graph.nodes if Linear.match(n) is not None]:
             scheme = meta_of(node).scheme
             if scheme is None or scheme.is_float:
                 continue
@@ -118,10 +117,16 @@ class Choices:
 def check_lowerable(gm: fx.GraphModule, target: Target, precision: Precision) -> None:
     """Raises LoweringError if the target has no kernel for a scheme, before any calibration."""
     choices = Choices(target, precision)
-    for node in linears(gm):
+    for node in matmuls(gm):
         scheme = meta_of(node).scheme
-        if scheme is not None and not scheme.is_float:
-            _choice(choices, node)
+        if scheme is None or scheme.is_float:
+            continue
+        if ExpertLinear.match(node) is not None and not target.takes_experts:
+            raise LoweringError(
+                f"{label(node)}: target {target.name} has no kernels for matmuls of experts",
+                "leave them in float in the recipe",
+            )
+        _choice(choices, node)
 
 
 def _choice(choices: Choices, node: fx.Node) -> Choice:

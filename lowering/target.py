@@ -110,6 +110,8 @@ class Target(ABC):
     """Where compiled models run. On a CPU all do: every op has a body there."""
     takes_empty_masks: ClassVar[bool] = True
     """Whether the lowered graph takes a mask without elements for plain causal attention."""
+    takes_experts: ClassVar[bool] = False
+    """Whether there are kernels for the matmuls of experts, in every scheme that it knows."""
     lowers: ClassVar[bool] = True
     """Whether there are kernels, for which matmuls are lowered; else the fake-quant graph runs."""
     fits_schemes: ClassVar[bool] = False

@@ -15,7 +15,7 @@ from panguq.ir.analysis.choices import deciding_linears
 from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
-from panguq.ir.views import ExpertLinear, Linear, by_input, results_of
+from panguq.ir.views import Linear, by_input, results_of
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table, matmuls
 from panguq.passes.pipeline.module_globs import check_globs
 
@@ -49,8 +49,6 @@ class AssignSchemes(Pass):
             if not scheme.is_float and node in deciding:
                 scheme = SCHEMES["FLOAT"]
                 reason = f"a choice follows from its result ({op_name(deciding[node])})"
-            elif not scheme.is_float and ExpertLinear.match(node) is not None:
-                scheme, reason = SCHEMES["FLOAT"], "matmuls of experts are not quantized yet"
             weight = scheme.weight
             if weight is not None:
                 k = Linear.of(node).shape[1]

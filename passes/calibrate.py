@@ -15,8 +15,15 @@ from panguq.ir.node_meta import annotate, is_quantized, scheme_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.run.sweep import sweep
-from panguq.ir.views import Linear, by_input
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
+from panguq.ir.views import ExpertLinear, Linear, by_input
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, matmuls
+from panguq.passes.statistics.expert_tokens import (
+    FEW_TOKENS,
+    count_tokens,
+    reroutes,
+    routing_values,
+    tokens_table,
+)
 from panguq.passes.statistics.observers import OBSERVERS, range_sqnr_db
 from panguq.tensors.work_folder import Finished
 
@@ -30,6 +37,8 @@ class Calibrate(Pass):
     `observer`: `minmax`; `percentile` of all values; `mse`, the clipped range of least mean
     squared error; `histogram`, the clipped range of least KL divergence. All look at plain tokens
     only (see `InputStatistics`), and count each channel by the weights that it meets.
+    Experts that fewer than `least_tokens` calibration tokens reach see all of them instead; what
+    their gates give is as it was. 0 follows the router alone.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -43,32 +52,59 @@ class Calibrate(Pass):
     needs_calibration: ClassVar[bool] = True
     observer: Literal["minmax", "percentile", "mse", "histogram"] = "minmax"
     percentile: float = 99.999
+    least_tokens: int = FEW_TOKENS
 
     def __post_init__(self) -> None:
         if not 50.0 < self.percentile <= 100.0:
             raise RecipeError(f"calibrate: percentile {self.percentile} must lie in (50, 100]")
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        readers = by_input(filter(is_quantized, linears(gm)))
+        readers = by_input(filter(is_quantized, matmuls(gm)))
         if readers:
             ctx.require_batches()
         statistics = {
-            value: InputStatistics(int(value.meta["val"].shape[-1]), _column_energy(gm, nodes))
+            value: InputStatistics(
+                int(value.meta["val"].shape[-1]), _column_energy(gm, nodes), _experts(nodes)
+            )
             for value, nodes in readers.items()
         }
+        tokens = count_tokens(gm, ctx, filter(is_quantized, matmuls(gm)), self.least_tokens)
+        counts = {ExpertLinear.of(node).counts for node in tokens}
+        latest: dict[fx.Node, list[int]] = {}
+        unfed = {node: set(seen.underfed) for node, seen in tokens.items()}
 
         def observe(node: fx.Node, value: Tensor) -> None:
+            if node in counts:
+                latest[node] = value.tolist()
+                return
+            if node not in statistics:  # a router's weights, which the sweep looks at
+                return
             statistics[node].add(value)
+            expert_linear = next((n for n in readers[node] if n in tokens), None)
+            if expert_linear is None:
+                return
+            found = value.split(latest[ExpertLinear.of(expert_linear).counts])
+            for expert, rows in enumerate(found):
+                if len(rows) and expert not in unfed[expert_linear]:
+                    statistics[node].add_of_expert(expert, rows)
+
+        def observe_all(expert: int, node: fx.Node, rows: Tensor) -> None:
+            statistics[node].add_of_expert(expert, rows)
 
         def compute() -> Finished:
-            sweep(gm, ctx.batches, set(readers), observe, ctx.progress)
+            watched = {*readers, *counts, *(routing_values(gm) if tokens else ())}
+            again = reroutes(tokens, observe_all)
+            sweep(gm, ctx.batches, watched, observe, ctx.progress, again)
             states = (state_of(seen, label(value)) for value, seen in statistics.items())
             return Finished({name: tensor for state in states for name, tensor in state.items()})
 
         observed = ctx.once("statistics", compute).tensors
         for value, seen in statistics.items():
             fill_state(seen, observed, label(value))
-        return self._conclude(readers, statistics)
+        result = self._conclude(readers, statistics)
+        if tokens:
+            result.tables["experts"] = tokens_table(tokens)
+        return result
 
     def _conclude(
         self,
@@ -105,8 +141,14 @@ def _column_energy(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor | None:
     if static_spec(nodes) is None:
         return None
     weights = [get_tensor(gm, Linear.of(n).weight_name) for n in nodes]
-    energy = torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
+    matrices = [m for w in weights for m in (w if w.dim() == 3 else (w,))]
+    energy = torch.stack([m.float().square().sum(0) for m in matrices]).sum(0)
     return energy if energy.any() else torch.ones_like(energy)
+
+
+def _experts(nodes: list[fx.Node]) -> int | None:
+    """How many experts read the value; None where a matmul alone does."""
+    return next((e.experts for e in map(ExpertLinear.match, nodes) if e is not None), None)
 
 
 def static_spec(nodes: list[fx.Node]) -> QuantSpec | None:

@@ -55,6 +55,7 @@ class Gptq(SolveWeights):
     """
 
     name: ClassVar[str] = "gptq"
+    takes_experts: ClassVar[bool] = True
     note_columns: ClassVar[tuple[str, ...]] = ("rtn_error_db", "error_db", "damping")
     act_order: bool = True
     static_groups: bool = True

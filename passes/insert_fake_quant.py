@@ -16,10 +16,10 @@ from panguq.ir.ops import encode, quantize  # noqa: F401  (register the quantize
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.run.interpret import ensure_finite
-from panguq.ir.views import DequantizedWeight, Linear
+from panguq.ir.views import DequantizedWeight, ExpertLinear, Linear
 from panguq.passes.codes.static_scales import affine
 from panguq.passes.codes.weight_scales import min_max_scale
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, linears
+from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, matmuls
 from panguq.tensors.folded_weight import materialized
 
 panguq = torch.ops.panguq
@@ -54,7 +54,7 @@ class InsertFakeQuant(Pass):
         quantized: dict[tuple[fx.Node, QuantSpec], fx.Node] = {}
         weights: dict[tuple[str, QuantSpec], DequantizedWeight] = {}
         rows = []
-        for node in linears(gm):
+        for node in matmuls(gm):
             scheme, matmul = scheme_of(node), Linear.of(node)
             if scheme.weight is None:
                 continue
@@ -101,7 +101,8 @@ def _quantize_input(matmul: Linear, spec: QuantSpec) -> fx.Node:
         path = module_path(node)
         gm = node.graph.owning_module
         assert gm is not None
-        name = free_name(gm, f"{path}.input_scale".lstrip("."))
+        dot = "." if ExpertLinear.match(node) is None else "_"  # experts' path is a weight's name
+        name = free_name(gm, f"{path}{dot}input_scale".lstrip("."))
         scale = tensor_node(node, name, torch.tensor([step]))
         offset_tensor = torch.tensor([offset], dtype=torch.int32)
         zero = tensor_node(node, name.replace("input_scale", "input_zero_point"), offset_tensor)
@@ -141,7 +142,7 @@ def _quantize_stored_weight(
     node, stored = matmul.node, matmul.weight
     weight = materialized(get_tensor(gm, matmul.weight_name))
     ensure_finite(matmul.weight_name, weight)
-    group_size = spec.group_size_for(weight.shape[1])
+    group_size = spec.group_size_for(weight.shape[-1])
     scale, zero_point = min_max_scale(weight, group_size, spec)
     scale_node = tensor_node(node, f"{stem}_scale", ctx.store.put(scale))
     if not spec.is_integer:

@@ -17,7 +17,7 @@ from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.ops.packing import packed_columns
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
-from panguq.ir.views import Linear, by_input
+from panguq.ir.views import ExpertLinear, Linear, by_input
 from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype
 from panguq.passes.pipeline.base import (
@@ -27,7 +27,7 @@ from panguq.passes.pipeline.base import (
     PassContext,
     PassResult,
     Table,
-    linears,
+    matmuls,
 )
 from panguq.passes.pipeline.module_globs import check_globs
 from panguq.passes.statistics.allocate import Allocation, Budget, allocate
@@ -133,7 +133,7 @@ class MixedPrecision(Pass):
 
     def _groups(self, gm: fx.GraphModule) -> tuple[list[LinearGroup], list[fx.Node]]:
         """What shares a choice, and the matmuls that keep their schemes but count as well."""
-        readers = by_input(linears(gm))
+        readers = by_input(matmuls(gm))
         groups, others = [], []
         for siblings in readers.values():
             if any(self._is_kept(node) for node in siblings):
@@ -144,6 +144,7 @@ class MixedPrecision(Pass):
 
     def _is_kept(self, node: fx.Node) -> bool:
         kept = any(fnmatchcase(module_path(node), glob) for glob in self.keep)
+        kept = kept or ExpertLinear.match(node) is not None
         return kept or scheme_of(node).is_float or gives_logits(node)
 
     def _fitting(
@@ -169,7 +170,7 @@ class MixedPrecision(Pass):
         nodes = [*others, *(node for group in options for node in group)]
         found: dict[str, tuple[Budget, float]] = {}
         if self.bits is not None:
-            weights = sum(math.prod(Linear.of(node).shape) for node in nodes)
+            weights = sum(Linear.of(node).weight.meta["val"].numel() for node in nodes)
             fixed = sum(stored_bits(node, scheme_of(node)) for node in others)
             found["bits"] = (_budget(options, stored_bits, fixed, self.bits * weights), weights)
         if self.relative_time is not None:
@@ -247,7 +248,8 @@ class MixedPrecision(Pass):
 
 def stored_bits(node: fx.Node, scheme: Scheme) -> int:
     """Bits that this linear's weight takes under a scheme: codes, scales and zero points."""
-    n, k = Linear.of(node).shape
+    k = Linear.of(node).shape[1]
+    n = Linear.of(node).weight.meta["val"].numel() // k
     spec: QuantSpec | None = scheme.weight
     if spec is None:
         return 8 * n * k * int(Linear.of(node).weight.meta["val"].dtype.itemsize)

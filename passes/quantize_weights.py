@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -122,17 +122,21 @@ class QuantizeWeights(Pass):
         spec: QuantSpec,
         importance: Tensor | None,
     ) -> Rounded:
-        """A weight `[n, k]` rounded, a few rows at a time: its float copies would be large."""
+        """A weight `[n, k]`, or those of all experts, rounded a few rows at a time: its float
+        copies would be large."""
         codes = torch.empty(weight.shape, dtype=spec.format.storage)
         steps, zeros = torch.empty_like(scale), None if zero is None else torch.empty_like(zero)
         clipped, signal, noise = 0, 0.0, 0.0
-        for rows in row_slices(weight):
+        for rows in _rows_of_all(weight):
             some = weight[rows]
             plain = step = scale[rows]
             offset = None if zero is None else zero[rows]
             if self.clip_search:
                 ratios = clip_ratios(self.smallest_ratio, self.steps)
-                step, offset = search_scale(some, group_size, spec, importance, ratios)
+                meets = importance
+                if importance is not None and importance.dim() == 2:  # each expert's
+                    meets = importance[rows[0]]
+                step, offset = search_scale(some, group_size, spec, meets, ratios)
             codes[rows] = weight_codes(some, step, offset, group_size, spec)
             groups = some.float().reshape(len(some), -1, group_size)
             error = quantize_groups(groups, step, offset, spec).sub_(groups)
@@ -145,3 +149,11 @@ class QuantizeWeights(Pass):
         sqnr_db = decibels(signal / max(noise, 1e-30))
         share = clipped / max(scale.numel(), 1)
         return Rounded(codes, steps, zeros, share, sqnr_db)
+
+
+def _rows_of_all(weight: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Indices of a few rows of a weight `[n, k]`, or of one expert's in `[experts, n, k]`."""
+    if weight.dim() == 2:
+        yield from ((rows,) for rows in row_slices(weight))
+    else:
+        yield from ((e, rows) for e in range(len(weight)) for rows in row_slices(weight[e]))

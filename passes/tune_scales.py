@@ -15,7 +15,7 @@ from panguq.ir.node_meta import meta_of
 from panguq.ir.properties import Property
 from panguq.ir.run.interpret import values
 from panguq.ir.run.reverse_sweep import FirstOutput, reverse_sweep
-from panguq.ir.views import DequantizedWeight, Linear
+from panguq.ir.views import DequantizedWeight, ExpertLinear, Linear
 from panguq.passes.codes.weight_scales import storable
 from panguq.passes.pipeline.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
 from panguq.passes.statistics.sensitivity import scored_batch
@@ -205,6 +205,9 @@ def _tunable(gm: fx.GraphModule, result: PassResult) -> list[_Scale]:
     for node in gm.graph.nodes:
         linear = Linear.match(node)
         if linear is None or linear.is_stored or meta_of(node).scheme is None:
+            continue
+        if ExpertLinear.match(node) is not None:
+            result.skip(node, "scales of experts stay as they are")
             continue
         weight = DequantizedWeight.match(linear.weight)
         if weight is None:

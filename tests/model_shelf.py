@@ -44,6 +44,10 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+EXPERTS = "qwen3_moe"
+CONFIGS[EXPERTS] = transformers.Qwen3MoeConfig(
+    **GROUPED, head_dim=16, moe_intermediate_size=32, num_experts=6, num_experts_per_tok=2
+)
 
 
 def make_model(family: str, seed: int = 0) -> nn.Module:

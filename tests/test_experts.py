@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from torch import Tensor, nn
 
 import panguq
-from panguq.errors import TraceError
+from panguq.errors import NumericsError, TraceError
 from panguq.ir.edit import module_path
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import ExpertLinear
 from panguq.passes.pipeline.base import matmuls
 from tests.families.models import make
-from tests.families.sweep import CALIBRATION
+from tests.families.sweep import CALIBRATION, IDS
+from tests.shared_traces import shared_traces
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return make("qwen3_moe")
+def model() -> Iterator[nn.Module]:
+    with shared_traces():
+        yield make("qwen3_moe")
 
 
 def test_the_graph_shows_one_matmul_of_all_experts(model) -> None:
@@ -36,6 +41,57 @@ def test_routers_stay_float_and_the_report_says_why(model) -> None:
     assert {schemes[f"model.layers.{i}.mlp.gate"] for i in (0, 1)} == {"FLOAT"}
     (said,) = (w for w in compiled.report.warnings if "a choice follows" in w)
     assert "model.layers.*.mlp.gate (2)" in said and "topk" in said
+
+
+def test_every_matmul_of_every_expert_has_a_row(model) -> None:
+    compiled = panguq.compile(model, "w4a16", calibration=CALIBRATION)
+    rows = {row.name: row for row in compiled.report.matmuls}
+    one = rows["model.layers.1.mlp.experts.3.down_proj:linear"]
+    assert (one.n, one.k, one.scheme, one.group_size) == (128, 64, "W4A16", 64)
+    assert one.kernel == "panguq_cpu.expert_int4_linear"
+    assert one.stored_bytes == 128 * 64 // 2 + 2 * 128  # half a byte a weight, bfloat16 scales
+    tokens = [rows[f"model.layers.1.mlp.experts.{e}.down_proj:linear"].tokens for e in range(4)]
+    assert sum(tokens) == 2 * sum(ids.numel() for ids in CALIBRATION)  # two experts a token
+    assert all(rows[f"model.layers.0.mlp.experts.{e}.gate_up_proj:linear"] for e in range(4))
+    assert one.on_all_tokens
+    assert sum("were calibrated on all tokens" in said for said in compiled.report.warnings) == 1
+    floats = sum(r.n * r.k for r in compiled.report.matmuls if r.scheme == "FLOAT")
+    whole = sum(r.n * r.k for r in compiled.report.matmuls)
+    assert compiled.report.quantized_share == 1 - floats / whole
+
+
+def test_few_tokens_are_followed_where_the_recipe_says_so(model) -> None:
+    follows = {
+        "name": "router",
+        "schemes": {"*": "W4A16"},
+        "passes": [{"calibrate": {"least_tokens": 0}}, "insert-fake-quant", "quantize-weights"],
+    }
+    compiled = panguq.compile(model, follows, calibration=CALIBRATION)
+    assert not any(row.on_all_tokens for row in compiled.report.matmuls)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a16-asym"])
+def test_saved_and_loaded_it_gives_the_same_bits(model, recipe, tmp_path) -> None:
+    compiled = panguq.compile(model, recipe, calibration=CALIBRATION)
+    assert compiled.report.logits_sqnr_db > 10
+    compiled.save(tmp_path / "saved")
+    loaded = panguq.load(tmp_path / "saved")
+    assert torch.equal(loaded(IDS).logits, compiled(IDS).logits)
+
+
+def test_weights_that_are_stored_transposed_and_their_biases_are_quantized() -> None:
+    compiled = panguq.compile(make("gpt_oss"), "w8a8-dynamic", calibration=CALIBRATION)
+    assert compiled.report.quantized_share > 0.9
+    assert compiled.report.logits_sqnr_db > 15
+
+
+def test_a_router_whose_weights_overflow_is_named(model) -> None:
+    other = make("qwen3_moe")
+    with torch.no_grad():
+        other.model.layers[1].mlp.gate.weight[0] = 3e38
+    with pytest.raises((NumericsError, TraceError)) as caught:
+        panguq.compile(other, "w4a16", calibration=CALIBRATION)
+    assert "layers.1.mlp" in caught.value.message
 
 
 class Loop(nn.Module):

@@ -6,13 +6,15 @@ float32, whatever the input's dtype, and what is encoded is divided by its scale
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from panguq.ir.number_format import find_number_format
 from panguq.ir.ops.opset import define_op
 from panguq.ir.ops.quantize import SMALLEST_AMAX
-from panguq.tensors.row_slices import row_slices
+from panguq.tensors.row_slices import each_matrix, row_slices
 
 
 def _fake_encode_per_token(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
@@ -67,10 +69,13 @@ def encode_weight(weight: Tensor, scale: Tensor, group_size: int, format: str) -
     """encode(weight / scale), one scale per group of `group_size` inputs.
 
     weight float [n, k]; scale float [n, k / group_size], not zero. Returns codes [n, k] in the
-    format's dtype.
+    format's dtype. All may be stacked: [experts, n, k].
     """
     known = find_number_format(format)
     codes = weight.new_empty(weight.shape, dtype=known.storage)
+    if weight.dim() == 3:
+        of_one = functools.partial(encode_weight, group_size=group_size, format=format)
+        return each_matrix(of_one, codes, weight, scale)
     for rows in row_slices(weight):
         groups = weight[rows].to(torch.float32).unflatten(1, (-1, group_size))
         codes[rows] = known.encode(groups.div(scale[rows].to(torch.float32)[..., None])).flatten(1)
@@ -92,10 +97,13 @@ def decode_weight(
     """decode(codes) * scale, one scale per group of `group_size` inputs.
 
     codes [n, k] in the format's dtype; scale float [n, k / group_size]. Computed in float32,
-    returned as `dtype` [n, k].
+    returned as `dtype` [n, k]. All may be stacked: [experts, n, k].
     """
     known = find_number_format(format)
     weight = codes.new_empty(codes.shape, dtype=dtype)
+    if codes.dim() == 3:
+        same = dict(group_size=group_size, format=format, dtype=dtype)
+        return each_matrix(functools.partial(decode_weight, **same), weight, codes, scale)
     for rows in row_slices(codes):
         groups = known.decode(codes[rows]).unflatten(1, (-1, group_size))
         weight[rows] = groups.mul(scale[rows].to(torch.float32)[..., None]).flatten(1)

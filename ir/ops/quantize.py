@@ -7,11 +7,13 @@ kernels do; weights, which are quantized once, are divided.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from panguq.ir.ops.opset import define_op
-from panguq.tensors.row_slices import row_slices
+from panguq.tensors.row_slices import each_matrix, row_slices
 
 # Below this a token counts as zero: its scale stays normal and so does the reciprocal.
 SMALLEST_AMAX = 1e-30
@@ -124,9 +126,12 @@ def quantize_weight(
 
     weight float [n, k]; scale float [n, k / group_size], not zero (a negative one flips the codes);
     zero_point integer of the same shape, or None for 0; group_size == k is per channel. Returns
-    int8 [n, k].
+    int8 [n, k]. All of them may be stacked: [experts, n, k].
     """
     codes = weight.new_empty(weight.shape, dtype=torch.int8)
+    if weight.dim() == 3:
+        grid = (group_size, quant_min, quant_max)
+        return each_matrix(lambda *t: quantize_weight(*t, *grid), codes, weight, scale, zero_point)
     for rows in row_slices(weight):
         groups = weight[rows].to(torch.float32).unflatten(1, (-1, group_size))
         rounded = groups.div(scale[rows].to(torch.float32).unsqueeze(-1)).round_()
@@ -152,8 +157,12 @@ def dequantize_weight(
 
     codes int8 [n, k]; scale float [n, k / group_size]; zero_point integer of the same shape, or
     None for 0. Computed in float32, returned as `dtype` [n, k].
+    All may be stacked: [experts, n, k].
     """
     weight = codes.new_empty(codes.shape, dtype=dtype)
+    if codes.dim() == 3:
+        of_one = functools.partial(dequantize_weight, group_size=group_size, dtype=dtype)
+        return each_matrix(of_one, weight, codes, scale, zero_point)
     for rows in row_slices(codes):
         groups = codes[rows].to(torch.float32).unflatten(1, (-1, group_size))
         if zero_point is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from panguq.ir.analysis.blocks import blocks
 from panguq.ir.edit import ancestors, label
 from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.run.interpret import Values, compute, ensure_finite, last_uses, without_inputs
+from panguq.ir.run.reroute import Reroute
 from panguq.ir.views import DequantizedWeight, Item, QuantizedInput, operand
 from panguq.tensors import spill
 from panguq.tensors.memory import return_free_pages
@@ -33,26 +35,52 @@ Pause = Callable[[Sequence[Tensor], Sequence[Tensor]], Chosen]
 """Called with a value of every batch and with the same of the float model (empty without it)."""
 
 
+@dataclass(frozen=True)
+class AllTokens:
+    """Experts that are to be shown all tokens: `observe(expert, node, rows)` for each batch."""
+
+    reroute: Reroute
+    experts: Sequence[int]
+    observe: Callable[[int, fx.Node, Tensor], None]
+
+
+@dataclass(frozen=True)
+class ExpertPause:
+    """A pause at a value that experts read.
+
+    `call` gets the value of every batch, and what gives the rows `[tokens, k]` of every batch that
+    experts would meet if all tokens went to them.
+    """
+
+    reroute: Reroute
+    call: Callable[
+        [Sequence[Tensor], Callable[[Sequence[int]], Mapping[int, list[Tensor]]]], Chosen
+    ]
+
+
 def sweep(
     gm: fx.GraphModule,
     batches: Sequence[dict[str, Tensor]],
     watch: set[fx.Node],
     observe: Observe,
     progress: Progress,
+    reroutes: Sequence[AllTokens] = (),
 ) -> None:
-    """Call `observe(node, value)` for every watched node and batch.
+    """Call `observe(node, value)` for every watched node and batch; the `reroutes` show more.
 
     All batches pass a block before the next block starts, so each weight is read once; what
     no watched node depends on is not run. Raises NumericsError for a weight or a watched value
     that is not finite.
     """
-    _Sweep(gm, batches, progress, watch, observe).run(watch)
+    run = _Sweep(gm, batches, progress, watch, observe)
+    run.reroutes = {shown.reroute.last: shown for shown in reroutes}
+    run.run(watch)
 
 
 def solving_sweep(
     gm: fx.GraphModule,
     batches: Sequence[dict[str, Tensor]],
-    pauses: Mapping[fx.Node, Pause],
+    pauses: Mapping[fx.Node, Pause | ExpertPause],
     progress: Progress,
     beside_float: bool = False,
 ) -> None:
@@ -76,8 +104,9 @@ class _Sweep:
     progress: Progress
     watch: set[fx.Node]
     observe: Observe
-    pauses: Mapping[fx.Node, Pause] = field(default_factory=dict)
+    pauses: Mapping[fx.Node, Pause | ExpertPause] = field(default_factory=dict)
     beside_float: bool = False
+    reroutes: Mapping[fx.Node, AllTokens] = field(default_factory=dict)
     chosen: dict[fx.Node, Any] = field(default_factory=dict)
     constants: dict[fx.Node, Any] = field(default_factory=dict)
     float_constants: dict[fx.Node, Any] = field(default_factory=dict)
@@ -91,6 +120,10 @@ class _Sweep:
         steps = [[n for n in b if n in needed and n not in self.fixed] for b in blocks(self.gm)]
         steps = [step for step in steps if step]
         self.freed = last_uses([node for step in steps for node in step], unread=True)
+        again = [shown.reroute for shown in self.reroutes.values()]
+        again += [pause.reroute for pause in self.pauses.values() if isinstance(pause, ExpertPause)]
+        for reroute in again:
+            _keep(self.freed, reroute.reads(), reroute.last, [n for step in steps for n in step])
         environments: list[Values] = [
             {n: batch[str(n.target)] for n in inputs} for batch in self.batches
         ]
@@ -131,6 +164,11 @@ class _Sweep:
                 if node in self.watch:
                     ensure_finite(label(node), environment[node], "activation")
                     self.observe(node, environment[node])
+                if node in self.reroutes:
+                    shown = self.reroutes[node]
+                    known = _Layered(environment, self.constants)
+                    for found in shown.reroute.rows(self.gm, known, shown.experts):
+                        shown.observe(*found)
                 if node is not last:
                     self._drop(node, environment)
             self._spill(environment, everyone)
@@ -152,7 +190,21 @@ class _Sweep:
                 self.observe(node, environment[node])
             return
         values = [environment[node] for environment in environments]
-        self.chosen |= self.pauses[node](values, [environment[node] for environment in floats])
+        pause = self.pauses[node]
+        if isinstance(pause, ExpertPause):
+            known = [_Layered(environment, self.constants) for environment in environments]
+            self.chosen |= pause.call(values, partial(self._all_tokens, pause.reroute, known))
+        else:
+            self.chosen |= pause(values, [environment[node] for environment in floats])
+
+    def _all_tokens(
+        self, reroute: Reroute, known: Sequence[_Layered], experts: Sequence[int]
+    ) -> dict[int, list[Tensor]]:
+        found: dict[int, list[Tensor]] = {expert: [] for expert in experts}
+        for values in known:
+            for expert, _, rows in reroute.rows(self.gm, values, experts):
+                found[expert].append(rows)
+        return found
 
     def _drop(self, node: fx.Node, environment: Values) -> None:
         for source in self.freed.get(node, ()):
@@ -196,6 +248,17 @@ class _Sweep:
         self.done.update(step)
         for node in [n for n in self.chosen if self.done.issuperset(n.users)]:
             del self.chosen[node]
+
+
+def _keep(
+    freed: dict[fx.Node, list[fx.Node]], values: set[fx.Node], until: fx.Node, order: list[fx.Node]
+) -> None:
+    """Let the values be freed after `until` instead of any node before it in `order`."""
+    for node in order[: order.index(until)]:
+        early = [value for value in freed.get(node, ()) if value in values]
+        if early:
+            freed[node] = [value for value in freed[node] if value not in values]
+            freed.setdefault(until, []).extend(early)
 
 
 class _Layered(Mapping[fx.Node, Any]):

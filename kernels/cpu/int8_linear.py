@@ -58,15 +58,16 @@ def int32_matmul(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fake_weight_row_sums(weight: Tensor) -> Tensor:
-    return weight.new_empty((weight.shape[0],), dtype=torch.int32)
+    return weight.new_empty(weight.shape[:-1], dtype=torch.int32)
 
 
 @define_op(
     "weight_row_sums(Tensor weight) -> Tensor", fake=_fake_weight_row_sums, namespace=NAMESPACE
 )
 def weight_row_sums(weight: Tensor) -> Tensor:
-    """sum_k weight: int8 [n, k] -> int32 [n]. Depends only on weights, so it can be folded."""
-    return weight.sum(dim=1, dtype=torch.int32)
+    """sum_k weight: int8 [..., n, k] -> int32 [..., n]. Depends only on weights, so it can be
+    folded."""
+    return weight.sum(dim=-1, dtype=torch.int32)
 
 
 def _fake_int8_linear(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,10 +8,17 @@ from torch import fx
 from panguq.errors import LoweringError
 from panguq.ir.edit import call, label, op_name
 from panguq.ir.ops import binary  # noqa: F401  (registers dequantize_binary)
-from panguq.ir.views import BinaryWeight, DequantizedWeight, Linear, QuantizedInput
+from panguq.ir.views import (
+    BinaryWeight,
+    DequantizedWeight,
+    ExpertLinear,
+    Linear,
+    QuantizedInput,
+)
 from panguq.kernels.cpu import (  # noqa: F401  (registers torch.ops.panguq_cpu.*)
     binary_linear,
     dequantized_linear,
+    expert_linear,
     int4_linear,
     int8_linear,
     int8_weight_linear,
@@ -36,14 +43,14 @@ def _int8(node: fx.Node, choice: Choice) -> fx.Node:
             node, cpu.weight_row_sums.default, (weight.codes,), origin=node, suffix=".row_sums"
         )
     args = (x.codes, x.scale, x.zero_point, weight.codes, weight.scale, sums, linear.bias, x.dtype)
-    return call(node, cpu.int8_linear.default, args, origin=node)
+    return _call(node, "int8_linear", args)
 
 
 def _int8_weight(node: fx.Node, choice: Choice) -> fx.Node:
     linear = Linear.of(node)
     weight = DequantizedWeight.of(linear.weight)
     args = (linear.input, weight.codes, weight.scale, linear.bias, choice.few_tokens)
-    return call(node, cpu.int8_weight_linear.default, args, origin=node)
+    return _call(node, "int8_weight_linear", args)
 
 
 def _int4(node: fx.Node, choice: Choice) -> fx.Node:
@@ -54,19 +61,16 @@ def _int4(node: fx.Node, choice: Choice) -> fx.Node:
             f"{label(node)}: int4_linear cannot read what {op_name(stored.codes)} does",
             "this is a defect of the choice of kernels; please report it",
         )
-    weight = call(
-        node, cpu.int4_kernel_weight.default, (stored.packed,), origin=node, suffix=".kernel_weight"
-    )
-    scales = call(
-        node,
-        cpu.int4_kernel_scales.default,
-        (stored.scale, stored.zero_point),
-        origin=node,
-        suffix=".kernel_scales",
-    )
+    weight_op, scales_op = cpu.int4_kernel_weight.default, cpu.int4_kernel_scales.default
+    if ExpertLinear.match(node) is not None:
+        weight_op = cpu.expert_int4_kernel_weight.default
+        scales_op = cpu.expert_int4_kernel_scales.default
+    weight = call(node, weight_op, (stored.packed,), origin=node, suffix=".kernel_weight")
+    pair = (stored.scale, stored.zero_point)
+    scales = call(node, scales_op, pair, origin=node, suffix=".kernel_scales")
     grid = (stored.scale, stored.zero_point, stored.group_size)
     args = (linear.input, weight, scales, stored.packed, *grid, linear.bias, choice.few_tokens)
-    return call(node, cpu.int4_linear.default, args, origin=node)
+    return _call(node, "int4_linear", args)
 
 
 def _dequantized(node: fx.Node, choice: Choice) -> fx.Node:
@@ -79,7 +83,15 @@ def _dequantized(node: fx.Node, choice: Choice) -> fx.Node:
     weight = DequantizedWeight.of(linear.weight)
     stored = (weight.packed, weight.scale, weight.zero_point, weight.group_size)
     args = (linear.input, *stored, linear.bias, dtype)
-    return call(node, cpu.dequantized_linear.default, args, origin=node)
+    return _call(node, "dequantized_linear", args)
+
+
+def _call(node: fx.Node, kernel: str, args: tuple[object, ...]) -> fx.Node:
+    """The call of a kernel, or of its twin for experts, which also takes each one's rows."""
+    experts = ExpertLinear.match(node)
+    if experts is not None:
+        kernel, args = f"expert_{kernel}", (*args, experts.counts)
+    return call(node, getattr(cpu, kernel).default, args, origin=node)
 
 
 _LOWERINGS = {

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from panguq.ir.quant_spec import Scheme
+from panguq.kernels.cpu.expert_linear import expert_int4_kernel_scales, expert_int4_kernel_weight
 from panguq.kernels.cpu.int4_linear import int4_kernel_scales, int4_kernel_weight
 from panguq.kernels.cpu.int8_linear import weight_row_sums
 from panguq.lowering.choice import Choice, TokenMix
@@ -29,6 +30,7 @@ class CpuTarget(Target):
     """A CPU, with one affine cost a kernel."""
 
     kind = "cpu"
+    takes_experts = True
     kernel_names = (
         "linear",
         "int8_linear",
@@ -37,7 +39,13 @@ class CpuTarget(Target):
         "int4_linear",
         "dequantized_linear",
     )
-    prepacking = (int4_kernel_weight, int4_kernel_scales, weight_row_sums)
+    prepacking = (
+        int4_kernel_weight,
+        int4_kernel_scales,
+        expert_int4_kernel_weight,
+        expert_int4_kernel_scales,
+        weight_row_sums,
+    )
     terms = MappingProxyType(
         {
             "launch": "starting kernels",

@@ -18,6 +18,7 @@ class ReferenceTarget(Target):
     """Codes of any format, read back to floats that an ordinary matmul multiplies."""
 
     kind = "reference"
+    takes_experts = True
     lowers = False
 
     def reads(self, number_format: NumberFormat) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -13,16 +13,25 @@ from torch import Tensor, fx
 
 from panguq.decibels import decibels
 from panguq.errors import RecipeError
-from panguq.ir.edit import get_tensor, label
+from panguq.ir.edit import get_tensor, label, module_path
 from panguq.ir.node_meta import meta_of, weight_spec_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.run.interpret import ensure_finite
-from panguq.ir.run.sweep import solving_sweep
-from panguq.ir.views import DequantizedWeight, Linear, QuantizedWeight, by_input, matmul_of
+from panguq.ir.run.reroute import Reroute, routing_of
+from panguq.ir.run.sweep import Chosen, ExpertPause, Pause, solving_sweep
+from panguq.ir.views import (
+    DequantizedWeight,
+    ExpertLinear,
+    Linear,
+    QuantizedWeight,
+    by_input,
+    matmul_of,
+)
 from panguq.passes.codes.stored_codes import set_grid, store_codes
 from panguq.passes.codes.weight_scales import weight_values
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
+from panguq.passes.pipeline.base import ExpertTokens, Pass, PassContext, PassResult, Table
+from panguq.passes.statistics.expert_tokens import FEW_TOKENS, count_tokens, tokens_table
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.weight_store import WeightStore
 from panguq.tensors.work_folder import Finished
@@ -80,7 +89,9 @@ class SolveWeights(Pass):
 
     One sweep: where the value that matmuls read is ready for all batches, their weights are solved
     together, and everything behind them is computed with the quantized weights (true-sequential by
-    data flow; q, k, v share one problem, gate and up another).
+    data flow; q, k, v share one problem, gate and up another). Every expert's weights are a problem
+    of their own, with the rows that it meets; an expert that fewer than `least_tokens` calibration
+    tokens reach meets all of them, 0 follows the router alone.
     """
 
     requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ, Property.UNSOLVED})
@@ -91,6 +102,9 @@ class SolveWeights(Pass):
     note_columns: ClassVar[tuple[str, ...]] = ()
     integers_only: ClassVar[bool] = False
     """Whether it counts on codes that are integers."""
+    takes_experts: ClassVar[bool] = False
+    """Whether codes and grids of experts' weights, stacked, are all that it stores."""
+    least_tokens: int = FEW_TOKENS
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
         """As declared. Raises RecipeError for a scheme whose codes the pass cannot choose."""
@@ -127,9 +141,12 @@ class SolveWeights(Pass):
             ctx.require_batches()
         solved: list[tuple[fx.Node, Solution]] = []
         rows: list[tuple[object, ...]] = []
-        pauses = {
+        experts = ExpertSolver(self, gm, ctx, solved, rows)
+        pauses: dict[fx.Node, Pause | ExpertPause] = experts.pauses(groups)
+        pauses |= {
             value: partial(self._pause, gm, ctx, matmuls, solved, rows)
             for value, matmuls in groups.items()
+            if value not in pauses
         }
         solving_sweep(gm, ctx.batches, pauses, ctx.progress, self.beside_float)
         for node, solution in solved:
@@ -137,6 +154,12 @@ class SolveWeights(Pass):
         result.changed = len(solved)
         columns = ("weight", "bits", "group_size", "weight_sqnr_db", *self.note_columns)
         result.tables["weights"] = Table(columns, tuple(rows))
+        if experts.tokens:
+            result.tables["experts"] = tokens_table(experts.tokens)
+        for node in experts.tokens if self.beside_float else ():
+            result.skip(
+                node, "experts meet other rows in the float model: the quantized ones count"
+            )
         return result
 
     def _pause(
@@ -167,7 +190,7 @@ class SolveWeights(Pass):
                 inputs=_weighted(values, same[0]),
                 float_inputs=_weighted(float_values, same[0]),
             )
-            solution = self._solved(ctx, problem)
+            solution = self.solved(ctx, problem)
             weight = self.dequantize(problem, solution)
             start = 0
             for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
@@ -181,7 +204,7 @@ class SolveWeights(Pass):
                 start = stop
         return chosen
 
-    def _solved(self, ctx: PassContext, problem: WeightProblem) -> Solution:
+    def solved(self, ctx: PassContext, problem: WeightProblem) -> Solution:
         """`solve`, its tensors in files: a model's codes need no memory until the end."""
 
         def compute() -> Finished:
@@ -207,6 +230,119 @@ class SolveWeights(Pass):
             named("shared."),
             tuple(done.facts.values()),
         )
+
+
+@dataclass
+class ExpertSolver:
+    """Solves the weights of experts one after the other, each from the rows that it meets.
+
+    Those that calibration sends fewer than `least_tokens` tokens to meet all of them.
+    """
+
+    solver: SolveWeights
+    gm: fx.GraphModule
+    ctx: PassContext
+    solved: list[tuple[fx.Node, Solution]]
+    rows: list[tuple[object, ...]]
+    tokens: Mapping[fx.Node, ExpertTokens] = field(default_factory=dict)
+
+    def pauses(self, groups: Mapping[fx.Node, list[fx.Node]]) -> dict[fx.Node, Pause | ExpertPause]:
+        """The pauses at values that experts read, and at what says how their rows lie.
+
+        Raises RecipeError for a method whose solutions cannot be stacked.
+        """
+        found = {v: m for v, m in groups.items() if ExpertLinear.match(m[0]) is not None}
+        nodes = [node for matmuls in found.values() for node in matmuls]
+        if nodes and not self.solver.takes_experts:
+            raise RecipeError(
+                f"{self.solver.name} does not choose the codes of experts: {module_path(nodes[0])}",
+                "use gptq or quantize-weights, or leave the experts in float in the recipe",
+            )
+        self.tokens = count_tokens(self.gm, self.ctx, nodes, self.solver.least_tokens)
+        pauses: dict[fx.Node, Pause | ExpertPause] = {}
+        lengths: dict[fx.Node, list[list[int]]] = {}
+        for node in nodes:
+            counts = ExpertLinear.of(node).counts
+
+            def keep(values: Sequence[Tensor], _: object, counts: fx.Node = counts) -> Chosen:
+                lengths[counts] = [value.tolist() for value in values]
+                return {}
+
+            pauses[counts] = keep
+        for value, matmuls in found.items():
+            reroute = Reroute(routing_of(matmuls[0]), (value,))
+            pauses[value] = ExpertPause(reroute, partial(self._pause, matmuls, lengths))
+        return pauses
+
+    def _pause(
+        self,
+        matmuls: list[fx.Node],
+        lengths: Mapping[fx.Node, list[list[int]]],
+        values: Sequence[Tensor],
+        all_tokens: Callable[[Sequence[int]], Mapping[int, list[Tensor]]],
+    ) -> Chosen:
+        first = ExpertLinear.of(matmuls[0])
+        for value in values:
+            ensure_finite(label(first.input), value, "activation")
+        underfed = self.tokens[matmuls[0]].underfed
+        rows = [
+            value.split(counts) for value, counts in zip(values, lengths[first.counts], strict=True)
+        ]
+        found: list[list[Solution]] = [[] for _ in matmuls]
+        chosen = [_like(materialized(self._stored(matmul))) for matmul in matmuls]
+        for start in range(0, first.experts, EXPERTS_AT_ONCE):
+            some = range(start, min(start + EXPERTS_AT_ONCE, first.experts))
+            everything = all_tokens([e for e in some if e in underfed])
+            for expert in some:
+                inputs = everything.get(expert) or [batch[expert] for batch in rows]
+                for matmul, into, solutions in zip(matmuls, chosen, found, strict=True):
+                    solutions.append(self._solve(matmul, expert, inputs, into[expert]))
+        for matmul, solutions in zip(matmuls, found, strict=True):
+            self.solved.append((quantizer_of(matmul).node, _stacked(solutions, self.ctx.store)))
+        return {Linear.of(m).weight: w for m, w in zip(matmuls, chosen, strict=True)}
+
+    def _stored(self, matmul: fx.Node) -> Tensor:
+        return get_tensor(self.gm, quantizer_of(matmul).weight_name)
+
+    def _solve(
+        self, matmul: fx.Node, expert: int, inputs: Sequence[Tensor], into: Tensor
+    ) -> Solution:
+        """The solution for one expert; its weight as the codes have it goes `into` `[n, k]`."""
+        weight = materialized(self._stored(matmul))[expert]
+        ensure_finite(f"{quantizer_of(matmul).weight_name}[{expert}]", weight)
+        spec = weight_spec_of(matmul)
+        problem = WeightProblem(
+            names=(f"{label(matmul)}.{expert}",),
+            weight=weight.float(),
+            spec=spec,
+            group_size=spec.group_size_for(int(weight.shape[1])),
+            dtype=weight.dtype,
+            inputs=inputs,
+            float_inputs=inputs if self.solver.beside_float else (),
+        )
+        solution = self.solver.solved(self.ctx, problem)
+        into.copy_(self.solver.dequantize(problem, solution))
+        quality = (spec.bits, problem.group_size, _sqnr_db(weight, into))
+        self.rows.append((problem.names[0], *quality, *solution.notes))
+        return solution
+
+
+EXPERTS_AT_ONCE = 8
+"""Of whom the rows that all tokens make are held together."""
+
+
+def _like(weight: Tensor) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype)
+
+
+def _stacked(solutions: Sequence[Solution], store: WeightStore) -> Solution:
+    """The solutions of all experts as one, in files."""
+    zeros = [s.zero_point for s in solutions if s.zero_point is not None]
+    return Solution(
+        store.put(torch.stack([s.codes for s in solutions])),
+        torch.stack([s.scale for s in solutions]),
+        torch.stack(zeros) if zeros else None,
+    )
 
 
 def quantizer_of(matmul: fx.Node) -> QuantizedWeight:

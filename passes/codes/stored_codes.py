@@ -58,7 +58,7 @@ def store_codes(node: fx.Node, store: WeightStore, codes: Tensor, bits: int) -> 
 def read_packed(node: fx.Node, packed: Tensor, bits: int) -> None:
     """As `store_codes`, with codes that are packed and stored already."""
     weight = QuantizedWeight.of(node).weight
-    k = int(weight.meta["val"].shape[1])
+    k = int(weight.meta["val"].shape[-1])
     replacement = tensor_node(node, codes_name(node), packed)
     if bits == 4:
         replacement = _unpacked(node, panguq.unpack_int4.default, (replacement,))

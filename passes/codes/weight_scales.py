@@ -67,8 +67,13 @@ def min_max_scale(weight: Tensor, group_size: int, spec: QuantSpec) -> tuple[Ten
     """Scale, and zero point if asymmetric, `[n, k / group_size]`, from each group's range.
 
     Symmetric: `max|w| / largest`. Asymmetric: `(max - min) / (qmax - qmin)` over a range widened to
-    hold zero, `zero_point = round(qmin - min / scale)` with the scale as stored.
+    hold zero, `zero_point = round(qmin - min / scale)` with the scale as stored. Of a weight
+    `[experts, n, k]`, all of them `[experts, n, k / group_size]`.
     """
+    if weight.dim() == 3:
+        each = [min_max_scale(matrix, group_size, spec) for matrix in weight]
+        zeros = [zero for _, zero in each if zero is not None]
+        return torch.stack([scale for scale, _ in each]), torch.stack(zeros) if zeros else None
     low, high = _ranges(weight, group_size)
     if spec.symmetric:
         scale = _store(torch.maximum(-low, high) / spec.format.largest, spec)

@@ -82,6 +82,20 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed {seed:.3g}: it has more than 64 bits", "choose a smaller number")
 
 
+@dataclass(frozen=True)
+class ExpertTokens:
+    """How many tokens of calibration a router sent to each expert, int64 `[experts]`, and the
+    experts that had fewer than `least` and were calibrated on all of them instead."""
+
+    routed: Tensor
+    least: int
+
+    @property
+    def underfed(self) -> tuple[int, ...]:
+        """Those experts."""
+        return tuple(int(expert) for expert in (self.routed < self.least).nonzero()[:, 0])
+
+
 @dataclass
 class PassContext:
     """What passes may read besides the graph.
@@ -90,7 +104,8 @@ class PassContext:
     one small such batch; `store` takes the tensors that passes make; `matmul_rules` speak for the
     target, if there is one. `pass_label` names the pass that is running, by its place in the
     pipeline. `reference` is the float model's graph, which no pass changes. `allow_unmatched` says
-    which globs over module paths may match nothing (`module_globs.py`).
+    which globs over module paths may match nothing (`module_globs.py`). `expert_tokens` are how
+    many tokens of calibration each expert met, by the label of the matmul.
     """
 
     interface: Interface
@@ -103,6 +118,7 @@ class PassContext:
     pass_label: str = ""
     reference: fx.GraphModule | None = None
     allow_unmatched: bool | tuple[str, ...] = False
+    expert_tokens: dict[str, ExpertTokens] = field(default_factory=dict)
 
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
         """What `compute` yields for this unit of the running pass, its tensors in the store.

@@ -23,7 +23,10 @@ class PassSummary(BaseModel):
 class MatmulSummary(BaseModel):
     """One matmul: sizes, scheme, kernel, bytes stored, and its local SQNR.
 
-    `is_side` marks the float matmul of outlier channels that were split from another one.
+    `is_side` marks the float matmul of outlier channels that were split from another one. Every
+    matmul of every expert has a row, `model.layers.0.mlp.experts.3.down_proj:linear`, and there
+    `tokens` says how many calibration tokens its router sent it, None where none were counted;
+    with `on_all_tokens` they were too few, and it was calibrated on all.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -37,6 +40,8 @@ class MatmulSummary(BaseModel):
     gives_logits: bool = False
     is_side: bool = False
     local_sqnr_db: float | None = None
+    tokens: int | None = None
+    on_all_tokens: bool = False
 
 
 SAMPLED = "sampled from the model itself"
@@ -140,6 +145,15 @@ class CompileReport(BaseModel):
     unused_weights: tuple[str, ...] = ()
     calibration: CalibrationSummary = CalibrationSummary()
     end_to_end: EndToEnd | None = None
+
+    @property
+    def quantized_share(self) -> float:
+        """The share of all linear weights, those of experts among them, that is quantized."""
+        weights = {True: 0, False: 0}
+        for row in self.matmuls:
+            if not row.is_side:
+                weights[row.scheme != "FLOAT"] += row.n * row.k
+        return weights[True] / max(sum(weights.values()), 1)
 
     @property
     def logits_sqnr_db(self) -> float | None:

@@ -6,7 +6,6 @@ The constants were fitted to compiles of a Llama of 135M parameters on one threa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from panguq.ir.node_meta import is_quantized, scheme_of, weight_spec_of
 from panguq.ir.views import Linear
 from panguq.lowering.cpu.target import CPU
 from panguq.passes.codes.solve_weights import SolveWeights
-from panguq.passes.pipeline.base import Pass, linears
+from panguq.passes.pipeline.base import Pass, matmuls
 from panguq.passes.quantize_weights import QuantizeWeights
 
 _PROCESS_BYTES = 350 << 20  # Python, torch and transformers, loaded and idle
@@ -62,7 +61,7 @@ def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
     tokens + six as wide as the widest output for one window.
     """
     largest = max((value.numel() for value in _weights(gm).values()), default=0)
-    quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
+    quantized = [node for node in matmuls(gm) if not scheme_of(node).is_float]
     shapes = [Linear.of(node).shape for node in quantized]
     widest = max((n for n, _ in shapes), default=0)
     stream = max((k for _, k in shapes), default=0)
@@ -78,8 +77,8 @@ def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> 
     run of all weights. Quantizing: a constant for each weight, and another for each ratio of a clip
     search; passes of GPTQ's family also form X^T X, factor it and work through the columns.
     """
-    quantized = sum(_size(n) for n in linears(gm) if not scheme_of(n).is_float)
-    weights = sum(_size(n) for n in linears(gm))
+    quantized = sum(_size(n) for n in matmuls(gm) if not scheme_of(n).is_float)
+    weights = sum(_size(n) for n in matmuls(gm))
     sweeps = sum(p.sweeps for p in passes) if quantized else 0.0
     ratios = sum(p.steps for p in passes if isinstance(p, QuantizeWeights) and p.clip_search)
     mac_per_s = CPU.kernels["linear"].gmac_per_s * 1e9
@@ -98,7 +97,7 @@ def _solving_macs(gm: fx.GraphModule, tokens: int) -> float:
 
     The factor is float64 and the column loop runs at a quarter of a large product's speed.
     """
-    quantized = [node for node in linears(gm) if not scheme_of(node).is_float]
+    quantized = [node for node in matmuls(gm) if not scheme_of(node).is_float]
     shapes = [Linear.of(node).shape for node in quantized]
     inputs = {Linear.of(n).input: k for n, (_, k) in zip(quantized, shapes, strict=True)}
     return sum(tokens * k**2 + 2 * k**3 for k in inputs.values()) + sum(
@@ -115,7 +114,8 @@ def _bytes(value: torch.Tensor) -> int:
 
 
 def _size(node: fx.Node) -> int:
-    return math.prod(Linear.of(node).shape)
+    """Its weights, those of all experts where it is theirs."""
+    return int(Linear.of(node).weight.meta["val"].numel())
 
 
 def _is_quantized(node: fx.Node, weight: str) -> bool:
@@ -124,6 +124,6 @@ def _is_quantized(node: fx.Node, weight: str) -> bool:
 
 def _code_bytes(node: fx.Node) -> int:
     weight = weight_spec_of(node)
-    n, k = Linear.of(node).shape
-    scales = n * k // weight.group_size_for(k)
-    return n * k * weight.bits // 8 + scales * 4 * (1 if weight.symmetric else 2)
+    size, k = _size(node), Linear.of(node).shape[1]
+    scales = size // weight.group_size_for(k)
+    return size * weight.bits // 8 + scales * 4 * (1 if weight.symmetric else 2)

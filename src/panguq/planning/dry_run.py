@@ -17,14 +17,14 @@ from panguq.ir.edit import label, module_path
 from panguq.ir.encoder import Examples
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
-from panguq.ir.views import Linear
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.lowering.choice import Choice
 from panguq.lowering.lower_matmuls import Choices
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.canonicalize import Canonicalize
-from panguq.passes.pipeline.base import PassContext, PassResult, linears
+from panguq.passes.pipeline.base import PassContext, PassResult, matmuls
 from panguq.passes.pipeline.module_globs import check_globs, matches
 from panguq.passes.pipeline.runner import Runner
 from panguq.planning.costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
@@ -91,9 +91,9 @@ def plan(
             notes |= {skip.node: skip.reason for skip in results[-1].skipped}
         except LoweringError as error:
             refusals.append(_with_hint(error))
-    matmuls = []
+    rows = []
     choices = Choices(find_target(target), recipe.precision, recipe.ascend)
-    for node in linears(gm):
+    for node in matmuls(gm):
         try:
             choice = choices.choose(node)
             row = _describe(node, choice, notes.get(label(node), ""))
@@ -101,7 +101,7 @@ def plan(
             if not unread:  # which says it once for all of them
                 refusals.append(f"{label(node)}: {error.message}")
             row = _describe(node, None, f"refused: {error.message}")
-        matmuls.append(row)
+        rows.append(row)
     sites, blocked = smoothing_sites(gm, interface, schedule.passes)
     said = [*left_in_float(gm, _assign_pass(recipe), results), *nowhere_to_smooth(sites, interface)]
     seconds = compile_seconds(gm, schedule.passes, windows * window)
@@ -111,7 +111,7 @@ def plan(
         passes=tuple(step.name for step in schedule.passes),
         inputs={name: list(interface.input_shapes[name]) for name in interface.inputs},
         nodes=len(gm.graph.nodes),
-        matmuls=tuple(matmuls),
+        matmuls=tuple(rows),
         smoothing_sites=sites,
         smoothing_blocked=blocked,
         refusals=tuple(refusals),
@@ -173,7 +173,7 @@ def _assign(gm: fx.GraphModule, ctx: PassContext, recipe: Recipe) -> tuple[PassR
 
     Globs that match nothing are refused one by one, so that the rest can still be planned.
     """
-    paths = [module_path(node) for node in linears(gm)]
+    paths = [module_path(node) for node in matmuls(gm)]
     used, refusals = [], []
     for glob, scheme in recipe.schemes.items():
         if glob == "*" or matches(glob, paths):
@@ -207,6 +207,7 @@ def _glob_refusals(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
 def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
     scheme = scheme_of(node)
     n, k = Linear.of(node).shape
+    experts = ExpertLinear.match(node)
     weight = scheme.weight
     grouped = weight if weight is not None and weight.granularity == "per_group" else None
     return MatmulPlan(
@@ -215,15 +216,20 @@ def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
         k=k,
         scheme=scheme.name,
         group_size=grouped.group_size_for(k) if grouped else None,
-        kernel=choice.kernel if choice else None,
+        kernel=_kernel(choice, experts is not None) if choice else None,
         few_tokens=choice.few_tokens if choice else 0,
         decode_us=round(choice.decode_us, 1) if choice else None,
         prefill_us=round(choice.prefill_us, 1) if choice else None,
         others=dict(choice.losers) if choice else {},
         gives_logits=gives_logits(node),
         bias=Linear.of(node).bias is not None,
+        experts=1 if experts is None else experts.experts,
         note=note,
     )
+
+
+def _kernel(choice: Choice, experts: bool) -> str:
+    return f"expert_{choice.kernel}" if experts else choice.kernel
 
 
 def _with_hint(error: PanguqError) -> str:

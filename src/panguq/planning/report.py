@@ -9,7 +9,8 @@ from panguq.report.left_in_float import any_layer
 
 class MatmulPlan(BaseModel):
     """One matmul `[m, k] x [n, k]^T`: its scheme, its kernel with predicted microseconds at one
-    token and at 512, and why each other kernel was not taken. No kernel: it is refused."""
+    token and at 512, and why each other kernel was not taken. No kernel: it is refused. Of a
+    mixture of experts it is the same matmul of `experts` experts, each `[n, k]`."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -24,6 +25,7 @@ class MatmulPlan(BaseModel):
     others: dict[str, str] = {}
     gives_logits: bool = False
     bias: bool = False
+    experts: int = 1
     note: str = ""
 
 
@@ -52,8 +54,8 @@ class Plan(BaseModel):
         """The plan as text. Matmuls that differ only in their layer share a line."""
         lines = [
             f"recipe {self.recipe}, target {self.target}: {' > '.join(self.passes)}",
-            f"graph: {self.nodes} nodes, {len(self.matmuls)} matmuls; not compared with the model, "
-            "whose weights a plan does not run",
+            f"graph: {self.nodes} nodes, {sum(row.experts for row in self.matmuls)} matmuls; not "
+            "compared with the model, whose weights a plan does not run",
             *(f"  {name} {shape}" for name, shape in self._first_inputs().items()),
             "",
             *self._matmul_lines(),
@@ -83,7 +85,7 @@ class Plan(BaseModel):
         why: dict[str, str] = {}
         for row in self.matmuls:
             cells = _cells(row)
-            groups[cells] = groups.get(cells, 0) + 1
+            groups[cells] = groups.get(cells, 0) + row.experts
             why |= {f"{row.scheme} n={row.n} k={row.k}, {k}": v for k, v in row.others.items()}
         head = ("matmul", "n", "k", "scheme", "kernel", "us at m=1", "m=512", "note")
         rows = [(*cells[:1], str(count), *cells[1:]) for cells, count in groups.items()]

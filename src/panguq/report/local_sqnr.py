@@ -11,16 +11,18 @@ from torch import Tensor, fx
 from panguq.decibels import sqnr_db
 from panguq.ir.edit import ancestors, label
 from panguq.ir.run import interpret
-from panguq.ir.views import Linear
-from panguq.passes.pipeline.base import linears
+from panguq.ir.views import ExpertLinear, Linear
+from panguq.passes.pipeline.base import matmuls
 
 
 @dataclass(frozen=True)
 class MatmulReference:
-    """A matmul of the float graph on the probe: its input's label and value, and its output."""
+    """A matmul of the float graph on the probe: what it reads, by label, and its output.
 
-    input_label: str
-    input: Tensor
+    That is its input, and of experts' matmuls also how many rows each expert has.
+    """
+
+    given: Mapping[str, Tensor]
     output: Tensor
 
 
@@ -28,13 +30,17 @@ def matmul_references(
     gm: fx.GraphModule, probe: Mapping[str, Tensor]
 ) -> dict[str, MatmulReference]:
     """Input and output of every matmul of a float graph on the probe, by the matmul's label."""
-    matmuls = linears(gm)
-    inputs = {node: Linear.of(node).input for node in matmuls}
-    values = interpret.values(gm, probe, {*inputs, *inputs.values()})
+    reads = {node: _reads(node) for node in matmuls(gm)}
+    values = interpret.values(gm, probe, {*reads, *(x for read in reads.values() for x in read)})
     return {
-        label(node): MatmulReference(label(x), values[x], values[node])
-        for node, x in inputs.items()
+        label(node): MatmulReference({label(x): values[x] for x in read}, values[node])
+        for node, read in reads.items()
     }
+
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    experts = ExpertLinear.match(node)
+    return [Linear.of(node).input, *(() if experts is None else (experts.counts,))]
 
 
 def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) -> dict[str, float]:
@@ -45,18 +51,20 @@ def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) ->
     nodes = {label(n): n for n in gm.graph.nodes}
     result = {}
     for name, reference in references.items():
-        start, end = nodes.get(reference.input_label), nodes.get(name)
-        if start is None or end is None:
+        end = nodes.get(name)
+        given = {nodes.get(read): value for read, value in reference.given.items()}
+        if end is None or None in given:
             continue
-        result[name] = sqnr_db(reference.output, _region(gm, start, end, reference.input))
+        starts = {node: value for node, value in given.items() if node is not None}
+        result[name] = sqnr_db(reference.output, _region(gm, starts, end))
     return result
 
 
-def _region(gm: fx.GraphModule, start: fx.Node, end: fx.Node, value: Tensor) -> Tensor:
-    needed = ancestors([end], stop=[start])
-    environment: interpret.Values = {start: value}
+def _region(gm: fx.GraphModule, starts: Mapping[fx.Node, Tensor], end: fx.Node) -> Tensor:
+    needed = ancestors([end], stop=starts)
+    environment: interpret.Values = dict(starts)
     with torch.no_grad():
         for node in gm.graph.nodes:
-            if node in needed and node is not start:
+            if node in needed and node not in starts:
                 environment[node] = interpret.compute(gm, node, environment)
     return environment[end]

@@ -21,9 +21,9 @@ from panguq.errors import PanguqError
 from panguq.evaluation import POOR_DB
 from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.node_meta import meta_of, scheme_of
-from panguq.ir.views import Linear, operands_at
+from panguq.ir.views import ExpertLinear, Linear, operands_at
 from panguq.passes.assign_schemes import gives_logits
-from panguq.passes.pipeline.base import Pass, PassContext
+from panguq.passes.pipeline.base import ExpertTokens, Pass, PassContext
 from panguq.passes.pipeline.runner import PassRecord
 from panguq.report.end_to_end import Graphs, Outcome, check_end_to_end, other_kernel
 from panguq.report.local_sqnr import MatmulReference, local_sqnr, matmul_references
@@ -138,8 +138,8 @@ class Quality:
         return CompileReport(
             target=target,
             passes=tuple(self.summaries),
-            matmuls=tuple(summarize_matmuls(gm, fake_quant, self.latest)),
-            warnings=(*self.known, *outcome.warnings, *warnings),
+            matmuls=tuple(summarize_matmuls(gm, fake_quant, self.latest, self.ctx.expert_tokens)),
+            warnings=(*self.known, *outcome.warnings, *warnings, *_few_tokens(self.ctx)),
             calibration=data.summary,
             unused_weights=data.unused_weights,
             end_to_end=outcome.figures,
@@ -147,9 +147,15 @@ class Quality:
 
 
 def summarize_matmuls(
-    gm: fx.GraphModule, fake_quant: fx.GraphModule, quality: Mapping[str, float]
+    gm: fx.GraphModule,
+    fake_quant: fx.GraphModule,
+    quality: Mapping[str, float],
+    expert_tokens: Mapping[str, ExpertTokens],
 ) -> list[MatmulSummary]:
-    """Every matmul with a scheme: kernel from the lowered graph, bytes from what it stores."""
+    """Every matmul with a scheme: kernel from the lowered graph, bytes from what it stores.
+
+    Experts' matmuls one by one, each with its share of the bytes, and the SQNR of all together.
+    """
     kernels = {name: n for n in gm.graph.nodes for name in (label(n), *meta_of(n).merged)}
     rows = []
     for node in fake_quant.graph.nodes:
@@ -160,9 +166,12 @@ def summarize_matmuls(
         n, k = linear.shape
         stored = ancestors([linear.weight])
         tensors = [get_tensor(fake_quant, str(s.target)) for s in stored if s.op == "get_attr"]
-        rows.append(
+        experts = ExpertLinear.match(node)
+        count = 1 if experts is None else experts.experts
+        seen = expert_tokens.get(name)
+        rows += [
             MatmulSummary(
-                name=name,
+                name=name if experts is None else _of_expert(name, expert),
                 n=n,
                 k=k,
                 scheme=scheme.name,
@@ -170,11 +179,37 @@ def summarize_matmuls(
                 kernel=str(_kernel_behind(kernels[name]).target).removesuffix(".default"),
                 gives_logits=gives_logits(node),
                 is_side=meta_of(node).split_from is not None,
-                stored_bytes=sum(t.numel() * t.element_size() for t in tensors),
+                stored_bytes=sum(t.numel() * t.element_size() for t in tensors) // count,
                 local_sqnr_db=finite_db(quality[name]) if name in quality else None,
+                tokens=None if seen is None else int(seen.routed[expert]),
+                on_all_tokens=seen is not None and expert in seen.underfed,
             )
-        )
+            for expert in range(count)
+        ]
     return rows
+
+
+def _few_tokens(ctx: PassContext) -> list[str]:
+    """That experts were calibrated on all tokens, in a sentence, if some were."""
+    experts = sum(len(seen.routed) for seen in ctx.expert_tokens.values())
+    few = sum(len(seen.underfed) for seen in ctx.expert_tokens.values())
+    if not few:
+        return []
+    none = sum(int((seen.routed == 0).sum()) for seen in ctx.expert_tokens.values())
+    least = max(seen.least for seen in ctx.expert_tokens.values())
+    return [
+        f"{few} of {experts} matmuls of experts get fewer than {least} calibration tokens, "
+        f"{none} of them none, and were calibrated on all tokens instead; report.matmuls has each "
+        "one's number, more calibration data makes them fewer, and least_tokens: 0 follows the "
+        "router alone"
+    ]
+
+
+def _of_expert(name: str, expert: int) -> str:
+    """`mlp.experts.down_proj:expert_linear` as expert 3's `mlp.experts.3.down_proj:linear`."""
+    path, _, op = name.partition(":")
+    owner, _, weight = path.rpartition(".")
+    return f"{owner}.{expert}.{weight}:{op.removeprefix('expert_')}"
 
 
 def _kernel_behind(node: fx.Node) -> fx.Node:

@@ -9,7 +9,7 @@ leave the heap in holes that are too small for the next copy, and a compile grew
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -26,3 +26,13 @@ def row_slices(tensor: Tensor, multiple: int = 1) -> Iterator[slice]:
     rows = max(ELEMENTS_AT_ONCE // (per_row * multiple), 1) * multiple
     for start in range(0, max(len(tensor), 1), rows):
         yield slice(start, min(start + rows, len(tensor)))
+
+
+def each_matrix(compute: Callable[..., Tensor], result: Tensor, *stacked: Tensor | None) -> Tensor:
+    """Fill `result` `[experts, ...]` with what `compute` gives for each expert's part of `stacked`.
+
+    One after the other, since copies of all experts' weights at once may be as large as a model.
+    """
+    for index in range(len(result)):
+        result[index] = compute(*(None if part is None else part[index] for part in stacked))
+    return result
