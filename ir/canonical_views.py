@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import fx
 
-from panguq.ir.views import View, argument, arguments, operand
+from panguq.ir.views import View, argument, arguments, operand, optional_operand
 
 
 class RmsNorm(View):
-    """`rms_norm(x, weight, eps)`."""
+    """`rms_norm(x, weight, eps, offset, rounds_once)`."""
 
     op = "panguq::rms_norm"
 
@@ -29,9 +29,50 @@ class RmsNorm(View):
         """Added to the mean square."""
         return float(argument(self.node, 2))
 
+    @property
+    def offset(self) -> float:
+        """Added to the weight."""
+        return float(arguments(self.node)["offset"])
+
+    @property
+    def rounds_once(self) -> bool:
+        """Whether the norm is rounded after the weight alone, and not before it."""
+        return bool(arguments(self.node)["rounds_once"])
+
+
+class LayerNorm(View):
+    """`panguq.layer_norm(x, weight, bias, eps, offset)`."""
+
+    op = "panguq::layer_norm"
+
+    @property
+    def x(self) -> fx.Node:
+        """What is normalized, `[..., k]`."""
+        return operand(self.node, 0)
+
+    @property
+    def weight(self) -> fx.Node:
+        """`[k]`."""
+        return operand(self.node, 1)
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """`[k]`, if there is one."""
+        return optional_operand(self.node, 2)
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+        return float(argument(self.node, 3))
+
+    @property
+    def offset(self) -> float:
+        """Added to the weight."""
+        return float(argument(self.node, 4))
+
 
 class Rotary(View):
-    """`rotary(x, cos, sin)`."""
+    """`rotary(x, cos, sin, interleaved)`."""
 
     op = "panguq::rotary"
 
@@ -44,6 +85,11 @@ class Rotary(View):
     def tables(self) -> tuple[fx.Node, fx.Node]:
         """Cosines and sines, `[batch, seq, d]`."""
         return operand(self.node, 1), operand(self.node, 2)
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbours are turned, and not halves."""
+        return bool(arguments(self.node)["interleaved"])
 
 
 class SwiGlu(View):
@@ -60,6 +106,32 @@ class SwiGlu(View):
     def up(self) -> fx.Node:
         """What it is multiplied with."""
         return operand(self.node, 1)
+
+
+class GeGlu(SwiGlu):
+    """`geglu(gate, up, approximate)`: the gate goes through gelu."""
+
+    op = "panguq::geglu"
+
+    @property
+    def approximate(self) -> str:
+        """ "none" or "tanh"."""
+        return str(argument(self.node, 2))
+
+
+def gated_activation(node: fx.Node) -> SwiGlu:
+    """The view of a gated activation of either kind. Raises TypeError for anything else."""
+    return GeGlu.match(node) or SwiGlu.of(node)
+
+
+def weight_offsets(gm: fx.GraphModule) -> dict[str, float]:
+    """What norms add to their stored weights, by the weight's name; no entry for nothing."""
+    offsets: dict[str, float] = {}
+    for node in gm.graph.nodes:
+        norm = RmsNorm.match(node) or LayerNorm.match(node)
+        if norm is not None and norm.offset and norm.weight.op == "get_attr":
+            offsets[str(norm.weight.target)] = norm.offset
+    return offsets
 
 
 class Attention(View):

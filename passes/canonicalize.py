@@ -31,7 +31,16 @@ from panguq.ir.ops import experts as expert_ops  # noqa: F401
 from panguq.ir.ops.opset import is_allowed
 from panguq.ir.plain_names import weight_name
 from panguq.ir.run.interpret import ensure_finite
-from panguq.ir.views import ExpertLinear, arguments, operand, operands_at
+from panguq.ir.views import ExpertLinear, arguments, operand
+from panguq.passes.patterns.gated import gated_activation
+from panguq.passes.patterns.matching import dtype_of, is_call, pair
+from panguq.passes.patterns.norms import (
+    offset_layer_norm,
+    rounded_norm,
+    scaled_norm,
+    torch_rms_norm,
+)
+from panguq.passes.patterns.rotary import rotary
 from panguq.passes.patterns.written_slices import concatenation
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table
 
@@ -52,9 +61,12 @@ class Canonicalize(Pass):
       `[n, k]`, become `linear` with weight `[n, k]`.
     - A weight `[experts, k, n]` of an `expert_linear`, transposed as it is read, becomes one of
       `[experts, n, k]`; each such matmul has its weight's name as its module's.
-    - `weight * (x * rsqrt(mean(x^2) + eps))` becomes `panguq.rms_norm`.
-    - `x * cos + concat(-x2, x1) * sin` becomes `panguq.rotary`.
-    - `silu(gate) * up` becomes `panguq.swiglu`.
+    - `weight * (x * rsqrt(mean(x^2) + eps))`, also with `1 + weight`, becomes `panguq.rms_norm`;
+      the same of `x - mean(x)` becomes `layer_norm`; `layer_norm` with the weight `1 + weight`
+      becomes `panguq.layer_norm`.
+    - `x * cos + concat(-x2, x1) * sin` becomes `panguq.rotary`, also where neighbours are turned
+      instead of halves.
+    - `silu(gate) * up` becomes `panguq.swiglu`, `gelu(gate) * up` `panguq.geglu`.
     - `scaled_dot_product_attention`, with the repeated key and value heads of grouped
       attention, becomes `panguq.attention`.
     """
@@ -108,16 +120,16 @@ def _modules(paths: list[str]) -> str:
     return f"{first} and {len(paths) - 1} more" if len(paths) > 1 else first
 
 
+_READERS = (
+    aten.linear.default, aten.embedding.default, aten.layer_norm.default,
+    panguq.expert_linear.default, panguq.layer_norm.default, panguq.rms_norm.default,
+)  # fmt: skip
+
+
 def _check_weights(gm: fx.GraphModule) -> None:
     """Raises NumericsError for a weight with NaN or Inf. Other constants, such as masks, may."""
-    readers = (
-        aten.linear.default,
-        panguq.expert_linear.default,
-        aten.embedding.default,
-        aten.layer_norm.default,
-    )
     for node in gm.graph.nodes:
-        read = any(user.target in (*readers, panguq.rms_norm.default) for user in node.users)
+        read = any(user.target in _READERS for user in node.users)
         if node.op == "get_attr" and read:
             tensor = get_tensor(gm, str(node.target))
             if not isinstance(tensor, FakeTensor):
@@ -126,10 +138,6 @@ def _check_weights(gm: fx.GraphModule) -> None:
 
 def _gone(node: fx.Node) -> bool:
     return bool(getattr(node, "_erased", False))
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
 
 
 # --- what tracing leaves behind -------------------------------------------------------------
@@ -141,7 +149,7 @@ def _same_value(node: fx.Node) -> fx.Node:
 
 def _cast_to_same_dtype(node: fx.Node) -> fx.Node | None:
     source = operand(node, 0)
-    return source if _dtype(node) == _dtype(source) else None
+    return source if dtype_of(node) == dtype_of(source) else None
 
 
 def _full_slice(node: fx.Node) -> fx.Node | None:
@@ -153,8 +161,8 @@ def _full_slice(node: fx.Node) -> fx.Node | None:
 
 
 def _times_one(node: fx.Node) -> fx.Node | None:
-    left, right = _pair(node)
-    if not isinstance(right, (int, float)) or right != 1.0 or _dtype(node) != _dtype(left):
+    left, right = pair(node)
+    if not isinstance(right, (int, float)) or right != 1.0 or dtype_of(node) != dtype_of(left):
         return None
     return left
 
@@ -231,7 +239,7 @@ def _turns(node: fx.Node) -> bool:
     """Whether this is a matrix's transpose."""
     if node.op != "call_function" or len(node.meta["val"].shape) != 2:
         return False
-    given = arguments(node) if _is(node, aten.permute.default, aten.transpose.int) else {}
+    given = arguments(node) if is_call(node, aten.permute.default, aten.transpose.int) else {}
     swapped = {given.get("dim0"), given.get("dim1")} in ({0, 1}, {-1, -2})
     return swapped or given.get("dims") in ([1, 0], [-1, 0], [-1, -2]) or node.target in _TURNS
 
@@ -242,7 +250,7 @@ _TURNS = (aten.t.default, aten.numpy_T.default)
 def _expert_linear(node: fx.Node) -> fx.Node | None:
     """The matmuls of all experts, reading a weight `[experts, n, k]` that is stored as such."""
     read = ExpertLinear.of(node)
-    source, turned = read.weight, _is(read.weight, aten.transpose.int)
+    source, turned = read.weight, is_call(read.weight, aten.transpose.int)
     if turned and operand(source, 0).op == "get_attr":
         gm = node.graph.owning_module
         assert gm is not None
@@ -254,103 +262,17 @@ def _expert_linear(node: fx.Node) -> fx.Node | None:
     return None
 
 
-# --- patterns raised into one op --------------------------------------------------------------
-
-
-def _is(node: Any, *targets: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in targets
-
-
-def _through_casts(node: Any) -> Any:
-    while _is(node, aten.to.dtype, aten._to_copy.default):
-        node = operand(node, 0)
-    return node
-
-
-def _pair(node: fx.Node) -> tuple[Any, Any]:
-    """The two terms or factors of `aten.add.Tensor` or `aten.mul.Tensor`."""
-    given = arguments(node)
-    return given["self"], given["other"]
-
-
-def _rms_norm(node: fx.Node) -> fx.Node | None:
-    """Anchored at the last product, `weight * normalized`."""
-    for weight, scaled in (_pair(node), _pair(node)[::-1]):
-        normalized = _through_casts(scaled)
-        if not (_is(normalized, aten.mul.Tensor) and getattr(weight, "op", "") == "get_attr"):
-            continue
-        x, rsqrt = _pair(normalized)
-        if not _is(rsqrt, aten.rsqrt.default) or not _is(operand(rsqrt, 0), aten.add.Tensor):
-            continue
-        mean, eps = _pair(operand(rsqrt, 0))
-        if not _is(mean, aten.mean.dim):
-            continue
-        square, dims, keepdim, _ = arguments(mean).values()
-        if dims != [-1] or not keepdim:
-            continue
-        squared = _is(square, aten.pow.Tensor_Scalar) and square.args == (x, 2)
-        if not isinstance(eps, float) or not squared:
-            continue
-        source = _through_casts(x)
-        if _dtype(source) == _dtype(node) and len(weight.meta["val"].shape) == 1:
-            return call(node, panguq.rms_norm.default, (source, weight, eps), origin=node)
-    return None
-
-
-def _torch_rms_norm(node: fx.Node) -> fx.Node | None:
-    given = arguments(node)
-    weight, eps = given["weight"], given["eps"]
-    if weight is None or eps is None or len(given["normalized_shape"]) != 1:
-        return None
-    return call(node, panguq.rms_norm.default, (given["input"], weight, eps), origin=node)
-
-
-def _rotary(node: fx.Node) -> fx.Node | None:
-    """Anchored at the sum `x * cos + rotate_half(x) * sin`."""
-    direct, rotated = _pair(node)
-    if node.kwargs or not (_is(direct, aten.mul.Tensor) and _is(rotated, aten.mul.Tensor)):
-        return None
-    (x, cos), (halves, sin) = _pair(direct), _pair(rotated)
-    if not all(isinstance(n, fx.Node) for n in (x, cos, halves, sin)):
-        return None
-    if len({n.meta["val"].dtype for n in (node, x, cos)}) > 1:
-        return None  # the op yields x's dtype, a sum with wider tables does not
-    if not all(_is(t, aten.unsqueeze.default) and arguments(t)["dim"] == 1 for t in (cos, sin)):
-        return None
-    if not _is(halves, aten.cat.default) or arguments(halves)["dim"] not in (-1, 3):
-        return None
-    if len(operands_at(halves, 0)) != 2:
-        return None
-    negated, first = operands_at(halves, 0)
-    if not _is(negated, aten.neg.default):
-        return None
-    second, half = operand(negated, 0), x.meta["val"].shape[-1] // 2
-    if not (_is(first, aten.slice.Tensor) and _is(second, aten.slice.Tensor)):
-        return None
-    one, other = (tuple(arguments(n).values())[:4] for n in (first, second))
-    starts_right = one == (x, 3, 0, half) and other[:3] == (x, 3, half)
-    if not starts_right or x.meta["val"].shape[-1] != 2 * half:
-        return None
-    return call(node, panguq.rotary.default, (x, operand(cos, 0), operand(sin, 0)), origin=node)
-
-
-def _swiglu(node: fx.Node) -> fx.Node | None:
-    for gate, up in (_pair(node), _pair(node)[::-1]):
-        if _is(gate, aten.silu.default) and isinstance(up, fx.Node):
-            if gate.meta["val"].shape != up.meta["val"].shape or _dtype(gate) != _dtype(up):
-                return None
-            return call(node, panguq.swiglu.default, (operand(gate, 0), up), origin=node)
-    return None
+# --- attention --------------------------------------------------------------------------------
 
 
 def _repeats(node: Any) -> int:
     """How often each key or value head was repeated to give `node`; 1 if it was not."""
-    if _is(node, aten.repeat_interleave.self_int) and arguments(node)["dim"] == 1:
+    if is_call(node, aten.repeat_interleave.self_int) and arguments(node)["dim"] == 1:
         return int(arguments(node)["repeats"])
-    if _is(node, aten.reshape.default) and _is(operand(node, 0), aten.expand.default):
+    if is_call(node, aten.reshape.default) and is_call(operand(node, 0), aten.expand.default):
         expanded = operand(node, 0)
         source = operand(expanded, 0)
-        if len(arguments(expanded)["size"]) == 5 and _is(source, aten.unsqueeze.default):
+        if len(arguments(expanded)["size"]) == 5 and is_call(source, aten.unsqueeze.default):
             heads = operand(source, 0).meta["val"].shape[1]
             repeats = expanded.meta["val"].shape[2]
             whole = node.meta["val"].shape[1] == heads * repeats
@@ -362,7 +284,7 @@ def _unrepeated(node: Any, groups: int) -> Any:
     """The key or value whose heads were repeated `groups` times to give `node`, or None."""
     if _repeats(node) != groups:
         return None
-    if _is(node, aten.repeat_interleave.self_int):
+    if is_call(node, aten.repeat_interleave.self_int):
         return operand(node, 0)
     unsqueezed = operand(operand(node, 0), 0)  # behind the reshape and the expand
     return operand(unsqueezed, 0)
@@ -406,6 +328,7 @@ _REWRITES: list[tuple[Any, Rewrite]] = [
     (aten.to.device, _cast_to_same_dtype),
     (aten.to.dtype_layout, _cast_to_same_dtype),
     (aten._to_copy.default, _cast_to_same_dtype),
+    (aten.type_as.default, _cast_to_same_dtype),
     (aten.slice.Tensor, _full_slice),
     (aten.mul.Tensor, _times_one),
     (aten.view.default, _view_as_reshape),
@@ -416,9 +339,13 @@ _REWRITES: list[tuple[Any, Rewrite]] = [
     (aten.mm.default, _mm),
     (aten.matmul.default, _mm),
     (panguq.expert_linear.default, _expert_linear),
-    (aten.mul.Tensor, _rms_norm),
-    (aten.rms_norm.default, _torch_rms_norm),
-    (aten.add.Tensor, _rotary),
-    (aten.mul.Tensor, _swiglu),
+    (aten.mul.Tensor, scaled_norm),
+    (aten.to.dtype, rounded_norm),
+    (aten._to_copy.default, rounded_norm),
+    (aten.type_as.default, rounded_norm),
+    (aten.rms_norm.default, torch_rms_norm),
+    (aten.layer_norm.default, offset_layer_norm),
+    (aten.add.Tensor, rotary),
+    (aten.mul.Tensor, gated_activation),
     (aten.scaled_dot_product_attention.default, _attention),
 ]

@@ -30,6 +30,7 @@ LINEAR = aten.linear.default
 EMBEDDING = aten.embedding.default
 NORMS: dict[Any, int] = {
     panguq.rms_norm.default: 1,
+    panguq.layer_norm.default: 1,
     aten.layer_norm.default: 2,
 }  # the weight's position
 
@@ -178,7 +179,7 @@ def _product(walk: ScaleWalk, node: fx.Node) -> None:
         walk.passed.add("product")
 
 
-def _swiglu(walk: ScaleWalk, node: fx.Node) -> None:
+def _gated(walk: ScaleWalk, node: fx.Node) -> None:
     _tie(walk, node, node.args[1], lambda x: x, lambda x: x)
 
 
@@ -345,6 +346,13 @@ _SPREADS = ScaleRule(_expand, passes=(0,))
 _ADDS = ScaleRule(_sum, passes=(0, 1))
 _SPLITS = ScaleRule(_split, passes=(0,))
 _NORM = ScaleRule(_norm, refuses={0: "normalizes over the channels"})
+
+
+def _gate(activation: str) -> ScaleRule:
+    refuses: dict[int | str, str] = {0: f"applies {activation}, which is not homogeneous"}
+    return ScaleRule(_gated, passes=(1,), refuses=refuses, through="product")
+
+
 _SCORES = "would change the attention scores"
 _ATTENTION = ScaleRule(
     _attention, passes=(2,), refuses={0: _SCORES, 1: _SCORES}, through="attention"
@@ -352,15 +360,12 @@ _ATTENTION = ScaleRule(
 
 RULES: dict[Any, ScaleRule] = {
     panguq.rms_norm.default: _NORM,
+    panguq.layer_norm.default: _NORM,
     aten.layer_norm.default: _NORM,
     LINEAR: ScaleRule(_linear, passes=(0,)),
     EMBEDDING: ScaleRule(_embedding),
-    panguq.swiglu.default: ScaleRule(
-        _swiglu,
-        passes=(1,),
-        refuses={0: "applies silu, which is not homogeneous"},
-        through="product",
-    ),
+    panguq.swiglu.default: _gate("silu"),
+    panguq.geglu.default: _gate("gelu"),
     panguq.attention.default: _ATTENTION,
     aten.scaled_dot_product_attention.default: _ATTENTION,
     panguq.rotary.default: ScaleRule(_same, refuses={0: "mixes the channels of a head"}),

@@ -83,6 +83,9 @@ def find_scale_sites(
     for source in _sources(gm):
         if source in done:
             continue
+        if stored_weight(source) is None:
+            blocked.append(Blocked(source, f"{label(source)} has no stored weight to scale"))
+            continue
         attempts = _attempts(gm, interface, source)
         for found, reason in attempts:
             if found is None:
@@ -115,7 +118,8 @@ def _attempts(gm: fx.GraphModule, interface: Interface, source: fx.Node) -> list
 def _sources(gm: fx.GraphModule) -> list[fx.Node]:
     absorbing = (*NORMS, LINEAR, EMBEDDING)
     nodes = gm.graph.nodes
-    return [n for n in nodes if n.target in absorbing and stored_weight(n) is not None]
+    found = [n for n in nodes if n.target in absorbing]
+    return [n for n in found if n.target in NORMS or stored_weight(n) is not None]
 
 
 class ScaleWalk(GraphWalk[Layout]):

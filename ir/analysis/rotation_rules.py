@@ -28,7 +28,7 @@ aten = torch.ops.aten
 panguq = torch.ops.panguq
 
 EMBEDDING = aten.embedding.default
-NORMS = (panguq.rms_norm.default, aten.layer_norm.default)
+NORMS = (panguq.rms_norm.default, panguq.layer_norm.default, aten.layer_norm.default)
 ATTENTIONS = (panguq.attention.default, aten.scaled_dot_product_attention.default)
 
 
@@ -313,6 +313,7 @@ _MATMUL = RotationRule(_matmul, passes=(1,), refuses="sums over the channels")
 
 RULES: dict[Any, RotationRule] = {
     panguq.rms_norm.default: RotationRule(_rms_norm),
+    panguq.layer_norm.default: RotationRule(_layer_norm),
     aten.layer_norm.default: RotationRule(_layer_norm),
     aten.linear.default: RotationRule(_linear),
     EMBEDDING: RotationRule(_embedding, passes=()),

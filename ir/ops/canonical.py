@@ -19,33 +19,67 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _rms_norm_fake(x: Tensor, weight: Tensor, rounds_once: bool) -> Tensor:
+    dtype = x.dtype if rounds_once else torch.result_type(x, weight)
+    return torch.empty_like(x, dtype=dtype)
+
+
 @define_op(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    fake=lambda x, weight, eps: torch.empty_like(x, dtype=torch.result_type(x, weight)),
+    "rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0, bool rounds_once=False)"
+    " -> Tensor",
+    fake=_rms_norm_fake,
 )
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * (x / sqrt(mean(x^2) + eps))` over the last axis; x `[..., k]`, weight `[k]`."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_once: bool = False
+) -> Tensor:
+    """`(weight + offset) * (x / sqrt(mean(x^2) + eps))` over the last axis; x `[..., k]`, weight
+    `[k]`.
+
+    The normalized x is rounded to x's dtype before the product, as in Llama; with `rounds_once`
+    the product is, as in Gemma, whose weights have an offset of 1.
+    """
     wide = _wide(x)
     # vector_norm sums the squares in one pass and without a copy of them.
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div_(x.shape[-1])
-    normalized = (wide * mean_square.add_(eps).rsqrt_()).to(x.dtype)
-    return normalized.mul_(weight) if weight.dtype == x.dtype else weight * normalized
+    normalized = wide * mean_square.add_(eps).rsqrt_()
+    if rounds_once:
+        return normalized.mul_(_wide(weight) + offset).to(x.dtype)
+    normalized = normalized.to(x.dtype)
+    gain = weight + offset if offset else weight
+    return normalized.mul_(gain) if weight.dtype == x.dtype else gain * normalized
 
 
 @define_op(
-    "rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-    fake=lambda x, cos, sin: torch.empty_like(x),
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, float offset) -> Tensor",
+    fake=lambda x: x.new_empty(x.shape),
 )
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves rotated: `x * cos + concat(-x2, x1) * sin`.
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float) -> Tensor:
+    """Layer norm with the gain `weight + offset`, which is rounded to the weight's dtype.
 
-    x `[batch, heads, seq, d]`; cos and sin `[batch, seq, d]`.
+    x `[..., k]`, weight and bias `[k]`, all of one dtype. Without an offset it is
+    `aten.layer_norm`.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return functional.layer_norm(x, weight.shape, weight + offset, bias, eps)
+
+
+@define_op(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor",
+    fake=lambda x: torch.empty_like(x),
+)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding, `x * cos + turned(x) * sin`.
+
+    x `[batch, heads, seq, d]`; cos and sin `[batch, seq, d]`. turned(x) is `concat(-x2, x1)` of
+    the halves of the last axis; where `interleaved`, each pair (a, b) of neighbours is (-b, a).
+    """
+    cos, sin = (table.unsqueeze(1).to(x.dtype) for table in (cos, sin))
     half = x.shape[-1] // 2
+    one, other = slice(None, half), slice(half, None)
+    if interleaved:
+        one, other = slice(0, None, 2), slice(1, None, 2)
     result = x * cos
-    result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    result[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    result[..., one].addcmul_(x[..., other], sin[..., one], value=-1)
+    result[..., other].addcmul_(x[..., one], sin[..., other])
     return result
 
 
@@ -56,6 +90,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, elementwise, both `[..., n]`."""
     return functional.silu(gate).mul_(up)
+
+
+@define_op(
+    "geglu(Tensor gate, Tensor up, str approximate) -> Tensor",
+    fake=lambda gate: torch.empty_like(gate),
+)
+def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+    """`gelu(gate) * up`, elementwise, both `[..., n]`; approximate is "none" or "tanh"."""
+    return functional.gelu(gate, approximate=approximate).mul_(up)
 
 
 def _attention_fake(query: Tensor, value: Tensor) -> Tensor:

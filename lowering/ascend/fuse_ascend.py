@@ -24,9 +24,9 @@ from panguq.lowering.ascend.fusions.cache import (
     fuse_quantize_per_token,
 )
 from panguq.lowering.ascend.fusions.experts import lower_experts
-from panguq.lowering.ascend.fusions.norm import fuse_quantizer, fuse_rms_norm
+from panguq.lowering.ascend.fusions.gated import fuse_geglu, fuse_swiglu
+from panguq.lowering.ascend.fusions.norm import fuse_layer_norm, fuse_quantizer, fuse_rms_norm
 from panguq.lowering.ascend.fusions.shared import FusionState
-from panguq.lowering.ascend.fusions.swiglu import fuse_swiglu
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 
 npu = torch.ops.npu
@@ -41,10 +41,12 @@ class FuseAscend(Pass):
 
     - `rms_norm(x, w, eps)` becomes `npu_rms_norm(x, w, eps)[0]`; where x is a sum `a + b`,
       `npu_add_rms_norm(a, b, w, eps)` gives the norm (0) and the sum for its other readers (2).
+      With `w + 1` for the weight it becomes `npu_gemma_rms_norm(x, w, eps)[0]`.
     - `swiglu(y[..., :f], y[..., f:])` becomes `npu_swiglu(y)`: silu of the first half times the
-      second.
+      second; `geglu` of the same becomes `npu_geglu(y, -1, approximate, True)[0]`.
     - `rotary(x, cos, sin)` becomes `npu_rotary_mul(x, cos, sin, "half")` on x
-      `[batch, seq, heads, d]` and tables `[batch, seq, 1, d]`, between two transpositions.
+      `[batch, seq, heads, d]` and tables `[batch, seq, 1, d]`, between two transpositions; an
+      interleaved one becomes the mode "interleave" on `[batch * seq, heads, d]`.
     - `attention(q, k, v, mask, scale)` becomes `npu_fused_infer_attention_score` in layout BNSD
       with grouped heads; its mask is the negated one (True hides a key). A mask that is empty in
       the graph, plain causal attention, is built from the sizes. The KV cache stays the
@@ -104,9 +106,11 @@ class FuseAscend(Pass):
 
 _FUSIONS: tuple[tuple[OpOverload, Fusion], ...] = (
     (panguq.swiglu.default, fuse_swiglu),
+    (panguq.geglu.default, fuse_geglu),
     (panguq.rotary.default, fuse_rotary),
     (panguq.attention.default, fuse_attention),
     (panguq.rms_norm.default, fuse_rms_norm),
+    (panguq.layer_norm.default, fuse_layer_norm),
     (panguq.quantize_per_channel.default, fuse_quantize_per_channel),
     (panguq.quantize_per_token.default, fuse_quantize_per_token),
     (panguq.dequantize.default, fuse_dequantize),

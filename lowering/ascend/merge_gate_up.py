@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from panguq.ir.canonical_views import SwiGlu
+from panguq.ir.canonical_views import gated_activation
 from panguq.ir.edit import (
     call,
     free_name,
@@ -32,6 +32,8 @@ from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 
+_GATED = (panguq.swiglu.default, panguq.geglu.default)
+
 
 @dataclass(frozen=True)
 class MergeGateUp(Pass):
@@ -45,7 +47,8 @@ class MergeGateUp(Pass):
     slices carry the labels of the matmuls whose results they are. Found by data flow: both
     matmuls read one node under one scheme, only the swiglu reads them, and both together have at
     most `largest_n` outputs if they are quantized. `npu_swiglu` takes its
-    gate from the first half of one tensor (op-plugin docs), which is what this prepares.
+    gate from the first half of one tensor (op-plugin docs), which is what this prepares; `geglu`
+    and `npu_geglu` likewise.
     """
 
     name: ClassVar[str] = "merge-gate-up"
@@ -61,10 +64,10 @@ class MergeGateUp(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
         readers = Counter(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
-        nodes = [n for n in gm.graph.nodes if n.target is panguq.swiglu.default]
+        nodes = [n for n in gm.graph.nodes if n.target in _GATED]
         for done, node in enumerate(nodes):
             ctx.progress("merge gate and up", done, len(nodes))
-            gate, up = SwiGlu.of(node).gate, SwiGlu.of(node).up
+            gate, up = gated_activation(node).gate, gated_activation(node).up
             reason = _obstacle(gate, up, node, readers, self.largest_n)
             if reason is not None:
                 result.skip(node, reason)
@@ -77,13 +80,13 @@ class MergeGateUp(Pass):
 
 
 def _obstacle(
-    gate: fx.Node, up: fx.Node, swiglu: fx.Node, readers: Counter[str], largest_n: int
+    gate: fx.Node, up: fx.Node, gated: fx.Node, readers: Counter[str], largest_n: int
 ) -> str | None:
     """Why these two cannot become one matmul; None if they can."""
     for name, node in (("gate", gate), ("up", up)):
         if Linear.match(node) is None:
             return f"{name} is {label(node)}, not a matmul"
-        if set(node.users) != {swiglu}:
+        if set(node.users) != {gated}:
             return f"{name} {label(node)} has other readers"
     if gate is up:
         return "gate and up are one matmul"
@@ -148,23 +151,23 @@ def _weight_tensors(linear: Linear) -> list[fx.Node]:
     return leaves
 
 
-def _merge(gm: fx.GraphModule, ctx: PassContext, swiglu: fx.Node) -> None:
-    gate, up = SwiGlu.of(swiglu).gate, SwiGlu.of(swiglu).up
+def _merge(gm: fx.GraphModule, ctx: PassContext, gated: fx.Node) -> None:
+    gate, up = gated_activation(gated).gate, gated_activation(gated).up
     one, other = Linear.of(gate), Linear.of(up)
     stem = _common_stem(gate, up)
-    weight = _stack(gm, ctx, swiglu, gate, (one.weight, other.weight), stem)
+    weight = _stack(gm, ctx, gated, gate, (one.weight, other.weight), stem)
     args: tuple[Any, ...] = (one.input, weight)
     sizes = [linear.shape[0] for linear in (one, other)]
     if one.bias is not None or other.bias is not None:
         parts = [_bias_values(gm, one, other), _bias_values(gm, other, one)]
         name = free_name(gm, f"{stem}.bias")
-        args = (*args, tensor_node(swiglu, name, ctx.store.put(torch.cat(parts))))
-    merged = call(swiglu, aten.linear.default, args, origin=gate, suffix=".gate_up")
+        args = (*args, tensor_node(gated, name, ctx.store.put(torch.cat(parts))))
+    merged = call(gated, aten.linear.default, args, origin=gate, suffix=".gate_up")
     annotate(merged, module_path=stem)
     n = sizes[0]
     halves = [(gate, 0, n), (up, n, n + sizes[1])]
     results = [
-        call(swiglu, aten.slice.Tensor, (merged, -1, start, end), origin=linear)
+        call(gated, aten.slice.Tensor, (merged, -1, start, end), origin=linear)
         for linear, start, end in halves
     ]
     merge((gate, up), merged, results)

@@ -23,6 +23,7 @@ panguq = torch.ops.panguq
 ONLINE_KINDS = ("down", "heads")
 ACTIVATIONS = (
     panguq.swiglu.default,
+    panguq.geglu.default,
     aten.relu.default,
     aten.gelu.default,
     aten.silu.default,

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError
 from panguq.ir.analysis.rotations import Turn
+from panguq.ir.canonical_views import RmsNorm
 from panguq.ir.edit import free_name, module_path, set_tensor, tensor_node, weights_of
-from panguq.ir.views import Linear, operand
+from panguq.ir.views import Linear
 from panguq.passes.pipeline.base import PassContext
 from panguq.passes.rotation.matrices import Rotation
 from panguq.tensors.folded_weight import materialized
@@ -24,18 +25,21 @@ ROWS_AT_ONCE = (
 @dataclass(frozen=True)
 class WeightRotation:
     """Rotate the indices `start` to `stop` along `axis`; before that, multiply the columns by the
-    norm weight called `gain`."""
+    norm weight called `gain`, to which the norm adds `offset`."""
 
     axis: int
     rotation: Rotation
     start: int
     stop: int
     gain: str | None = None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class Ones:
-    """Fill the weight with ones: its readers have taken it up."""
+    """Let the norm's gain, `weight + offset`, be one: its readers have taken it up."""
+
+    offset: float
 
 
 Steps = tuple[WeightRotation | Ones, ...]
@@ -49,8 +53,8 @@ class WeightPlan:
 
     def turn(self, turn: Turn, rotation: Rotation) -> None:
         """Add one turn that the analysis found."""
-        gain = None if turn.norm is None else _norm_weight(turn.norm)
-        step = WeightRotation(turn.axis, rotation, turn.start, turn.stop, gain)
+        gain, offset = (None, 0.0) if turn.norm is None else _norm_weight(turn.norm)
+        step = WeightRotation(turn.axis, rotation, turn.start, turn.stop, gain, offset)
         self._steps[turn.weight, turn.reader].append(step)
 
     def columns(self, linear: fx.Node, rotation: Rotation) -> None:
@@ -60,8 +64,9 @@ class WeightPlan:
         self._steps[matmul.weight_name, linear].append(step)
 
     def empty_norm(self, norm: fx.Node) -> None:
-        """Replace a norm's weight by ones."""
-        self._steps[_norm_weight(norm), norm] = [Ones()]
+        """Replace a norm's gain by ones."""
+        name, offset = _norm_weight(norm)
+        self._steps[name, norm] = [Ones(offset)]
 
     def apply(self, gm: fx.GraphModule, ctx: PassContext) -> list[tuple[str, str]]:
         """Change the weights; returns (weight, its copy) for each that had to be copied because
@@ -85,8 +90,10 @@ class WeightPlan:
         return copies
 
 
-def _norm_weight(norm: fx.Node) -> str:
-    return str(operand(norm, 1).target)
+def _norm_weight(norm: fx.Node) -> tuple[str, float]:
+    """The name of a norm's stored weight, and what is added to it."""
+    view = RmsNorm.of(norm)
+    return str(view.weight.target), view.offset
 
 
 def _readers(gm: fx.GraphModule, name: str) -> list[fx.Node]:
@@ -115,7 +122,7 @@ def _copy(gm: fx.GraphModule, name: str, tensor: Tensor, readers: list[fx.Node])
 def _computed(name: str, old: dict[str, Tensor], steps: Steps, ctx: PassContext) -> Tensor:
     weight = materialized(old[name])
     if isinstance(steps[0], Ones):
-        return ctx.store.put(torch.ones_like(weight))
+        return ctx.store.put(torch.full_like(weight, 1 - steps[0].offset))
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     turns_rows = any(_along(step) < weight.dim() - 1 for step in steps)
     at_once = len(weight) if turns_rows or weight.dim() == 1 else ROWS_AT_ONCE
@@ -125,7 +132,7 @@ def _computed(name: str, old: dict[str, Tensor], steps: Steps, ctx: PassContext)
         for step in steps:
             assert isinstance(step, WeightRotation)
             if step.gain is not None:
-                exact *= materialized(old[step.gain]).double()
+                exact *= materialized(old[step.gain]).double() + step.offset
             lines = exact if step.axis == weight.dim() - 1 else exact.T
             for some in torch.atleast_2d(lines).split(ROWS_AT_ONCE):
                 part = some[..., step.start : step.stop]

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.analysis.channels import KINDS, ScaleSite, find_scale_sites
+from panguq.ir.canonical_views import weight_offsets
 from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.passes.pipeline.base import PassContext, PassResult, Region
 from panguq.suggest import did_you_mean
@@ -55,6 +56,28 @@ def choose_sites(
     return chosen
 
 
+def storable(gm: fx.GraphModule, site: ScaleSite, scale: Tensor) -> Tensor:
+    """`scale` `[channels]`, moved to where norm weights with an offset have numbers.
+
+    A norm with the gain `1 + w` stores `g / s - 1` for the gain g. Near -1 the steps of bfloat16
+    are as large as they are near 1, a large part of a small gain: so s becomes the scale that the
+    rounded weight stands for, g / (1 + w). Where that gain would be 0, s is 1.
+    """
+    offsets = weight_offsets(gm)
+    result = scale.clone()
+    for edit in site.edits:
+        offset = offsets.get(edit.weight)
+        if offset is None or len(edit.channel.unique()) < len(edit.channel):
+            continue
+        used = edit.channel >= 0
+        weight = get_tensor(gm, edit.weight)[used]
+        gain, wanted = weight.double() + offset, scale[edit.channel[used]].double()
+        made = (gain / wanted - offset).to(weight.dtype).double() + offset
+        exact = torch.where(gain * made > 0, gain / made, 1.0)
+        result[edit.channel[used]] = torch.where(gain == 0, wanted, exact)
+    return result
+
+
 def add_factors(site: ScaleSite, scale: Tensor, factors: Factors) -> None:
     """Note what `scale` `[channels]` does to every weight of the site."""
     for edit in site.edits:
@@ -68,11 +91,17 @@ def add_factors(site: ScaleSite, scale: Tensor, factors: Factors) -> None:
 def fold(gm: fx.GraphModule, ctx: PassContext, factors: Factors, pass_name: str) -> None:
     """Multiply every weight by its factors, in float64 and rounded once.
 
-    Large weights are only computed when they are read. Raises NumericsError where a weight's dtype
-    overflows.
+    Where a norm has the gain `weight + offset`, that is multiplied. Large weights are computed only
+    when they are read. Raises NumericsError where a weight's dtype overflows.
     """
+    offsets = weight_offsets(gm)
     for name, by_axis in factors.items():
         weight = get_tensor(gm, name)
+        if name in offsets:
+            gain = weight.double() + offsets[name]
+            scaled = (gain * by_axis[0] - offsets[name]).to(weight.dtype)
+            set_tensor(gm, name, ctx.store.put(scaled))
+            continue
         folded = FoldedWeight(weight, by_axis)
         if _may_overflow(weight, by_axis) and not materialized(folded).isfinite().all():
             raise NumericsError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from panguq.errors import TraceError
+from panguq.ir.canonical_views import RmsNorm
 from panguq.ir.edit import label, op_name
 from panguq.ir.properties import TRACED, Property
 from panguq.ir.run.interpret import run
@@ -218,6 +219,10 @@ def normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
         lambda w, x: normalize(x) * w,
         lambda w, x: w * normalize(x.float()).to(x.dtype),
         lambda w, x: functional.rms_norm(x, (8,), w, 1e-6),
+        lambda w, x: (1 + w) * normalize(x),
+        lambda w, x: normalize(x.float()) * (1.0 + w.float()),
+        lambda w, x: w * (x * torch.pow(x.pow(2).mean(-1, keepdim=True) + 1e-6, -0.5)),
+        lambda w, x: w * (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)),
     ],
 )
 def test_rms_norm_is_raised(function) -> None:
@@ -229,7 +234,7 @@ def test_rms_norm_is_raised(function) -> None:
     [
         lambda w, x: normalize(x),  # no weight
         lambda w, x: x.abs().sum() * normalize(x),  # not a stored weight
-        lambda w, x: (1 + w) * normalize(x),  # Gemma's, likewise
+        lambda w, x: (x[0] + w) * normalize(x),  # not a number and a stored weight
         lambda w, x: w * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)),  # no eps
         lambda w, x: w * (x * torch.rsqrt(x.pow(2).mean((1, 2), keepdim=True) + 1e-6)),
         lambda w, x: w * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True).abs() + 1e-6)),
@@ -241,10 +246,89 @@ def test_what_is_no_rms_norm(function) -> None:
     assert ops_after(Expression(function))["rms_norm"] == 0
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: (w * normalize(x.float())).to(x.dtype),  # OLMo 2
+        lambda w, x: (w.float() * normalize(x.float())).to(x.dtype),  # Helium
+        lambda w, x: (normalize(x.float()) * (1.0 + w.float())).type_as(x),  # Gemma
+    ],
+)
+def test_a_norm_that_rounds_once(function) -> None:
+    """In bfloat16 the graph gives the model's bits: rounded behind the weight, not before it."""
+    module = Expression(function).bfloat16()
+    x = torch.randn(X).bfloat16()
+    gm, interface = trace_module(module.eval(), (x,))
+    (expected,) = run(gm, {interface.inputs[0]: x})
+    run_pipeline(gm, [Canonicalize()], PassContext(interface, WeightStore()))
+    (norm,) = [n for n in gm.graph.nodes if n.op == "call_function"]
+    assert RmsNorm.of(norm).rounds_once
+    assert torch.equal(run(gm, {interface.inputs[0]: x})[0], expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: (1 + w.bfloat16()).float() * normalize(x),  # a gain of 16 bits
+        lambda w, x: (w * normalize(x.float()).bfloat16()).float() * 2,
+    ],
+)
+def test_a_gain_that_was_rounded_is_not_raised(function) -> None:
+    gm, interface = trace_module(Expression(function).eval(), (torch.randn(X),))
+    run_pipeline(gm, [Canonicalize()], PassContext(interface, WeightStore()))
+    assert not any(n.target is torch.ops.panguq.rms_norm.default for n in gm.graph.nodes)
+
+
 def test_a_norm_that_widens_its_result_is_not_raised() -> None:
     """x is bfloat16, the result float32: the op would return bfloat16."""
     function = Expression(lambda w, x: w * normalize(x.float()))
     assert ops_after(function, torch.randn(X).bfloat16())["rms_norm"] == 0
+
+
+# --- layer norm -------------------------------------------------------------------------------
+
+
+def center(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "op"),
+    [
+        (lambda w, x: w * normalize(center(x)), "layer_norm"),
+        (
+            lambda w, x: (
+                w * (center(x) * torch.rsqrt(center(x).pow(2).mean(-1, keepdim=True) + 1e-6))
+            ),
+            "layer_norm",
+        ),
+        (lambda w, x: functional.layer_norm(x, (8,), w + 1.0, w, 1e-5), "layer_norm"),
+    ],
+)
+def test_layer_norm_is_raised(function, op) -> None:
+    assert ops_after(Expression(function)) == {op: 1}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: (w.float() * normalize(center(x.float()))).to(x.dtype),  # Cohere
+        lambda w, x: functional.layer_norm(x.float(), (8,), None, None, 1e-5).to(x.dtype),  # OLMo
+    ],
+)
+def test_layer_norm_between_casts_is_one_op(function) -> None:
+    module, x = Expression(function).bfloat16(), torch.randn(X).bfloat16()
+    gm, interface = trace_module(module.eval(), (x,))
+    (expected,) = run(gm, {interface.inputs[0]: x})
+    run_pipeline(gm, [Canonicalize()], PassContext(interface, WeightStore()))
+    assert [op_name(n) for n in gm.graph.nodes if n.op == "call_function"] == ["layer_norm"]
+    (actual,) = run(gm, {interface.inputs[0]: x})
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0)
+
+
+def test_what_is_centered_by_another_mean_is_no_layer_norm() -> None:
+    counts = ops_after(Expression(lambda w, x: w * normalize(x - x.mean(1, keepdim=True))))
+    assert counts["rms_norm"] == 1 and counts["layer_norm"] == 0
 
 
 # --- rotary -------------------------------------------------------------------------------------
@@ -264,10 +348,33 @@ def test_rotary_is_raised() -> None:
     assert counts == {"rotary": 1}
 
 
-def test_tables_wider_than_the_input_are_no_rotary() -> None:
+def test_tables_wider_than_the_input_widen_it() -> None:
     """The op yields its input's dtype; this sum is float32."""
-    narrow = lambda x, c, s: turned(x.bfloat16(), c, s, rotate_half(x.bfloat16()))  # noqa: E731
-    assert ops_of_heads(narrow, *rotary_inputs())["rotary"] == 0
+
+    def narrow(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        x = x.bfloat16()
+        return turned(x, c, s, rotate_half(x))
+
+    assert ops_of_heads(narrow, *rotary_inputs()) == {"to": 2, "rotary": 1}
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def test_rotary_of_neighbours_is_raised() -> None:
+    counts = ops_of_heads(lambda x, c, s: turned(x, c, s, rotate_pairs(x)), *rotary_inputs())
+    assert counts == {"rotary": 1}
+
+
+def test_tables_of_halves_that_are_repeated_for_neighbours() -> None:
+    """As in GLM: one table for all heads, made behind the axis of heads."""
+
+    def pairs(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        cos, sin = (t.unsqueeze(1)[..., :4].repeat_interleave(2, dim=-1) for t in (c, s))
+        return x * cos + rotate_pairs(x) * sin
+
+    assert ops_of_heads(pairs, *rotary_inputs())["rotary"] == 1
 
 
 def turned(x: Tensor, c: Tensor, s: Tensor, rotated: Tensor) -> Tensor:
@@ -288,6 +395,11 @@ def turned(x: Tensor, c: Tensor, s: Tensor, rotated: Tensor) -> Tensor:
             x, c, s, torch.cat((-x[..., 4:], x[..., :2], x[..., 2:4]), -1)
         ),
         lambda x, c, s: turned(x, c, s, rotate_half(x + 1)),
+        lambda x, c, s: turned(x, c, s, rotate_pairs(x + 1)),
+        lambda x, c, s: turned(x, c, s, -rotate_pairs(x)),
+        lambda x, c, s: turned(
+            x, c, s, torch.stack((-x[..., ::2], x[..., 1::2]), dim=-1).flatten(-2)
+        ),
         lambda x, c, s: x * c.unsqueeze(1) - rotate_half(x) * s.unsqueeze(1),
         lambda x, c, s: torch.add(
             x * c.unsqueeze(1), rotate_half(x) * s.unsqueeze(1), alpha=2
@@ -314,13 +426,18 @@ def test_swiglu_is_raised(function) -> None:
     assert counts["swiglu"] == 1 and not counts["silu"] + counts["mul"]
 
 
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_geglu_is_raised(form) -> None:
+    counts = ops_after(Expression(lambda w, x: (x + 1) * functional.gelu(x, approximate=form)))
+    assert counts["geglu"] == 1 and not counts["gelu"] + counts["mul"] + counts["swiglu"]
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda w, x: functional.silu(x),
         lambda w, x: functional.silu(x) * 2.0,
         lambda w, x: functional.silu(x) * w,  # broadcast: a scale, not a gate
-        lambda w, x: functional.gelu(x) * (x + 1),
         lambda w, x: functional.silu(x) + (x + 1),
         lambda w, x: functional.silu(x.bfloat16()) * x,  # two dtypes
     ],

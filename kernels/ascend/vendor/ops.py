@@ -5,6 +5,7 @@ from __future__ import annotations
 from panguq.kernels.ascend.vendor.attention import npu_fused_infer_attention_score
 from panguq.kernels.ascend.vendor.dynamic_quant import npu_dynamic_quant
 from panguq.kernels.ascend.vendor.format_cast import npu_format_cast
+from panguq.kernels.ascend.vendor.geglu import npu_geglu
 from panguq.kernels.ascend.vendor.grouped_matmul import npu_grouped_matmul
 from panguq.kernels.ascend.vendor.grouped_swiglu_quant import npu_grouped_matmul_swiglu_quant_v2
 from panguq.kernels.ascend.vendor.int4pack import npu_convert_weight_to_int4pack
@@ -19,7 +20,11 @@ from panguq.kernels.ascend.vendor.moe_gating import (
 from panguq.kernels.ascend.vendor.moe_routing import npu_moe_init_routing_v2
 from panguq.kernels.ascend.vendor.quant_matmul import npu_quant_matmul
 from panguq.kernels.ascend.vendor.quantize import npu_quantize
-from panguq.kernels.ascend.vendor.rms_norm import npu_add_rms_norm, npu_rms_norm
+from panguq.kernels.ascend.vendor.rms_norm import (
+    npu_add_rms_norm,
+    npu_gemma_rms_norm,
+    npu_rms_norm,
+)
 from panguq.kernels.ascend.vendor.rms_norm_quant import (
     npu_add_rms_norm_dynamic_quant,
     npu_add_rms_norm_quant,
@@ -37,6 +42,8 @@ __all__ = [
     "npu_dynamic_quant",
     "npu_format_cast",
     "npu_fused_infer_attention_score",
+    "npu_geglu",
+    "npu_gemma_rms_norm",
     "npu_grouped_matmul",
     "npu_grouped_matmul_swiglu_quant_v2",
     "npu_moe_finalize_routing",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from panguq.ir.canonical_views import Attention, RmsNorm, Rotary, SwiGlu
+from panguq.ir.canonical_views import Attention, GeGlu, LayerNorm, RmsNorm, Rotary, SwiGlu
 from panguq.ir.edit import call
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.lowering.ascend.fusions.cache import spell_dequantize, spell_quantize_per_channel
@@ -24,7 +24,10 @@ panguq = torch.ops.panguq
 
 
 def spell_rms_norm(node: fx.Node, state: FusionState) -> fx.Node:
-    """`weight * (x * rsqrt(mean(x^2) + eps))`, the norm in float32, rounded before the weight."""
+    """`weight * (x * rsqrt(mean(x^2) + eps))`, the norm in float32, rounded before the weight.
+
+    With `rounds_once` all is in float32, and rounded behind the weight.
+    """
     given = RmsNorm.of(node)
     x, weight, eps = given.x, given.weight, given.eps
     dtype = x.meta["val"].dtype
@@ -35,22 +38,46 @@ def spell_rms_norm(node: fx.Node, state: FusionState) -> fx.Node:
     shifted = _step(node, aten.add.Tensor, (mean, eps), "shifted")
     factor = _step(node, aten.rsqrt.default, (shifted,), "factor")
     normalized = _step(node, aten.mul.Tensor, (wide, factor), "normalized")
-    if narrow:
+    if narrow and given.rounds_once:
+        weight = _step(node, aten.to.dtype, (weight, torch.float32), "wide_weight")
+    elif narrow:
         normalized = _step(node, aten.to.dtype, (normalized, dtype), "rounded")
-    return call(node, aten.mul.Tensor, (normalized, weight), origin=node)
+    if given.offset:
+        weight = _step(node, aten.add.Tensor, (weight, given.offset), "gain")
+    if not narrow or not given.rounds_once:
+        return call(node, aten.mul.Tensor, (normalized, weight), origin=node)
+    product = _step(node, aten.mul.Tensor, (normalized, weight), "product")
+    return call(node, aten.to.dtype, (product, dtype), origin=node)
+
+
+def spell_layer_norm(node: fx.Node, state: FusionState) -> fx.Node:
+    """`layer_norm(x, weight + offset, bias)`."""
+    given = LayerNorm.of(node)
+    gain = _step(node, aten.add.Tensor, (given.weight, given.offset), "gain")
+    size = int(given.weight.meta["val"].shape[0])
+    args = (given.x, [size], gain, given.bias, given.eps)
+    return call(node, aten.layer_norm.default, args, origin=node)
 
 
 def spell_rotary(node: fx.Node, state: FusionState) -> fx.Node:
-    """`x * cos + concat(-x2, x1) * sin`."""
+    """`x * cos + turned(x) * sin`: halves are `concat(-x2, x1)`, pairs of neighbours (-b, a)."""
     x, tables = Rotary.of(node).x, Rotary.of(node).tables
-    half = x.meta["val"].shape[-1] // 2
+    size = x.meta["val"].shape[-1]
+    half = size // 2
     cos, sin = (
         state.call_once(node, aten.unsqueeze.default, (t, 1), suffix=".per_head") for t in tables
     )
-    first = _step(node, aten.slice.Tensor, (x, -1, 0, half), "first_half")
-    second = _step(node, aten.slice.Tensor, (x, -1, half, 2 * half), "second_half")
-    negated = _step(node, aten.neg.default, (second,), "negated")
-    rotated = _step(node, aten.cat.default, ([negated, first], -1), "rotated")
+    if Rotary.of(node).interleaved:
+        first = _step(node, aten.slice.Tensor, (x, -1, 0, size, 2), "evens")
+        second = _step(node, aten.slice.Tensor, (x, -1, 1, size, 2), "odds")
+        negated = _step(node, aten.neg.default, (second,), "negated")
+        pairs = _step(node, aten.stack.default, ([negated, first], -1), "pairs")
+        rotated = _step(node, aten.flatten.using_ints, (pairs, -2), "rotated")
+    else:
+        first = _step(node, aten.slice.Tensor, (x, -1, 0, half), "first_half")
+        second = _step(node, aten.slice.Tensor, (x, -1, half, 2 * half), "second_half")
+        negated = _step(node, aten.neg.default, (second,), "negated")
+        rotated = _step(node, aten.cat.default, ([negated, first], -1), "rotated")
     direct = _step(node, aten.mul.Tensor, (x, cos), "times_cos")
     turned = _step(node, aten.mul.Tensor, (rotated, sin), "times_sin")
     return call(node, aten.add.Tensor, (direct, turned), origin=node)
@@ -61,6 +88,14 @@ def spell_swiglu(node: fx.Node, state: FusionState) -> fx.Node:
     gate, up = SwiGlu.of(node).gate, SwiGlu.of(node).up
     activated = _step(node, aten.silu.default, (gate,), "silu")
     return call(node, aten.mul.Tensor, (activated, up), origin=node)
+
+
+def spell_geglu(node: fx.Node, state: FusionState) -> fx.Node:
+    """`gelu(gate) * up`."""
+    given = GeGlu.of(node)
+    form = {"approximate": given.approximate}
+    activated = call(node, aten.gelu.default, (given.gate,), form, origin=node, suffix=".gelu")
+    return call(node, aten.mul.Tensor, (activated, given.up), origin=node)
 
 
 def spell_attention(node: fx.Node, state: FusionState) -> fx.Node:
@@ -130,8 +165,10 @@ def _step(node: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], suffix: 
 
 SPELLINGS: dict[Any, Callable[[fx.Node, FusionState], fx.Node]] = {
     panguq.rms_norm.default: spell_rms_norm,
+    panguq.layer_norm.default: spell_layer_norm,
     panguq.rotary.default: spell_rotary,
     panguq.swiglu.default: spell_swiglu,
+    panguq.geglu.default: spell_geglu,
     panguq.attention.default: spell_attention,
     panguq.quantize_per_channel.default: spell_quantize_per_channel,
     panguq.dequantize.default: spell_dequantize,

@@ -35,21 +35,31 @@ ALIGNMENT_BYTES = 32  # of a row, for the quantizing ops (torchair's pattern con
 def fuse_rms_norm(node: fx.Node, state: FusionState) -> fx.Node | str:
     """`npu_rms_norm(x, w, eps)[0]`, or of a sum `npu_add_rms_norm(a, b, w, eps)[0]`; or why not.
 
-    The sum's other readers get the fused op's third result, so the sum is computed once.
+    The sum's other readers get the fused op's third result, so the sum is computed once. A weight
+    to which 1 is added is read by `npu_gemma_rms_norm`.
     """
     given = RmsNorm.of(node)
-    x, weight, eps = given.x, given.weight, given.eps
+    x, weight, eps, offset = given.x, given.weight, given.eps, given.offset
+    if offset not in (0, 1):
+        return f"no op of the vendor adds {offset:g} to the weight"
     if x.target is aten.add.Tensor:
         reason = _obstacle_to_sum(x, weight, eps)
+        reason = "npu_add_rms_norm adds nothing to the weight" if offset else reason
         if reason is None:
             return _fuse_with_sum(node, x)
         state.result.skip(node, f"the sum {label(x)} stays an op of its own: {reason}")
     args = (x, weight, eps)
-    reason = refusal(npu.npu_rms_norm.default, args)
+    op = npu.npu_gemma_rms_norm.default if offset else npu.npu_rms_norm.default
+    reason = refusal(op, args)
     if reason is not None:
         return reason
-    pair = call(node, npu.npu_rms_norm.default, args, origin=node, suffix=".fused")
+    pair = call(node, op, args, origin=node, suffix=".fused")
     return call(node, operator.getitem, (pair, NORM), origin=node)
+
+
+def fuse_layer_norm(node: fx.Node, state: FusionState) -> fx.Node | str:
+    """Why `panguq.layer_norm` becomes `aten.layer_norm`, which torch_npu runs as one op."""
+    return "no op of the vendor adds to the weight of a layer norm"
 
 
 def _obstacle_to_sum(x: fx.Node, weight: fx.Node, eps: float) -> str | None:

@@ -32,6 +32,7 @@ from panguq.ir.text.printer import print_graph
 from panguq.ir.text.serialize import from_text, to_text
 from panguq.ir.trace import trace_causal_lm
 from panguq.ir.verify import verify
+from panguq.ir.views import arguments
 from panguq.kernels.ascend.vendor.contracts import violations
 from panguq.lowering.ascend.fuse_ascend import FuseAscend
 from panguq.passes.canonicalize import Canonicalize
@@ -217,6 +218,44 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_norm_with_1_added_to_its_weight(dtype) -> None:
+    """Of a sum, too: the vendor's norm of a sum adds nothing."""
+
+    def gemma(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        wide = (x + y).float()
+        normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (normalized * (1.0 + w.float())).type_as(x)
+
+    x, y = normals(3, 5, 48, dtype=dtype), normals(3, 5, 48, dtype=dtype, seed=1)
+    gm, interface = trace_tiny(Function(gemma).to(dtype), x, y)
+    (before,) = run(gm, dict(zip(interface.inputs, (x, y), strict=True)))
+    record = fuse(gm, interface)
+    assert ops(gm) == {"add": 1, "npu_gemma_rms_norm": 1}
+    assert [r for r in reasons(record) if "npu_add_rms_norm adds nothing to the weight" in r]
+    (after,) = run(gm, dict(zip(interface.inputs, (x, y), strict=True)))
+    slack = 2 * unit(dtype) + FLOAT32_SLACK  # both round once
+    torch.testing.assert_close(after, before, rtol=slack, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALVES])
+def test_what_has_no_vendors_norm_keeps_its_offset(dtype) -> None:
+    """An offset of 2, which no op has; float64, which none takes; a layer norm."""
+
+    def norms(w: Tensor, x: Tensor) -> Tensor:
+        wide = x.double() if dtype == torch.float64 else x.float()
+        normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        first = (normalized * (2.0 + w.to(wide.dtype))).type_as(x)
+        return functional.layer_norm(first, (48,), w + 1.0, w)
+
+    x = normals(3, 5, 48, dtype=dtype)
+    gm, _ = compare(
+        Function(norms).to(dtype), x, roundings=8, scale=lambda exact: exact.abs().max()
+    )
+    assert not any(name.startswith("npu") for name in ops(gm))
+    assert (ops(gm)["rsqrt"], ops(gm)["layer_norm"]) == (1, 1)
+
+
 # --- swiglu -------------------------------------------------------------------------------------
 
 
@@ -265,6 +304,32 @@ def test_what_is_no_vendors_swiglu(parts, reason) -> None:
     gm, record = compare(Function(gated), normals(3, 5, 48), roundings=9)
     assert "npu_swiglu" not in ops(gm) and ops(gm)["silu"] == 1
     assert len(reasons(record)) == 1 and reason in reasons(record)[0]
+
+
+@pytest.mark.parametrize("form", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_geglu_of_the_halves_of_one_tensor(dtype, form) -> None:
+    def gated(w: Tensor, x: Tensor) -> Tensor:
+        gate, up = halves(x * w)
+        return functional.gelu(gate, approximate=form) * up
+
+    size = lambda exact: exact.abs() + 1e-2  # noqa: E731  (gelu cancels where x is negative)
+    gm, record = compare(
+        Function(gated).to(dtype), normals(3, 5, 48, dtype=dtype), roundings=9, scale=size
+    )
+    assert ops(gm) == {"mul": 1, "npu_geglu": 1}
+    assert reasons(record) == []
+
+
+def test_geglu_of_two_tensors_is_spelled_in_aten() -> None:
+    def gated(w: Tensor, x: Tensor) -> Tensor:
+        return functional.gelu(x * w, approximate="tanh") * (x + 1)
+
+    size = lambda exact: exact.abs() + 1e-1  # noqa: E731
+    gm, record = compare(Function(gated), normals(3, 5, 48), roundings=9, scale=size)
+    (gelu,) = [n for n in gm.graph.nodes if n.target is aten.gelu.default]
+    assert gelu.kwargs == {"approximate": "tanh"}
+    assert reasons(record) == ["gate and up are two tensors, and npu_geglu reads the halves of one"]
 
 
 # --- rotary -------------------------------------------------------------------------------------
@@ -334,6 +399,41 @@ def test_tables_beyond_one_are_not_for_the_vendors_rotary(module, reason) -> Non
     gm, record = compare(module, x, angles, roundings=16, scale=lambda exact: exact.abs().max())
     assert "npu_rotary_mul" not in ops(gm) and ops(gm)["neg"] >= 1
     assert reasons(record) and all(reason in r for r in reasons(record))
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_rotary_of_neighbours(dtype, scale) -> None:
+    """Tables of a batch, which the mode knows for rows alone; beyond one, it is spelled in aten."""
+
+    def function(w: Tensor, x: Tensor, angles: Tensor) -> Tensor:
+        angles = (angles * w[:8].float()).repeat_interleave(2, dim=-1)
+        cos, sin = (t.to(dtype).unsqueeze(1) * scale for t in (angles.cos(), angles.sin()))
+        query = heads(x * w, dtype)
+        return query * cos + rotate_pairs(query) * sin
+
+    x, angles = normals(3, 5, 48, dtype=dtype), normals(3, 5, 8)
+    gm, _ = compare(
+        Function(function).to(dtype), x, angles, roundings=8, scale=lambda exact: exact.abs().max()
+    )
+    calls = [n for n in gm.graph.nodes if n.target is npu.npu_rotary_mul.default]
+    assert len(calls) == (scale == 1.0)
+    assert all(arguments(n)["rotary_mode"] == "interleave" for n in calls)
+    assert (scale == 1.0) or ops(gm)["stack"] == 1
+
+
+def test_tables_are_cast_to_the_dtype_of_what_they_turn() -> None:
+    """As in Cohere: float32 queries, tables in 16 bits."""
+    wide = lambda w, x, a: turn(heads(x * w, torch.float32), a.cos().half(), a.sin().half())  # noqa: E731
+    gm, _ = compare(
+        Function(wide), normals(3, 5, 48), normals(3, 5, 16), roundings=8,
+        scale=lambda exact: exact.abs().max() * 2**13,  # the reference does not round the tables
+    )  # fmt: skip
+    assert ops(gm)["npu_rotary_mul"] == 1
 
 
 class StoredTables(nn.Module):

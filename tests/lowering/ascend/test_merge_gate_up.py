@@ -40,15 +40,22 @@ SCHEMES = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16-g32", "W4A16_ASYM-g32")
 class Gated(nn.Module):
     """A gated MLP of k = 32 inputs and f = 24 inner ones; `up_of` says what up reads."""
 
-    def __init__(self, gate_bias: bool = False, up_bias: bool = False, up_of=lambda x: x) -> None:
+    def __init__(
+        self,
+        gate_bias: bool = False,
+        up_bias: bool = False,
+        up_of=lambda x: x,
+        activation=functional.silu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.gate = nn.Linear(32, 24, bias=gate_bias)
         self.up = nn.Linear(32, 24, bias=up_bias)
         self.down = nn.Linear(24, 32, bias=False)
         self.up_of = up_of
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x)) * self.up(self.up_of(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(self.up_of(x)))
 
 
 def fake_quant(
@@ -111,6 +118,11 @@ def test_every_output_keeps_its_numbers(scheme, dtype) -> None:
         summation = 2 * 32 * torch.finfo(torch.float32).eps * terms
         rounding = torch.finfo(dtype).eps * read[one].abs().float()
         assert ((read[one].float() - now[other].float()).abs() <= summation + rounding).all()
+
+
+def test_a_gate_may_go_through_gelu() -> None:
+    gm, ctx, _ = fake_quant(Gated(activation=functional.gelu), "W8A8")
+    assert merge(gm, ctx) == (1, [])
 
 
 @pytest.mark.parametrize("scheme", ["FLOAT", "W8A8", "W4A16_ASYM-g32"])

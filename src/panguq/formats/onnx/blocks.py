@@ -16,13 +16,31 @@ from panguq.formats.onnx.types import NARROW, known_size
 
 
 def _rms_norm(step: Step) -> str:
-    x, weight, eps = step.node.args
-    values = step.read(x, step.dtype)
-    if step.dtype not in NARROW:
-        gamma = step.read(weight, step.dtype)
-        return step.finish("RMSNormalization", values, gamma, axis=-1, epsilon=eps)
+    given = step.arguments()
+    x, weight, eps = given["x"], given["weight"], given["eps"]
+    values, gain = step.read(x, step.dtype), step.read(weight, step.dtype)
+    once = given["rounds_once"] or step.dtype not in NARROW
+    if given["offset"]:
+        gain = _raised(step, gain, given["offset"])
+        gain = gain if once else step.round_to(gain, step.dtype, "gain.narrow")
+    if once:
+        return step.finish("RMSNormalization", values, gain, axis=-1, epsilon=eps)
     normalized = step.round_to(normalize(step, values, weight, eps), step.dtype, "normalized")
-    return step.finish("Mul", normalized, step.read(weight, step.dtype))
+    return step.finish("Mul", normalized, gain)
+
+
+def _raised(step: Step, weight: str, offset: float) -> str:
+    """A norm's weight and what it adds to it, in float32."""
+    return step.add("Add", weight, step.number(offset, torch.float32, "offset"), suffix="gain")
+
+
+def _layer_norm(step: Step) -> str:
+    given = step.arguments()
+    gain = _raised(step, step.read(given["weight"], step.dtype), given["offset"])
+    gain = step.round_to(gain, step.dtype, "gain.narrow")
+    bias = [] if given["bias"] is None else [step.read(given["bias"], step.dtype)]
+    x = step.read(given["x"], step.dtype)
+    return step.finish("LayerNormalization", x, gain, *bias, axis=-1, epsilon=given["eps"])
 
 
 def normalize(step: Step, values: str, weight: Any, eps: Any) -> str:
@@ -34,33 +52,46 @@ def normalize(step: Step, values: str, weight: Any, eps: Any) -> str:
 
 
 def _rotary(step: Step) -> str:
-    x, *tables = step.node.args
+    given = step.arguments()
     axis = step.integers([1], "heads_axis")
     cos, sin = (
-        step.add("Unsqueeze", step.read(table, step.dtype), axis, suffix=name)
-        for table, name in zip(tables, ("cos", "sin"), strict=True)
+        step.add("Unsqueeze", step.read(given[name], step.dtype), axis, suffix=name)
+        for name in ("cos", "sin")
     )
-    values = step.read(x)
+    values = step.read(given["x"])
     direct = step.add("Mul", values, cos, suffix="times_cos")
     direct = step.round_to(direct, step.dtype, "direct")
-    return step.finish("Add", direct, _turned(step, values, sin))
+    turned = _turned(step, values, 4 if given["interleaved"] else None)
+    return step.finish("Add", direct, step.add("Mul", turned, sin, suffix="times_sin"))
 
 
 def _npu_rotary_mul(step: Step) -> str:
     given = step.arguments()
-    if given["rotary_mode"] != "half" or given["rotate"] is not None:
-        raise step.error(f"rotary_mode is {given['rotary_mode']!r}, and only 'half' is written")
+    if given["rotate"] is not None:
+        raise step.error("is given a matrix that rotates, which ONNX export does not write")
     values = step.read(given["input"])
     direct = step.add("Mul", values, step.read(given["r1"]), suffix="times_cos")
-    return step.finish("Add", direct, _turned(step, values, step.read(given["r2"])))
+    rank = step.rank(given["input"]) if given["rotary_mode"] == "interleave" else None
+    sines = step.read(given["r2"])
+    turned = step.add("Mul", _turned(step, values, rank), sines, suffix="times_sin")
+    return step.finish("Add", direct, turned)
 
 
-def _turned(step: Step, values: str, sin: str) -> str:
-    """concat(-x2, x1) * sin, x1 and x2 the halves of the last axis."""
-    first, second = _halves(step, values, -1)
+def _turned(step: Step, values: str, pairs_of_rank: int | None) -> str:
+    """concat(-x2, x1), x1 and x2 the halves of the last axis; or each pair (a, b) as (-b, a).
+
+    `pairs_of_rank` is the number of axes of what has its pairs turned, None for halves.
+    """
+    if pairs_of_rank is None:
+        first, second = _halves(step, values, -1)
+        negated = step.add("Neg", second, suffix="negated")
+        return step.add("Concat", negated, first, suffix="turned", axis=-1)
+    outer = [0] * (pairs_of_rank - 1)  # sizes as they are
+    pairs = step.add("Reshape", values, step.integers([*outer, -1, 2], "pairs"), suffix="pairs")
+    first, second = _halves(step, pairs, -1)
     negated = step.add("Neg", second, suffix="negated")
-    turned = step.add("Concat", negated, first, suffix="turned", axis=-1)
-    return step.add("Mul", turned, sin, suffix="times_sin")
+    turned = step.add("Concat", negated, first, suffix="turned_pairs", axis=-1)
+    return step.add("Reshape", turned, step.integers([*outer, -1], "flat"), suffix="turned")
 
 
 def _halves(step: Step, values: str, axis: int) -> list[str]:
@@ -73,6 +104,25 @@ def _swiglu(step: Step) -> str:
     gate, up = (step.read(argument) for argument in step.node.args)
     activated = step.add("Swish", gate, suffix="silu")
     return step.finish("Mul", step.round_to(activated, step.dtype, "activated"), up)
+
+
+def _geglu(step: Step) -> str:
+    given = step.arguments()
+    gate, up = step.read(given["gate"]), step.read(given["up"])
+    activated = step.add("Gelu", gate, suffix="gelu", approximate=given["approximate"])
+    return step.finish("Mul", step.round_to(activated, step.dtype, "activated"), up)
+
+
+def _npu_geglu(step: Step) -> Value:
+    given, result = step.arguments(), step.result_name(0)
+    gate, up = _halves(step, step.read(given["input"]), given["dim"])
+    if not given["activate_left"]:
+        gate, up = up, gate
+    form = "tanh" if given["approximate"] else "none"
+    activated = step.add("Gelu", gate, suffix="gelu", approximate=form)
+    wide = step.add("Mul", activated, up, suffix="wide")
+    dtype = step.node.meta["val"][0].dtype
+    return (step.call_it(step.round_to(wide, dtype, "rounded"), result), "")
 
 
 def _npu_swiglu(step: Step) -> str:
@@ -154,9 +204,10 @@ def _npu_rms_norm(step: Step) -> Value:
     x, gamma, eps = _norm_arguments(step, "input")
     result = step.result_name(0)
     values = step.read(x)
-    wide = step.add(
-        "RMSNormalization", values, step.read(gamma), suffix="wide", axis=-1, epsilon=eps
-    )
+    gain = step.read(gamma)
+    if step.node.target is torch.ops.npu.npu_gemma_rms_norm.default:
+        gain = _raised(step, gain, 1.0)
+    wide = step.add("RMSNormalization", values, gain, suffix="wide", axis=-1, epsilon=eps)
     return (step.call_it(step.round_to(wide, step.dtype, "rounded"), result), "")
 
 
@@ -183,10 +234,14 @@ EMITTERS: dict[str, Emitter] = {
     "aten.scaled_dot_product_attention.default": _sdpa,
     "npu.npu_add_rms_norm.default": _npu_add_rms_norm,
     "npu.npu_fused_infer_attention_score.default": _npu_attention,
+    "npu.npu_geglu.default": _npu_geglu,
+    "npu.npu_gemma_rms_norm.default": _npu_rms_norm,
     "npu.npu_rms_norm.default": _npu_rms_norm,
     "npu.npu_rotary_mul.default": _npu_rotary_mul,
     "npu.npu_swiglu.default": _npu_swiglu,
     "panguq.attention.default": _attention,
+    "panguq.geglu.default": _geglu,
+    "panguq.layer_norm.default": _layer_norm,
     "panguq.rms_norm.default": _rms_norm,
     "panguq.rotary.default": _rotary,
     "panguq.swiglu.default": _swiglu,

@@ -144,7 +144,32 @@ OWN: dict[str, Call] = {
         canonical.rms_norm,
         lambda m: {"x": floats(2, m, K, dtype=BF16), "weight": scales(K), "eps": 1e-6},
     ),
+    "rms_norm_rounded_once": (
+        canonical.rms_norm,
+        lambda m: {
+            "x": floats(2, m, K, dtype=BF16),
+            "weight": scales(K),
+            "eps": 1e-6,
+            "offset": 1.0,
+            "rounds_once": True,
+        },
+    ),
+    "layer_norm": (
+        canonical.layer_norm,
+        lambda m: {
+            "x": floats(2, m, K),
+            "weight": scales(K),
+            "bias": None,
+            "eps": 1e-6,
+            "offset": 1.0,
+        },
+    ),
     "rotary": (canonical.rotary, rotary),
+    "rotary_interleaved": (canonical.rotary, lambda m: {**rotary(m), "interleaved": True}),
+    "geglu": (
+        canonical.geglu,
+        lambda m: {"gate": floats(2, m, K), "up": floats(2, m, K), "approximate": "tanh"},
+    ),
     "swiglu": (canonical.swiglu, lambda m: {"gate": floats(2, m, K), "up": floats(2, m, K)}),
     "attention": (
         canonical.attention,

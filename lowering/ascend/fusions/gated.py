@@ -1,13 +1,14 @@
-"""swiglu over the halves of one tensor as npu_swiglu."""
+"""Gated activations over the halves of one tensor: npu_swiglu and npu_geglu."""
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from panguq.ir.canonical_views import SwiGlu
+from panguq.ir.canonical_views import GeGlu, SwiGlu
 from panguq.ir.edit import call, label
 from panguq.ir.views import Item, arguments
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
@@ -19,9 +20,36 @@ npu = torch.ops.npu
 
 def fuse_swiglu(node: fx.Node, state: FusionState) -> fx.Node | str:
     """`swiglu(y[..., :f], y[..., f:])` as `npu_swiglu(y, -1)`, or why not."""
-    gate, up = _part(SwiGlu.of(node).gate), _part(SwiGlu.of(node).up)
+    whole = _whole(SwiGlu.of(node), "npu_swiglu")
+    if isinstance(whole, str):
+        return whole
+    args = (whole, -1)
+    reason = refusal(npu.npu_swiglu.default, args)
+    return reason or call(node, npu.npu_swiglu.default, args, origin=node)
+
+
+def fuse_geglu(node: fx.Node, state: FusionState) -> fx.Node | str:
+    """`geglu(y[..., :f], y[..., f:])` as `npu_geglu(y, -1, approximate, True)[0]`, or why not.
+
+    True lets gelu act on the first half; approximate is 1 for its tanh form, 0 for the exact one.
+    """
+    given = GeGlu.of(node)
+    whole = _whole(given, "npu_geglu")
+    if isinstance(whole, str):
+        return whole
+    args = (whole, -1, int(given.approximate == "tanh"), True)
+    reason = refusal(npu.npu_geglu.default, args)
+    if reason is not None:
+        return reason
+    results = call(node, npu.npu_geglu.default, args, origin=node, suffix=".fused")
+    return call(node, operator.getitem, (results, 0), origin=node)
+
+
+def _whole(gated: SwiGlu, op: str) -> fx.Node | str:
+    """The tensor whose first half is the gate and whose second is what it is multiplied with."""
+    gate, up = _part(gated.gate), _part(gated.up)
     if gate is None or up is None or gate.source is not up.source:
-        return "gate and up are two tensors, and npu_swiglu reads the halves of one"
+        return f"gate and up are two tensors, and {op} reads the halves of one"
     last = gate.source.meta["val"].shape[-1]
     if isinstance(last, torch.SymInt) or (gate.start, gate.end, up.start, up.end) != (
         0,
@@ -30,9 +58,7 @@ def fuse_swiglu(node: fx.Node, state: FusionState) -> fx.Node | str:
         last,
     ):
         return f"gate and up are not the first and the second half of {label(gate.source)}"
-    args = (gate.source, -1)
-    reason = refusal(npu.npu_swiglu.default, args)
-    return reason or call(node, npu.npu_swiglu.default, args, origin=node)
+    return gate.source
 
 
 class _Part(NamedTuple):
@@ -50,7 +76,7 @@ def _part(node: fx.Node) -> _Part | None:
     if node.target is aten.slice.Tensor:
         given = arguments(node)
         start, end = given["start"], given["end"]
-        if given["dim"] not in last or given["step"] != 1 or not _whole(start, end):
+        if given["dim"] not in last or given["step"] != 1 or not _known(start, end):
             return None
         return _columns(given["self"], start or 0, value.shape[-1])
     item = Item.match(node)
@@ -63,7 +89,7 @@ def _part(node: fx.Node) -> _Part | None:
     return _columns(given["self"], sum(widths[:index]), widths[index])
 
 
-def _whole(start: object, end: object) -> bool:
+def _known(start: object, end: object) -> bool:
     """Whether the ends of a slice are known, and the first is not negative."""
     known = end is None or isinstance(end, int)
     return known and (start is None or (isinstance(start, int) and start >= 0))
