@@ -1,9 +1,9 @@
 """Equal layers are traced once: a plan of a large model takes as long as one of a few layers.
 
 A model's layers are compared by what they are made of. From some layer on they mostly repeat, one
-by one or in a pattern (`sliding, sliding, full`). A model of the layers before that and of two such
-patterns is traced, and the second pattern is copied in the graph as often as the model has it. The
-copies are right if the two traced ones are the same ops on the same values, which is compared.
+by one or in a pattern (`sliding, sliding, full`). A model of the layers before that and of three
+such patterns is traced, and the last pattern is copied in the graph as often as the model has it.
+The copies are right if the last two are the same ops on the same values, which is compared.
 """
 
 from __future__ import annotations
@@ -67,13 +67,16 @@ class Pattern:
 
 
 def pattern_of(kinds: list[Any]) -> Pattern | None:
-    """The pattern that leaves the fewest layers; None where that would be all of them."""
-    best: Pattern | None = None  # the first layer is none of it: it may make what all others read
+    """The pattern that leaves the fewest layers; None where that would be all of them.
+
+    Its first repetition counts as before it: such layers may make what all later ones read.
+    """
+    best: Pattern | None = None
     for period in range(1, len(kinds) // 3 + 1):
         start = len(kinds) - period
-        while start > 1 and kinds[start - 1] == kinds[start - 1 + period]:
+        while start > 0 and kinds[start - 1] == kinds[start - 1 + period]:
             start -= 1
-        found = Pattern(len(kinds), start, period)
+        found = Pattern(len(kinds), start + period, period)
         if found.copies > 0 and (best is None or found.kept < best.kept):
             best = found
     return best
@@ -271,7 +274,7 @@ class _Layers:
         if len(one) != len(two) or not one:
             raise NotEqualError("two layers have another number of nodes")
         place = {node: i for block in (one, two) for i, node in enumerate(block)}
-        inside, late = (set(one), set(two)), self._late()
+        inside, late = (set(one), set(two)), self._late(self.layer[one[0]])
         for first, second in zip(one, two, strict=True):
             if self._text(first, period) != self._text(second, 0):
                 raise NotEqualError(f"{first.name} and {second.name} differ")
@@ -287,11 +290,11 @@ class _Layers:
         if any(self.layer[user] >= 0 for node in late for user in node.users):
             raise NotEqualError("there is something between the layers")
 
-    def _late(self) -> set[fx.Node]:
-        """Nodes outside of all layers that depend on one."""
+    def _late(self, start: int) -> set[fx.Node]:
+        """Nodes outside of all layers that depend on layer `start` or a later one."""
         depends: set[fx.Node] = set()
         for node in self.nodes:
-            if self.layer[node] >= 0 or any(read in depends for read in node.all_input_nodes):
+            if self.layer[node] >= start or any(read in depends for read in node.all_input_nodes):
                 depends.add(node)
         return {node for node in depends if self.layer[node] < 0}
 
