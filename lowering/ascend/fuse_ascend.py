@@ -24,11 +24,12 @@ from panguq.lowering.ascend.fusions.cache import (
     fuse_quantize_per_token,
 )
 from panguq.lowering.ascend.fusions.experts import lower_experts
-from panguq.lowering.ascend.fusions.gated import fuse_geglu, fuse_swiglu
+from panguq.lowering.ascend.fusions.gated import fuse_geglu, fuse_gelu, fuse_swiglu
 from panguq.lowering.ascend.fusions.norm import fuse_layer_norm, fuse_quantizer, fuse_rms_norm
 from panguq.lowering.ascend.fusions.shared import FusionState
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 
+aten = torch.ops.aten
 npu = torch.ops.npu
 panguq = torch.ops.panguq
 
@@ -43,7 +44,8 @@ class FuseAscend(Pass):
       `npu_add_rms_norm(a, b, w, eps)` gives the norm (0) and the sum for its other readers (2).
       With `w + 1` for the weight it becomes `npu_gemma_rms_norm(x, w, eps)[0]`.
     - `swiglu(y[..., :f], y[..., f:])` becomes `npu_swiglu(y)`: silu of the first half times the
-      second; `geglu` of the same becomes `npu_geglu(y, -1, approximate, True)[0]`.
+      second; `geglu` of the same becomes `npu_geglu(y, -1, approximate, True)[0]`, and
+      `aten.gelu(x)` `npu_gelu(x)`: on an NPU aten's has the tanh form alone.
     - `rotary(x, cos, sin)` becomes `npu_rotary_mul(x, cos, sin, "half")` on x
       `[batch, seq, heads, d]` and tables `[batch, seq, 1, d]`, between two transpositions; an
       interleaved one becomes the mode "interleave" on `[batch * seq, heads, d]`.
@@ -107,6 +109,7 @@ class FuseAscend(Pass):
 _FUSIONS: tuple[tuple[OpOverload, Fusion], ...] = (
     (panguq.swiglu.default, fuse_swiglu),
     (panguq.geglu.default, fuse_geglu),
+    (aten.gelu.default, fuse_gelu),
     (panguq.rotary.default, fuse_rotary),
     (panguq.attention.default, fuse_attention),
     (panguq.rms_norm.default, fuse_rms_norm),

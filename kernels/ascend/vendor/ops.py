@@ -5,7 +5,7 @@ from __future__ import annotations
 from panguq.kernels.ascend.vendor.attention import npu_fused_infer_attention_score
 from panguq.kernels.ascend.vendor.dynamic_quant import npu_dynamic_quant
 from panguq.kernels.ascend.vendor.format_cast import npu_format_cast
-from panguq.kernels.ascend.vendor.geglu import npu_geglu
+from panguq.kernels.ascend.vendor.gelu import npu_geglu, npu_gelu
 from panguq.kernels.ascend.vendor.grouped_matmul import npu_grouped_matmul
 from panguq.kernels.ascend.vendor.grouped_swiglu_quant import npu_grouped_matmul_swiglu_quant_v2
 from panguq.kernels.ascend.vendor.int4pack import npu_convert_weight_to_int4pack
@@ -43,6 +43,7 @@ __all__ = [
     "npu_format_cast",
     "npu_fused_infer_attention_score",
     "npu_geglu",
+    "npu_gelu",
     "npu_gemma_rms_norm",
     "npu_grouped_matmul",
     "npu_grouped_matmul_swiglu_quant_v2",

@@ -98,6 +98,11 @@ def spell_geglu(node: fx.Node, state: FusionState) -> fx.Node:
     return call(node, aten.mul.Tensor, (activated, given.up), origin=node)
 
 
+def spell_gelu(node: fx.Node, state: FusionState) -> fx.Node:
+    """The very call, for what the vendor's op does not take."""
+    return call(node, aten.gelu.default, node.args, node.kwargs, origin=node)
+
+
 def spell_attention(node: fx.Node, state: FusionState) -> fx.Node:
     """`scaled_dot_product_attention` with each key and value head repeated for its group."""
     given, mask = Attention.of(node), attended_mask(node, state)
@@ -169,6 +174,7 @@ SPELLINGS: dict[Any, Callable[[fx.Node, FusionState], fx.Node]] = {
     panguq.rotary.default: spell_rotary,
     panguq.swiglu.default: spell_swiglu,
     panguq.geglu.default: spell_geglu,
+    aten.gelu.default: spell_gelu,
     panguq.attention.default: spell_attention,
     panguq.quantize_per_channel.default: spell_quantize_per_channel,
     panguq.dequantize.default: spell_dequantize,

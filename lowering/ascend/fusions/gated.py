@@ -1,4 +1,4 @@
-"""Gated activations over the halves of one tensor: npu_swiglu and npu_geglu."""
+"""Gated activations over the halves of one tensor: npu_swiglu and npu_geglu; and npu_gelu."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def fuse_geglu(node: fx.Node, state: FusionState) -> fx.Node | str:
         return reason
     results = call(node, npu.npu_geglu.default, args, origin=node, suffix=".fused")
     return call(node, operator.getitem, (results, 0), origin=node)
+
+
+def fuse_gelu(node: fx.Node, state: FusionState) -> fx.Node | str:
+    """`aten.gelu(x)` as `npu_gelu(x)`, or why not.
+
+    On an NPU aten's takes the tanh form whatever it is asked (op-plugin's page on npu_gelu).
+    """
+    given = arguments(node)
+    args, kwargs = (given["self"],), {"approximate": given["approximate"]}
+    reason = refusal(npu.npu_gelu.default, args, kwargs)
+    return reason or call(node, npu.npu_gelu.default, args, kwargs, origin=node)
 
 
 def _whole(gated: SwiGlu, op: str) -> fx.Node | str:

@@ -59,20 +59,35 @@ OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "exp and log": lambda x, y: (x.exp() + 1).log(),
     "expand": lambda x, y: x[:, :1].expand(-1, y.shape[1]) + y,
     "full": lambda x, y: x + torch.full((x.shape[0], 1), 2.5),
+    "geglu": lambda x, y: panguq.geglu(x, y, "none") + panguq.geglu(y, x, "tanh"),
     "gelu": lambda x, y: F.gelu(x) + F.gelu(y, approximate="tanh"),
     "index": lambda x, y: x[:, torch.arange(2)],
     "integers": lambda x, y: (x * 3).to(torch.int64) + 1,
+    "layer norm with an offset": lambda x, y: panguq.layer_norm(x, y[0], y[1], 1e-5, 1.0),
     "layer norm without weight": lambda x, y: F.layer_norm(x, (8,)),
     "masked fill": lambda x, y: x.masked_fill(y > 0, -math.inf).softmax(-1),
     "matmul": lambda x, y: x @ y.t(),
     "maximum": lambda x, y: torch.maximum(x, y) - torch.minimum(x, -y),
     "mean and sum": lambda x, y: x.mean(-1, keepdim=True) + y.sum(0),
     "new ones": lambda x, y: x * x.new_ones(x.shape[1]),
+    "npu geglu": lambda x, y: npu.npu_geglu(x, -1, 0, True)[0] + npu.npu_geglu(y)[0],
+    "npu gelu": lambda x, y: npu.npu_gelu(x) + npu.npu_gelu(y, approximate="tanh"),
+    "npu gemma norm": lambda x, y: npu.npu_gemma_rms_norm(x, y[0], 1e-5)[0],
+    "npu rotary of neighbours": lambda x, y: npu.npu_rotary_mul(
+        *(t.view(-1, 1, 8) for t in (x, y, y + 1)), "interleave"
+    ),
     "ones like": lambda x, y: torch.ones_like(x) + torch.zeros_like(y),
     "permute": lambda x, y: x.reshape(-1, 2, 4).permute(2, 0, 1) + 1,
     "pow": lambda x, y: x.abs() ** 1.5,
     "repeat interleave": lambda x, y: x.repeat_interleave(3, dim=1),
     "reshape": lambda x, y: x.view(x.shape[0], 2, -1) + 1,
+    "rms norm with an offset": lambda x, y: panguq.rms_norm(x, y[0], 1e-5, 1.0, True),
+    "rotary of halves": lambda x, y: panguq.rotary(
+        x.view(-1, 1, 1, 8), y.view(-1, 1, 8), (y + 1).view(-1, 1, 8)
+    ),
+    "rotary of neighbours": lambda x, y: panguq.rotary(
+        x.view(-1, 1, 1, 8), y.view(-1, 1, 8), (y + 1).view(-1, 1, 8), True
+    ),
     "rsqrt": lambda x, y: (x.abs() + 1).rsqrt() + (y.abs() + 1).reciprocal(),
     "rsub": lambda x, y: 1 - x,
     "select": lambda x, y: x[:, 3] + y[:, -1],

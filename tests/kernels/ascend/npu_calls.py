@@ -313,6 +313,7 @@ LEGAL: dict[str, Call] = {
     ),
     "swiglu": (npu.npu_swiglu, lambda m: {"input": floats(1, m, K)}),
     "swiglu_dim": (npu.npu_swiglu, lambda m: {"input": floats(m, 4, 8, dtype=FP32), "dim": 1}),
+    "gelu": (npu.npu_gelu, lambda m: {"input": floats(1, m, K), "approximate": "tanh"}),
     "geglu": (npu.npu_geglu, lambda m: {"input": floats(1, m, K), "activate_left": True}),
     "geglu_exact": (
         npu.npu_geglu,

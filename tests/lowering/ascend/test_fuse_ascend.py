@@ -327,9 +327,20 @@ def test_geglu_of_two_tensors_is_spelled_in_aten() -> None:
 
     size = lambda exact: exact.abs() + 1e-1  # noqa: E731
     gm, record = compare(Function(gated), normals(3, 5, 48), roundings=9, scale=size)
-    (gelu,) = [n for n in gm.graph.nodes if n.target is aten.gelu.default]
+    (gelu,) = [n for n in gm.graph.nodes if n.target is npu.npu_gelu.default]
     assert gelu.kwargs == {"approximate": "tanh"}
     assert reasons(record) == ["gate and up are two tensors, and npu_geglu reads the halves of one"]
+
+
+def test_gelu_is_the_vendors_which_knows_both_forms() -> None:
+    both = lambda w, x: functional.gelu(x * w) + functional.gelu(x, approximate="tanh")  # noqa: E731
+    size = lambda exact: exact.abs() + 1e-1  # noqa: E731
+    gm, _ = compare(Function(both), normals(3, 5, 48), roundings=9, scale=size)
+    assert ops(gm) == {"mul": 1, "npu_gelu": 2, "add": 1}
+    gm, record = compare(
+        Function(both).double(), normals(3, 5, 48).double(), roundings=9, scale=size
+    )
+    assert ops(gm)["gelu"] == 2 and all("float64" in reason for reason in reasons(record))
 
 
 # --- rotary -------------------------------------------------------------------------------------

@@ -113,6 +113,11 @@ def _geglu(step: Step) -> str:
     return step.finish("Mul", step.round_to(activated, step.dtype, "activated"), up)
 
 
+def _npu_gelu(step: Step) -> str:
+    given = step.arguments()
+    return step.finish("Gelu", step.read(given["input"]), approximate=given["approximate"])
+
+
 def _npu_geglu(step: Step) -> Value:
     given, result = step.arguments(), step.result_name(0)
     gate, up = _halves(step, step.read(given["input"]), given["dim"])
@@ -235,6 +240,7 @@ EMITTERS: dict[str, Emitter] = {
     "npu.npu_add_rms_norm.default": _npu_add_rms_norm,
     "npu.npu_fused_infer_attention_score.default": _npu_attention,
     "npu.npu_geglu.default": _npu_geglu,
+    "npu.npu_gelu.default": _npu_gelu,
     "npu.npu_gemma_rms_norm.default": _npu_rms_norm,
     "npu.npu_rms_norm.default": _npu_rms_norm,
     "npu.npu_rotary_mul.default": _npu_rotary_mul,

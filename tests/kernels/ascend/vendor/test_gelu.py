@@ -1,4 +1,4 @@
-"""npu_geglu: which half is activated, by which gelu, and one rounding."""
+"""npu_gelu and npu_geglu: which half is activated, by which gelu, and one rounding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from panguq.kernels.ascend.vendor.geglu import npu_geglu
+from panguq.kernels.ascend.vendor.gelu import npu_geglu, npu_gelu
 
 
 @pytest.mark.parametrize("form", ["none", "tanh"])
@@ -17,6 +17,12 @@ def test_half_and_form(form, left) -> None:
     product, active = npu_geglu(torch.cat((first, second), -1), -1, int(form == "tanh"), left)
     torch.testing.assert_close(active, gelu(gate, approximate=form))
     torch.testing.assert_close(product, active * other)
+
+
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_the_form_that_is_asked_for(form) -> None:
+    x = torch.linspace(-4, 4, 33).bfloat16()
+    assert torch.equal(npu_gelu(x, approximate=form), gelu(x.float(), approximate=form).bfloat16())
 
 
 def test_the_product_is_rounded_once() -> None:

@@ -1,4 +1,4 @@
-"""npu_geglu: gelu of one half of a tensor times the other half."""
+"""npu_gelu, and npu_geglu: gelu of one half of a tensor times the other half."""
 
 from __future__ import annotations
 
@@ -12,6 +12,30 @@ from panguq.kernels.ascend.vendor.library import define_npu_op
 
 _DOCS = OP_PLUGIN.format("npu_geglu")
 _ACLNN = "aclnnGeGluV3"
+_GELU_DOCS = OP_PLUGIN.format("npu_gelu")
+
+
+def _gelu_contract(input: Tensor, approximate: str) -> Iterator[Broken]:
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    yield from wrong_dtype("input", input, floats, _GELU_DOCS)
+    if approximate not in ("none", "tanh"):
+        yield Broken(f"approximate must be 'none' or 'tanh', not {approximate!r}", _GELU_DOCS)
+    if input.dim() > 8:
+        yield Broken(f"input must have at most 8 dimensions, not {input.dim()}", _GELU_DOCS)
+
+
+@define_npu_op(
+    'npu_gelu(Tensor input, *, str approximate="none") -> Tensor',
+    lambda input: input.new_empty(input.shape),
+    contract=_gelu_contract,
+)
+def npu_gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """gelu of every element, exact ("none") or in its tanh form, in float32 and rounded once.
+
+    op-plugin's page says that on an NPU PyTorch's own gelu has the tanh form, whatever it is asked.
+    """
+    wide = input.to(torch.float32, memory_format=torch.contiguous_format)
+    return torch.nn.functional.gelu(wide, approximate=approximate).to(input.dtype)
 
 
 def _contract(input: Tensor, dim: int, approximate: int) -> Iterator[Broken]:
