@@ -64,10 +64,11 @@ class SmoothQuant(ScaleSites):
                 )
 
     def refuse(self, site: ScaleSite) -> str | None:
-        for consumer in site.consumers:
-            scheme = scheme_of(consumer.linear)
-            if scheme.activation is None:
-                return f"{label(consumer.linear)} is {scheme.name}: its input stays float"
+        schemes = {consumer.linear: scheme_of(consumer.linear) for consumer in site.consumers}
+        whole = all(scheme.is_float for scheme in schemes.values())
+        for linear, scheme in schemes.items():  # a router among others stays float
+            if scheme.activation is None and (whole or not scheme.is_float):
+                return f"{label(linear)} is {scheme.name}: its input stays float"
         return None
 
     def samples(self) -> bool:
@@ -166,13 +167,21 @@ def _weight_size(gm: fx.GraphModule, site: ScaleSite, factors: Factors, statisti
     """Size of the consumers' columns, as they are after the sites before this one."""
     size = torch.zeros(site.channels, dtype=torch.float64)
     for consumer in site.consumers:
+        if scheme_of(consumer.linear).is_float:
+            continue
         weight = get_tensor(gm, consumer.weight)
         by_axis = factors.get(consumer.weight, {})
-        rows = by_axis.get(0)
-        scaled = weight if rows is None else weight * rows[:, None].float()
+        rows = by_axis.get(0) if weight.dim() == 2 else None
+        sizes = []
+        for matrix in weight if weight.dim() == 3 else (weight,):
+            scaled = matrix if rows is None else matrix * rows[:, None].float()
+            if statistic == "rms":
+                sizes.append(scaled.float().square().mean(0))
+            else:
+                sizes.append(scaled.abs().amax(0).double())
         if statistic == "rms":
-            columns = scaled.float().square().mean(0).sqrt().double()
+            columns = torch.stack(sizes).mean(0).sqrt().double()
         else:
-            columns = scaled.abs().amax(0).double()
-        _scatter_amax(size, consumer.channel, columns * by_axis.get(1, 1.0))
+            columns = torch.stack(sizes).amax(0)
+        _scatter_amax(size, consumer.channel, columns * by_axis.get(weight.dim() - 1, 1.0))
     return size

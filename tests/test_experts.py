@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import panguq
 from panguq.errors import NumericsError, TraceError
+from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import module_path
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import ExpertLinear
@@ -83,6 +84,25 @@ def test_weights_that_are_stored_transposed_and_their_biases_are_quantized() -> 
     compiled = panguq.compile(make("gpt_oss"), "w8a8-dynamic", calibration=CALIBRATION)
     assert compiled.report.quantized_share > 0.9
     assert compiled.report.logits_sqnr_db > 15
+
+
+def test_norm_experts_router_and_shared_expert_are_one_site() -> None:
+    compiled = panguq.compile(make("qwen2_moe"), "float")
+    found, _ = find_scale_sites(compiled.graph, compiled.interface)
+    (site,) = (s for s in found if s.name.startswith("model.layers.1.post_attention_layernorm"))
+    read = {module_path(c.linear).removeprefix("model.layers.1.mlp.") for c in site.consumers}
+    shared = {"shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert_gate"}
+    assert read == {"gate", "experts.gate_up_proj", *shared}
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-awq", "w4a16-gptq"])
+def test_better_than_rounding_to_nearest(model, recipe) -> None:
+    plain = {"schemes": {"*": "W4A16"}, "passes": ["insert-fake-quant", "quantize-weights"]}
+    nearest, better = (
+        panguq.compile(model, r, calibration=CALIBRATION).report.logits_sqnr_db
+        for r in (plain, recipe)
+    )
+    assert better > nearest + 1
 
 
 def test_a_router_whose_weights_overflow_is_named(model) -> None:

@@ -19,6 +19,7 @@ from panguq.ir.analysis.channel_layout import Layout, Size
 from panguq.ir.analysis.walk import first_arguments
 from panguq.ir.edit import label
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
+from panguq.ir.ops import experts as expert_ops  # noqa: F401
 
 if TYPE_CHECKING:
     from panguq.ir.analysis.channels import ScaleWalk
@@ -106,6 +107,16 @@ def _linear(walk: ScaleWalk, node: fx.Node) -> None:
         walk.consume(node, weight, _last_axis(walk, x, node))
     if walk.state(node) is not None:
         _absorb_result(walk, node, axis=0, bias=2)
+
+
+def _expert_linear(walk: ScaleWalk, node: fx.Node) -> None:
+    """The columns of all experts' weights take up the scale of what they read."""
+    x, weight = first_arguments(node, 2)
+    if walk.state(node) is not None:
+        walk.stop(node, "is computed by several experts")
+    if weight.op != "get_attr":
+        walk.stop(node, "has a weight that is not stored")
+    walk.consume(node, weight, _last_axis(walk, x, node))
 
 
 def _norm(walk: ScaleWalk, node: fx.Node) -> None:
@@ -364,6 +375,8 @@ RULES: dict[Any, ScaleRule] = {
     aten.layer_norm.default: _NORM,
     LINEAR: ScaleRule(_linear, passes=(0,)),
     EMBEDDING: ScaleRule(_embedding),
+    panguq.expert_linear.default: ScaleRule(_expert_linear, passes=(0,)),
+    panguq.permute_tokens.default: _KEEPS,
     panguq.swiglu.default: _gate("silu"),
     panguq.geglu.default: _gate("gelu"),
     panguq.attention.default: _ATTENTION,

@@ -46,7 +46,8 @@ class WeightEdit:
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
-    """A linear that absorbs the scale: column j of its weight belongs to `channel[j]`."""
+    """A linear, of experts or not, that absorbs the scale: column j of its weight, the last axis,
+    belongs to `channel[j]`."""
 
     linear: fx.Node
     weight: str
@@ -194,7 +195,7 @@ class ScaleWalk(GraphWalk[Layout]):
     def consume(self, linear: fx.Node, weight: fx.Node, channel: Tensor) -> None:
         """Let the linear's columns take up the scale."""
         self.consumers[linear] = channel
-        self.absorb(linear, weight, 1, channel, multiply=True)
+        self.absorb(linear, weight, weight.meta["val"].dim() - 1, channel, multiply=True)
 
     def note_part(self, channels: Tensor) -> None:
         """Remember that the graph takes these channels apart from the others."""

@@ -20,7 +20,7 @@ from panguq.errors import NumericsError
 from panguq.ir.edit import ancestors, find_label, get_tensor, label, weights_of
 from panguq.ir.probe_sizes import PROBE_SIZES, Sizes, probe_size
 from panguq.ir.run.interpret import Values, ensure_finite, last_uses
-from panguq.ir.views import Linear, operand, results_of
+from panguq.ir.views import ExpertLinear, Item, Linear, argument, calls, operand, results_of
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.row_slices import ELEMENTS_AT_ONCE, row_slices
 
@@ -30,6 +30,7 @@ TOLERANCE_IN_STEPS = 2  # rounding moves a subnormal weight by half a step at mo
 # A site may change what a cache holds (v / s), so regions are proved without a past: what the
 # graph then appends to its own cache is part of the region.
 SITE_PROBE_SIZES = {**PROBE_SIZES, "past": 0}
+ROUTE_TOKENS = "panguq::route_tokens"
 Weights = Callable[[fx.GraphModule, str], Tensor]
 
 
@@ -98,6 +99,9 @@ def _on_large_weight(
 
     None for everything else: a vocabulary's weight in float64 may take more than all memory.
     """
+    experts = ExpertLinear.match(node)
+    if experts is not None:
+        return _of_experts(gm, experts, value, weights)
     if node.target not in (aten.embedding.default, aten.linear.default):
         return None
     table, index = (0, 1) if node.target is aten.embedding.default else (1, 0)
@@ -117,6 +121,22 @@ def _on_large_weight(
     return product if bias is None else product + _lift(value(bias))
 
 
+def _of_experts(
+    gm: fx.GraphModule,
+    linear: ExpertLinear,
+    value: Callable[[fx.Node], Any],
+    weights: Weights,
+) -> Tensor | None:
+    """A matmul of experts in float64, one expert's stored weight lifted at a time."""
+    if not linear.is_stored:
+        return None
+    stored = materialized(weights(gm, linear.weight_name))
+    rows = _lift(value(linear.input)).split(value(linear.counts).tolist())
+    biases = [None] * len(rows) if linear.bias is None else _lift(value(linear.bias))
+    parts = zip(rows, stored, biases, strict=True)
+    return torch.cat([torch.nn.functional.linear(x, _lift(w), bias) for x, w, bias in parts])
+
+
 def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator, sizes: Sizes) -> Any:
     """A random value of the node's type: float64 normal, all-true mask, small integers."""
     val = node.meta["val"]
@@ -134,6 +154,9 @@ def probe_value(gm: fx.GraphModule, node: fx.Node, generator: torch.Generator, s
 def _rows(node: fx.Node) -> int:
     """Below what integers of this input lie: 4, or the rows of a smaller table that they look up,
     such as that of a text's two parts."""
+    routings = [user for user in node.users if calls(user, ROUTE_TOKENS)]
+    if routings:  # they are ids of experts
+        return int(argument(routings[0], 1))
     readers, tables = list(node.users), []
     for reader in readers:
         if reader.target is aten.embedding.default and operand(reader, 1) in (node, *readers):
@@ -141,6 +164,25 @@ def _rows(node: fx.Node) -> int:
         elif len(reader.all_input_nodes) == 1:
             readers += [user for user in reader.users if user not in readers]
     return min([4, *tables])
+
+
+def _probe(
+    gm: fx.GraphModule, starts: list[fx.Node], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random values of these nodes by label; what one routing gives belongs together."""
+    routed: dict[fx.Node, Any] = {}
+    found: dict[str, Tensor] = {}
+    for node in starts:
+        item = Item.match(node)
+        if item is None or not calls(item.source, ROUTE_TOKENS):
+            found[label(node)] = probe_value(gm, node, generator, SITE_PROBE_SIZES)
+            continue
+        routing = item.source
+        if routing not in routed:
+            ids = probe_value(gm, operand(routing, 0), generator, SITE_PROBE_SIZES)
+            routed[routing] = torch.ops.panguq.route_tokens(ids, argument(routing, 1))
+        found[label(node)] = routed[routing][item.index]
+    return found
 
 
 def _weight_epsilon(gm: fx.GraphModule) -> float:
@@ -184,7 +226,7 @@ def prove_site(
         return turned[name](value) if turned and name in turned else value
 
     starts = [find_label(before, name) for name in inputs]
-    probe = {label(n): probe_value(before, n, generator, SITE_PROBE_SIZES) for n in starts}
+    probe = _probe(before, starts, generator)
     sizes_before, sizes_after = _sizes(before), _sizes(after)
     old = run_in_float64(
         before,

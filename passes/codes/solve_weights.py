@@ -289,14 +289,18 @@ class ExpertSolver:
             value.split(counts) for value, counts in zip(values, lengths[first.counts], strict=True)
         ]
         found: list[list[Solution]] = [[] for _ in matmuls]
-        chosen = [_like(materialized(self._stored(matmul))) for matmul in matmuls]
+        weights = [materialized(self._stored(matmul)) for matmul in matmuls]
+        chosen = [torch.empty(weight.shape, dtype=weight.dtype) for weight in weights]
         for start in range(0, first.experts, EXPERTS_AT_ONCE):
             some = range(start, min(start + EXPERTS_AT_ONCE, first.experts))
             everything = all_tokens([e for e in some if e in underfed])
             for expert in some:
                 inputs = everything.get(expert) or [batch[expert] for batch in rows]
-                for matmul, into, solutions in zip(matmuls, chosen, found, strict=True):
-                    solutions.append(self._solve(matmul, expert, inputs, into[expert]))
+                for matmul, weight, into, solutions in zip(
+                    matmuls, weights, chosen, found, strict=True
+                ):
+                    pair = weight[expert], into[expert]
+                    solutions.append(self._solve(matmul, expert, inputs, *pair))
         for matmul, solutions in zip(matmuls, found, strict=True):
             self.solved.append((quantizer_of(matmul).node, _stacked(solutions, self.ctx.store)))
         return {Linear.of(m).weight: w for m, w in zip(matmuls, chosen, strict=True)}
@@ -305,10 +309,14 @@ class ExpertSolver:
         return get_tensor(self.gm, quantizer_of(matmul).weight_name)
 
     def _solve(
-        self, matmul: fx.Node, expert: int, inputs: Sequence[Tensor], into: Tensor
+        self,
+        matmul: fx.Node,
+        expert: int,
+        inputs: Sequence[Tensor],
+        weight: Tensor,
+        into: Tensor,
     ) -> Solution:
-        """The solution for one expert; its weight as the codes have it goes `into` `[n, k]`."""
-        weight = materialized(self._stored(matmul))[expert]
+        """The solution for one expert's `weight`; as the codes have it, it goes `into` `[n, k]`."""
         ensure_finite(f"{quantizer_of(matmul).weight_name}[{expert}]", weight)
         spec = weight_spec_of(matmul)
         problem = WeightProblem(
@@ -329,10 +337,6 @@ class ExpertSolver:
 
 EXPERTS_AT_ONCE = 8
 """Of whom the rows that all tokens make are held together."""
-
-
-def _like(weight: Tensor) -> Tensor:
-    return torch.empty(weight.shape, dtype=weight.dtype)
 
 
 def _stacked(solutions: Sequence[Solution], store: WeightStore) -> Solution:

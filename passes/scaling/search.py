@@ -100,8 +100,9 @@ class MatmulError:
     """
 
     def __init__(self, weight: Tensor, linear: fx.Node, seen: SeenInput) -> None:
-        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).round().long()
-        self.weight = weight[rows].float()
+        outputs = weight.shape[:-1].numel()  # those of all experts are under each other
+        rows = torch.linspace(0, outputs - 1, min(ROWS, outputs)).round().long()
+        self.weight = weight[torch.unravel_index(rows, weight.shape[:-1])].float()
         self.weight_dtype = weight.dtype
         self.input_dtype = Linear.of(linear).input.meta["val"].dtype
         self.scheme = scheme_of(linear)
@@ -175,8 +176,8 @@ class SiteError:
             if scheme_of(consumer.linear).is_float:
                 continue
             weight = get_tensor(gm, consumer.weight)
-            ones = torch.ones(weight.shape[1], dtype=torch.float64)
-            so_far = factors.get(consumer.weight, {}).get(1, ones)
+            ones = torch.ones(weight.shape[-1], dtype=torch.float64)
+            so_far = factors.get(consumer.weight, {}).get(weight.dim() - 1, ones)
             error = MatmulError(weight, consumer.linear, seen[Linear.of(consumer.linear).input])
             self.parts.append((consumer.channel, so_far, error))
 

@@ -29,6 +29,15 @@ LATENT = dict(
 )  # fmt: skip
 GPT2 = dict(**IDS, n_embd=128, n_layer=2, n_head=4, n_positions=POSITIONS)
 EXPERTS = dict(**SIZED, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+ROUTED = dict(
+    moe_intermediate_size=64,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+)
 CONV = dict(layer_types=["conv", FULL], full_attn_idxs=[1])
 LINEAR = dict(
     layer_types=["linear_attention", FULL], linear_num_key_heads=2, linear_num_value_heads=4,
@@ -91,6 +100,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": dict(**GROUPED, no_rope_layers=[1, 0]),
     "stablelm": GROUPED,
     "starcoder2": GROUPED,
+    # Mixtures of experts.
+    "deepseek_v3-moe": dict(LATENT, **ROUTED),
+    "dots1": dict(SIZED, **ROUTED),
+    "ernie4_5_moe": dict(
+        **SIZED, moe_intermediate_size=64, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1
+    ),
+    "glm4_moe": dict(SIZED, **ROUTED),
+    "gpt_oss": dict(**WINDOWED, num_local_experts=4, num_experts_per_tok=2),
+    "granitemoe": dict(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "hunyuan_v1_moe": dict(**SIZED, num_experts=4, moe_topk=2),
+    "llama4_text": dict(
+        **SIZED, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=256,
+        moe_layers=[0, 1], attention_chunk_size=POSITIONS,
+    ),
+    "minimax_m2": dict(**SIZED, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": dict(**GROUPED, num_local_experts=4),
+    "olmoe": dict(**GROUPED, num_experts=4, num_experts_per_tok=2),
+    "phimoe": dict(**GROUPED, num_local_experts=4),
+    "qwen2_moe": dict(EXPERTS, shared_expert_intermediate_size=96),
+    "qwen3_moe": EXPERTS,
     "vaultgemma": dict(**WINDOWED, query_pre_attn_scalar=32),
     "youtu": LATENT,
     # Those that are refused.
@@ -102,10 +131,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **IDS, hidden_size=128, num_layers=2, num_heads=4, window_size=WINDOW,
         attention_types=[[["global", "local"], 1]], max_position_embeddings=POSITIONS,
     ),
-    "gpt_oss": dict(**WINDOWED, num_local_experts=4, num_experts_per_tok=2),
     "mamba": dict(**IDS, hidden_size=128, num_hidden_layers=2),
-    "mixtral": dict(**GROUPED, num_local_experts=4),
-    "qwen3_moe": EXPERTS,
     "qwen3_next": dict(**EXPERTS, **LINEAR),
 }  # fmt: skip
 
