@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from torch import fx
 
 from panguq.ir.quant_spec import Scheme
-from panguq.ir.views import DequantizedWeight, Linear
+from panguq.ir.views import DequantizedWeight, ExpertLinear, Item, Linear, operand
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
 from panguq.tensors.dtypes import dtype_name
 
@@ -36,7 +37,13 @@ def matmul_problem(
     part = output_parts(node, largest_n)[0]
     n = n if part.start is None else part.stop - part.start
     dtype = cast(Dtype, dtype_name(Linear.of(node).input.meta["val"].dtype))
-    return MatmulProblem(None, n, k, scheme, precision, dtype, mixed=_has_mixed_codes(node))
+    problem = MatmulProblem(None, n, k, scheme, precision, dtype, mixed=_has_mixed_codes(node))
+    experts = ExpertLinear.match(node)
+    if experts is None:
+        return problem
+    route = Item.match(experts.counts)
+    top_k = 1 if route is None else int(operand(route.source, 0).meta["val"].shape[-1])
+    return replace(problem, experts=experts.experts, top_k=top_k, biased=experts.bias is not None)
 
 
 def _has_mixed_codes(node: fx.Node) -> bool:

@@ -28,7 +28,9 @@ class MatmulProblem:
     `dtype` is the model's and `weight_format` that of stored integer weights, for Ascend targets:
     ND is `[k, n]` row by row, NZ the cube's own order of blocks (npu_format_cast). `own_kernels`
     says whether panguq's own kernels may do it. `mixed` says that groups of the weight have other
-    widths than the scheme's, so that the bytes are no plain codes.
+    widths than the scheme's, so that the bytes are no plain codes. `experts` is how many such
+    weights there are, of which each row meets one and each token `top_k`; 0 where there is only
+    one. `biased` says whether experts have biases.
     """
 
     m: int | None
@@ -40,6 +42,9 @@ class MatmulProblem:
     weight_format: WeightFormat = "ND"
     own_kernels: bool = True
     mixed: bool = False
+    experts: int = 0
+    top_k: int = 1
+    biased: bool = False
 
     @property
     def foreign(self) -> str | None:

@@ -6,6 +6,7 @@ from panguq.ir.number_format import INT4, INT8
 from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.own import w4a16, w8a8
 from panguq.kernels.ascend.own.tiles import legal_tiles
+from panguq.lowering.ascend.expert_rules import grouped_matmul_refusal
 from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.ascend.rules import quant_matmul_refusal, weight_quant_refusal
 from panguq.lowering.problem import (
@@ -36,6 +37,8 @@ def ascend_candidates(
     else:
         if problem.mixed:
             found = [Candidate("none", MIXED_WIDTHS)]
+        elif problem.experts:
+            return [_grouped(problem, target)]
         elif weight.format not in (INT4, INT8):
             found = [Candidate("none", f"no NPU kernel reads {weight.bits}-bit weights")]
         elif activation is not None:
@@ -55,6 +58,14 @@ def ascend_candidates(
                 found += _own(problem, target, "w4a16", storage)
     off = f"the scheme is {problem.scheme.name}, and allow_float is off"
     return [*found, Candidate(FLOAT_OP, None if allow_float else off)]
+
+
+def _grouped(problem: MatmulProblem, target: AscendMachine) -> Candidate:
+    """The one op that multiplies with many weights; there is none of panguq's own."""
+    weight = problem.scheme.weight
+    storage: Storage = "int8" if weight is not None and weight.format == INT8 else "int4"
+    refusal = grouped_matmul_refusal(problem, target.chip)
+    return Candidate("npu_grouped_matmul", refusal, storage=storage)
 
 
 def split_counts(cores: int) -> list[int]:

@@ -137,7 +137,7 @@ _FALLBACKS: dict[str, tuple[str, ...]] = {
     "W3A16": ("W4A16", "W8A16", "FLOAT"),
     "W2A16": ("W4A16", "W8A16", "FLOAT"),
     "W1A16": (),  # its method knows only one width
-    "W8A8": ("FLOAT",),
+    "W8A8": ("W8A8_DYNAMIC", "FLOAT"),  # experts alone take the second and not the first
     "W8A8_DYNAMIC": ("FLOAT",),
     "W8A16": ("FLOAT",),
     "FLOAT": (),
@@ -149,9 +149,8 @@ def fallback_names(scheme: Scheme) -> tuple[str, ...]:
 
     A fallback keeps inputs that are quantized quantized (per token, which needs no calibration)
     and float inputs float, and goes to the next wider weights that a kernel reads, then to none.
-    It is decided before weights are quantized, so that codes of the fallback exist. W8A8 has no
-    quantized fallback: every shape that refuses it refuses W8A8_DYNAMIC, too. Codes that are no
-    integers have none, since they are refused for what they are, and not for a shape.
+    It is decided before weights are quantized, so that codes of the fallback exist. Codes that
+    are no integers have none, since they are refused for what they are, and not for a shape.
     """
     if not all(isinstance(known, Integer) for known in scheme.formats):
         return ()  # who asked for FP8 wants neither integers nor floats instead

@@ -14,6 +14,7 @@ from torch import fx
 from panguq.ir.edit import call
 from panguq.ir.number_format import INT8
 from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.ir.views import ExpertLinear
 from panguq.kernels.ascend.chip import Chip, Number
 from panguq.kernels.ascend.own.int4_weight import int4_weight
 from panguq.lowering.ascend.calls import AscendCalls
@@ -21,6 +22,7 @@ from panguq.lowering.ascend.candidates import ascend_candidates
 from panguq.lowering.ascend.cost.model import cost, total_us
 from panguq.lowering.ascend.cost.terms import MEANING, OVERLAPPED
 from panguq.lowering.ascend.dispatch import NO_LIMIT
+from panguq.lowering.ascend.expert_calls import ExpertCalls
 from panguq.lowering.ascend.fuse_ascend import FuseAscend
 from panguq.lowering.ascend.inputs import AscendInputs
 from panguq.lowering.ascend.machine import ASCEND_UNITS, AscendMachine
@@ -28,6 +30,7 @@ from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.ascend.notes import ascend_notes
 from panguq.lowering.ascend.rules import fallback_names
 from panguq.lowering.ascend.select import select_ascend
+from panguq.lowering.ascend.select_experts import select_experts
 from panguq.lowering.choice import Choice, TokenMix
 from panguq.lowering.graph_problems import output_parts
 from panguq.lowering.options import AscendOptions
@@ -46,6 +49,7 @@ class AscendTarget(AscendMachine):
     float_dtype = torch.bfloat16
     devices = ("cpu", "npu")
     takes_empty_masks = False  # the fused attention reads its mask in full
+    takes_experts = True
     fits_schemes = True
     prepacking = (int4_weight,)
     terms = MEANING
@@ -68,10 +72,12 @@ class AscendTarget(AscendMachine):
         """Formats are compared for int8 weights of integer matmuls; other weights are ND: the
         vendor documents NZ for weight-only matmuls in graph mode alone."""
         weight, activation = problem.scheme.weight, problem.scheme.activation
+        if problem.experts and problem.biased:
+            return ("NZ",)  # a bfloat16 bias is taken beside such weights alone
         fractal = weight is not None and weight.format == INT8 and activation is not None
         if not fractal or option == "ND":
             return ("ND",)
-        return ("NZ",) if option == "NZ" else ("ND", "NZ")
+        return ("NZ",) if option == "NZ" or problem.experts else ("ND", "NZ")
 
     def total_us(
         self, candidates: Sequence[Candidate], problem: MatmulProblem, tokens: NDArray[np.int64]
@@ -84,6 +90,8 @@ class AscendTarget(AscendMachine):
     def select(
         self, problem: MatmulProblem, mix: TokenMix, allow_float: bool, hysteresis: float
     ) -> Choice:
+        if problem.experts:
+            return select_experts(problem, self, mix)
         return select_ascend(problem, self, mix, allow_float, hysteresis)
 
     @property
@@ -95,9 +103,12 @@ class AscendTarget(AscendMachine):
         return (MergeGateUp(self.largest_n),)
 
     def calls(self, gm: fx.GraphModule, store: WeightStore) -> Calls:
-        calls = AscendCalls(gm, AscendInputs(gm, store), self.chip)
+        inputs = AscendInputs(gm, store)
+        calls, expert_calls = AscendCalls(gm, inputs, self.chip), ExpertCalls(gm, inputs, self.chip)
 
         def lower(node: fx.Node, choice: Choice) -> fx.Node:
+            if ExpertLinear.match(node) is not None:
+                return expert_calls.lower(node, choice.weight_format)
             table = [(entry.last_m or NO_LIMIT, entry.candidate) for entry in choice.table]
             parts = [
                 calls.lower(node, table, rows, choice.weight_format)

@@ -16,7 +16,9 @@ aten = torch.ops.aten
 _OF_ALL_TARGETS = (unpack_codes, unpack_mixed_codes)
 # Of integer codes alone: a float weight that is turned or sliced may be as large as the model.
 FORMAT_CAST = torch.ops.npu.npu_format_cast.default
-LAYOUTS = (aten.t.default, aten.clone.default, aten.slice.Tensor)
+LAYOUTS = (
+    aten.t.default, aten.clone.default, aten.slice.Tensor, aten.transpose.int, aten.view.default,
+)  # fmt: skip
 
 
 def prepack(gm: fx.GraphModule, keep_formats: bool = False) -> fx.GraphModule:

@@ -206,7 +206,8 @@ def test_the_order_of_fallbacks() -> None:
     orders = {s.name: fallback_names(s) for s in (*SCHEMES.values(), W4A8, W4A4)}
     assert orders["W4A8"] == orders["W4A4"] == ("W8A8_DYNAMIC", "FLOAT")
     assert orders["W4A16"] == orders["W4A16_ASYM"] == ("W8A16", "FLOAT")
-    assert orders["W8A8"] == orders["W8A8_DYNAMIC"] == orders["W8A16"] == ("FLOAT",)
+    assert orders["W8A8"] == ("W8A8_DYNAMIC", "FLOAT")
+    assert orders["W8A8_DYNAMIC"] == orders["W8A16"] == ("FLOAT",)
     assert orders["FLOAT"] == ()
     assert fallback_names(parse_scheme("w4a16-g32")) == ("W8A16", "FLOAT")
     assert [s.name for s in B1.fallbacks(W4A8)] == ["W8A8_DYNAMIC", "FLOAT"]

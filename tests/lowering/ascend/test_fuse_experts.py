@@ -22,13 +22,18 @@ TOKENS, HIDDEN, EXPERTS, CHOSEN = 7, 48, 5, 2
 class Mixture(nn.Module):
     """Two matmuls of all experts with SwiGLU between; the router's choice is a method."""
 
+    hidden, ffn = HIDDEN, 32
+
     def __init__(self, dtype: torch.dtype, experts: int = EXPERTS, bias: bool = False) -> None:
         super().__init__()
         self.experts = experts
-        self.router = nn.Parameter(normals(experts, HIDDEN, dtype=dtype, seed=1))
-        self.gate_up = nn.Parameter(normals(experts, 64, HIDDEN, dtype=dtype, seed=2) / 7)
-        self.down = nn.Parameter(normals(experts, HIDDEN, 32, dtype=dtype, seed=3) / 6)
-        self.bias = nn.Parameter(normals(experts, 64, dtype=dtype, seed=4)) if bias else None
+        hidden, both = self.hidden, 2 * self.ffn
+        self.router = nn.Parameter(normals(experts, hidden, dtype=dtype, seed=1))
+        self.gate_up = nn.Parameter(
+            normals(experts, both, hidden, dtype=dtype, seed=2) / hidden**0.5
+        )
+        self.down = nn.Parameter(normals(experts, hidden, self.ffn, dtype=dtype, seed=3) / 6)
+        self.bias = nn.Parameter(normals(experts, both, dtype=dtype, seed=4)) if bias else None
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = nn.functional.linear(x, self.router).softmax(-1, dtype=torch.float32)
