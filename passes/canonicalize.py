@@ -32,15 +32,15 @@ from panguq.ir.ops.opset import is_allowed
 from panguq.ir.plain_names import weight_name
 from panguq.ir.run.interpret import ensure_finite
 from panguq.ir.views import ExpertLinear, arguments, operand
-from panguq.passes.patterns.gated import gated_activation
-from panguq.passes.patterns.matching import dtype_of, is_call, pair
+from panguq.passes.patterns.gated import to_gated_activation
+from panguq.passes.patterns.matching import is_call, pair, type_of
 from panguq.passes.patterns.norms import (
     offset_layer_norm,
     rounded_norm,
     scaled_norm,
     torch_rms_norm,
 )
-from panguq.passes.patterns.rotary import rotary
+from panguq.passes.patterns.rotary import to_rotary
 from panguq.passes.patterns.written_slices import concatenation
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table
 
@@ -149,7 +149,7 @@ def _same_value(node: fx.Node) -> fx.Node:
 
 def _cast_to_same_dtype(node: fx.Node) -> fx.Node | None:
     source = operand(node, 0)
-    return source if dtype_of(node) == dtype_of(source) else None
+    return source if type_of(node) == type_of(source) else None
 
 
 def _full_slice(node: fx.Node) -> fx.Node | None:
@@ -162,7 +162,7 @@ def _full_slice(node: fx.Node) -> fx.Node | None:
 
 def _times_one(node: fx.Node) -> fx.Node | None:
     left, right = pair(node)
-    if not isinstance(right, (int, float)) or right != 1.0 or dtype_of(node) != dtype_of(left):
+    if not isinstance(right, (int, float)) or right != 1.0 or type_of(node) != type_of(left):
         return None
     return left
 
@@ -345,7 +345,7 @@ _REWRITES: list[tuple[Any, Rewrite]] = [
     (aten.type_as.default, rounded_norm),
     (aten.rms_norm.default, torch_rms_norm),
     (aten.layer_norm.default, offset_layer_norm),
-    (aten.add.Tensor, rotary),
-    (aten.mul.Tensor, gated_activation),
+    (aten.add.Tensor, to_rotary),
+    (aten.mul.Tensor, to_gated_activation),
     (aten.scaled_dot_product_attention.default, _attention),
 ]

@@ -8,18 +8,18 @@ from torch import fx
 from panguq.ir.edit import call
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.views import arguments, operand
-from panguq.passes.patterns.matching import both_orders, dtype_of, is_call
+from panguq.passes.patterns.matching import both_orders, is_call, type_of
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 
 
-def gated_activation(node: fx.Node) -> fx.Node | None:
+def to_gated_activation(node: fx.Node) -> fx.Node | None:
     """Anchored at the product of two tensors of one shape and dtype."""
     for active, up in both_orders(node):
         if not is_call(active, aten.silu.default, aten.gelu.default) or not isinstance(up, fx.Node):
             continue
-        if active.meta["val"].shape != up.meta["val"].shape or dtype_of(active) != dtype_of(up):
+        if active.meta["val"].shape != up.meta["val"].shape or type_of(active) != type_of(up):
             return None
         gate = operand(active, 0)
         if active.target is aten.silu.default:

@@ -19,7 +19,7 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in targets
 
 
-def dtype_of(node: fx.Node) -> torch.dtype:
+def type_of(node: fx.Node) -> torch.dtype:
     """The dtype of a node's value."""
     dtype: torch.dtype = node.meta["val"].dtype
     return dtype
@@ -36,7 +36,7 @@ def through_wider_casts(node: Any) -> Any:
     """The same past casts that lose nothing."""
     while is_call(node, *CASTS):
         source = operand(node, 0)
-        if torch.promote_types(dtype_of(source), dtype_of(node)) != dtype_of(node):
+        if torch.promote_types(type_of(source), type_of(node)) != type_of(node):
             break
         node = source
     return node

@@ -12,11 +12,11 @@ from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers t
 from panguq.ir.views import arguments, operand
 from panguq.passes.patterns.matching import (
     both_orders,
-    dtype_of,
     is_call,
     pair,
     through_casts,
     through_wider_casts,
+    type_of,
 )
 
 aten = torch.ops.aten
@@ -48,10 +48,10 @@ def scaled_norm(node: fx.Node) -> fx.Node | None:
         if found is None or gain is None:
             continue
         source = through_casts(found.x)
-        widest = torch.promote_types(dtype_of(source), dtype_of(gain.weight))
-        if not dtype_of(source) == dtype_of(scaled) == dtype_of(node) == widest:
+        widest = torch.promote_types(type_of(source), type_of(gain.weight))
+        if not type_of(source) == type_of(scaled) == type_of(node) == widest:
             continue
-        if gain.sum is not None and dtype_of(gain.sum) != dtype_of(gain.weight):
+        if gain.sum is not None and type_of(gain.sum) != type_of(gain.weight):
             continue
         return _raised(node, source, found, gain)
     return None
@@ -59,21 +59,21 @@ def scaled_norm(node: fx.Node) -> fx.Node | None:
 
 def rounded_norm(node: fx.Node) -> fx.Node | None:
     """Anchored at a cast to 16 bits: `(gain * normalized).to(dtype)`, all before it in float32."""
-    if dtype_of(node) not in NARROW:
+    if type_of(node) not in NARROW:
         return None
     product = operand(node, 0)
     if is_call(product, aten.layer_norm.default):
         return _narrow_layer_norm(node, product)
-    if not is_call(product, aten.mul.Tensor) or dtype_of(product) != torch.float32:
+    if not is_call(product, aten.mul.Tensor) or type_of(product) != torch.float32:
         return None
     for gain_node, scaled in both_orders(product):
         found, gain = _normalized(scaled), _gain(gain_node)
-        if found is None or gain is None or dtype_of(scaled) != torch.float32:
+        if found is None or gain is None or type_of(scaled) != torch.float32:
             continue
         source = through_wider_casts(found.x)
-        if not dtype_of(source) == dtype_of(node) == dtype_of(gain.weight):
+        if not type_of(source) == type_of(node) == type_of(gain.weight):
             continue
-        if gain.sum is not None and dtype_of(gain.sum) != torch.float32:
+        if gain.sum is not None and type_of(gain.sum) != torch.float32:
             continue
         return _raised(node, source, found, gain, rounds_once=True)
     return None
@@ -87,7 +87,7 @@ def _raised(
         given = (source, weight, found.eps)
         args = (*given, offset, rounds_once) if offset or rounds_once else given
         return call(node, panguq.rms_norm.default, args, origin=node)
-    if offset or (dtype_of(source) in NARROW and not rounds_once):
+    if offset or (type_of(source) in NARROW and not rounds_once):
         return None  # aten.layer_norm has no offset, and rounds once
     shape = [int(weight.meta["val"].shape[0])]
     layer_norm = aten.layer_norm.default
@@ -111,7 +111,7 @@ def offset_layer_norm(node: fx.Node) -> fx.Node | None:
     gain = _gain(given["weight"])
     if gain is None or gain.sum is not given["weight"] or not gain.offset:
         return None
-    if dtype_of(gain.sum) != dtype_of(gain.weight):
+    if type_of(gain.sum) != type_of(gain.weight):
         return None
     args = (given["input"], gain.weight, given["bias"], given["eps"], gain.offset)
     return call(node, panguq.layer_norm.default, args, origin=node)
@@ -123,7 +123,7 @@ def _narrow_layer_norm(node: fx.Node, norm: fx.Node) -> fx.Node | None:
     source = through_wider_casts(given["input"])
     if given["weight"] is not None or given["bias"] is not None or len(norm.users) > 1:
         return None
-    if dtype_of(source) != dtype_of(node):
+    if type_of(source) != type_of(node):
         return None
     args = (source, given["normalized_shape"], None, None, given["eps"])
     return call(node, aten.layer_norm.default, args, origin=node)

@@ -10,13 +10,13 @@ from torch import fx
 from panguq.ir.edit import call
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.views import arguments, operand, operands_at
-from panguq.passes.patterns.matching import dtype_of, is_call, pair, through_wider_casts
+from panguq.passes.patterns.matching import is_call, pair, through_wider_casts, type_of
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
 
 
-def rotary(node: fx.Node) -> fx.Node | None:
+def to_rotary(node: fx.Node) -> fx.Node | None:
     """Anchored at the sum `x * cos + turned(x) * sin`, x `[batch, heads, seq, d]`."""
     direct, rotated = pair(node)
     if node.kwargs or not (is_call(direct, aten.mul.Tensor) and is_call(rotated, aten.mul.Tensor)):
@@ -31,8 +31,8 @@ def rotary(node: fx.Node) -> fx.Node | None:
     tables = [_per_token(node, table) for table in (cos, sin)]
     if None in tables:
         return None
-    if dtype_of(x) != dtype_of(node):  # the op yields x's dtype, a sum with wider tables does not
-        x = call(node, aten.to.dtype, (x, dtype_of(node)), origin=x, suffix=".wide")
+    if type_of(x) != type_of(node):  # the op yields x's dtype, a sum with wider tables does not
+        x = call(node, aten.to.dtype, (x, type_of(node)), origin=x, suffix=".wide")
     args = (x, *tables, True) if interleaved else (x, *tables)
     return call(node, panguq.rotary.default, args, origin=node)
 

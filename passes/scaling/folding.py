@@ -56,7 +56,7 @@ def choose_sites(
     return chosen
 
 
-def storable(gm: fx.GraphModule, site: ScaleSite, scale: Tensor) -> Tensor:
+def storable_factors(gm: fx.GraphModule, site: ScaleSite, scale: Tensor) -> Tensor:
     """`scale` `[channels]`, moved to where norm weights with an offset have numbers.
 
     A norm with the gain `1 + w` stores `g / s - 1` for the gain g. Near -1 the steps of bfloat16

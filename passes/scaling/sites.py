@@ -25,7 +25,7 @@ from panguq.passes.scaling.folding import (
     choose_sites,
     fold,
     regions,
-    storable,
+    storable_factors,
 )
 from panguq.passes.scaling.search import SeenInput, look_at
 from panguq.tensors.work_folder import Finished
@@ -98,7 +98,7 @@ class ScaleSites(Pass):
             if REASON in done.facts:
                 result.skip(site.source, str(done.facts[REASON]))
                 return
-            add_factors(site, storable(gm, site, done.tensors["scale"]), factors)
+            add_factors(site, storable_factors(gm, site, done.tensors["scale"]), factors)
             changed.append(site)
             row = (done.facts[column] for column in self.columns())
             rows.append((site.name, site.kind, site.channels, *row))

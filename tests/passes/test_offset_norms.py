@@ -15,7 +15,7 @@ from panguq.ir.edit import get_tensor, label, weights_of
 from panguq.ir.run.interpret import run
 from panguq.passes.awq import Awq
 from panguq.passes.rotate import Rotate
-from panguq.passes.scaling.folding import storable
+from panguq.passes.scaling.folding import storable_factors
 from panguq.passes.smoothquant import SmoothQuant
 from tests.model_shelf import run_passes, tiny_context, trace_tiny
 
@@ -100,7 +100,7 @@ def test_a_scale_is_one_that_the_norm_can_store() -> None:
     gain = weight.double() + 1
     wanted = torch.full((K,), 123.0, dtype=torch.float64)
     wanted[1] = 1e9  # would be stored as -1: nothing of the channel would be left
-    scale = storable(gm, site, wanted)
+    scale = storable_factors(gm, site, wanted)
     stored = (gain / scale - 1).to(torch.bfloat16).double()
     assert torch.equal(stored[1:] + 1, (gain / scale)[1:].to(torch.float64))
     assert scale[0] == 123 and scale[1] == 1
