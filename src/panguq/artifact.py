@@ -50,7 +50,8 @@ class Artifact:
         config = copy.deepcopy(model.config)
         if self.interface.vocab_size is not None:
             config.get_text_config(decoder=True).vocab_size = self.interface.vocab_size
-        if self.interface.kind == "encoder":
+        is_part = config.get_text_config() is not config
+        if self.interface.kind == "encoder" or (is_part and not config.architectures):
             config.architectures = [type(model).__name__]
         if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
             logger.warning(

@@ -22,6 +22,7 @@ from panguq.lowering.scheme_costs import TargetRules
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.models.hf import source_tokenizer
+from panguq.models.wrappers import language_model_of
 from panguq.passes.pipeline.base import PassContext, check_seed
 from panguq.passes.pipeline.runner import Runner
 from panguq.recipe import Recipe, RecipeLike
@@ -54,9 +55,9 @@ def compile(
 ) -> CompiledModule:
     """Compile a model under a recipe into a graph of the target's kernels.
 
-    model: a causal language model of transformers, another of its models (an encoder, a classifier,
-        a reranker, a vision tower), or any nn.Module together with `example_inputs`. It is never
-        changed; tensors that no pass rewrites are shared.
+    model: a causal language model of transformers, be it inside a vision wrapper, another of its
+        models (an encoder, a classifier, a reranker, a vision tower), or any nn.Module together
+        with `example_inputs`. It is never changed; tensors that no pass rewrites are shared.
     recipe: a built-in recipe's name (`panguq.recipes()`), a YAML file, a mapping, or a Recipe.
     calibration: the path of a file, texts or conversations (with `tokenizer`), token ids, or
         batches (docs/calibration.md has all forms); for other modules, and models that read more
@@ -96,6 +97,7 @@ def compile(
     schedule.check_order()
     schedule.check_formats()
     dump_folder = chosen_folder(dump_dir)
+    model = language_model_of(model)
     tokenizer = source_tokenizer(model) if tokenizer is None else tokenizer
     dtype = dtype or default_dtype(target)
     example_inputs = in_dtype(example_inputs, dtype)
@@ -115,6 +117,7 @@ def compile(
         )
         quality = Quality(ctx)
         quality.warn(gm.meta.pop("trace_warnings", ()))
+        quality.warn(getattr(model, "panguq_left_out", ()))
         dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries, (gm, model))
         runner = Runner(ctx, [quality, *([dump] if dump else [])])
 

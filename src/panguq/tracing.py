@@ -72,9 +72,27 @@ def _checked(
     model: nn.Module, mask_form: MaskForm, compare: bool
 ) -> tuple[fx.GraphModule, Interface]:
     gm, interface = trace_causal_lm(model, mask_form)
+    gm.meta["trace_warnings"] = (*gm.meta.get("trace_warnings", ()), *_left_out(model, gm))
     if compare:
         check_causal_lm(model, gm, interface)
     return gm, interface
+
+
+def _left_out(model: Any, gm: fx.GraphModule) -> list[str]:
+    """A sentence about the towers of a wrapper, of which the graph reads no weight."""
+    if model.config.get_text_config() is model.config:
+        return []
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    prefix = "model." if hasattr(model, "model") else ""
+    towers = [
+        f"{prefix}{path} ({type(module).__name__})"
+        for path, module in getattr(model, "model", model).named_children()
+        if (own := {f"{prefix}{path}.{name}" for name, _ in module.named_parameters()})
+        and not own & read
+    ]
+    name = type(model).__name__
+    left = f"of this {name} the language model alone is compiled; left out: {', '.join(towers)}"
+    return [left] if towers else []
 
 
 def in_dtype(example_inputs: Examples, dtype: torch.dtype | None) -> Examples:

@@ -124,6 +124,7 @@ def run(options: argparse.Namespace) -> int:
     from panguq.data.calibration_data import read_calibration
     from panguq.lowering.targets import find_target
     from panguq.models.hf import existing_folder, load_pretrained, load_tokenizer
+    from panguq.models.wrappers import language_model_of
 
     find_target(options.target)
     existing_folder(options.model)
@@ -131,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
         options.model
     )
     with held_places(options.out, options.work_dir) as places:
-        model = load_pretrained(options.model)
+        model = language_model_of(load_pretrained(options.model))
         check_data(options, recipe, model)
         check_end(options, recipe, dtype, model)
         calibration = None

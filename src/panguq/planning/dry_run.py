@@ -22,6 +22,7 @@ from panguq.lowering.choice import Choice
 from panguq.lowering.lower_matmuls import Choices
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
+from panguq.models.wrappers import language_model_of
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext, PassResult, matmuls
@@ -70,15 +71,16 @@ def plan(
         from panguq.models.hf import skeleton
 
         model = skeleton(model)
+    source: Any = language_model_of(model)
     started = time.perf_counter()
     dtype = dtype or default_dtype(target)
-    gm, interface = _canonical(model, example_inputs, dtype, recipe)
+    gm, interface = _canonical(source, example_inputs, dtype, recipe)
     ctx = PassContext(interface, WeightStore(), allow_unmatched=recipe.allow_unmatched)
     trace_seconds = time.perf_counter() - started
 
     refusals = _order_refusals(schedule)
-    if not calibrated and schedule.needs_calibration and lacks_data(model, example_inputs):
-        refusals.append(_with_hint(needs_data(model)))
+    if not calibrated and schedule.needs_calibration and lacks_data(source, example_inputs):
+        refusals.append(_with_hint(needs_data(source)))
     assigned, refused = _assign(gm, ctx, recipe)
     results = [assigned]
     notes = {skip.node: skip.reason for skip in assigned.skipped}
@@ -103,7 +105,9 @@ def plan(
             row = _describe(node, None, f"refused: {error.message}")
         rows.append(row)
     sites, blocked = smoothing_sites(gm, interface, schedule.passes)
-    said = [*left_in_float(gm, _assign_pass(recipe), results), *nowhere_to_smooth(sites, interface)]
+    said = [*getattr(source, "panguq_left_out", ()), *gm.meta.get("trace_warnings", ())]
+    said += left_in_float(gm, _assign_pass(recipe), results)
+    said += nowhere_to_smooth(sites, interface)
     seconds = compile_seconds(gm, schedule.passes, windows * window)
     return Plan(
         recipe=recipe.name,

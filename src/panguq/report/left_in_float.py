@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from panguq.ir.edit import label, module_path
+from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.node_meta import scheme_of
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.pipeline.base import PassResult, matmuls
@@ -42,6 +42,11 @@ def left_in_float(
     if assign.quantizes and all(scheme_of(node).is_float for node in nodes):
         nothing = f"the recipe quantizes nothing of this model: all of its {len(nodes)} matmuls"
         found.insert(0, f"{nothing} stay float")
+    called = [node for node in gm.graph.nodes if node.op == "call_function"]
+    convolutions = [node for node in called if op_name(node) in ("conv1d", "conv2d")]
+    if assign.quantizes and convolutions:
+        names = [module_path(node) or label(node) for node in convolutions]
+        found.append(f"convolutions are not quantized and stay float: {_listed(names)}")
     return found
 
 

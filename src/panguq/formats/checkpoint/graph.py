@@ -195,6 +195,7 @@ def _float_weights(
     taken = {f"{path}.{leaf}" for path in quantized for leaf in ("weight", "bias")}
     wanted = {name: tensor for name, tensor in expected.items() if name not in taken}
     found = _by_source_name(gm, skeleton, wanted, quantized.values())
+    _name_tied(found, wanted)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ExportError(
@@ -208,6 +209,14 @@ def _float_weights(
                 "a pass changed the module's form, which a checkpoint cannot express",
             )
     return _without_tied(found, wanted)
+
+
+def _name_tied(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Give a tensor that the graph reads the names, too, that the architecture ties to its name."""
+    known = {id(expected[name]): tensor for name, tensor in found.items()}
+    for name, parameter in expected.items():
+        if name not in found and id(parameter) in known:
+            found[name] = known[id(parameter)]
 
 
 def _by_source_name(
