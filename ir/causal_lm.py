@@ -259,7 +259,8 @@ def _check_attends(attends: bool, model: nn.Module) -> None:
 def _fresh_cache(model: Any) -> DynamicCache:
     """As transformers makes it for this model, but all layers of attention keep all tokens."""
     config = model.config.get_text_config(decoder=True)
-    if not set(getattr(config, "layer_types", None) or ()) & {*RECURRENT, "hybrid"}:
+    recurrent = set(getattr(config, "layer_types", None) or ()) & {*RECURRENT, "hybrid"}
+    if not recurrent and not getattr(config, "num_kv_shared_layers", 0):
         return DynamicCache()
     cache = DynamicCache(config=config)
     _check_attends(any(isinstance(x, CacheLayerMixin) for x in cache.layers), model)

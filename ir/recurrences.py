@@ -7,6 +7,7 @@ has the prompt's, which serves any number of tokens.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from panguq.errors import TraceError
 from panguq.ir.ops import linear_attention  # noqa: F401  (registers torch.ops.panguq.*)
 
 NORM_EPSILON = 1e-6  # that of every model with normalized queries and keys
@@ -78,23 +78,17 @@ def _state_space(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
-    z: Tensor | None = None,
     **unused: Any,
 ) -> Any:
     """Mamba-2's: hidden_states `[batch, seq, heads, d]`, dt `[batch, seq, heads]`, B and C
     `[batch, seq, groups, n]`, states `[batch, heads, d, n]`."""
-    if z is not None or tuple(dt_limit) != (0.0, float("inf")):
-        raise TraceError(
-            f"a state space limits its time steps to {tuple(dt_limit)} in a prompt and not at a "
-            "single token",
-            "one graph serves both; panguq traces time steps without a limit",
-        )
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
     step = (functional.softplus(dt) if dt_softplus else dt).float()
     wide = hidden_states.float()
     if initial_states is None:
         shape = (*wide.shape[:1], *wide.shape[2:], B.shape[-1])
         initial_states = torch.zeros(shape, device=wide.device)
+    step = _limited(step, *dt_limit, initial_states)
     attend = torch.ops.panguq.gated_linear_attention.default
     start = initial_states.transpose(2, 3)
     result, state = attend(C, B, wide * step[..., None], A.float() * step, None, start)
@@ -102,6 +96,18 @@ def _state_space(
         result = result + D[:, None] * wide
     state = state.transpose(2, 3)
     return (result, state) if return_final_states else result
+
+
+def _limited(step: Tensor, least: float, largest: float, state: Tensor) -> Tensor:
+    """Time steps `[batch, seq, heads]` as transformers limits them: in a prompt, but not in the
+    form of its recurrence that serves a single token after a past, whose state is not zero."""
+    limited = step if least <= 0 else step.clamp_min(least)
+    limited = limited if math.isinf(largest) else limited.clamp_max(largest)
+    if limited is step:
+        return step
+    several = torch.ones(step.shape[1], device=step.device).sum() > 1
+    begins = state.abs().amax() == 0
+    return torch.where(torch.logical_or(several, begins), limited, step)
 
 
 _OWN: dict[str, Callable[..., Any]] = {

@@ -363,7 +363,13 @@ def _is_unknown(node: fx.Node) -> bool:
 
 def _decompositions() -> dict[Any, Any]:
     """How ops that no graph may contain are said in others; those that it may stay as they are."""
-    return {op: say for op, say in default_decompositions().items() if not is_allowed(op)}
+    known = {op: say for op, say in default_decompositions().items() if not is_allowed(op)}
+    return {**known, torch.ops.aten.copy.default: _copied}
+
+
+def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What a write of `source` into all of `x` leaves there."""
+    return source.to(x.dtype).expand(x.shape)
 
 
 def _innermost_module(error: BaseException, root: nn.Module) -> str:

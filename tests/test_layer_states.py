@@ -104,3 +104,19 @@ def test_a_prompt_of_several_chunks(family) -> None:
     ids = token_ids(1, 80, seed=4)
     with torch.no_grad():
         assert difference(model(ids).logits, compiled(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_time_steps_are_limited_in_a_prompt_alone(tokens) -> None:
+    """As in the two forms of the model's own recurrence."""
+    model, compiled = limited()
+    given = GREEDY | dict(max_new_tokens=6)
+    assert torch.equal(
+        model.generate(IDS[:, :tokens], **given), compiled.generate(IDS[:, :tokens], **given)
+    )
+
+
+@functools.cache
+def limited():
+    model = make("nemotron_h", time_step_min=0.7)
+    return model, panguq.compile(model, "float")

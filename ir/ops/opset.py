@@ -148,12 +148,13 @@ _ATEN = """
     clamp.default clamp.Tensor clamp_max.default clamp_min.default clip.default clone.default
     complex.default concat.default concatenate.default constant_pad_nd.default
     contiguous.default conv1d.default conv1d.padding conv2d.default conv2d.padding
-    conv3d.default conv_transpose1d.default conv_transpose2d.input copy.default copysign.Tensor
+    conv3d.default conv_transpose1d.default conv_transpose2d.input copysign.Tensor
     cos.default cosh.default count_nonzero.dim_IntList cummax.default cumprod.default cumsum.default
     deg2rad.default detach.default diag_embed.default diagonal.default diff.default div.Scalar
     div.Scalar_mode div.Tensor div.Tensor_mode dropout.default einsum.default
-    elu.default embedding.default eq.Scalar eq.Tensor erf.default erfc.default exp.default
-    exp2.default expand.default expand_as.default expm1.default fft_fft.default fft_ifft.default
+    elu.default embedding.default eq.Scalar eq.Tensor erf.default erfc.default erfinv.default
+    exp.default exp2.default expand.default expand_as.default expm1.default
+    fft_fft.default fft_ifft.default
     fft_irfft.default fft_rfft.default fill.Scalar fill.Tensor flatten.using_ints flip.default
     floor.default floor_divide.default fmod.Scalar fmod.Tensor frac.default full.default
     full_like.default gather.default ge.Scalar ge.Tensor gelu.default glu.default

@@ -64,6 +64,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": SIZED,
     "gemma2": dict(**WINDOWED, query_pre_attn_scalar=32),
     "gemma3_text": WINDOWED,
+    "gemma3n_text": dict(
+        **dict(SIZED, num_hidden_layers=3), sliding_window=WINDOW, num_kv_shared_layers=1,
+        layer_types=[SLIDING, FULL, SLIDING], hidden_size_per_layer_input=16, laurel_rank=8,
+        vocab_size_per_layer_input=VOCAB, activation_sparsity_pattern=[0.5, 0.0, 0.0],
+    ),
     "glm": SIZED,
     "glm4": SIZED,
     "gpt2": GPT2,
@@ -71,6 +76,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": dict(**GPT2, rotary_dim=16),
     "granite": dict(
         **GROUPED, embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5
+    ),
+    "granitemoehybrid": dict(
+        **GROUPED, layer_types=["mamba", "attention"], num_local_experts=0,
+        shared_intermediate_size=256, mamba_n_heads=8, mamba_d_head=32, mamba_d_state=32,
+        mamba_n_groups=1,
     ),
     "helium": SIZED,
     "hunyuan_v1_dense": SIZED,
@@ -83,9 +93,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": dict(**SIZED, sliding_window=WINDOW),
     "mpt": dict(**IDS, d_model=128, n_layers=2, n_heads=4, max_seq_len=POSITIONS),
     "nemotron": SIZED,
+    "nemotron_h": dict(
+        **dict(SIZED, num_hidden_layers=3), layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=32, n_groups=2,
+    ),
     "olmo": GROUPED,
     "olmo2": GROUPED,
     "olmo3": dict(**GROUPED, sliding_window=WINDOW, layer_types=[SLIDING, FULL]),
+    "olmo_hybrid": dict(**GROUPED, **LINEAR),
     "opt": dict(
         **IDS, hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4,
         word_embed_proj_dim=128, max_position_embeddings=POSITIONS,
@@ -122,11 +137,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "vaultgemma": dict(**WINDOWED, query_pre_attn_scalar=32),
     "youtu": LATENT,
-    # Those that are refused.
-    "gemma3n_text": dict(
-        **WINDOWED, num_kv_shared_layers=0, hidden_size_per_layer_input=16,
-        vocab_size_per_layer_input=VOCAB, laurel_rank=8, activation_sparsity_pattern=[0.5, 0.0],
+    "zamba2": dict(
+        **HEADS, num_key_value_heads=4, layers_block_type=["mamba", "hybrid"], n_mamba_heads=8,
+        mamba_d_state=32, mamba_headdim=32, num_mem_blocks=1, use_long_context=False,
     ),
+    # Those that are refused.
     "gpt_neo": dict(
         **IDS, hidden_size=128, num_layers=2, num_heads=4, window_size=WINDOW,
         attention_types=[[["global", "local"], 1]], max_position_embeddings=POSITIONS,
@@ -136,9 +151,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(family: str) -> Any:
-    """A new model of the family, in float32."""
-    settings = dict(FAMILIES[family])
+def make(family: str, **other: Any) -> Any:
+    """A new model of the family, in float32, with `other` settings than FAMILIES has."""
+    settings = FAMILIES[family] | other
     config = transformers.AutoConfig.for_model(family.partition("-")[0], **settings)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
