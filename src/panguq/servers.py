@@ -126,6 +126,19 @@ SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
 }
 
 
+# Of a mixture's experts, where that is otherwise than for dense linears.
+EXPERTS: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
+    ("vllm-ascend", "ascend"): {
+        "W8A8": _no("its experts have dynamic inputs alone", "W8A8_DYNAMIC", _MODELSLIM),
+        "W8A16": _no("it has no W8A16 for experts", "W8A8_DYNAMIC", _MODELSLIM),
+        "W4A8": _YES,
+    },
+    ("vllm-ascend", "compressed-tensors"): {"W4A8": _YES, "W4A16": _YES},
+}
+PER_CHANNEL_EXPERTS = ("W4A8",)
+"""The schemes of experts that vllm-ascend takes with one scale for each output alone."""
+
+
 def _dense(vllm_ascend: Support, mindie: Support) -> dict[Server, Support]:
     return {"vllm-ascend": vllm_ascend, "mindie": mindie}
 
@@ -144,9 +157,15 @@ ASCEND_TYPES: dict[str, dict[Server, Support]] = {
 
 
 def support(
-    server: Server, form: ServedFormat, scheme: str, group_size: int | None = None
+    server: Server,
+    form: ServedFormat,
+    scheme: str,
+    group_size: int | None = None,
+    experts: bool = False,
 ) -> Support:
     """The table's entry for a scheme's name, with or without options (`W4A16-g64`).
+
+    group_size: None for one scale for each output. experts: for those of a mixture.
 
     No server takes from panguq a scheme without an entry (weights of 6, 3, 2 or 1 bits, another
     symmetry).
@@ -160,6 +179,10 @@ def support(
     if form not in READS[server]:
         return _no(f"it does not read the format {form!r}", f"format={READS[server][0]!r}")
     entry = SUPPORT[server, form].get(base)
+    if experts:
+        entry = EXPERTS.get((server, form), {}).get(base, entry)
+        if server == "vllm-ascend" and base in PER_CHANNEL_EXPERTS and group_size is not None:
+            return _no("its W4A8 experts have one scale for each output", "W4A8-per-channel")
     formats = SCHEMES[base].formats if base in SCHEMES else ()
     if not all(isinstance(known, Integer) for known in formats):
         return _no(f"panguq writes no codes of {formats[0]} for it", "W8A8_DYNAMIC")
@@ -289,7 +312,8 @@ def find_server(name: str) -> Server:
 def _refusals(rows: Iterable[Matmul], server: Server, form: ServedFormat) -> tuple[Refusal, ...]:
     found = []
     for row in rows:
-        entry = support(server, form, row.scheme, row.group_size)
+        of_experts = getattr(row, "experts", 1) > 1
+        entry = support(server, form, row.scheme, row.group_size, of_experts)
         limit = too_large(server, row.scheme, row.n, row.k)
         if not entry.takes:
             found.append(Refusal(row.name, row.scheme, entry.reason, entry.instead, entry.source))

@@ -6,6 +6,7 @@ methods/) and MindIE-LLM (examples/atb_models); the format in msModelSlim's writ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -203,6 +204,22 @@ def _mixed_fused_types(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(whole, f"its shards have several types ({listed}): the loader stops")
 
 
+def _mixed_expert_types(folder: CheckedFolder) -> Iterator[Hit]:
+    """The loader gives all of a layer's experts the type of the first one's."""
+    types: dict[str, dict[str, str]] = {}
+    for name, kind in tensor_types(folder).items():
+        found = _EXPERT.match(name)
+        if found:
+            types.setdefault(found[1], {}).setdefault(kind, name)
+    for layer, kinds in types.items():
+        if len(kinds) > 1:
+            listed = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
+            yield Hit(layer, f"its experts have several types, and the loader takes one: {listed}")
+
+
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+\.weight$")
+
+
 def _w4a8_bias(folder: CheckedFolder) -> Iterator[Hit]:
     for path, kind, _, _ in quantized(folder):
         if kind == "W4A8_DYNAMIC" and f"{path}.bias" in folder.tensors:
@@ -303,6 +320,7 @@ ASCEND_RULES = (
     Rule("no-kernel", NPU_SERVERS, _no_kernel, "see panguq.servers"),
     Rule("too-large", NPU_SERVERS, _too_large, "op-plugin, npu_quant_matmul"),
     Rule("mixed-fused-types", _VLLM, _mixed_fused_types, "vllm-ascend #2588"),
+    Rule("mixed-expert-types", _VLLM, _mixed_expert_types, _LOADER),
     Rule("w4a8-bias", _MINDIE, _w4a8_bias, "MindIE-LLM, w4a8_operation.cpp"),
     Rule("w4a8-groups", _MINDIE, _w4a8_groups, "MindIE-LLM, atb_llm/utils/quantize/w4a8.py"),
     Rule("w8a16-bias", NOBODY, _w8a16_bias, "vllm-ascend, methods/w8a16.py; op-plugin"),

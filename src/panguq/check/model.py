@@ -33,11 +33,30 @@ class ExpectedModel:
             return self
         return replace(
             self,
-            linears={names.module(path): shape for path, shape in self.linears.items()},
+            linears={
+                **{names.module(path): shape for path, shape in self.linears.items()},
+                **self._experts(),
+            },
             embeddings=tuple(names.module(path) for path in self.embeddings),
-            parameters={names.tensors.get(n, n): s for n, s in self.parameters.items()},
+            parameters={
+                **{
+                    names.tensors.get(n, n): shape
+                    for n, shape in self.parameters.items()
+                    if n not in names.merged
+                },
+                **{f"{path}.weight": shape for path, shape in self._experts().items()},
+            },
             tied=frozenset(names.tensors.get(name, name) for name in self.tied),
         )
+
+    def _experts(self) -> dict[str, tuple[int, int]]:
+        """`(n, k)` of every linear that is part of a tensor in memory, by its published path."""
+        return {
+            part.name.removesuffix(".weight"): (part.end - part.start, self.parameters[name][-1])
+            for name, parts in self.names.merged.items()
+            for part in parts
+            if part.name.endswith(".weight")
+        }
 
     def called_as_in_memory(self, stored: Iterable[str]) -> dict[str, str]:
         """Those of the stored tensors that are not called as they are published, with how."""
@@ -48,6 +67,8 @@ class ExpectedModel:
         }
         found = {}
         for name in stored:
+            if self.names.merged.get(name):
+                found[name] = f"{self.names.merged[name][0].name} and others"
             path, _, leaf = name.rpartition(".")
             if path in modules:
                 found[name] = f"{modules[path]}.{leaf}"

@@ -163,7 +163,8 @@ def _known_names(kind: Any) -> set[str]:
     methods name, which take over what older files say (`kwargs.pop("sliding_window_pattern")`)."""
     from transformers import PretrainedConfig
 
-    names = {field.name for field in fields(kind)} | set(kind.attribute_map) | _READ_OF_ANY
+    names = {field.name for field in fields(kind)} | _READ_OF_ANY
+    names |= {*kind.attribute_map, *kind.attribute_map.values()}  # it writes the second of the two
     for owner in kind.__mro__:
         if owner not in PretrainedConfig.__mro__:
             names.update(word for code in _methods(owner) for word in _words(code))

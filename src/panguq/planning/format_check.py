@@ -34,11 +34,12 @@ class PlannedLinear:
     scheme: Scheme
     shape: tuple[int, int]
     has_bias: bool
+    is_expert: bool = False
 
     @classmethod
     def of(cls, row: MatmulPlan) -> PlannedLinear:
         """The linear of a planned matmul."""
-        return cls(row.name, parse_scheme(row.scheme), (row.n, row.k), row.bias)
+        return cls(row.name, parse_scheme(row.scheme), (row.n, row.k), row.bias, row.experts > 1)
 
     @property
     def group_size(self) -> int:
@@ -71,7 +72,7 @@ def check_format(
     found = plan(model, recipe, target=target, dtype=dtype)
     _check_passes(recipe)
     linears = {row.name: PlannedLinear.of(row) for row in found.matmuls if row.scheme != "FLOAT"}
-    check_modules(model, linears.values())
+    check_modules(model, (linear for linear in linears.values() if not linear.is_expert))
     computes_in = dtype or default_dtype(target) or next(model.parameters()).dtype
     warnings = _first_that_passes(_possible(linears, recipe, found), check, computes_in)
     if any(isinstance(p, Outliers) and p.treatment == "split" for p in recipe.passes):

@@ -16,13 +16,16 @@ import panguq
 from panguq.check.ascend_read import load_ascend_v1
 from panguq.check.report import check_folder
 from panguq.errors import ExportError
+from panguq.formats.checkpoint.ascend_v1_tensors import unpack_rows
 from panguq.formats.checkpoint.graph import read_checkpoint_graph
+from panguq.ir.edit import get_tensor
 from panguq.models.hub_names import HubNames, hub_names
 from tests.families.models import make
 
 RENAMED = ("exaone", "gpt_neox")
+EXPERTS = ("qwen3_moe", "mixtral")
 IDS = torch.arange(2, 26).view(2, 12)
-SIDE = (".weight_scale", ".weight_offset", ".weight_packed", ".weight_shape")
+SIDE = (".weight_scale", ".weight_offset")
 STEM = {"compressed-tensors": "model", "ascend": "quant_model_weights"}
 
 
@@ -45,7 +48,7 @@ def names_in(folder: Path, format: str) -> set[str]:
 
 
 @pytest.mark.parametrize("format", STEM)
-@pytest.mark.parametrize("family", RENAMED)
+@pytest.mark.parametrize("family", (*RENAMED, *EXPERTS))
 def test_a_folder_has_the_names_that_transformers_saves(
     family: str, format: str, tmp_path: Path
 ) -> None:
@@ -56,6 +59,79 @@ def test_a_folder_has_the_names_that_transformers_saves(
     codes = {name.removesuffix(".weight_scale") for name in found if name.endswith("scale")}
     assert codes == set(read_checkpoint_graph(compiled(family).artifact).published().quantized)
     assert f"{min(codes)}.weight" in expected
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_experts_tensors_are_its_slice(family: str, tmp_path: Path) -> None:
+    compiled(family).save(tmp_path / "out", format="compressed-tensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    gm = compiled(family).artifact.stages["fake-quant"]
+    codes = get_tensor(gm, "model.layers.1.mlp.experts.gate_up_proj_codes")
+    scale = get_tensor(gm, "model.layers.1.mlp.experts.gate_up_proj_scale")
+    path = {"qwen3_moe": "mlp.experts.3.up_proj", "mixtral": "block_sparse_moe.experts.3.w3"}
+    n = codes.shape[1] // 2
+    assert torch.equal(found[f"model.layers.1.{path[family]}.weight"], codes[3, n:])
+    assert torch.equal(found[f"model.layers.1.{path[family]}.weight_scale"], scale[3, n:])
+    report = check_folder(tmp_path / "out")
+    assert {finding.rule for finding in report.findings} == {"no-tokenizer"}
+    assert report.types == {"group_0": 2 * (4 + 4 * 3)}
+
+
+def test_experts_in_the_npu_format_are_read_by_type(tmp_path: Path) -> None:
+    compiled("qwen3_moe").save(tmp_path / "out", format="ascend")
+    description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert description["model.layers.0.mlp.experts.3.down_proj.weight"] == "W8A8_DYNAMIC"
+    assert description["model.layers.0.mlp.gate.weight"] == "FLOAT"
+    report = check_folder(tmp_path / "out")
+    assert {finding.rule for finding in report.findings} == {"no-tokenizer"}
+    assert report.servers["vllm-ascend"] == "takes"
+    description["model.layers.1.mlp.experts.2.up_proj.weight"] = "W8A16"
+    (tmp_path / "out" / "quant_model_description.json").write_text(json.dumps(description))
+    found = {f.rule: f for f in check_folder(tmp_path / "out").findings}["mixed-expert-types"]
+    assert found.tensor == "model.layers.1.mlp.experts"
+    assert found.breaks == ("vllm-ascend",)
+
+
+def test_experts_of_w4a8_have_one_scale_an_output(tmp_path: Path) -> None:
+    passes = ["insert-fake-quant", "quantize-weights"]
+    schemes = {"*": "W8A8_DYNAMIC", "*.experts.*": "W4A8-per_channel"}
+    model = panguq.compile(
+        make("qwen3_moe"), {"schemes": schemes, "passes": passes}, dtype=torch.bfloat16
+    )
+    model.save(tmp_path / "out", format="ascend")
+    found = load_file(tmp_path / "out" / "quant_model_weights.safetensors")
+    path = "model.layers.0.mlp.experts.1"
+    forms = {
+        name.removeprefix(f"{path}."): (tensor.dtype, tuple(tensor.shape))
+        for name, tensor in found.items()
+        if name.startswith(path)
+    }
+    up = {
+        "weight": (torch.int8, (32, 128)),
+        "weight_scale": (torch.float32, (64, 1)),
+        "weight_offset": (torch.float32, (64, 1)),
+        "scale_bias": (torch.float32, (64, 1)),
+    }
+    assert {leaf: forms[f"up_proj.{leaf}"] for leaf in up} == up
+    assert forms["down_proj.scale_bias"] == (torch.float32, (128, 16))
+    assert len(forms) == 3 * len(up)
+    scale = found[f"{path}.up_proj.weight_scale"]
+    assert torch.equal(scale, scale.bfloat16().float())  # two kernels round it
+    codes = unpack_rows(found[f"{path}.up_proj.weight"])
+    expected = 8 * (codes.double() * scale.double()).sum(1, keepdim=True)
+    assert torch.allclose(found[f"{path}.up_proj.scale_bias"].double(), expected, atol=1e-4)
+    description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert description["group_size"] == 0
+
+
+def test_experts_of_several_types_in_a_layer_are_refused(tmp_path: Path) -> None:
+    schemes = {"*": "W8A8_DYNAMIC", "*.layers.0.mlp.experts.down_proj": "FLOAT"}
+    passes = ["insert-fake-quant", "quantize-weights"]
+    model = panguq.compile(
+        make("qwen3_moe"), {"schemes": schemes, "passes": passes}, dtype=torch.bfloat16
+    )
+    with pytest.raises(ExportError, match=r"layers\.0\.mlp\.experts: its experts have several"):
+        model.save(tmp_path / "out", format="ascend")
 
 
 def test_a_folder_that_is_loaded_has_the_same_names(tmp_path: Path) -> None:
@@ -143,6 +219,6 @@ def test_weights_that_are_merged_when_they_are_loaded_are_refused() -> None:
     from dataclasses import replace
 
     graph = read_checkpoint_graph(compiled("gpt_neox").artifact)
-    merged = HubNames(graph.names.tensors, ("model.a.qkv.weight",))
-    with pytest.raises(ExportError, match=r"makes model\.a\.qkv\.weight out of other tensors"):
+    merged = HubNames(graph.names.tensors, {"lm_head.weight": ()})
+    with pytest.raises(ExportError, match=r"makes lm_head\.weight out of other tensors"):
         replace(graph, names=merged).published()

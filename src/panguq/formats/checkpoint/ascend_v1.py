@@ -22,13 +22,18 @@ from panguq.errors import ExportError
 from panguq.files.strict_json import json_text
 from panguq.formats.checkpoint.ascend_v1_tensors import (
     FLOAT,
+    SLICES,
     TYPES,
     Entry,
     float_entry,
     linear_entries,
 )
 from panguq.formats.checkpoint.folder import SHARD_BYTES, marked, write_checkpoint
-from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
+from panguq.formats.checkpoint.graph import (
+    CheckpointGraph,
+    mixed_experts,
+    read_checkpoint_graph,
+)
 from panguq.formats.checkpoint.linear import LinearForm
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.kernels.ascend.limits import W4A8_GROUP
@@ -86,10 +91,11 @@ def description(entries: list[Entry]) -> dict[str, Any]:
     """`quant_model_description.json`: what the model is, and the type of every tensor."""
     types = {entry.type for entry in entries}
     present = [kind for kind in _BY_PRECISION if kind in types]
+    has_groups = any(entry.name.endswith(".weight_scale_second") for entry in entries)
     return {
         "model_quant_type": present[-1] if present else FLOAT,
         "version": FORMAT_VERSION,
-        "group_size": W4A8_GROUP if "W4A8_DYNAMIC" in types else 0,
+        "group_size": W4A8_GROUP if has_groups else 0,
         "metadata": {},
         "optional": {},
         **{entry.name: entry.type for entry in sorted(entries, key=lambda entry: entry.name)},
@@ -133,11 +139,14 @@ def _refusal(linear: LinearForm, server: Server) -> str:
     n, k = linear.shape
     name = linear.scheme.name.partition("-")[0]
     per_channel = linear.group_size == k
-    entry = support(server, "ascend", name, None if per_channel else linear.group_size)
+    grouped = None if per_channel else linear.group_size
+    entry = support(server, "ascend", name, grouped, linear.is_expert)
     if not entry.takes:
         return entry.reason
     if linear.has_zero_point:
         return "it takes weights without zero points"
+    if name == "W4A8" and linear.is_expert and per_channel:
+        return f"it wants k % {SLICES} == 0 and n % 2 == 0" if k % SLICES or n % 2 else ""
     if name == "W4A8" and (k % W4A8_GROUP or n % 2):
         return f"its int8 x int4 kernel wants k % {W4A8_GROUP} == 0 and n % 2 == 0, not {n} x {k}"
     if name == "W4A8" and linear.has_bias:
@@ -155,7 +164,14 @@ def _instead(linear: LinearForm) -> str:
 
 
 def _refuse_mixed(graph: CheckpointGraph) -> None:
-    """Linears that servers fuse have one type, or the loader stops (vllm-ascend issue #2588)."""
+    """Linears that servers fuse have one type, or the loader stops (vllm-ascend issue #2588); it
+    takes the type of all of a layer's experts from the first one's."""
+    for layer, kinds in mixed_experts(graph).items():
+        raise ExportError(
+            f"{layer}: its experts have several types ({', '.join(kinds)}), and vllm-ascend gives "
+            "all of a layer's that of the first",
+            "let one glob of the recipe name them all",
+        )
     for paths in graph.fused:
         types = {
             path: graph.quantized[path].scheme.name if path in graph.quantized else FLOAT

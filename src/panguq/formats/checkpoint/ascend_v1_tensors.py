@@ -10,7 +10,8 @@ weights. Per linear `[n, k]`, beside `bias` float32 `[n]`:
     W8A16
     W4A8_DYNAMIC   weight int8 [n / 2, k], two rows a byte, weight_scale and weight_offset
                    [n, 1], weight_scale_second and weight_offset_second float32 [n, k / 256],
-                   scale_bias float32 [n, 1], or [n, 16] where tensor parallelism splits k
+                   scale_bias float32 [n, 1], or [n, 16] where tensor parallelism splits k;
+                   experts have one scale for each output and no second one
 
 Only W8A8 could do without weight_scale; it is written so that readers need not divide for it.
 """
@@ -34,7 +35,7 @@ TYPES = {"W8A8": "W8A8", "W8A8_DYNAMIC": "W8A8_DYNAMIC", "W8A16": "W8A16", "W4A8
 FLOAT = "FLOAT"
 SLICES = 16
 """Parts of k that `scale_bias` of a split linear is summed over: one for each of 16 devices."""
-SPLIT_OVER_K = ("o_proj", "down_proj", "out_proj", "c_proj")
+SPLIT_OVER_K = ("o_proj", "down_proj", "out_proj", "c_proj", "w2")
 """The linears whose k tensor parallelism splits, by the last part of their name."""
 W4A8_SHIFT = 8
 
@@ -71,11 +72,14 @@ def linear_entries(linear: QuantizedLinear) -> Iterator[Entry]:
         groups = k // W4A8_GROUP
         slices = SLICES if linear.path.rpartition(".")[2] in SPLIT_OVER_K else 1
         yield entry("weight", torch.int8, (n // 2, k), lambda: pack_rows(linear.codes()))
-        yield entry("weight_scale", torch.float32, (n, 1), lambda: two_scales(linear)[0])
+        is_plain = linear.is_expert and linear.weight_scale.shape[1] == 1
+        first = linear.weight_scale.float if is_plain else lambda: two_scales(linear)[0]
+        yield entry("weight_scale", torch.float32, (n, 1), first)
         yield entry("weight_offset", torch.float32, (n, 1), lambda: torch.zeros(n, 1))
         second = (n, groups)
-        yield entry("weight_scale_second", torch.float32, second, lambda: two_scales(linear)[1])
-        yield entry("weight_offset_second", torch.float32, second, lambda: torch.zeros(second))
+        if not is_plain:
+            yield entry("weight_scale_second", torch.float32, second, lambda: two_scales(linear)[1])
+            yield entry("weight_offset_second", torch.float32, second, lambda: torch.zeros(second))
         yield entry("scale_bias", torch.float32, (n, slices), lambda: scale_bias(linear, slices))
     else:
         yield entry("weight", torch.int8, (n, k), linear.codes)
@@ -140,9 +144,8 @@ def two_scales(linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
 
 def scale_bias(linear: QuantizedLinear, slices: int) -> Tensor:
     """8 * the sum of code * scale over each of `slices` parts of k, float32 `[n, slices]`."""
-    first, second = two_scales(linear)
     n, k = linear.shape
-    scales = (first.double() * second.double()).repeat_interleave(W4A8_GROUP, dim=1)
+    scales = linear.weight_scale.double().repeat_interleave(linear.group_size, dim=1)
     weight = linear.codes().double().mul_(scales)
     return (W4A8_SHIFT * weight.reshape(n, slices, k // slices).sum(-1)).float()
 

@@ -40,7 +40,11 @@ from panguq.errors import ExportError
 from panguq.files.strict_json import json_text
 from panguq.formats.checkpoint.compressed_tensors_config import group_of, quantization_config
 from panguq.formats.checkpoint.folder import CONFIG, SHARD_BYTES, Output, marked, write_checkpoint
-from panguq.formats.checkpoint.graph import CheckpointGraph, read_checkpoint_graph
+from panguq.formats.checkpoint.graph import (
+    CheckpointGraph,
+    mixed_experts,
+    read_checkpoint_graph,
+)
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.servers import ServedFormat, Server, support
@@ -84,7 +88,12 @@ def save_compressed_tensors(
 def check_loaders(graph: CheckpointGraph) -> list[str]:
     """As `check_linears`, and raises for linears that are fused and differ in scheme, too."""
     _check_fused(graph)
-    return check_linears(graph.quantized)
+    mixed = [
+        f"vllm and vllm-ascend will not load this checkpoint: the experts of {layer} have several "
+        f"schemes ({', '.join(kinds)})"
+        for layer, kinds in mixed_experts(graph).items()
+    ]
+    return [*check_linears(graph.quantized), *mixed[:1]]
 
 
 def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype | None = None) -> list[str]:
@@ -109,12 +118,13 @@ def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype | None =
 
 
 def _refusals(linears: Mapping[str, LinearForm], loader: Server) -> list[str]:
-    paths: dict[str, list[str]] = defaultdict(list)
+    paths: dict[tuple[str, int | None, bool], list[str]] = defaultdict(list)
     for linear in linears.values():
-        paths[linear.scheme.name].append(linear.path)
+        group = None if linear.group_size == linear.shape[1] else linear.group_size
+        paths[linear.scheme.name, group, linear.is_expert].append(linear.path)
     found = []
-    for scheme, same in paths.items():
-        entry = support(loader, FORMAT, scheme)
+    for (scheme, group, is_expert), same in paths.items():
+        entry = support(loader, FORMAT, scheme, group, is_expert)
         if not entry.takes:
             more = f" and {len(same) - 1} more" if len(same) > 1 else ""
             found.append(f"{same[0]}{more} ({scheme}): {entry.reason}; choose {entry.instead}")

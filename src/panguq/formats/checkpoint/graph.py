@@ -21,6 +21,7 @@ from panguq.errors import ExportError
 from panguq.formats.checkpoint.linear import (
     LinearForm,
     QuantizedLinear,
+    expert_parts,
     read_linear,
     reads_float,
 )
@@ -33,13 +34,15 @@ aten = torch.ops.aten
 panguq = torch.ops.panguq
 
 LINEAR = aten.linear.default
+EXPERTS = panguq.expert_linear.default
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointGraph:
     """A compiled model as its source's modules.
 
-    `quantized` by module path in graph order; `weights` all other tensors by their names in the
+    `quantized` by module path in graph order, experts one by one by their published names;
+    `weights` all other tensors by their names in the
     source model, biases of quantized linears excluded, each tied tensor once, under its first
     name; `float_linears` the paths of linears that stay float, the logits' among them; `fused` the
     paths of linears that read one tensor (q, k, v; gate, up), quantized and float ones, which
@@ -65,21 +68,28 @@ class CheckpointGraph:
         Raises ExportError for weights of which transformers makes others when it loads them.
         """
         names = self.names
-        merged = [name for name in names.merged if name not in self.tied]
-        if merged:
-            raise ExportError(
-                f"transformers makes {_listed(merged)} out of other tensors when it loads them, "
-                "and panguq does not take that back",
-                "save in panguq's own format",
-            )
         if not names.differ:
             return self
         modules = names.module
+        try:
+            weights = names.published(self.weights)
+        except KeyError as error:
+            raise ExportError(
+                f"transformers makes {error.args[0]} out of other tensors when it loads them, and "
+                "panguq does not take that back",
+                "save in panguq's own format",
+            ) from error
+        experts = [
+            part.name.removesuffix(".weight")
+            for name in self.weights
+            for part in names.merged.get(name, ())
+            if part.name.endswith(".weight")
+        ]
         return replace(
             self,
             quantized={modules(p): replace(q, path=modules(p)) for p, q in self.quantized.items()},
-            weights={names.tensors[name]: tensor for name, tensor in self.weights.items()},
-            float_linears=tuple(modules(path) for path in self.float_linears),
+            weights=weights,
+            float_linears=(*(modules(path) for path in self.float_linears), *experts),
             fused=tuple(tuple(modules(path) for path in paths) for paths in self.fused),
             tied={names.tensors[one]: names.tensors[first] for one, first in self.tied.items()},
         )
@@ -103,22 +113,43 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     skeleton = _skeleton(artifact.config)
     by_path: dict[str, list[fx.Node]] = defaultdict(list)
     for node in gm.graph.nodes:
-        if node.target is LINEAR:
+        if node.target in (LINEAR, EXPERTS):
             by_path[module_path(node)].append(node)
     _refuse_split(by_path)
     _refuse_quantized_values(gm)
     nodes = {path: same[0] for path, same in by_path.items()}
-    quantized = {p: read_linear(gm, p, n) for p, n in nodes.items() if not reads_float(n)}
-    check_modules(skeleton, quantized.values())
-    weights, tied = _float_weights(gm, skeleton, quantized)
+    read = {p: read_linear(gm, p, n) for p, n in nodes.items() if not reads_float(n)}
+    stacked = {path for path, node in nodes.items() if node.target is EXPERTS}
+    check_modules(skeleton, (q for path, q in read.items() if path not in stacked))
+    weights, tied = _float_weights(gm, skeleton, read)
+    names = hub_names(skeleton)
+    quantized: dict[str, QuantizedLinear] = {}
+    for path, linear in read.items():
+        if path in stacked:
+            quantized |= {part.path: part for part in _experts(linear, names)}
+        else:
+            quantized[path] = linear
+    dense = {path: node for path, node in nodes.items() if path not in stacked}
     return CheckpointGraph(
         quantized=quantized,
         weights=weights,
-        float_linears=tuple(path for path in nodes if path not in quantized),
-        fused=_fused(nodes),
+        float_linears=tuple(path for path in dense if path not in quantized),
+        fused=_fused(dense),
         tied=tied,
-        names=hub_names(skeleton),
+        names=names,
     )
+
+
+def _experts(linear: QuantizedLinear, names: HubNames) -> list[QuantizedLinear]:
+    """A layer's experts one by one, by their published names."""
+    parts = names.merged.get(linear.path, ())
+    if not parts or not all(part.name.endswith(".weight") for part in parts):
+        raise ExportError(
+            f"{linear.path}: this architecture's experts are published as one tensor, and loaders "
+            "take quantized experts one by one alone",
+            "leave the experts in float, or save in panguq's own format",
+        )
+    return expert_parts(linear, parts)
 
 
 def _skeleton(config: Any) -> nn.Module:
@@ -133,6 +164,18 @@ def _skeleton(config: Any) -> nn.Module:
             "checkpoints are loaded by architecture; save in panguq's own format",
         ) from error
     return model
+
+
+def mixed_experts(graph: CheckpointGraph) -> dict[str, list[str]]:
+    """The layers, as published, whose experts have several schemes, with these."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for path, linear in graph.quantized.items():
+        if linear.is_expert:
+            kinds[path.rsplit(".", 2)[0]].add(linear.scheme.name)
+    for path in graph.float_linears:
+        if path.rsplit(".", 2)[0] in kinds:
+            kinds[path.rsplit(".", 2)[0]].add("FLOAT")
+    return {layer: sorted(found) for layer, found in kinds.items() if len(found) > 1}
 
 
 def _refuse_split(by_path: Mapping[str, list[fx.Node]]) -> None:
@@ -152,7 +195,7 @@ def _refuse_quantized_values(gm: fx.GraphModule) -> None:
         label(node)
         for node in gm.graph.nodes
         if node.target is panguq.dequantize.default
-        and any(user.target is not LINEAR for user in node.users)
+        and any(user.target not in (LINEAR, EXPERTS) for user in node.users)
     ]
     if rounded:
         raise ExportError(
@@ -193,6 +236,7 @@ def _float_weights(
     """Every tensor that is not a quantized linear's, by the source's names."""
     expected = skeleton.state_dict(keep_vars=True)
     taken = {f"{path}.{leaf}" for path in quantized for leaf in ("weight", "bias")}
+    taken |= {*quantized, *(f"{path}_bias" for path in quantized)}  # where experts are stacked
     wanted = {name: tensor for name, tensor in expected.items() if name not in taken}
     found = _by_source_name(gm, skeleton, wanted, quantized.values())
     _name_tied(found, wanted)

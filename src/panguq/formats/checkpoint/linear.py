@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,13 +16,14 @@ from panguq.ir.number_format import INT4
 from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
+from panguq.models.hub_names import Part
 
 panguq = torch.ops.panguq
 
 
 class LinearForm(Protocol):
     """What formats ask of a quantized linear, whether it is made or planned. `shape` is `[n, k]`,
-    `group_size` the inputs for each scale (k: one for each output)."""
+    `group_size` the inputs for each scale (k: one for each output); `is_expert`: of a mixture."""
 
     @property
     def path(self) -> str: ...
@@ -35,6 +37,8 @@ class LinearForm(Protocol):
     def has_bias(self) -> bool: ...
     @property
     def has_zero_point(self) -> bool: ...
+    @property
+    def is_expert(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,7 @@ class QuantizedLinear:
     input_zero_point: Tensor | None
     bias: Tensor | None
     dtype: torch.dtype
+    is_expert: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,6 +95,30 @@ class QuantizedLinear:
             self.group_size,
             dtype or self.dtype,
         )
+
+
+def expert_parts(linear: QuantizedLinear, parts: Iterable[Part]) -> list[QuantizedLinear]:
+    """The linears of single experts out of one whose tensors are `[experts, n, ..]`; views of it.
+
+    `parts` are the weights that are published. Raises ExportError for experts with a bias.
+    """
+    if linear.bias is not None:
+        raise ExportError(
+            f"{linear.path}: quantized experts with a bias, which no server takes",
+            "leave the experts in float, or save in panguq's own format",
+        )
+    zero = linear.weight_zero_point
+    return [
+        replace(
+            linear,
+            path=part.name.removesuffix(".weight"),
+            stored=part.of(linear.stored),
+            weight_scale=part.of(linear.weight_scale),
+            weight_zero_point=None if zero is None else part.of(zero),
+            is_expert=True,
+        )
+        for part in parts
+    ]
 
 
 def reads_float(node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -40,10 +41,15 @@ def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
     A reader of the one ignores the other's: `dtype` and `torch_dtype`, `rope_parameters` and
     `rope_theta` with `rope_scaling`. Without the older ones, transformers 4 would silently take
-    the default rotary base. Servers choose a model by `architectures`.
+    the default rotary base. A value that transformers 5 writes under another name than its class
+    declares is there under both. Servers choose a model by `architectures`.
     """
     data = known_settings(type(config), json.loads(config.to_json_string(use_diff=True)))
     name = dtype_name(dtype)
+    declared = {field.name for field in fields(config)}
+    for key, stored in type(config).attribute_map.items():
+        if key in declared and stored in data:  # published configs have `num_experts`, say
+            data.setdefault(key, data[stored])
     data |= {"model_type": config.model_type, "dtype": name, "torch_dtype": name}
     data["architectures"] = [model_class(config)[0].__name__]
     rope = data.get("rope_parameters")
