@@ -10,8 +10,20 @@ import torch
 from torch import Tensor
 
 import panguq
+from panguq.errors import TraceError
 from panguq.ir.encoder import encoder_examples
-from tests.families.sweep import LARGEST_DIFFERENCE, LEAST_SQNR_DB, difference
+from tests.families.encoders import make_encoder
+from tests.families.sweep import (
+    LARGEST_DIFFERENCE,
+    LEAST_SQNR_DB,
+    TARGET,
+    difference,
+    fused,
+    said,
+    saved,
+    shared_traces,
+    sites,
+)
 
 
 def inputs_of(model: Any, tokens: int, seed: int = 5) -> dict[str, Tensor]:
@@ -72,3 +84,24 @@ def loads_alike(model: Any, compiled: Any) -> None:
     for name in compiled.interface.outputs:
         # a score of one column is summed in the order that its weight's place in memory allows
         assert difference(one[name], other[name]) <= 1e-6
+
+
+def encoder_row(kind: str) -> tuple[str, ...]:
+    """The class's row of the table. Raises AssertionError for a wrong result."""
+    model = make_encoder(kind)
+    data = [inputs_of(model, 14, seed) for seed in (2, 3)]
+    with shared_traces():
+        try:
+            compiled: Any = panguq.compile(model, "float")
+        except TraceError as error:
+            return (kind, f"refused: {said(error)}")
+        check_encoder(model, compiled)
+        dynamic = panguq.compile(model, "w8a8-dynamic", calibration=data)
+        gptq = panguq.compile(model, "w4a16-gptq", calibration=data)
+        recipe = "w8a8-dynamic-serving"
+        lowered = panguq.compile(model, recipe, calibration=data, target=TARGET)
+    loads_alike(model, gptq)
+    formats = (saved(gptq, "compressed-tensors"), saved(lowered, "ascend"))
+    near(model, lowered)
+    counts = (near(model, dynamic), near(model, gptq, least_db=3.0))
+    return (kind, sites(compiled), *counts, fused(lowered), "; ".join(formats))

@@ -25,6 +25,7 @@ import panguq
 from panguq.errors import PanguqError, TraceError
 from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import op_name
+from tests.families.encoders import ENCODERS
 from tests.families.models import FAMILIES, VOCAB, WINDOW, make
 from tests.shared_traces import shared_traces
 
@@ -156,20 +157,29 @@ def _row_or_fault(family: str) -> tuple[tuple[str, ...], str, float]:
     torch.set_num_threads(1)
     logging.getLogger("panguq").setLevel(logging.ERROR)
     start = time.process_time()
+    from tests.families.encoder_sweep import encoder_row  # which takes its parts from here
+
     try:
-        return row(family), "", time.process_time() - start
+        cells = encoder_row(family) if family in ENCODERS else row(family)
+        return cells, "", time.process_time() - start
     except Exception as error:
         return (family,), f"{type(error).__name__}: {error}", time.process_time() - start
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Markdown: what compiles, then what is refused."""
+    """Markdown: the language models that compile, models without a cache, what is refused."""
     served = [r for r in rows if len(r) == len(COLUMNS)]
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *served]
+    parts = [
+        [(what, *COLUMNS[1:]), ("---",) * len(COLUMNS), *some]
+        for what, some in (
+            ("family", [r for r in served if r[0] not in ENCODERS]),
+            ("class", [r for r in served if r[0] in ENCODERS]),
+        )
+    ]
     refused = [r for r in rows if len(r) == 2]
     lines_refused = [("family", "what panguq says"), ("---", "---"), *refused]
-    both = (["| " + " | ".join(cells) + " |" for cells in part] for part in (lines, lines_refused))
-    return "\n\n".join("\n".join(part) for part in both)
+    texts = (["| " + " | ".join(cells) + " |" for cells in p] for p in (*parts, lines_refused))
+    return "\n\n".join("\n".join(text) for text in texts)
 
 
 def page_table() -> str:
@@ -184,7 +194,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="these alone, and no look at docs/models.md")
     parser.add_argument("--update", action="store_true", help="write docs/models.md")
     given = parser.parse_args()
-    families = given.families or list(FAMILIES)
+    families = given.families or [*FAMILIES, *ENCODERS]
     rows, faults = [], []
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         run: Callable[..., Any] = pool.imap

@@ -10,6 +10,7 @@ import torch
 
 import panguq
 from panguq.errors import TraceError
+from tests.families.encoders import ENCODERS
 from tests.families.models import FAMILIES, make
 from tests.families.sweep import (
     CALIBRATION,
@@ -59,6 +60,6 @@ def test_what_is_refused_is_said_in_one_sentence_by_the_plan_too(family) -> None
 
 def test_the_page_has_a_row_for_every_family() -> None:
     rows = [line.split("|")[1].strip() for line in page_table().splitlines() if "|" in line]
-    named = [name for name in rows if name not in ("family", "---")]
-    assert sorted(named) == sorted(FAMILIES)
+    named = [name for name in rows if name not in ("family", "class", "---")]
+    assert sorted(named) == sorted([*FAMILIES, *ENCODERS])
     assert PAGE.read_text(encoding="utf-8").count(END) == 1
