@@ -30,7 +30,7 @@ from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.ascend.notes import ascend_notes
 from panguq.lowering.ascend.rules import fallback_names
 from panguq.lowering.ascend.select import select_ascend
-from panguq.lowering.ascend.select_experts import select_experts
+from panguq.lowering.ascend.select_experts import select_experts, typical_us
 from panguq.lowering.choice import Choice, TokenMix
 from panguq.lowering.graph_problems import output_parts
 from panguq.lowering.options import AscendOptions
@@ -82,6 +82,9 @@ class AscendTarget(AscendMachine):
     def total_us(
         self, candidates: Sequence[Candidate], problem: MatmulProblem, tokens: NDArray[np.int64]
     ) -> Floats:
+        if problem.experts:
+            times = [typical_us(int(m), problem, self) for m in tokens]
+            return np.array([times] * len(candidates))
         return total_us(candidates, problem, self, tokens)
 
     def cost(self, candidate: Candidate, problem: MatmulProblem) -> Cost:

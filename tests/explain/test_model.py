@@ -169,3 +169,33 @@ def test_json_and_csv_of_a_model(folder, capsys, tmp_path) -> None:
 def test_a_model_on_a_cpu_is_planned_not_explained(folder, capsys) -> None:
     assert main(["explain", str(folder), "--target", "cpu"]) == 1
     assert "--dry-run" in capsys.readouterr().err
+
+
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "moe_intermediate_size": 256,
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
+
+def test_experts_read_the_weights_of_those_that_have_rows(tmp_path, capsys) -> None:
+    """One token reads 2 of 16 experts, a prompt of 512 all; all are stored."""
+    (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
+    assert (
+        main(["explain", str(tmp_path), "--scheme", "w8a8_dynamic", "--json", "--prompt", "512"])
+        == 0
+    )
+    data = json.loads(capsys.readouterr().out)
+    rows = {row["example"]: row for row in data["matmuls"] if "experts" in row["example"]}
+    assert {row["decode_kernel"] for row in rows.values()} == {"npu_grouped_matmul"}
+    for row in rows.values():
+        assert row["prefill_us"] > row["decode_us"]
+    assert data["weight_bytes"] > 16 * 3 * 512 * 256

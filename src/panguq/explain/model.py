@@ -26,14 +26,14 @@ from panguq.errors import LoweringError
 from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
-from panguq.ir.quant_spec import SCHEMES, Scheme
+from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.views import Linear
 from panguq.lowering.choice import Choice
+from panguq.lowering.graph_problems import matmul_problem
 from panguq.lowering.problem import FLOAT_BYTES, Dtype, MatmulProblem, WeightFormat
 from panguq.lowering.select_kernel import scheme_refusal, select_kernel
 from panguq.lowering.target import Peaks, Target
 
-_LINEAR = torch.ops.aten.linear.default
 _MOVES_NOTHING = {"reshape", "transpose", "view", "unsqueeze", "squeeze", "sym_size", "expand"}
 
 
@@ -145,18 +145,16 @@ def _choices(
     weight_format: WeightFormat,
 ) -> dict[fx.Node, _Chosen]:
     """The kernels of every linear; matmuls of one shape and scheme are decided once."""
-    known: dict[tuple[int, int, Scheme], _Chosen] = {}
+    known: dict[MatmulProblem, _Chosen] = {}
     result = {}
     for node in gm.graph.nodes:
-        if node.target is not _LINEAR:
+        if Linear.match(node) is None:
             continue
-        n, k = Linear.of(node).shape
-        scheme = scheme_of(node)
-        key = (n, k, scheme)
-        if key not in known:
-            problem = MatmulProblem(None, n, k, scheme, dtype=dtype, weight_format=weight_format)
-            known[key] = _choose(problem, target, allow_float)
-        result[node] = known[key]
+        problem = matmul_problem(node, scheme_of(node))
+        problem = replace(problem, dtype=dtype, weight_format=weight_format)
+        if problem not in known:
+            known[problem] = _choose(problem, target, allow_float)
+        result[node] = known[problem]
     return result
 
 
@@ -188,15 +186,15 @@ def _phase(
     plain = dict.fromkeys(compute, 0.0)
     matmul_us: dict[fx.Node, tuple[float, float, str]] = {}
     quantized: set[fx.Node] = set()
-    costs: dict[tuple[int, int, Scheme, int], tuple[float, float, str]] = {}
+    costs: dict[tuple[MatmulProblem, int], tuple[float, float, str]] = {}
     for node in compute:
         if node not in chosen:
             cost[node] = plain[node] = _other_us(node, peaks, values, dtype)
             continue
         entry = chosen[node]
         x = Linear.of(node).input
-        m = int(np.prod(_shape(x, values)[:-1]))
-        key = (entry.problem.n, entry.problem.k, entry.problem.scheme, m)
+        m = int(np.prod(_shape(x, values)[:-1])) // entry.problem.top_k
+        key = (entry.problem, m)
         if key not in costs:
             costs[key] = _matmul_us(entry, target, m)
         matmul_us[node] = costs[key]
@@ -298,12 +296,12 @@ def _grouped(
     prefill: Mapping[fx.Node, tuple[float, float, str]],
     decode: Mapping[fx.Node, tuple[float, float, str]],
 ) -> list[Matmuls]:
-    groups: dict[tuple[int, int, str], list[fx.Node]] = defaultdict(list)
+    groups: dict[tuple[int, int, str, int], list[fx.Node]] = defaultdict(list)
     for node, entry in chosen.items():
         scheme = "FLOAT" if entry.choice.storage == "float" else entry.problem.scheme.name
-        groups[entry.problem.n, entry.problem.k, scheme].append(node)
+        groups[entry.problem.n, entry.problem.k, scheme, entry.problem.experts].append(node)
     rows = []
-    for (n, k, scheme), nodes in groups.items():
+    for (n, k, scheme, _), nodes in groups.items():
         first = nodes[0]
         rows.append(
             Matmuls(
@@ -347,8 +345,9 @@ def _weight_bytes(gm: fx.GraphModule, chosen: Mapping[fx.Node, _Chosen], dtype: 
     for entry in quantized.values():
         problem, weight = entry.problem, entry.problem.scheme.weight
         assert weight is not None
-        scales = problem.n * (problem.k // problem.group_size)
+        outputs = problem.n * max(problem.experts, 1)
+        scales = outputs * (problem.k // problem.group_size)
         per_scale = size if problem.scheme.activation is None else FLOAT_BYTES["float32"]
-        total += problem.n * problem.k * weight.bits // 8
+        total += outputs * problem.k * weight.bits // 8
         total += scales * per_scale * (1 if weight.symmetric else 2)
     return total
