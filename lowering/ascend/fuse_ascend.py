@@ -42,13 +42,12 @@ class FuseAscend(Pass):
 
     - `rms_norm(x, w, eps)` becomes `npu_rms_norm(x, w, eps)[0]`; where x is a sum `a + b`,
       `npu_add_rms_norm(a, b, w, eps)` gives the norm (0) and the sum for its other readers (2).
-      With `w + 1` for the weight it becomes `npu_gemma_rms_norm(x, w, eps)[0]`.
+      With `w + 1` for the weight, x is no sum and that is a float32 weight of `npu_rms_norm`.
     - `swiglu(y[..., :f], y[..., f:])` becomes `npu_swiglu(y)`: silu of the first half times the
       second; `geglu` of the same becomes `npu_geglu(y, -1, approximate, True)[0]`, and
       `aten.gelu(x)` `npu_gelu(x)`: on an NPU aten's has the tanh form alone.
     - `rotary(x, cos, sin)` becomes `npu_rotary_mul(x, cos, sin, "half")` on x
-      `[batch, seq, heads, d]` and tables `[batch, seq, 1, d]`, between two transpositions; an
-      interleaved one becomes the mode "interleave" on `[batch * seq, heads, d]`.
+      `[batch, seq, heads, d]` and tables `[batch, seq, 1, d]`, between two transpositions.
     - `attention(q, k, v, mask, scale)` becomes `npu_fused_infer_attention_score` in layout BNSD
       with grouped heads; its mask is the negated one (True hides a key). A mask that is empty in
       the graph, plain causal attention, is built from the sizes. The KV cache stays the

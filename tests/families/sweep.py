@@ -37,7 +37,6 @@ LEAST_SQNR_DB = 10.0  # of a random model's logits in 8 bits; a wrong graph has 
 FUSED = {
     "npu_fused_infer_attention_score": "attention",
     "npu_geglu": "geglu",
-    "npu_gemma_rms_norm": "norm",
     "npu_rms_norm": "norm",
     "npu_add_rms_norm": "norm",
     "npu_rotary_mul": "rotary",

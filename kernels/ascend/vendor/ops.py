@@ -20,11 +20,7 @@ from panguq.kernels.ascend.vendor.moe_gating import (
 from panguq.kernels.ascend.vendor.moe_routing import npu_moe_init_routing_v2
 from panguq.kernels.ascend.vendor.quant_matmul import npu_quant_matmul
 from panguq.kernels.ascend.vendor.quantize import npu_quantize
-from panguq.kernels.ascend.vendor.rms_norm import (
-    npu_add_rms_norm,
-    npu_gemma_rms_norm,
-    npu_rms_norm,
-)
+from panguq.kernels.ascend.vendor.rms_norm import npu_add_rms_norm, npu_rms_norm
 from panguq.kernels.ascend.vendor.rms_norm_quant import (
     npu_add_rms_norm_dynamic_quant,
     npu_add_rms_norm_quant,
@@ -44,7 +40,6 @@ __all__ = [
     "npu_fused_infer_attention_score",
     "npu_geglu",
     "npu_gelu",
-    "npu_gemma_rms_norm",
     "npu_grouped_matmul",
     "npu_grouped_matmul_swiglu_quant_v2",
     "npu_moe_finalize_routing",

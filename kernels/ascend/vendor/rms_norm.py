@@ -1,4 +1,4 @@
-"""Root mean square normalization: npu_rms_norm, npu_gemma_rms_norm; npu_add_rms_norm of a sum."""
+"""npu_rms_norm and npu_add_rms_norm: root mean square normalization, of a tensor or of a sum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from panguq.kernels.ascend.vendor.library import define_npu_op
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ACLNN = "aclnnRmsNorm"
-_GEMMA_ACLNN = "aclnnGemmaRmsNorm"
 _ADD_DOCS = OP_PLUGIN.format("npu_add_rms_norm")
 
 
@@ -80,34 +79,6 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
     """
     values, rstd = normalized(input.to(torch.float32), gamma, epsilon)
     return values.mul_(gamma.to(torch.float32)).to(input.dtype), rstd
-
-
-def _gemma_contract(input: Tensor, gamma: Tensor) -> Iterator[Broken]:
-    yield from wrong_dtype("input", input, FLOATS, _GEMMA_ACLNN)
-    if not 1 <= input.dim() <= 8:
-        yield Broken(f"input must have 1 to 8 dimensions, not {input.dim()}", _GEMMA_ACLNN)
-    if gamma.dtype != input.dtype:
-        found, legal = names([gamma.dtype]), names([input.dtype])
-        yield Broken(f"gamma must have input's dtype {legal}, not {found}", _GEMMA_ACLNN)
-    yield from gamma_findings(input, gamma, _GEMMA_ACLNN)
-
-
-@define_npu_op(
-    "npu_gemma_rms_norm(Tensor input, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)",
-    _fake,
-    contract=_gemma_contract,
-)
-def npu_gemma_rms_norm(
-    input: Tensor, gamma: Tensor, epsilon: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """input / sqrt(mean(input^2) + epsilon) * (1 + gamma), and rstd, the inverse of the root.
-
-    input float [..., *s]; gamma [*s] of its dtype. Returns that dtype [..., *s] and float32
-    [..., 1, ...]. All in float32, the sum with 1 included, with one rounding at the end: the
-    formula is that of aclnnGemmaRmsNorm, the float32 that of op-plugin's test of it.
-    """
-    values, rstd = normalized(input.to(torch.float32), gamma, epsilon)
-    return values.mul_(gamma.to(torch.float32) + 1).to(input.dtype), rstd
 
 
 def add_findings(x1: Tensor, x2: Tensor, gamma: Tensor, source: str) -> Iterator[Broken]:

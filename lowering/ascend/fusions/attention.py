@@ -8,25 +8,27 @@ import torch
 from torch import fx
 
 from panguq.ir.canonical_views import Attention, Rotary
-from panguq.ir.edit import call, erase_unused, get_tensor, label
+from panguq.ir.edit import call, get_tensor, label
 from panguq.ir.views import arguments, operand, operands_at
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.lowering.ascend.fusions.masks import hidden_mask
-from panguq.lowering.ascend.fusions.shared import FusionState, refusal, size_key
+from panguq.lowering.ascend.fusions.shared import FusionState, refusal
 
 aten = torch.ops.aten
 npu = torch.ops.npu
 
 
 def fuse_rotary(node: fx.Node, state: FusionState) -> fx.Node | str:
-    """`npu_rotary_mul(x, cos, sin, mode)` on x `[batch, seq, heads, d]`, or why not.
+    """`npu_rotary_mul(x, cos, sin, "half")` on x `[batch, seq, heads, d]`, or why not.
 
     Heads behind the sequence, with tables `[batch, seq, 1, d]`: with heads in front the op takes no
     more than 8 heads, all sequences together, for each position, and a decoding step has one
-    position. Neighbours are turned on x `[batch * seq, heads, d]`, tables `[batch * seq, 1, d]`,
-    since that mode knows no tables of a batch (aclnnRotaryPositionEmbedding).
+    position (aclnnRotaryPositionEmbedding). The mode that turns neighbours is not used: torchair
+    2.13.0 drops it from a graph for an Atlas A2, which would then turn halves.
     """
     given = Rotary.of(node)
+    if given.interleaved:
+        return "torchair drops the mode of npu_rotary_mul that turns neighbours"
     x, tables = given.x, [_of_dtype(t, given.x, state) for t in given.tables]
     for table in tables:
         if not _within_one(table):
@@ -35,8 +37,6 @@ def fuse_rotary(node: fx.Node, state: FusionState) -> fx.Node | str:
         tokens_first = operand(x, 0)
     else:
         tokens_first = state.call_once(node, aten.transpose.int, (x, 1, 2), suffix=".tokens_first")
-    if given.interleaved:
-        return _fuse_interleaved(node, tokens_first, tables, state)
     for_heads = [
         state.call_once(node, aten.unsqueeze.default, (t, 2), suffix=".for_heads") for t in tables
     ]
@@ -46,41 +46,6 @@ def fuse_rotary(node: fx.Node, state: FusionState) -> fx.Node | str:
         return reason
     rotated = call(node, npu.npu_rotary_mul.default, args, origin=node, suffix=".fused")
     return call(node, aten.transpose.int, (rotated, 1, 2), origin=node)
-
-
-def _fuse_interleaved(
-    node: fx.Node, tokens_first: fx.Node, tables: list[fx.Node], state: FusionState
-) -> fx.Node | str:
-    *outer, heads, size = tokens_first.meta["val"].shape
-    if isinstance(heads, torch.SymInt) or isinstance(size, torch.SymInt):
-        return "the number of heads or their size is not fixed"
-
-    def rows(x: fx.Node, count: int) -> fx.Node:
-        shape = [-1, count, size]
-        return call(node, aten.reshape.default, (x, shape), origin=x, suffix=".tokens")
-
-    def row_table(table: fx.Node) -> fx.Node:
-        return state.once((aten.reshape.default, table), lambda: rows(table, 1))
-
-    def size_of(dim: int) -> fx.Node | int:
-        args, suffix = (tokens_first, dim), f".size_{dim}"
-        if not isinstance(outer[dim], torch.SymInt):
-            return int(outer[dim])
-        return state.once(
-            (aten.sym_size.int, size_key(outer[dim])),
-            lambda: call(node, aten.sym_size.int, args, origin=tokens_first, suffix=suffix),
-        )
-
-    tokens = rows(tokens_first, heads)
-    args = (tokens, *(row_table(table) for table in tables), "interleave")
-    reason = refusal(npu.npu_rotary_mul.default, args)
-    if reason is not None:
-        erase_unused([tokens])
-        return reason
-    rotated = call(node, npu.npu_rotary_mul.default, args, origin=node, suffix=".fused")
-    shape = [size_of(0), size_of(1), heads, size]
-    back = call(node, aten.view.default, (rotated, shape), origin=node, suffix=".tokens_first")
-    return call(node, aten.transpose.int, (back, 1, 2), origin=node)
 
 
 def _of_dtype(table: fx.Node, x: fx.Node, state: FusionState) -> fx.Node:

@@ -36,25 +36,33 @@ def fuse_rms_norm(node: fx.Node, state: FusionState) -> fx.Node | str:
     """`npu_rms_norm(x, w, eps)[0]`, or of a sum `npu_add_rms_norm(a, b, w, eps)[0]`; or why not.
 
     The sum's other readers get the fused op's third result, so the sum is computed once. A weight
-    to which 1 is added is read by `npu_gemma_rms_norm`.
+    to which 1 is added is read as a float32 `w + 1`, which is made when the model is loaded.
     """
     given = RmsNorm.of(node)
     x, weight, eps, offset = given.x, given.weight, given.eps, given.offset
-    if offset not in (0, 1):
-        return f"no op of the vendor adds {offset:g} to the weight"
     if x.target is aten.add.Tensor:
         reason = _obstacle_to_sum(x, weight, eps)
-        reason = "npu_add_rms_norm adds nothing to the weight" if offset else reason
+        reason = "npu_add_rms_norm takes no weight in float32" if offset else reason
         if reason is None:
             return _fuse_with_sum(node, x)
         state.result.skip(node, f"the sum {label(x)} stays an op of its own: {reason}")
-    args = (x, weight, eps)
-    op = npu.npu_gemma_rms_norm.default if offset else npu.npu_rms_norm.default
+    gain = _gain(node, weight, offset) if offset else weight
+    args = (x, gain, eps)
+    op = npu.npu_rms_norm.default
     reason = refusal(op, args)
     if reason is not None:
+        erase_unused([gain] if offset else [])
         return reason
     pair = call(node, op, args, origin=node, suffix=".fused")
     return call(node, operator.getitem, (pair, NORM), origin=node)
+
+
+def _gain(node: fx.Node, weight: fx.Node, offset: float) -> fx.Node:
+    """`weight + offset` in float32: rounded to 16 bits it would be another one."""
+    wide = weight
+    if weight.meta["val"].dtype in (torch.bfloat16, torch.float16):
+        wide = call(node, aten.to.dtype, (weight, torch.float32), origin=node, suffix=".wide")
+    return call(node, aten.add.Tensor, (wide, offset), origin=node, suffix=".gain")
 
 
 def fuse_layer_norm(node: fx.Node, state: FusionState) -> fx.Node | str:

@@ -72,7 +72,6 @@ OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "new ones": lambda x, y: x * x.new_ones(x.shape[1]),
     "npu geglu": lambda x, y: npu.npu_geglu(x, -1, 0, True)[0] + npu.npu_geglu(y)[0],
     "npu gelu": lambda x, y: npu.npu_gelu(x) + npu.npu_gelu(y, approximate="tanh"),
-    "npu gemma norm": lambda x, y: npu.npu_gemma_rms_norm(x, y[0], 1e-5)[0],
     "npu rotary of neighbours": lambda x, y: npu.npu_rotary_mul(
         *(t.view(-1, 1, 8) for t in (x, y, y + 1)), "interleave"
     ),

@@ -319,10 +319,6 @@ LEGAL: dict[str, Call] = {
         npu.npu_geglu,
         lambda m: {"input": floats(m, 4, 8, dtype=FP32), "dim": 1, "approximate": 0},
     ),
-    "gemma_rms_norm": (
-        npu.npu_gemma_rms_norm,
-        lambda m: {"input": floats(1, m, K), "gamma": floats(K), "epsilon": 1e-5},
-    ),
     "rotary_mul": (npu.npu_rotary_mul, lambda m: rotary(m, "BNSD", BF16)),
     "rotary_mul_heads_last": (npu.npu_rotary_mul, lambda m: rotary(m, "BSND", FP16)),
     "rotary_mul_interleave": (npu.npu_rotary_mul, lambda m: rotary(m, "TND", FP32, "interleave")),

@@ -210,8 +210,6 @@ def _npu_rms_norm(step: Step) -> Value:
     result = step.result_name(0)
     values = step.read(x)
     gain = step.read(gamma)
-    if step.node.target is torch.ops.npu.npu_gemma_rms_norm.default:
-        gain = _raised(step, gain, 1.0)
     wide = step.add("RMSNormalization", values, gain, suffix="wide", axis=-1, epsilon=eps)
     return (step.call_it(step.round_to(wide, step.dtype, "rounded"), result), "")
 
@@ -241,7 +239,6 @@ EMITTERS: dict[str, Emitter] = {
     "npu.npu_fused_infer_attention_score.default": _npu_attention,
     "npu.npu_geglu.default": _npu_geglu,
     "npu.npu_gelu.default": _npu_gelu,
-    "npu.npu_gemma_rms_norm.default": _npu_rms_norm,
     "npu.npu_rms_norm.default": _npu_rms_norm,
     "npu.npu_rotary_mul.default": _npu_rotary_mul,
     "npu.npu_swiglu.default": _npu_swiglu,
