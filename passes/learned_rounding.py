@@ -53,6 +53,7 @@ class LearnedRounding(SolveWeights):
     """
 
     name: ClassVar[str] = "learned-rounding"
+    takes_experts: ClassVar[bool] = True
     note_columns: ClassVar[tuple[str, ...]] = ("start_error_db", "error_db", "changed_share")
     start: Literal["gptq", "nearest"] = "gptq"
     damping: float = 1.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import panguq
-from panguq.errors import NumericsError, TraceError
+from panguq.errors import NumericsError, RecipeError, TraceError
 from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import module_path
 from panguq.ir.node_meta import scheme_of
@@ -95,7 +95,7 @@ def test_norm_experts_router_and_shared_expert_are_one_site() -> None:
     assert read == {"gate", "experts.gate_up_proj", *shared}
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-awq", "w4a16-gptq"])
+@pytest.mark.parametrize("recipe", ["w4a16-awq", "w4a16-gptq", "w4a16-rounding"])
 def test_better_than_rounding_to_nearest(model, recipe) -> None:
     plain = {"schemes": {"*": "W4A16"}, "passes": ["insert-fake-quant", "quantize-weights"]}
     nearest, better = (
@@ -103,6 +103,11 @@ def test_better_than_rounding_to_nearest(model, recipe) -> None:
         for r in (plain, recipe)
     )
     assert better > nearest + 1
+
+
+def test_a_method_that_cannot_stack_its_solutions_says_so(model) -> None:
+    with pytest.raises(RecipeError, match=r"slim-llm does not choose the codes of experts: model"):
+        panguq.compile(model, "w2a16-slim-llm", calibration=CALIBRATION)
 
 
 def test_a_router_whose_weights_overflow_is_named(model) -> None:
