@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.edit import call, erase_unused, fake_mode, label, tensor_node
+from panguq.ir.node_meta import meta_of
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.properties import Property
 from panguq.ir.run.sweep import sweep
@@ -173,15 +174,21 @@ def _store_codes(gm: fx.GraphModule, cached: Cached, scale: Tensor) -> None:
         panguq.quantize_per_channel.default,
         (new, scale_node, QUANT_MAX),
         origin=grown,
-        suffix=".quantize_per_channel",
+        suffix=_free(grown, ".quantize_per_channel"),
     )
-    codes = call(grown, aten.cat.default, ([past, codes], TOKENS), origin=grown, suffix=".codes")
+    codes = call(
+        grown,
+        aten.cat.default,
+        ([past, codes], TOKENS),
+        origin=grown,
+        suffix=_free(grown, ".codes"),
+    )
     values = call(
         grown,
         panguq.dequantize.default,
         (codes, scale_node, None, dtype),
         origin=grown,
-        suffix=".dequantize_per_channel",
+        suffix=_free(grown, ".dequantize_per_channel"),
     )
     output = next(reversed(gm.graph.nodes))
     output.replace_input_with(grown, codes)
@@ -197,10 +204,10 @@ def _round_new(cached: Cached) -> None:
         panguq.quantize_per_token.default,
         (new, QUANT_MAX),
         origin=grown,
-        suffix=".quantize_per_token",
+        suffix=_free(grown, ".quantize_per_token"),
     )
     codes, scale = (
-        call(grown, operator.getitem, (pair, index), origin=grown, suffix=suffix)
+        call(grown, operator.getitem, (pair, index), origin=grown, suffix=_free(grown, suffix))
         for index, suffix in enumerate((".codes", ".scale"))
     )
     values = call(
@@ -208,9 +215,16 @@ def _round_new(cached: Cached) -> None:
         panguq.dequantize.default,
         (codes, scale, None, new.meta["val"].dtype),
         origin=grown,
-        suffix=".dequantize_per_token",
+        suffix=_free(grown, ".dequantize_per_token"),
     )
     grown.update_arg(0, [cached.past, values])
+
+
+def _free(grown: fx.Node, suffix: str) -> str:
+    """The suffix, or a longer one where the label is taken: of latent attention, a linear reads the
+    cache, and its input may have codes already."""
+    taken = {meta_of(node).label for node in grown.graph.nodes}
+    return f"{suffix}_of_cache" if f"{label(grown)}{suffix}" in taken else suffix
 
 
 def _bytes_per_token(node: fx.Node) -> int:

@@ -24,6 +24,8 @@ from panguq.passes.pipeline.base import PassContext
 from panguq.passes.quantize_kv_cache import QuantizeKvCache, channel_scale
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.smoothquant import SmoothQuant
+from tests.families.models import make
+from tests.families.sweep import CALIBRATION, IDS, quantized
 from tests.model_shelf import (
     canonical,
     family_context,
@@ -327,3 +329,15 @@ def test_no_calibration_data() -> None:
     with pytest.raises(InputError, match="no calibration data"):
         QuantizeKvCache().run(gm, replace(family_context("llama"), batches=()))
     assert PER_TOKEN.run(gm, replace(family_context("llama"), batches=())).changed == 4
+
+
+def test_latent_attention_whose_cache_a_linear_reads() -> None:
+    """The linear's input is quantized, too: the cache's codes have labels of their own."""
+    model = make("minicpm3")
+    latent = panguq.compile(model, "w8a8-dynamic-kv8", calibration=CALIBRATION)
+    assert {(c.key_dtype, c.value_dtype) for c in latent.interface.cache} == {("int8", "int8")}
+    quantized(model, latent)
+    past = latent(IDS[:, :4], use_cache=True)
+    cache = past.get("cache", past.get("past_key_values"))
+    expected, rest = latent(IDS).logits[:, 4:], latent(IDS[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, expected, atol=1e-5, rtol=1e-5)
