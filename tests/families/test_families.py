@@ -23,8 +23,8 @@ from tests.families.sweep import (
 from tests.shared_traces import shared_traces
 
 SHORT = (
-    "bloom", "cohere2", "falcon", "gemma2", "gemma3_text", "gpt_neox", "granite", "minicpm3",
-    "mistral", "mpt", "olmo2", "qwen3",
+    "bloom", "cohere2", "falcon", "gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "granite",
+    "minicpm3", "mistral", "mpt", "olmo2", "qwen3",
 )  # fmt: skip
 
 
