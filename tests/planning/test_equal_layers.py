@@ -10,7 +10,7 @@ import transformers
 
 from panguq.planning import dry_run
 from panguq.planning.equal_layers import NotEqualError, Pattern, pattern_of, short_model
-from panguq.planning.report import Plan
+from panguq.planning.report import MatmulPlan, Plan
 from tests.families.models import FAMILIES
 from tests.model_shelf import canonical
 
@@ -60,6 +60,17 @@ def test_a_layer_that_the_recipe_names_is_not_equal_to_others() -> None:
     fours = [row.name for row in found.matmuls if row.scheme.startswith("W4A16")]
     assert fours == [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
     assert len(found.matmuls) == 5 * 7 + 1
+
+
+def test_shares_count_every_expert() -> None:
+    row: Any = dict(kernel=None, k=10)
+    rows = (
+        MatmulPlan(name="q", n=20, scheme="W8A16", **row),
+        MatmulPlan(name="experts", n=10, scheme="W4A16", experts=8, **row),
+    )
+    found = planned("llama").model_copy(update={"matmuls": rows})
+    assert found.shares == {"W4A16": 0.8, "W8A16": 0.2}
+    assert "of all linear weights: 80.0% W4A16, 20.0% W8A16" in found.render()
 
 
 def test_layers_that_were_traced_as_others_are_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,16 @@ class Plan(BaseModel):
     trace_seconds: float
     compile_seconds: float
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of all linear weights, every expert's among them, that each scheme has."""
+        sizes: dict[str, int] = {}
+        for row in self.matmuls:
+            sizes[row.scheme] = sizes.get(row.scheme, 0) + row.n * row.k * row.experts
+        total = sum(sizes.values())
+        ordered = sorted(sizes.items(), key=lambda item: -item[1])
+        return {scheme: size / total for scheme, size in ordered} if total else {}
+
     def render(self) -> str:
         """The plan as text. Matmuls that differ only in their layer share a line."""
         lines = [
@@ -62,6 +72,8 @@ class Plan(BaseModel):
             "",
             *self._smoothing_lines(),
             f"weights now {_size(self.weight_bytes)}; on disk about {_size(self.disk_bytes)}",
+            "of all linear weights: "
+            + (", ".join(f"{share:.1%} {name}" for name, share in self.shares.items()) or "none"),
             f"compiling takes about {self.compile_seconds:.0f} s on one thread with "
             f"{self.calibration_tokens} calibration tokens, of which the trace took "
             f"{self.trace_seconds:.0f} s; peak memory about {_size(self.peak_bytes)} (estimates)",
