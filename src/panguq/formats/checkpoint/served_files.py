@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import fields
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from panguq.artifact import Artifact
+from panguq.errors import InputError
 from panguq.files.strict_json import json_text
 from panguq.models.architectures import model_class
 from panguq.models.config import known_settings
@@ -51,7 +53,7 @@ def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
         if key in declared and stored in data:  # published configs have `num_experts`, say
             data.setdefault(key, data[stored])
     data |= {"model_type": config.model_type, "dtype": name, "torch_dtype": name}
-    data["architectures"] = [model_class(config)[0].__name__]
+    data["architectures"] = [_architecture(config)]
     rope = data.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -61,6 +63,16 @@ def served_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
             "rope_scaling": None if is_plain else scaling,
         }
     return data
+
+
+def _architecture(config: Any) -> str:
+    """The model's class; a text's config taken out of a larger model's may name that one's."""
+    try:
+        return str(model_class(config)[0].__name__)
+    except InputError:
+        own = copy.copy(config)
+        own.architectures = None
+        return str(model_class(own)[0].__name__)
 
 
 def served_files(artifact: Artifact) -> dict[str, bytes | str]:
