@@ -98,7 +98,7 @@ def expert_int8_weight_linear(
 )
 def expert_int4_kernel_weight(packed: Tensor) -> Tensor:
     """`int4_kernel_weight` of every expert: uint8 [experts, n, k / 2] both."""
-    return each_matrix(int4_kernel_weight, torch.empty_like(packed), packed)
+    return each_matrix(int4_kernel_weight, packed.new_empty(packed.shape), packed)
 
 
 def _fake_expert_int4_kernel_scales(scale: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ import panguq.lowering
 from panguq.ir.ops.opset import allowed_ops, define_op, resolve
 from tests.kernels.ascend.npu_calls import LEGAL
 from tests.kernels.ascend.own.own_calls import OWN
+from tests.kernels.expert_calls import EXPERT_CALLS
 
-CALLS = {**OWN, **{f"npu.{name}": call for name, call in LEGAL.items()}}
+CALLS = {**OWN, **EXPERT_CALLS, **{f"npu.{name}": call for name, call in LEGAL.items()}}
 
 
 def as_is(tensor: Tensor) -> Tensor:

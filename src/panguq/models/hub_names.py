@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPart:
     """A published tensor that is a part of one in memory: rows `start` to `end`, of one expert
     where the tensor holds several."""
 
@@ -39,7 +39,7 @@ class HubNames:
     where it is published in another way."""
 
     tensors: Mapping[str, str]
-    merged: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    merged: Mapping[str, tuple[WeightPart, ...]] = field(default_factory=dict)
 
     @property
     def differ(self) -> bool:
@@ -116,7 +116,7 @@ def _numbered(shape: Sequence[int]) -> Tensor:
     return numbers.view(experts, rows, 1) if len(shape) == _STACKED else numbers.view(rows, 1)
 
 
-def _part(name: str, rows: Tensor, whole: Sequence[int], form: Tensor | None) -> Part | None:
+def _part(name: str, rows: Tensor, whole: Sequence[int], form: Tensor | None) -> WeightPart | None:
     """Which rows of `whole` a published tensor is; None if it is something else than rows."""
     is_stacked = len(whole) == _STACKED
     per_expert = whole[1] if is_stacked else whole[0]
@@ -127,7 +127,7 @@ def _part(name: str, rows: Tensor, whole: Sequence[int], form: Tensor | None) ->
     plain = numbers == list(range(first, last + 1)) and end <= per_expert
     if not plain or form is None or tuple(form.shape) != (len(numbers), whole[-1]):
         return None
-    return Part(name, expert if is_stacked else None, start, end)
+    return WeightPart(name, expert if is_stacked else None, start, end)
 
 
 _STACKED = 3  # axes of a weight [experts, n, k]

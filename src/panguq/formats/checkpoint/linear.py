@@ -16,7 +16,7 @@ from panguq.ir.number_format import INT4
 from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
-from panguq.models.hub_names import Part
+from panguq.models.hub_names import WeightPart
 
 panguq = torch.ops.panguq
 
@@ -97,7 +97,7 @@ class QuantizedLinear:
         )
 
 
-def expert_parts(linear: QuantizedLinear, parts: Iterable[Part]) -> list[QuantizedLinear]:
+def expert_parts(linear: QuantizedLinear, parts: Iterable[WeightPart]) -> list[QuantizedLinear]:
     """The linears of single experts out of one whose tensors are `[experts, n, ..]`; views of it.
 
     `parts` are the weights that are published. Raises ExportError for experts with a bias.
