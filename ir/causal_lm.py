@@ -34,7 +34,7 @@ from panguq.ir.kv_cache import (
     layer_tensors,
     new_layer,
 )
-from panguq.ir.length_limits import FULL, RECURRENT
+from panguq.ir.length_limits import FULL, RECURRENT, Chunk, Reach
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.tensors.dtypes import dtype_name
 
@@ -48,12 +48,11 @@ class CausalLMStep(nn.Module):
     """A transformers causal language model with its cache as stacked tensors.
 
     Stacking what is alike gives all layers one symbol for the length of the past, and a trace few
-    inputs; the stacks disappear again when the graph is unlifted. `windows` are the sizes of
-    attention's sliding windows by kind of layer, or by "" where all layers share one mask; None is
-    no window.
+    inputs; the stacks disappear again when the graph is unlifted. `windows` say
+    how far attention reaches by kind of layer, or by "" where all layers share one mask.
     """
 
-    def __init__(self, model: Any, form: MaskForm, windows: dict[str, int | None]) -> None:
+    def __init__(self, model: Any, form: MaskForm, windows: dict[str, Reach]) -> None:
         super().__init__()
         self.model = model
         self.form = form
@@ -123,7 +122,7 @@ class CausalLMStep(nn.Module):
         """The mask as the model reads it; one for each kind of layer where these differ."""
         if self.form == "real_tokens":  # the last token attends to every real one
             return attended[:, 0, -1].long()
-        masks = {kind: _windowed(attended, size) for kind, size in self.windows.items()}
+        masks = {kind: _within(attended, reach) for kind, reach in self.windows.items()}
         if any(kind in RECURRENT for kind in masks):
             masks = {FULL: attended, **masks}
             masks |= dict.fromkeys(RECURRENT, _attend_to_themselves(attended))
@@ -162,14 +161,19 @@ def _attend_to_themselves(attended: Tensor) -> Tensor:
     return attended[:, 0].gather(2, own.expand(batch, seq, 1)).squeeze(2)
 
 
-def _windowed(attended: Tensor, window: int | None) -> Tensor:
-    """The mask without keys that lie `window` or more tokens before their query."""
-    if window is None:
+def _within(attended: Tensor, reach: Reach) -> Tensor:
+    """The mask without keys that lie a window or more before their query, or in another chunk."""
+    if reach is None:
         return attended
     seq, total = attended.shape[-2:]
     keys = torch.arange(total, device=attended.device)
+    if isinstance(reach, Chunk):
+        before = attended[:, 0, -1].cumsum(-1).eq(0).sum(-1, keepdim=True)  # padding on the left
+        chunks = (keys - before).div(reach.size, rounding_mode="floor")
+        own = chunks[:, total - seq :]
+        return torch.logical_and(attended, (own[:, :, None] == chunks[:, None, :])[:, None])
     queries = torch.arange(seq, device=attended.device)[:, None] + (total - seq)
-    return torch.logical_and(attended, keys > queries - window)
+    return torch.logical_and(attended, keys > queries - reach)
 
 
 def choose_attention(skeleton: Any) -> None:

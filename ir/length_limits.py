@@ -25,6 +25,17 @@ _LENGTH_WORDS = ("window", "chunk", "local")
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Attention within chunks of `size` tokens, counted from each row's first real one."""
+
+    size: int
+
+
+Reach = int | Chunk | None
+"""How far a token attends: over a sliding window of so many tokens, in a chunk, or to all."""
+
+
+@dataclass(frozen=True)
 class LengthLimit:
     """The most tokens, past and new together, that a graph serves, and why no more."""
 
@@ -56,26 +67,20 @@ def check_causal_modules(model: nn.Module, traced: Container[str]) -> None:
             )
 
 
-def attention_windows(
-    model: nn.Module, config: Any
-) -> tuple[dict[str, int | None], list[LengthLimit]]:
-    """The sliding windows to be written into masks, and the lengths that others limit.
+def attention_windows(model: nn.Module, config: Any) -> tuple[dict[str, Reach], list[LengthLimit]]:
+    """The windows and chunks to be written into masks, and the lengths that others limit.
 
-    Windows by kind of layer, or by "" where one mask serves all layers; none of them where a mask
-    need not say it. Kinds in RECURRENT are among them where some layers have masks of that kind.
-    transformers' own models are told their windows by masks, so that the model is right at every
-    length; another model may do otherwise beyond its window. Raises TraceError for layers of a kind
-    that panguq does not know.
+    They are given by kind of layer, or by "" where one mask serves all layers; there are none where
+    a mask need not say it. Kinds in RECURRENT are among them where some layers have masks of that
+    kind. transformers' own models are told their windows by masks, so that the model is right at
+    every length; another model may do otherwise beyond its window. Raises TraceError for layers of
+    a kind that panguq does not know.
     """
     types = list(getattr(config, "layer_types", None) or ())
     sizes = {kind: _layer_window(model, config, types.index(kind), kind) for kind in set(types)}
-    chunks = [size for kind, size in sizes.items() if kind == "chunked_attention" and size]
-    limits = [LengthLimit(size, "beyond its chunk, attention hides tokens") for size in chunks]
     other = _first(config, _OTHER_WINDOWS)
-    windows: dict[str, int | None] = {
-        kind: size if kind == "sliding_attention" else None for kind, size in sizes.items()
-    }
-    whole = None
+    windows: dict[str, Reach] = dict(sizes)
+    whole: Reach = None
     if not types and getattr(config, "use_sliding_window", True):
         whole = _first(config, _WINDOWS)
     elif set(types) == {"sliding_attention"}:
@@ -83,18 +88,20 @@ def attention_windows(
     if whole:
         windows = {"": whole}
     found = [size for size in (*windows.values(), other) if size]
-    by_masks = type(model).__module__.startswith("transformers.") and not chunks and not other
-    if found and not by_masks:
-        reason = "beyond its sliding window, attention hides tokens"
-        limits += [LengthLimit(size, reason) for size in found]
+    limits = []
+    by_masks = type(model).__module__.startswith("transformers.") and not other
+    for reach in () if by_masks else found:
+        named = "chunk" if isinstance(reach, Chunk) else "sliding window"
+        size = reach.size if isinstance(reach, Chunk) else reach
+        limits.append(LengthLimit(size, f"beyond its {named}, attention hides tokens"))
     recurrent = bool(set(types) & {*RECURRENT, "hybrid"})
     if recurrent and not found:
         windows = {kind: None for kind in (FULL, *RECURRENT)}
     return (windows if (found and by_masks) or recurrent else {}), limits
 
 
-def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> int | None:
-    """How many tokens a layer of this kind attends to; None for all."""
+def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> Reach:
+    """How far a layer of this kind attends."""
     if kind in _PLAIN:
         return None
     if kind not in ("sliding_attention", "chunked_attention"):
@@ -112,7 +119,7 @@ def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> int |
             "gives it no size",
             f"set {names[0]} in the config",
         )
-    return size
+    return size if kind == "sliding_attention" else Chunk(size)
 
 
 def _module_of_layer(model: nn.Module, index: int) -> str:

@@ -127,7 +127,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": dict(**SIZED, num_experts=4, moe_topk=2),
     "llama4_text": dict(
         **SIZED, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=256,
-        moe_layers=[0, 1], attention_chunk_size=POSITIONS,
+        moe_layers=[0, 1], attention_chunk_size=WINDOW,
+        layer_types=["chunked_attention", "full_attention"],
     ),
     "minimax_m2": dict(**SIZED, num_local_experts=4, num_experts_per_tok=2),
     "mixtral": dict(**GROUPED, num_local_experts=4),
