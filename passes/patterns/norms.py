@@ -147,8 +147,7 @@ def _normalized(node: Any) -> _Normalized | None:
     if not is_call(node, aten.mul.Tensor):
         return None
     for x, factor in both_orders(node):
-        power = is_call(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5
-        if not power and not is_call(factor, aten.rsqrt.default):
+        if _power(factor) != -0.5 and not is_call(factor, aten.rsqrt.default):
             continue
         shifted = operand(factor, 0)
         if not is_call(shifted, aten.add.Tensor):
@@ -176,13 +175,18 @@ def _averaged(node: Any) -> Any:
 
 
 def _squared(node: Any) -> fx.Node | None:
-    if is_call(node, aten.square.default):
+    """x where this is its square."""
+    if is_call(node, aten.square.default) or _power(node) == 2:
         return operand(node, 0)
-    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
-        return operand(node, 0)
-    if is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]:
-        return operand(node, 0)
+    if is_call(node, aten.mul.Tensor):
+        left, right = pair(node)
+        return left if left is right else None
     return None
+
+
+def _power(node: Any) -> Any:
+    """The number that this raises its input to, or None."""
+    return arguments(node)["exponent"] if is_call(node, aten.pow.Tensor_Scalar) else None
 
 
 def _centered(node: fx.Node) -> fx.Node | None:

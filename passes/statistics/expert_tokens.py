@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from panguq.ir.edit import label, module_path
 from panguq.ir.run.reroute import Reroute, routing_of
 from panguq.ir.run.sweep import AllTokens, sweep
-from panguq.ir.views import ExpertLinear, Linear
+from panguq.ir.views import ExpertLinear, Linear, operand
 from panguq.passes.pipeline.base import ExpertTokens, PassContext, Table
 from panguq.tensors.work_folder import Finished
 
@@ -79,4 +79,4 @@ def tokens_table(tokens: Mapping[fx.Node, ExpertTokens]) -> Table:
 def routing_values(gm: fx.GraphModule) -> set[fx.Node]:
     """The weights that routers give experts, which must be finite."""
     combine = torch.ops.panguq.combine_experts.default
-    return {node.args[2] for node in gm.graph.nodes if node.target is combine}
+    return {operand(node, 2) for node in gm.graph.nodes if node.target is combine}

@@ -20,6 +20,7 @@ from panguq.ir.edit import assign_labels, finish, get_tensor, module_path, set_t
 from panguq.ir.interface import CacheLayer, Interface, cached_tensors
 from panguq.ir.node_meta import annotate
 from panguq.ir.trace import is_causal_lm, skeleton_of
+from panguq.ir.views import results_of
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.Size, type(None))
 _WHERE = re.compile(r"idx|^layer_id$|^layer_number$|^block_id$")
@@ -194,8 +195,7 @@ def copy_layers(gm: fx.GraphModule, interface: Interface, path: str, pattern: Pa
         raise NotEqualError("not every layer has a cache of its own")
     graph.check_equal(one, two, pattern.period)
     tail = graph.nodes_of(end, pattern.kept)
-    returned: Any = graph.output.args[0]
-    results: dict[str, Any] = dict(zip(interface.outputs, returned, strict=True))
+    results = dict(zip(interface.outputs, results_of(gm), strict=True))
     copies: list[dict[fx.Node, fx.Node]] = []
     previous = two
     for number in range(1, pattern.copies + 1):
@@ -220,7 +220,7 @@ def copy_layers(gm: fx.GraphModule, interface: Interface, path: str, pattern: Pa
             inputs[f"past_{name}"] = interface.input_shapes[f"past_{old}"]
             node = results[old]
             outputs[name] = copies[number - 1].get(node, node) if number else node
-    graph.output.args = (type(returned)(outputs.values()),)
+    graph.output.args = (tuple(outputs.values()),)
     assign_labels(gm)
     finish(gm)
     return interface.model_copy(

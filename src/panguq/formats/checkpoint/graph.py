@@ -74,8 +74,9 @@ class CheckpointGraph:
         try:
             weights = names.published(self.weights)
         except KeyError as error:
+            (name,) = error.args
             raise ExportError(
-                f"transformers makes {error.args[0]} out of other tensors when it loads them, and "
+                f"transformers makes {name} out of other tensors when it loads them, and "
                 "panguq does not take that back",
                 "save in panguq's own format",
             ) from error

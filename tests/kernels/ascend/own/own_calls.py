@@ -10,7 +10,15 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from panguq.ir.number_format import FLOAT8_E4M3
-from panguq.ir.ops import binary, canonical, encode, mixed_packing, packing, quantize
+from panguq.ir.ops import (
+    binary,
+    canonical,
+    encode,
+    linear_attention,
+    mixed_packing,
+    packing,
+    quantize,
+)
 from panguq.ir.ops.packing import pack_codes, pack_int4
 from panguq.kernels.ascend.own import dynamic_quant as own_dynamic_quant
 from panguq.kernels.ascend.own import int4_weight, w4a16, w8a8
@@ -59,6 +67,17 @@ def attention(m: int, total: int, heads: int, mask: Tensor, value_dim: int = 16)
         "value": floats(2, 2, total, value_dim),
         "mask": mask,
         "scale": 0.25,
+    }
+
+
+def recurrence(m: int, beta: Tensor | None) -> dict[str, Any]:
+    return {
+        "query": floats(2, m, 2, 8),
+        "key": floats(2, m, 2, 8),
+        "value": floats(2, m, 4, 16, dtype=BF16),
+        "decay": -scales(2, m, 4),
+        "beta": beta,
+        "state": floats(2, 4, 8, 16),
     }
 
 
@@ -186,6 +205,14 @@ OWN: dict[str, Call] = {
     "attention_causal_past": (
         canonical.attention,
         lambda m: attention(m, m + 3, 4, torch.empty(0, dtype=torch.bool), value_dim=8),
+    ),
+    "gated_linear_attention": (
+        linear_attention.gated_linear_attention,
+        lambda m: recurrence(m, None),
+    ),
+    "gated_delta_rule": (
+        linear_attention.gated_linear_attention,
+        lambda m: recurrence(m, scales(2, m, 4)),
     ),
     "pack_int4": (packing.pack_int4, lambda m: {"codes": codes(m, K, bits=4)}),
     "unpack_int4": (packing.unpack_int4, lambda m: {"packed": pack_int4(codes(m, K, bits=4))}),
