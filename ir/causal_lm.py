@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -26,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from panguq.errors import TraceError
 from panguq.ir.interface import CacheLayer, CacheState, cached_tensors
 from panguq.ir.kv_cache import (
+    DUMMY_LAYERS,
     by_layer,
     cache_argument,
     cache_of,
@@ -273,7 +273,7 @@ def _fresh_cache(model: Any) -> DynamicCache:
     return cache
 
 
-_WITHOUT_KEYS = (DummyLayer, LinearAttentionCacheLayerMixin)
+_WITHOUT_KEYS = (*DUMMY_LAYERS, LinearAttentionCacheLayerMixin)
 
 
 def _keys(layer: Any, index: int, name: str, batch: int, seq: int) -> tuple[int, int, int]:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -45,7 +45,9 @@ _BOTH = (
     LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionAndStaticSlidingWindowAttentionLayer,
 )
-_NOTHING = (DummyLayer, DynamicLayer)
+# The class of layers that keep nothing; older releases of transformers have none.
+DUMMY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+_NOTHING = (*DUMMY_LAYERS, DynamicLayer)
 _USE = "use transformers' DynamicCache, the default of generate, or its StaticCache"
 
 

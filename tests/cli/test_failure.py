@@ -151,7 +151,7 @@ def test_an_error_that_an_interrupt_became_is_an_interrupt(
             raise ImportError("cannot load module more than once per process") from None
 
     monkeypatch.setattr("panguq.recipe.preset_names", imports)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test worker ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process of its own
     try:
         assert main(["recipes"]) == 130
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
