@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import panguq
@@ -112,6 +113,24 @@ def test_more_calibration_data_costs_more(folder: Path) -> None:
     many = panguq.plan(folder, "w8a8", windows=1000, window=512)
     assert many.peak_bytes > few.peak_bytes
     assert many.compile_seconds - many.trace_seconds > few.compile_seconds - few.trace_seconds
+
+
+def test_an_expert_costs_what_its_tokens_cost_and_all_of_them_are_held(tmp_path: Path) -> None:
+    """Sixteen experts, one a token: as many products as of one, and sixteen times the memory."""
+    sizes = dict(
+        vocab_size=96, hidden_size=64, intermediate_size=64, moe_intermediate_size=4096,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    plans = []
+    for experts in (1, 16):
+        place = tmp_path / str(experts)
+        transformers.Qwen3MoeConfig(**sizes, num_experts=experts).save_pretrained(place)
+        plans.append(panguq.plan(place, "w8a8-dynamic", windows=100_000, window=512))
+    one, many = (plan.compile_seconds - plan.trace_seconds for plan in plans)
+    assert one <= many < 1.2 * one
+    weights = 2 * 3 * 64 * 4096 * 4
+    held = 2 * 64 * 4096 * 4
+    assert plans[1].peak_bytes - plans[0].peak_bytes == 15 * (weights + held)
 
 
 def test_gradients_cost_more_than_forward_passes(folder: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from panguq.ir.node_meta import is_quantized, scheme_of, weight_spec_of
-from panguq.ir.views import Linear
+from panguq.ir.run.reroute import routing_of
+from panguq.ir.views import ExpertLinear, Linear, arguments
 from panguq.lowering.cpu.target import CPU
 from panguq.passes.codes.solve_weights import SolveWeights
 from panguq.passes.pipeline.base import Pass, matmuls
@@ -57,23 +58,35 @@ def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
     """Peak memory that is not backed by files, for weights that are memory-mapped.
 
     The process itself + what its allocator keeps + a float64 copy of the largest weight (the
-    proofs of exact passes) + one value as wide as the widest matmul input for all calibration
-    tokens + six as wide as the widest output for one window.
+    proofs of exact passes, which take one expert at a time) + one value as wide as the widest
+    matmul input for all calibration tokens + six as wide as the widest output for one window.
+    Of a mixture of experts, too: all experts' weights, which transformers merges in memory when it
+    loads a folder, and those of one matmul in float32 while they are quantized.
     """
-    largest = max((value.numel() for value in _weights(gm).values()), default=0)
+    stacked = {e.weight_name: e.weight.meta["val"] for e in map(_experts_of, matmuls(gm)) if e}
+    largest = max(
+        (
+            value.numel() // (value.shape[0] if name in stacked else 1)
+            for name, value in _weights(gm).items()
+        ),
+        default=0,
+    )
+    merged = sum(map(_bytes, stacked.values()))
+    held = 4 * max((value.numel() for value in stacked.values()), default=0)
     quantized = [node for node in matmuls(gm) if not scheme_of(node).is_float]
     shapes = [Linear.of(node).shape for node in quantized]
     widest = max((n for n, _ in shapes), default=0)
     stream = max((k for _, k in shapes), default=0)
     activations = 4 * (windows * window * stream + 6 * window * widest)
-    return _PROCESS_BYTES + _ALLOCATOR_BYTES + 8 * largest + activations
+    return _PROCESS_BYTES + _ALLOCATOR_BYTES + 8 * largest + merged + held + activations
 
 
 def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> float:
     """Seconds after the trace, on one thread.
 
     For each sweep that the passes count over the calibration data: tokens · weights of the matmuls
-    at the target's float speed, times 1.4. For each exact pass: a float64
+    at the target's float speed, times 1.4; of an expert the tokens that it gets if all get as many.
+    For each exact pass: a float64
     run of all weights. Quantizing: a constant for each weight, and another for each ratio of a clip
     search; passes of GPTQ's family also form X^T X, factor it and work through the columns.
     """
@@ -82,7 +95,8 @@ def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> 
     sweeps = sum(p.sweeps for p in passes) if quantized else 0.0
     ratios = sum(p.steps for p in passes if isinstance(p, QuantizeWeights) and p.clip_search)
     mac_per_s = CPU.kernels["linear"].gmac_per_s * 1e9
-    sweep_s = tokens * quantized / mac_per_s
+    reached = sum(_size(n) * _reach(n) for n in matmuls(gm) if not scheme_of(n).is_float)
+    sweep_s = tokens * reached / mac_per_s
     solvers = sum(isinstance(p, SolveWeights) for p in passes)
     return (
         sweeps * _OBSERVED_SLOWDOWN * sweep_s
@@ -98,11 +112,32 @@ def _solving_macs(gm: fx.GraphModule, tokens: int) -> float:
     The factor is float64 and the column loop runs at a quarter of a large product's speed.
     """
     quantized = [node for node in matmuls(gm) if not scheme_of(node).is_float]
-    shapes = [Linear.of(node).shape for node in quantized]
-    inputs = {Linear.of(n).input: k for n, (_, k) in zip(quantized, shapes, strict=True)}
-    return sum(tokens * k**2 + 2 * k**3 for k in inputs.values()) + sum(
-        4 * n * k**2 for n, k in shapes
-    )
+    inputs = {Linear.of(node).input: node for node in quantized}
+    moments = 0.0
+    for node in inputs.values():
+        _, k = Linear.of(node).shape
+        moments += _matrices(node) * (_reach(node) * tokens * k**2 + 2 * k**3)
+    return moments + sum(4 * _size(node) * Linear.of(node).shape[1] for node in quantized)
+
+
+def _experts_of(node: fx.Node) -> ExpertLinear | None:
+    view = Linear.of(node)
+    return view if isinstance(view, ExpertLinear) else None
+
+
+def _matrices(node: fx.Node) -> int:
+    """How many weights a matmul has: one, or one an expert."""
+    experts = _experts_of(node)
+    return 1 if experts is None else experts.experts
+
+
+def _reach(node: fx.Node) -> float:
+    """The share of all tokens that meet one weight of a matmul, if all experts get as many."""
+    experts = _experts_of(node)
+    if experts is None:
+        return 1.0
+    top_k = int(arguments(routing_of(node))["expert_ids"].meta["val"].shape[1])
+    return min(1.0, top_k / experts.experts)
 
 
 def _weights(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
