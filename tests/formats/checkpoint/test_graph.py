@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import panguq
 from panguq.decibels import sqnr_db
 from panguq.errors import ExportError
 from panguq.formats.checkpoint.graph import FAKE_QUANT, CheckpointGraph, read_checkpoint_graph
+from panguq.formats.checkpoint.linear import reads_float
 from panguq.ir.edit import call, clone, tensor_node
 from panguq.ir.node_meta import annotate, meta_of
-from tests.model_shelf import CONFIGS, shared_model, token_ids
+from panguq.ir.views import Linear
+from tests.model_shelf import CONFIGS, shared_model, token_ids, trace_tiny
 
 WITH_LINEARS = ("llama", "qwen2", "openpangu", "opt")
 LAST = ("insert-fake-quant", "quantize-weights")
@@ -289,3 +292,22 @@ def test_a_config_of_another_size_is_refused() -> None:
         **{**CONFIGS["llama"].to_dict(), "intermediate_size": 100}
     )
     assert "the architecture's is [100, 64]" in refusal(model).message
+
+
+class Widened(nn.Module):
+    """A router of many mixtures: its weight is stored in 16 bits, and computes in 32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 32))
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.to(self.dtype), self.weight.to(self.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float64, True), (torch.bfloat16, False)])
+def test_a_float_weight_may_be_read_in_a_wider_dtype(dtype: torch.dtype, stored: bool) -> None:
+    gm, _ = trace_tiny(Widened(dtype), torch.randn(3, 32))
+    (node,) = (node for node in gm.graph.nodes if Linear.match(node) is not None)
+    assert reads_float(node) == stored

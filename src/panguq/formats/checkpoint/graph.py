@@ -25,6 +25,7 @@ from panguq.formats.checkpoint.linear import (
     read_linear,
     reads_float,
 )
+from panguq.ir.analysis.choices import deciding_linears
 from panguq.ir.edit import get_tensor, label, module_path
 from panguq.ir.views import Linear
 from panguq.models.architectures import model_class
@@ -131,11 +132,12 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
         else:
             quantized[path] = linear
     dense = {path: node for path, node in nodes.items() if path not in stacked}
+    routers = deciding_linears(gm)  # they stay float, and no server joins them with others
     return CheckpointGraph(
         quantized=quantized,
         weights=weights,
         float_linears=tuple(path for path in dense if path not in quantized),
-        fused=_fused(dense),
+        fused=_fused({path: node for path, node in dense.items() if node not in routers}),
         tied=tied,
         names=names,
     )
