@@ -306,8 +306,7 @@ class Widened(nn.Module):
         return functional.linear(x.to(self.dtype), self.weight.to(self.dtype))
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [(torch.float64, True), (torch.bfloat16, False)])
-def test_a_float_weight_may_be_read_in_a_wider_dtype(dtype: torch.dtype, stored: bool) -> None:
-    gm, _ = trace_tiny(Widened(dtype), torch.randn(3, 32))
+def test_a_float_weight_may_be_read_in_another_dtype() -> None:
+    gm, _ = trace_tiny(Widened(torch.float64), torch.randn(3, 32))
     (node,) = (node for node in gm.graph.nodes if Linear.match(node) is not None)
-    assert reads_float(node) == stored
+    assert not Linear.of(node).is_stored and reads_float(node)

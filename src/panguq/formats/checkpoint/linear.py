@@ -17,7 +17,7 @@ from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops mat
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
 from panguq.models.hub_names import WeightPart
-from panguq.passes.patterns.matching import through_wider_casts, type_of
+from panguq.passes.patterns.matching import through_casts
 
 panguq = torch.ops.panguq
 
@@ -123,9 +123,8 @@ def expert_parts(linear: QuantizedLinear, parts: Iterable[WeightPart]) -> list[Q
 
 
 def reads_float(node: fx.Node) -> bool:
-    """Whether a linear's weight is a stored float tensor, as it is or in a wider dtype."""
-    weight = through_wider_casts(Linear.of(node).weight)
-    return weight.op == "get_attr" and type_of(weight).is_floating_point
+    """Whether a linear's weight is a stored float tensor, as it is or cast."""
+    return bool(through_casts(Linear.of(node).weight).op == "get_attr")
 
 
 def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear:
