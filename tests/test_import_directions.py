@@ -38,7 +38,7 @@ ROOMS = (
     "panguq.passes.statistics",
     "panguq.passes.pipeline",
     "panguq.kernels",
-    "panguq.tracing panguq.trace_check",
+    "panguq.tracing panguq.trace_check panguq.equal_layers",
     "panguq.data",
     "panguq.models",
     "panguq.ir.analysis panguq.ir.run panguq.ir.text",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from panguq.equal_layers import NotEqualError, short_model
 from panguq.errors import InputError, TraceError
 from panguq.ir.causal_lm import MaskForm, makes_its_own_mask
 from panguq.ir.encoder import Examples, is_encoder, trace_encoder
 from panguq.ir.interface import Interface
 from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
 from panguq.trace_check import check_causal_lm, check_encoder, check_module, has_weights
+
+logger = logging.getLogger("panguq")
 
 
 def trace(
@@ -71,11 +75,25 @@ def _trace_causal_lm(model: nn.Module, compare: bool) -> tuple[fx.GraphModule, I
 def _checked(
     model: nn.Module, mask_form: MaskForm, compare: bool
 ) -> tuple[fx.GraphModule, Interface]:
+    """Of layers that are equal, two are traced, if the graph can then be compared with them all."""
+    short = short_model(model) if compare else None
+    if short is not None:
+        try:
+            gm, interface = trace_causal_lm(short.model, mask_form)
+            interface = short.with_weights(gm, interface, model)
+            check_causal_lm(model, gm, interface)
+            return _warned(model, gm), interface
+        except (NotEqualError, TraceError) as error:
+            logger.info("every layer is traced: %s", error)
     gm, interface = trace_causal_lm(model, mask_form)
-    gm.meta["trace_warnings"] = (*gm.meta.get("trace_warnings", ()), *_left_out(model, gm))
     if compare:
         check_causal_lm(model, gm, interface)
-    return gm, interface
+    return _warned(model, gm), interface
+
+
+def _warned(model: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:
+    gm.meta["trace_warnings"] = (*gm.meta.get("trace_warnings", ()), *_left_out(model, gm))
+    return gm
 
 
 def _left_out(model: Any, gm: fx.GraphModule) -> list[str]:

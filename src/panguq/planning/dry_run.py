@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from panguq.data.calibration import WINDOW, WINDOWS
 from panguq.data.encoder_inputs import lacks_data, needs_data
+from panguq.equal_layers import NotEqualError, short_model
 from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.edit import label, module_path
 from panguq.ir.encoder import Examples
@@ -29,7 +30,6 @@ from panguq.passes.pipeline.base import PassContext, PassResult, matmuls
 from panguq.passes.pipeline.module_globs import check_globs, matches
 from panguq.passes.pipeline.runner import Runner
 from panguq.planning.costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
-from panguq.planning.equal_layers import NotEqualError, short_model
 from panguq.planning.report import MatmulPlan, Plan
 from panguq.recipe import Recipe
 from panguq.report.left_in_float import left_in_float

@@ -1,4 +1,4 @@
-"""Equal layers are traced once: a plan of a large model takes as long as one of a few layers.
+"""Equal layers are traced once: a trace of a large model takes as long as one of a few layers.
 
 A model's layers are compared by what they are made of. From some layer on they mostly repeat, one
 by one or in a pattern (`sliding, sliding, full`). A model of the layers before that and of three
@@ -92,12 +92,34 @@ class ShortModel:
     pattern: Pattern
 
     def whole(self, gm: fx.GraphModule, interface: Interface) -> Interface:
-        """Copy layers in the canonical graph of the short model until it is that of the whole.
+        """Copy layers in the graph of the short model until it is that of the whole.
 
         Returns the whole model's interface. Raises NotEqualError, with the graph unchanged, where
         layers that should be the same were traced as different ones.
         """
         return copy_layers(gm, interface, self.path, self.pattern)
+
+    def with_weights(self, gm: fx.GraphModule, interface: Interface, model: nn.Module) -> Interface:
+        """As `whole`; the layers have the weights of `model`, of which this is the short one.
+
+        Raises NotEqualError where the graph of the whole would not read one weight for each of the
+        copies' own, or would warn of more than this one.
+        """
+        if gm.meta.get("trace_warnings"):
+            raise NotEqualError("the trace warns, maybe of one layer among many")
+        interface = self.whole(gm, interface)
+        parameters = model.named_parameters(remove_duplicate=False)
+        known = dict([*parameters, *model.named_buffers(remove_duplicate=False)])
+        read = [str(node.target) for node in gm.graph.nodes if node.op == "get_attr"]
+        names = [name for name in dict.fromkeys(read) if name.startswith(f"{self.path}.")]
+        for name in names:
+            stand_in, own = get_tensor(gm, name), known.get(name)
+            if own is None or (own.shape, own.dtype) != (stand_in.shape, stand_in.dtype):
+                raise NotEqualError(f"{name} is not the weight that its layer reads")
+            set_tensor(gm, name, own.detach())
+        if len({id(known[name]) for name in names}) != len(names):
+            raise NotEqualError("two layers share a weight")
+        return interface
 
 
 def short_model(
@@ -336,6 +358,7 @@ class _Layers:
         for node in nodes:
             if node.op != "call_function":
                 old, node.target = str(node.target), self._renamed(node, shift)
+                node._rename(node.target.replace(".", "_"))
                 if node.op == "get_attr":
                     set_tensor(self.gm, node.target, self.tensors[old])
             annotate(node, module_path=self._in_layer(module_path(node), shift))

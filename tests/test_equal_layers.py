@@ -1,4 +1,4 @@
-"""A plan that traced equal layers once is, figure by figure, the one that traced them all."""
+"""What traced equal layers once is what traced them all: a graph, and a plan, figure by figure."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from torch import fx
 
+from panguq import tracing
+from panguq.equal_layers import NotEqualError, Pattern, pattern_of, short_model
+from panguq.ir.edit import module_path, weights_of
 from panguq.planning import dry_run
-from panguq.planning.equal_layers import NotEqualError, Pattern, pattern_of, short_model
 from panguq.planning.report import MatmulPlan, Plan
 from tests.families.models import FAMILIES
 from tests.model_shelf import canonical
@@ -78,7 +82,7 @@ def test_layers_that_were_traced_as_others_are_all_traced(monkeypatch: pytest.Mo
         raise NotEqualError("they differ")
 
     expected = planned("llama")
-    monkeypatch.setattr("panguq.planning.equal_layers.copy_layers", differ)
+    monkeypatch.setattr("panguq.equal_layers.copy_layers", differ)
     assert figures(dry_run.plan(deep("llama"), "w8a8")) == figures(expected)
 
 
@@ -103,10 +107,67 @@ def test_layers_of_two_sizes_are_not_equal() -> None:
 
 
 def test_a_graph_without_these_layers_stays_as_it_is() -> None:
-    from panguq.planning.equal_layers import copy_layers
+    from panguq.equal_layers import copy_layers
 
     gm, interface = canonical("llama")
     before = str(gm.graph)
     with pytest.raises(NotEqualError):
         copy_layers(gm, interface, "model.blocks", Pattern(8, 0, 1))
     assert str(gm.graph) == before
+
+
+def test_the_graph_is_that_of_all_layers_and_reads_their_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = deep("llama")
+    gm, interface = tracing.trace(model, None, None)
+    monkeypatch.setattr(tracing, "short_model", lambda model: None)
+    whole, whole_interface = tracing.trace(model, None, None)
+    assert interface == whole_interface
+    assert spelled(gm) == spelled(whole)
+    weights = dict(model.named_parameters())
+    read = weights_of(gm)
+    assert len([name for name in read if name.startswith("model.layers.")]) == 5 * 9
+    for name, tensor in read.items():
+        assert name not in weights or tensor.data_ptr() == weights[name].data_ptr()
+
+
+def spelled(gm: Any) -> list[tuple[str, ...]]:
+    """Every node without its name: where it is from, what it calls, and what it reads."""
+    place = {node: f"%{at}" for at, node in enumerate(gm.graph.nodes)}
+    return [
+        (
+            node.op,
+            module_path(node),
+            str(node.target),
+            str(fx.map_arg((node.args, dict(node.kwargs)), place.__getitem__)),
+        )
+        for node in gm.graph.nodes
+    ]
+
+
+def test_a_layer_that_differs_by_its_number_alone_is_found_by_the_comparison(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(deep("llama").config).eval()
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        scale = 2.0 if self.layer_idx == 4 else 1.0
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * scale
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.layer_idx = index
+        layer.mlp.forward = forward.__get__(layer.mlp)
+    with caplog.at_level("INFO", "panguq"):
+        gm, _ = tracing.trace(model, None, None)
+    assert "every layer is traced: the graph of LlamaForCausalLM does not compute" in caplog.text
+    assert len([name for name in weights_of(gm) if name.startswith("model.layers.4.")]) == 9
+
+
+def test_a_weight_that_two_layers_share_is_read_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(deep("llama").config).eval()
+    model.model.layers[4].mlp.up_proj.weight = model.model.layers[3].mlp.up_proj.weight
+    with caplog.at_level("INFO", "panguq"):
+        gm, _ = tracing.trace(model, None, None)
+    assert "every layer is traced: two layers share a weight" in caplog.text
+    assert len([name for name in weights_of(gm) if name.startswith("model.layers.")]) == 5 * 9 - 1
