@@ -25,6 +25,7 @@ from panguq.passes.codes.weight_scales import (
 )
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 from panguq.tensors.folded_weight import materialized
+from panguq.tensors.nameless import roomy_empty
 from panguq.tensors.row_slices import row_slices
 from panguq.tensors.work_folder import Finished
 
@@ -124,7 +125,7 @@ class QuantizeWeights(Pass):
     ) -> Rounded:
         """A weight `[n, k]`, or those of all experts, rounded a few rows at a time: its float
         copies would be large."""
-        codes = torch.empty(weight.shape, dtype=spec.format.storage)
+        codes = roomy_empty(weight.shape, spec.format.storage)
         steps, zeros = torch.empty_like(scale), None if zero is None else torch.empty_like(zero)
         clipped, signal, noise = 0, 0.0, 0.0
         for rows in _rows_of_all(weight):

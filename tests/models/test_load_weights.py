@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from torch import Tensor
 import panguq
 from panguq.errors import InputError, PanguqError, StorageError
 from panguq.models.hf import load_pretrained, skeleton
+from panguq.models.merged_weights import MergedInFiles
+from panguq.tensors import nameless
+from panguq.tensors.weight_store import WeightStore
+from tests.families.models import make
 from tests.model_folders import make_folder, make_model, with_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -67,6 +73,50 @@ def test_weights_are_memory_mapped(folder: Path) -> None:
     ranges = [[int(end, 16) for end in place.split("-")] for place in ours]
     for parameter in model.parameters():
         assert any(low <= parameter.data_ptr() < high for low, high in ranges)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Published with a tensor for each expert's gate, up and down projection."""
+    path = make_folder(tmp_path_factory.mktemp("models") / "experts", make("qwen3_moe"), False)
+    names = load_file(path / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in names
+    return path
+
+
+def test_experts_are_merged_in_files_that_have_no_name(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = load_pretrained(mixture).state_dict()
+    experts = {name: tensor for name, tensor in found.items() if tensor.dim() == 3}
+    assert len(experts) == 4
+    for tensor in experts.values():
+        assert str(tensor.untyped_storage().filename).startswith(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    expected = make("qwen3_moe").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in experts.items())
+
+
+def test_a_disk_that_has_no_room_for_merged_experts(
+    mixture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nameless, "_nameless", full)
+    error = refusal(StorageError, mixture)
+    assert "cannot write 0 MiB of weights to" in error.message
+    assert "No space left on device" in error.message and "TMPDIR" in error.hint
+
+
+def test_what_cannot_be_joined_is_refused_as_ever() -> None:
+    wide, narrow = torch.ones(64, 64), torch.ones(64, 32)
+    with MergedInFiles(WeightStore()):
+        assert torch.equal(torch.stack([wide, wide], dim=1), wide.unsqueeze(1).expand(-1, 2, -1))
+        assert torch.cat([wide, narrow.double()], dim=-1).dtype == torch.float64
+        with pytest.raises(RuntimeError, match="equal size"):
+            torch.stack([wide, narrow])
 
 
 def test_an_adapter_alone_or_beside_the_weights(folder: Path, tmp_path: Path) -> None:

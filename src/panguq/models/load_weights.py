@@ -17,6 +17,7 @@ from panguq.errors import InputError, StorageError
 from panguq.models.architectures import model_class
 from panguq.models.checkpoint_files import CONFIG, StoredTensor, open_tensors, refuse_unweighted
 from panguq.models.config import first_lines
+from panguq.models.merged_weights import MergedInFiles
 from panguq.models.packed_floats import PackedFloats
 from panguq.tensors.dtypes import dtype_name
 from panguq.tensors.weight_store import WeightStore
@@ -35,7 +36,8 @@ def load_weights(
     packed: PackedFloats | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The model of `config` with these tensors, memory-mapped where they are stored as `dtype`,
-    and the names of those that it does not use.
+    and the names of those that it does not use. Experts that are stored one by one are merged in
+    nameless files (`TMPDIR`), see `merged_weights`.
 
     `packed`: how some of the weights are stored that are no ordinary floats.
 
@@ -49,7 +51,7 @@ def load_weights(
         state = packed.unpack(tensors, state, WeightStore())
         tensors = packed.plain(tensors)
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), MergedInFiles(WeightStore()):
             model, info = kind.from_pretrained(
                 None,
                 config=config,

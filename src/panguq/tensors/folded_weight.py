@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from panguq.tensors.nameless import roomy_empty
 from panguq.tensors.row_slices import row_slices
 
 
@@ -60,7 +61,7 @@ class FoldedWeight(Tensor):
 
     def _compute(self) -> Tensor:
         source = self._source
-        folded = torch.empty(source.shape, dtype=source.dtype)
+        folded = roomy_empty(source.shape, source.dtype)
         for some in row_slices(source):
             product = source[some].to(torch.float64, copy=True)
             for axis, factor in sorted(self._factors.items()):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from panguq.tensors.nameless import roomy_empty
+
 ELEMENTS_AT_ONCE = 1 << 18  # 1 MiB in float32, 2 MiB in float64
 
 
@@ -29,10 +31,13 @@ def row_slices(tensor: Tensor, multiple: int = 1) -> Iterator[slice]:
 
 
 def each_matrix(compute: Callable[..., Tensor], result: Tensor, *stacked: Tensor | None) -> Tensor:
-    """Fill `result` `[experts, ...]` with what `compute` gives for each expert's part of `stacked`.
+    """A tensor like `result` `[experts, ...]` of what `compute` gives for each expert's `stacked`.
 
-    One after the other, since copies of all experts' weights at once may be as large as a model.
+    One after the other, since copies of all experts' weights at once may be as large as a model;
+    the whole may lie in a file (`roomy_empty`), and `result`'s own memory is not touched.
     """
+    if result.device.type == "cpu":
+        result = roomy_empty(result.shape, result.dtype)
     for index in range(len(result)):
         result[index] = compute(*(None if part is None else part[index] for part in stacked))
     return result

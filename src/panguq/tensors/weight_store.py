@@ -7,15 +7,13 @@ ends. With a `WorkFolder` what a pass has finished is kept under a name, see `wo
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from panguq.errors import StorageError
+from panguq.tensors.nameless import empty_in_file
 from panguq.tensors.work_folder import Finished, WorkFolder
 
 
@@ -57,16 +55,7 @@ class WeightStore:
         if size < self.in_memory_bytes:
             return torch.empty(shape, dtype=dtype)
         folder = self.folder or (self.units.temporary if self.units else None)
-        try:
-            storage = _nameless(folder, size)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {size / 2**20:.0f} MiB of weights to "
-                f"{folder or tempfile.gettempdir()}: {error.strerror or error}",
-                "free some space there, or set TMPDIR to a folder with more",
-            ) from error
-        mapped: Tensor = torch.empty(0, dtype=dtype).set_(storage).view(shape)
-        return mapped
+        return empty_in_file(shape, dtype, folder)
 
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
         """What `compute` yields, its tensors stored; or what an earlier run has kept of it.
@@ -78,19 +67,3 @@ class WeightStore:
             tensors = {name: self.put(tensor) for name, tensor in done.tensors.items()}
             return Finished(tensors, done.facts)
         return self.units.find(unit) or self.units.keep(unit, compute())
-
-
-def _nameless(folder: Path | None, size: int) -> torch.UntypedStorage:
-    """A map of a new file of this size, whose name is gone already. Raises OSError."""
-    handle, path = tempfile.mkstemp(prefix="panguq-", suffix=".bin", dir=folder)
-    try:
-        if hasattr(os, "posix_fallocate"):  # elsewhere a full disk shows itself on writing
-            os.posix_fallocate(handle, 0, size)
-        else:
-            os.ftruncate(handle, size)
-        found = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
-        assert isinstance(found, torch.UntypedStorage)
-        return found
-    finally:
-        os.close(handle)
-        os.unlink(path)
