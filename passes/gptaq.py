@@ -11,7 +11,7 @@ from torch import Tensor
 
 from panguq.decibels import decibels
 from panguq.errors import RecipeError
-from panguq.passes.codes.column_solver import solve_columns
+from panguq.passes.codes.column_solver import GroupGrid, solve_columns
 from panguq.passes.codes.gram import cross_gram, gram, inverse_factor
 from panguq.passes.codes.solve_weights import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
@@ -59,25 +59,31 @@ class Gptaq(Gptq):
         inverse = inverse_factor(target.hessian, self.damping, order)
         factor = inverse.factor
         pull = (target.cross[order][:, order] @ factor.T).triu(1) @ factor * self.alpha
-        plain, plain_db = self._attempt(problem, target, order, factor, None)
-        pulled, pulled_db = self._attempt(problem, target, order, factor, pull)
+        fitted = self.fitted(problem, target.hessian)
+
+        def attempt(pull: Tensor | None) -> tuple[Solution, float]:
+            grid = self.grid(problem, target.hessian, order, fitted)
+            return self._attempt(problem, target, grid, order, factor, pull)
+
+        plain, plain_db = attempt(None)
+        pulled, pulled_db = attempt(pull)
         fallback = ""
         if not pulled_db <= plain_db:
             fallback = "gptq: larger error" if pulled_db < math.inf else "gptq: not finite"
             pulled, pulled_db = plain, plain_db
-        errors = self.errors_db(problem, target.hessian, pulled)
+        errors = self.errors_db(problem, target.hessian, pulled, fitted)
         return replace(pulled, notes=(*errors, inverse.damping, plain_db, pulled_db, fallback))
 
     def _attempt(
         self,
         problem: WeightProblem,
         target: AsymmetricTarget,
+        grid: GroupGrid,
         order: Tensor,
         factor: Tensor,
         pull: Tensor | None,
     ) -> tuple[Solution, float]:
         """A solution and its relative error in dB, infinite if the loop's values are not finite."""
-        grid = self.grid(problem, target.hessian, order)
         values = solve_columns(problem.weight[:, order], factor, grid, self.block_size, pull)
         solution = Solution(*grid.solution())
         if not values.isfinite().all():

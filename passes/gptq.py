@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.passes.codes.column_solver import FitScale, GroupGrid, solve_columns
-from panguq.passes.codes.gram import gram, inverse_factor, output_error
+from panguq.passes.codes.gram import InputMoments, output_error
 from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
 from panguq.passes.codes.weight_scales import (
     check_clip_search,
@@ -75,24 +76,30 @@ class Gptq(SolveWeights):
 
     def solve(self, problem: WeightProblem) -> Solution:
         """The codes of GPTQ; raises NumericsError if the inputs' second moments overflow."""
-        hessian = gram(problem.inputs)
+        moments = problem.moments or InputMoments(problem.inputs)
+        hessian = moments.hessian
         order = self.column_order(hessian.diagonal(), problem.group_size)
-        inverse = inverse_factor(hessian, self.damping, order)
-        grid = self.grid(problem, hessian, order)
+        inverse = moments.inverse(self.damping, order)
+        fitted = self.fitted(problem, hessian)
+        grid = self.grid(problem, hessian, order, fitted)
         solve_columns(problem.weight[:, order], inverse.factor, grid, self.block_size)
         solution = Solution(*grid.solution())
-        errors = self.errors_db(problem, hessian, solution)
+        errors = self.errors_db(problem, hessian, solution, fitted)
         return replace(solution, notes=(*errors, inverse.damping))
 
     def errors_db(
-        self, problem: WeightProblem, hessian: Tensor, solution: Solution
+        self,
+        problem: WeightProblem,
+        hessian: Tensor,
+        solution: Solution,
+        fitted: tuple[Tensor, Tensor | None],
     ) -> tuple[float, ...]:
-        """The output's relative squared error: rounded to nearest, and of the solution."""
-        scale, zero = self.fitted(problem, hessian)
+        """The output's relative squared error: rounded to nearest with `fitted` scales, and of the
+        solution."""
         groups = problem.weight.unflatten(1, (-1, problem.group_size))
-        nearest = quantize_groups(groups, scale, zero, problem.spec).flatten(1)
+        nearest = quantize_groups(groups, *fitted, problem.spec).flatten(1)
         chosen = self.dequantize(problem, solution).float()
-        return relative_errors_db(problem.weight, (nearest, chosen), hessian)
+        return relative_errors_db(problem.weight, (nearest, chosen), hessian, problem.inputs)
 
     def column_order(self, mean_square: Tensor, group_size: int) -> Tensor:
         """The weight's columns `[k]` in the order in which they are rounded."""
@@ -105,11 +112,17 @@ class Gptq(SolveWeights):
         first = groups.sum(1).argsort(descending=True, stable=True)
         return (within + torch.arange(len(groups))[:, None] * group_size)[first].flatten()
 
-    def grid(self, problem: WeightProblem, hessian: Tensor, order: Tensor) -> GroupGrid:
-        """The codes' grid: fixed with static groups, else fitted as the groups come."""
+    def grid(
+        self,
+        problem: WeightProblem,
+        hessian: Tensor,
+        order: Tensor,
+        fitted: tuple[Tensor, Tensor | None],
+    ) -> GroupGrid:
+        """The codes' grid: that of `fitted` with static groups, else fitted as the groups come."""
         shape = (problem.weight.shape[0], problem.weight.shape[1])
         if self.static_groups:
-            scale, zero = self.fitted(problem, hessian)
+            scale, zero = fitted
             return GroupGrid(
                 shape, problem.group_size, problem.spec, scale=scale, zero_point=zero, order=order
             )
@@ -144,16 +157,24 @@ class Gptq(SolveWeights):
 
 
 def relative_errors_db(
-    weight: Tensor, candidates: Sequence[Tensor], hessian: Tensor
+    weight: Tensor, candidates: Sequence[Tensor], hessian: Tensor, inputs: Sequence[Tensor] = ()
 ) -> tuple[float, ...]:
     """10 log10 of a matmul's squared output error over its squared output, -300 for nothing, with
     each of the candidates in place of `weight`, all `[n, k]`.
 
-    In float32: the digits of a table need no more, and it is half the work.
+    `inputs`: the batches `[..., k]` that `hessian` `[k, k]` is of. Where they have fewer tokens
+    than k they take its place, since multiplying by them is less work. In float32: the digits of a
+    table need no more.
     """
-    moments = hessian.float()
-    signal = float(output_error(weight, moments).double().sum())
+    compared = itertools.chain((weight,), (candidate - weight for candidate in candidates))
+    tokens = sum(batch.numel() // batch.shape[-1] for batch in inputs)
+    if 0 < tokens < len(hessian):
+        rows = torch.cat([batch.reshape(-1, batch.shape[-1]).float() for batch in inputs])
+        squared = [(w @ rows.T).square_().sum(1) for w in compared]
+    else:
+        moments = hessian.float()
+        squared = [output_error(w, moments) for w in compared]
+    signal, *errors = (float(of_rows.double().sum()) for of_rows in squared)
     if not signal > 0:
         return (-300.0,) * len(candidates)
-    errors = (output_error(c - weight, moments).double().sum() for c in candidates)
-    return tuple(decibels(float(error) / signal) for error in errors)
+    return tuple(decibels(error / signal) for error in errors)

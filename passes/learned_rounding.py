@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from panguq.errors import RecipeError
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.quant_spec import QuantSpec
-from panguq.passes.codes.gram import gram, output_error
+from panguq.passes.codes.gram import InputMoments, output_error
 from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
 from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype, search_scale, storable
 from panguq.passes.gptq import Gptq, relative_errors_db
@@ -73,21 +73,23 @@ class LearnedRounding(SolveWeights):
 
     def solve(self, problem: WeightProblem) -> Solution:
         """The learned codes; raises NumericsError if the inputs' second moments overflow."""
-        hessian = gram(problem.inputs)
-        first = self._start(problem, hessian)
+        moments = problem.moments or InputMoments(problem.inputs)
+        hessian = moments.hessian
+        first = self._start(replace(problem, moments=moments), hessian)
         grid = Grid.of(first, problem)
         damped = hessian.clone()
         damped.diagonal().mul_(1 + self.damping)
-        moments = (damped / damped.diagonal().mean().clamp_min(1e-30)).float()
+        scaled = (damped / damped.diagonal().mean().clamp_min(1e-30)).float()
         limit = max(1, round(self.steps * problem.weight.shape[1]))
         learned = grid
         for _ in range(self.rounds):
-            learned = descend(learned, problem.weight, moments, limit)
+            learned = descend(learned, problem.weight, scaled, limit)
             if self.learn_scales:
-                learned = refit_scales(learned, problem.weight, moments)
+                learned = refit_scales(learned, problem.weight, scaled)
         before, after = (output_error(g.values() - problem.weight, damped) for g in (grid, learned))
         kept = grid.replaced(after < before, learned)
-        errors = relative_errors_db(problem.weight, (grid.values(), kept.values()), hessian)
+        values = (grid.values(), kept.values())
+        errors = relative_errors_db(problem.weight, values, hessian, problem.inputs)
         changed = float((kept.levels != grid.levels).float().mean())
         return Solution(kept.codes(), kept.scale, first.zero_point, notes=(*errors, changed))
 

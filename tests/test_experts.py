@@ -14,7 +14,9 @@ from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import module_path
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import ExpertLinear
+from panguq.passes.codes import gram, solve_weights
 from panguq.passes.pipeline.base import matmuls
+from panguq.tensors import nameless
 from tests.families.models import make
 from tests.families.sweep import CALIBRATION, IDS
 from tests.shared_traces import shared_traces
@@ -103,6 +105,48 @@ def test_better_than_rounding_to_nearest(model, recipe) -> None:
         for r in (plain, recipe)
     )
     assert better > nearest + 1
+
+
+@pytest.fixture(scope="module")
+def gptq_codes(model) -> dict[str, Tensor]:
+    return panguq.compile(model, "w4a16-gptq", calibration=CALIBRATION).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (solve_weights, "EXPERTS_AT_ONCE", 1),
+        (solve_weights, "EXPERTS_AT_ONCE", 3),
+        (nameless, "LARGE_BYTES", 1),  # all that is computed of weights lies in files
+    ],
+)
+def test_how_many_experts_are_held_changes_no_bit(
+    model, gptq_codes, owner, name, value, monkeypatch
+) -> None:
+    monkeypatch.setattr(owner, name, value)
+    found = panguq.compile(model, "w4a16-gptq", calibration=CALIBRATION).state_dict()
+    assert found.keys() == gptq_codes.keys()
+    assert all(torch.equal(tensor, gptq_codes[key]) for key, tensor in found.items())
+
+
+def test_what_all_tokens_say_is_computed_once(model, monkeypatch) -> None:
+    """Four experts that see all tokens: one matrix for the gate and up projections of all of them,
+    and one for each expert's down projection, which reads what its own gate and up gave."""
+    factored = []
+    plain = gram.inverse_factor
+
+    def counted(hessian: Tensor, *args: object) -> gram.InverseFactor:
+        factored.append(tuple(hessian.shape))
+        return plain(hessian, *args)
+
+    monkeypatch.setattr(gram, "inverse_factor", counted)
+    recipe = {
+        "name": "experts",
+        "schemes": {"*": "FLOAT", "*.experts.*": "W4A16"},
+        "passes": ["insert-fake-quant", "gptq"],
+    }
+    panguq.compile(model, recipe, calibration=CALIBRATION)
+    assert factored == [(128, 128), *[(64, 64)] * 4] * 2
 
 
 def test_a_method_that_cannot_stack_its_solutions_says_so(model) -> None:

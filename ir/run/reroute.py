@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from panguq.ir.edit import ancestors
 from panguq.ir.ops.experts import route_tokens
 from panguq.ir.run.interpret import compute
-from panguq.ir.views import ExpertLinear, Item, argument, operand
+from panguq.ir.views import ExpertLinear, Item, QuantizedInput, argument, operand
 
 
 def routing_of(linear: fx.Node) -> fx.Node:
@@ -55,6 +55,20 @@ class Reroute:
         again = {*self.nodes(), self.routing}
         read = {source for node in again for source in node.all_input_nodes}
         return read - again
+
+    def is_shared(self, value: fx.Node) -> bool:
+        """Whether every expert would meet the same rows of this value, bit for bit.
+
+        So it is with the tokens themselves, sorted and at most quantized: nothing in them depends
+        on the expert, and sorting keeps the order of one expert's tokens.
+        """
+        read = QuantizedInput.match(value)
+        rows = value if read is None else read.source
+        if rows.target is not torch.ops.panguq.permute_tokens.default:
+            return False
+        tokens, order = operand(rows, 0), Item.match(operand(rows, 1))
+        again = {*self.nodes(), self.routing}
+        return tokens not in again and order is not None and order.source is self.routing
 
     def rows(
         self, gm: fx.GraphModule, values: Mapping[fx.Node, Any], experts: Sequence[int]

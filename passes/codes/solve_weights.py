@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -28,7 +29,8 @@ from panguq.ir.views import (
     by_input,
     matmul_of,
 )
-from panguq.passes.codes.stored_codes import set_grid, store_codes
+from panguq.passes.codes.gram import InputMoments
+from panguq.passes.codes.stored_codes import packed_codes, read_packed, set_grid, store_codes
 from panguq.passes.codes.weight_scales import weight_values
 from panguq.passes.pipeline.base import ExpertTokens, Pass, PassContext, PassResult, Table
 from panguq.passes.statistics.expert_tokens import FEW_TOKENS, count_tokens, tokens_table
@@ -46,6 +48,7 @@ class WeightProblem:
     `weight` float32 `[n, k]`; `inputs` one tensor `[..., k]` a batch, as the matmuls meet it: every
     weight before them is quantized, and so is the value itself where the scheme says so; after
     weigh-tokens, times the root of each token's weight.
+    `moments` are those of `inputs`, where other problems have the same inputs.
     `float_inputs` is the same value in the float model, empty unless the pass asks for it.
     `dtype` is that of the stored weights; scales of 8-bit codes must be values of it.
     """
@@ -57,6 +60,7 @@ class WeightProblem:
     dtype: torch.dtype
     inputs: Sequence[Tensor]
     float_inputs: Sequence[Tensor] = ()
+    moments: InputMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class SolveWeights(Pass):
             ctx.require_batches()
         solved: list[tuple[fx.Node, Solution]] = []
         rows: list[tuple[object, ...]] = []
-        experts = ExpertSolver(self, gm, ctx, solved, rows)
+        experts = ExpertSolver(self, gm, ctx, rows)
         pauses: dict[fx.Node, Pause | ExpertPause] = experts.pauses(groups)
         pauses |= {
             value: partial(self._pause, gm, ctx, matmuls, solved, rows)
@@ -151,7 +155,9 @@ class SolveWeights(Pass):
         solving_sweep(gm, ctx.batches, pauses, ctx.progress, self.beside_float)
         for node, solution in solved:
             self.store(gm, ctx.store, node, solution)
-        result.changed = len(solved)
+        for stacked in experts.solved:
+            stacked.store(gm, ctx.store)
+        result.changed = len(solved) + len(experts.solved)
         columns = ("weight", "bits", "group_size", "weight_sqnr_db", *self.note_columns)
         result.tables["weights"] = Table(columns, tuple(rows))
         if experts.tokens:
@@ -233,17 +239,57 @@ class SolveWeights(Pass):
 
 
 @dataclass
+class StackedSolution:
+    """The solutions for all experts' weights of a matmul, filled in one by one.
+
+    `codes` packed as they are stored and `weight` as the codes have it, `[experts, n, k]`, both in
+    files; scale and zero point of each expert.
+    """
+
+    matmul: fx.Node
+    codes: Tensor
+    weight: Tensor
+    scales: list[Tensor] = field(default_factory=list)
+    zeros: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, matmul: fx.Node, weight: Tensor, store: WeightStore) -> StackedSolution:
+        """Room for the solutions of a matmul whose experts' weights `[experts, n, k]` these are."""
+        spec = weight_spec_of(matmul)
+        one = packed_codes(torch.empty(weight.shape[1:], dtype=spec.format.storage), spec.bits)
+        codes = store.empty((len(weight), *one.shape), one.dtype)
+        return cls(matmul, codes, store.empty(weight.shape, weight.dtype))
+
+    def add(self, expert: int, solution: Solution, weight: Tensor) -> None:
+        """Take the next expert's solution, and the weight `[n, k]` that it stands for."""
+        self.codes[expert] = packed_codes(solution.codes, weight_spec_of(self.matmul).bits)
+        self.weight[expert] = weight
+        self.scales.append(solution.scale)
+        if solution.zero_point is not None:
+            self.zeros.append(solution.zero_point)
+
+    def store(self, gm: fx.GraphModule, store: WeightStore) -> None:
+        """Let the matmul read these codes."""
+        node = quantizer_of(self.matmul).node
+        zero = torch.stack(self.zeros) if self.zeros else None
+        set_grid(gm, node, store.put, torch.stack(self.scales), zero)
+        read_packed(node, self.codes, weight_spec_of(self.matmul).bits)
+
+
+@dataclass
 class ExpertSolver:
     """Solves the weights of experts one after the other, each from the rows that it meets.
 
-    Those that calibration sends fewer than `least_tokens` tokens to meet all of them.
+    Those that calibration sends fewer than `least_tokens` tokens to meet all of them. Where these
+    are the same for all such experts, what is computed of them is computed once. Beside files
+    there is one expert's problem in memory at a time, with its inputs.
     """
 
     solver: SolveWeights
     gm: fx.GraphModule
     ctx: PassContext
-    solved: list[tuple[fx.Node, Solution]]
     rows: list[tuple[object, ...]]
+    solved: list[StackedSolution] = field(default_factory=list)
     tokens: Mapping[fx.Node, ExpertTokens] = field(default_factory=dict)
 
     def pauses(self, groups: Mapping[fx.Node, list[fx.Node]]) -> dict[fx.Node, Pause | ExpertPause]:
@@ -271,52 +317,47 @@ class ExpertSolver:
             pauses[counts] = keep
         for value, matmuls in found.items():
             reroute = Reroute(routing_of(matmuls[0]), (value,))
-            pauses[value] = ExpertPause(reroute, partial(self._pause, matmuls, lengths))
+            pauses[value] = ExpertPause(reroute, partial(self._pause, matmuls, lengths, reroute))
         return pauses
 
     def _pause(
         self,
         matmuls: list[fx.Node],
         lengths: Mapping[fx.Node, list[list[int]]],
+        reroute: Reroute,
         values: Sequence[Tensor],
-        all_tokens: Callable[[Sequence[int]], Mapping[int, list[Tensor]]],
+        all_tokens: RowsOfAll,
     ) -> Chosen:
         first = ExpertLinear.of(matmuls[0])
         for value in values:
             ensure_finite(label(first.input), value, "activation")
-        underfed = self.tokens[matmuls[0]].underfed
-        rows = [
-            value.split(counts) for value, counts in zip(values, lengths[first.counts], strict=True)
-        ]
-        found: list[list[Solution]] = [[] for _ in matmuls]
+        counts = lengths[first.counts]
+        rows = [value.split(count) for value, count in zip(values, counts, strict=True)]
         weights = [materialized(self._stored(matmul)) for matmul in matmuls]
-        chosen = [torch.empty(weight.shape, dtype=weight.dtype) for weight in weights]
-        for start in range(0, first.experts, EXPERTS_AT_ONCE):
-            some = range(start, min(start + EXPERTS_AT_ONCE, first.experts))
-            everything = all_tokens([e for e in some if e in underfed])
-            for expert in some:
-                inputs = everything.get(expert) or [batch[expert] for batch in rows]
-                for matmul, weight, into, solutions in zip(
-                    matmuls, weights, chosen, found, strict=True
-                ):
-                    pair = weight[expert], into[expert]
-                    solutions.append(self._solve(matmul, expert, inputs, *pair))
-        for matmul, solutions in zip(matmuls, found, strict=True):
-            self.solved.append((quantizer_of(matmul).node, _stacked(solutions, self.ctx.store)))
-        return {Linear.of(m).weight: w for m, w in zip(matmuls, chosen, strict=True)}
+        stacked = [
+            StackedSolution.of(m, w, self.ctx.store) for m, w in zip(matmuls, weights, strict=True)
+        ]
+        underfed = self.tokens[matmuls[0]].underfed
+        is_shared = reroute.is_shared(first.input)
+        everything = _everything(all_tokens, underfed, is_shared)
+        for expert in range(first.experts):
+            if expert in underfed:
+                moments = next(everything)
+            else:
+                moments = InputMoments(_joined([batch[expert] for batch in rows]))
+            for weight, into in zip(weights, stacked, strict=True):
+                self._solve(expert, weight[expert], moments, into)
+        self.solved += stacked
+        return {Linear.of(into.matmul).weight: into.weight for into in stacked}
 
     def _stored(self, matmul: fx.Node) -> Tensor:
         return get_tensor(self.gm, quantizer_of(matmul).weight_name)
 
     def _solve(
-        self,
-        matmul: fx.Node,
-        expert: int,
-        inputs: Sequence[Tensor],
-        weight: Tensor,
-        into: Tensor,
-    ) -> Solution:
-        """The solution for one expert's `weight`; as the codes have it, it goes `into` `[n, k]`."""
+        self, expert: int, weight: Tensor, moments: InputMoments, into: StackedSolution
+    ) -> None:
+        """Solve one expert's `weight` `[n, k]`."""
+        matmul = into.matmul
         ensure_finite(f"{quantizer_of(matmul).weight_name}[{expert}]", weight)
         spec = weight_spec_of(matmul)
         problem = WeightProblem(
@@ -325,28 +366,53 @@ class ExpertSolver:
             spec=spec,
             group_size=spec.group_size_for(int(weight.shape[1])),
             dtype=weight.dtype,
-            inputs=inputs,
-            float_inputs=inputs if self.solver.beside_float else (),
+            inputs=moments.inputs,
+            float_inputs=moments.inputs if self.solver.beside_float else (),
+            moments=moments,
         )
         solution = self.solver.solved(self.ctx, problem)
-        into.copy_(self.solver.dequantize(problem, solution))
-        quality = (spec.bits, problem.group_size, _sqnr_db(weight, into))
+        values = self.solver.dequantize(problem, solution)
+        into.add(expert, solution, values)
+        quality = (spec.bits, problem.group_size, _sqnr_db(weight, values))
         self.rows.append((problem.names[0], *quality, *solution.notes))
-        return solution
 
+
+RowsOfAll = Callable[[Sequence[int]], Mapping[int, list[Tensor]]]
+"""Experts -> for each of them, the rows `[tokens, k]` of every batch if all tokens went to it."""
 
 EXPERTS_AT_ONCE = 8
-"""Of whom the rows that all tokens make are held together."""
+"""Of whom the rows that all tokens make are computed together."""
+
+ROWS_AT_ONCE = 2048
+"""Rows that are multiplied at once: an expert gets few of each batch."""
 
 
-def _stacked(solutions: Sequence[Solution], store: WeightStore) -> Solution:
-    """The solutions of all experts as one, in files."""
-    zeros = [s.zero_point for s in solutions if s.zero_point is not None]
-    return Solution(
-        store.put(torch.stack([s.codes for s in solutions])),
-        torch.stack([s.scale for s in solutions]),
-        torch.stack(zeros) if zeros else None,
-    )
+def _everything(
+    all_tokens: RowsOfAll, experts: Sequence[int], is_shared: bool
+) -> Iterator[InputMoments]:
+    """What these experts meet, one after the other, if all tokens go to each."""
+    if is_shared and experts:
+        shared = InputMoments(_joined(all_tokens(experts[:1])[experts[0]]))
+        yield from itertools.repeat(shared, len(experts))
+        return
+    for start in range(0, len(experts), EXPERTS_AT_ONCE):
+        some = experts[start : start + EXPERTS_AT_ONCE]
+        found = dict(all_tokens(some))
+        for expert in some:
+            yield InputMoments(_joined(found.pop(expert)))
+
+
+def _joined(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The rows `[rows, k]` of all batches in their order, in fewer tensors."""
+    joined: list[list[Tensor]] = [[]]
+    held = 0
+    for batch in batches:
+        if held and held + len(batch) > ROWS_AT_ONCE:
+            joined.append([])
+            held = 0
+        joined[-1].append(batch)
+        held += len(batch)
+    return [torch.cat(some) for some in joined]
 
 
 def quantizer_of(matmul: fx.Node) -> QuantizedWeight:

@@ -39,3 +39,11 @@ def test_the_experts_that_are_named_see_all_tokens() -> None:
         torch.testing.assert_close(torch.cat(seen[expert, values[1]]), silu(gate) * up)
     routed = [value for value in plain if value.shape[0] == 16]
     assert len(routed) == 2  # the values that follow the router are what they were
+
+
+def test_tokens_are_the_same_for_every_expert_and_what_experts_make_of_them_is_not() -> None:
+    gm, _ = canonical(EXPERTS)
+    gate_up, down = [n for n in matmuls(gm) if ExpertLinear.match(n) is not None][:2]
+    values = Linear.of(gate_up).input, Linear.of(down).input
+    reroute = Reroute(routing_of(gate_up), values)
+    assert [reroute.is_shared(value) for value in values] == [True, False]
