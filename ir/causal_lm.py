@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
@@ -34,7 +36,7 @@ from panguq.ir.kv_cache import (
     layer_tensors,
     new_layer,
 )
-from panguq.ir.length_limits import FULL, RECURRENT, Chunk, Reach
+from panguq.ir.length_limits import FULL, RECURRENT, Chunk, Reach, keeps_states, window_of
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.tensors.dtypes import dtype_name
 
@@ -122,7 +124,8 @@ class CausalLMStep(nn.Module):
         """The mask as the model reads it; one for each kind of layer where these differ."""
         if self.form == "real_tokens":  # the last token attends to every real one
             return attended[:, 0, -1].long()
-        masks = {kind: _within(attended, reach) for kind, reach in self.windows.items()}
+        made = {reach: _within(attended, reach) for reach in dict.fromkeys(self.windows.values())}
+        masks = {kind: made[reach] for kind, reach in self.windows.items()}
         if any(kind in RECURRENT for kind in masks):
             masks = {FULL: attended, **masks}
             masks |= dict.fromkeys(RECURRENT, _attend_to_themselves(attended))
@@ -205,12 +208,18 @@ def _attention(
 
     A window is in the mask already; dropout is off.
     """
-    if attention_mask is None or position_bias is not None:
+    if attention_mask is None or (position_bias is not None and (softcap or s_aux is not None)):
         raise TraceError(
-            f"{type(module).__name__} attends without a mask or with a bias of positions",
-            "panguq.attention has a mask, sinks and a cap of its scores",
+            f"{type(module).__name__} attends without a mask, or with a bias of positions and with "
+            "sinks or a cap of its scores",
+            "panguq has attention with a mask and either of them",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if position_bias is not None:
+        lowest = torch.finfo(position_bias.dtype).min
+        bias = torch.where(attention_mask, position_bias, lowest).to(query.dtype)
+        attend = functional.scaled_dot_product_attention
+        return attend(query, key, value, bias, scale=scale, enable_gqa=True).transpose(1, 2), None
     attention = torch.ops.panguq.attention.default
     result = attention(query, key, value, attention_mask, scale, s_aux, softcap or 0.0)
     return result.transpose(1, 2), None
@@ -231,6 +240,7 @@ def cache_layers(step: CausalLMStep, mode: FakeTensorMode | None) -> tuple[Cache
     """
     batch, seq = 3, 5
     name = type(step.model).__name__
+    config = step.model.config.get_text_config(decoder=True)
     with mode or FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         output = step.call(
             torch.zeros(batch, seq, dtype=torch.long),
@@ -243,8 +253,12 @@ def cache_layers(step: CausalLMStep, mode: FakeTensorMode | None) -> tuple[Cache
     for index, layer in enumerate(cache_of(output).layers):
         heads, key_dim, value_dim = _keys(layer, index, name, batch, seq)
         states = _states(layer, index, name)
-        made = CacheLayer(heads=heads, key_dim=key_dim, value_dim=value_dim, states=states)
-        found.append(made)
+        window = window_of(config, step.windows, index) if heads else 0
+        found.append(
+            CacheLayer(
+                heads=heads, key_dim=key_dim, value_dim=value_dim, window=window, states=states
+            )
+        )
     layers = tuple(found)
     _check_attends(any(layer.heads for layer in layers), step.model)
     return layers
@@ -263,14 +277,20 @@ def _check_attends(attends: bool, model: nn.Module) -> None:
 def _fresh_cache(model: Any) -> DynamicCache:
     """As transformers makes it for this model, but all layers of attention keep all tokens."""
     config = model.config.get_text_config(decoder=True)
-    recurrent = set(getattr(config, "layer_types", None) or ()) & {*RECURRENT, "hybrid"}
-    if not recurrent and not getattr(config, "num_kv_shared_layers", 0):
+    states = keeps_states(getattr(config, "layer_types", None) or ())
+    if not states and not getattr(config, "num_kv_shared_layers", 0):
         return DynamicCache()
     cache = DynamicCache(config=config)
     _check_attends(any(isinstance(x, CacheLayerMixin) for x in cache.layers), model)
-    sliding = DynamicSlidingWindowLayer
-    cache.layers = [DynamicLayer() if type(x) is sliding else x for x in cache.layers]
+    cache.layers = [_without_window(layer) for layer in cache.layers]
     return cache
+
+
+def _without_window(layer: Any) -> Any:
+    """The layer, or for one that drops tokens an empty one that keeps all of them."""
+    if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+        return LinearAttentionAndFullAttentionLayer(len(layer.conv_states))
+    return DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
 
 
 _WITHOUT_KEYS = (*DUMMY_LAYERS, LinearAttentionCacheLayerMixin)

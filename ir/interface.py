@@ -31,13 +31,15 @@ class CacheLayer(BaseModel):
     """What one layer keeps: key `[batch, heads, past, key_dim]`, value `[.., value_dim]`, or none
     if it has no `heads`; then its `states`.
 
-    `float` is the model's own dtype; `int8` means codes whose scales the graph holds.
+    `float` is the model's own dtype; `int8` means codes whose scales the graph holds. A token of a
+    layer with a `window` attends to at most so many, itself the last; 0 means to all.
     """
 
     model_config = ConfigDict(frozen=True)
     heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    window: int = Field(default=0, ge=0)
     key_dtype: Literal["float", "int8"] = "float"
     value_dtype: Literal["float", "int8"] = "float"
     states: tuple[CacheState, ...] = ()

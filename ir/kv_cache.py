@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
@@ -190,24 +191,40 @@ def _held(spec: CacheLayer, layer: Any, new: int) -> list[Tensor]:
     if not spec.heads:
         return _all_held(spec, layer)
     length = int(layer.get_seq_length())
-    if isinstance(layer, StaticLayer) and length + new > layer.max_cache_len:
-        sliding = isinstance(layer, StaticSlidingWindowLayer)
+    _check_room(spec, layer, length, new)
+    if length == 0:
+        return []
+    key, value, *states = _all_held(spec, layer)
+    return [*(_as_all_tokens(spec, x, length) for x in (key, value)), *states]
+
+
+def _check_room(spec: CacheLayer, layer: Any, length: int, new: int) -> None:
+    """Raise InputError if a static layer would drop tokens that are attended to later."""
+    slides = isinstance(layer, StaticSlidingWindowLayer) and spec.window > 0
+    if not isinstance(layer, StaticLayer) or (slides and layer.max_cache_len >= spec.window):
+        return
+    if length + new > layer.max_cache_len:
         raise InputError(
             f"the cache has room for {layer.max_cache_len} tokens; it holds {length} and would "
             f"take {new} more",
-            "a static cache keeps no more than a layer's sliding window; use a dynamic one"
-            if sliding
-            else "make it with a larger max_cache_len",
+            "make it with a larger max_cache_len",
         )
-    if length == 0:
-        return []
-    if not isinstance(layer, StaticLayer) and layer.keys.shape[-2] < length:
+
+
+def _as_all_tokens(spec: CacheLayer, held: Tensor, length: int) -> Tensor:
+    """Keys or values `[batch, heads, length, ..]` of a layer that may have dropped the first.
+
+    Zeros stand for those: the mask hides what lies a window or more before the first new token.
+    """
+    dropped = length - held.shape[2]
+    if dropped <= 0:
+        return held[:, :, :length]
+    if not spec.window or held.shape[2] < spec.window - 1:
         raise InputError(
-            f"the cache has seen {length} tokens and holds the last {layer.keys.shape[-2]}",
-            "begin again with all tokens; a graph reads every one of them",
+            f"the cache has seen {length} tokens and holds the last {held.shape[2]}",
+            "begin again with all tokens; the graph reads more of them",
         )
-    key, value, *states = _all_held(spec, layer)
-    return [key[:, :, :length], value[:, :, :length], *states]
+    return pad(held, (0, 0, dropped, 0))
 
 
 def update_cache(

@@ -7,7 +7,7 @@ that never does it is refused before the trace.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from panguq.errors import TraceError
 FULL = "full_attention"
 RECURRENT = ("linear_attention", "conv")
 """Kinds of layers that know of a mask which new tokens are real, and nothing else."""
+_SLIDING = ("sliding_attention", "hybrid_sliding")
+_HYBRID = ("hybrid", "hybrid_sliding")
+"""Kinds of layers that attend, and keep states as those in RECURRENT do."""
 _PLAIN = (FULL, "attention", "dense", "sparse", "moe", "mlp", "hybrid", *RECURRENT)
 _WINDOWS = ("sliding_window", "sliding_window_size")
 _OTHER_WINDOWS = ("keep_window_size", "attention_window_size", "local_attention_window_len")
@@ -44,13 +47,18 @@ class LengthLimit:
 
 
 def attends_both_ways(model: Any) -> bool:
-    """Whether the model's config says that its tokens see those after them."""
+    """Whether the model's config says that its tokens see those after them.
+
+    BERT and its kin are decoders where the config says so; that of a model which is always one may
+    keep the default of False.
+    """
     for settings in (model.config, model.config.get_text_config(decoder=True)):
         if getattr(settings, "is_causal", None) is False:
             return True
         if getattr(settings, "use_bidirectional_attention", None) in (True, "all"):
             return True
-    return False
+    no_decoder = getattr(model.config, "is_decoder", None) is False
+    return no_decoder and not any(getattr(m, "is_causal", False) for m in model.modules())
 
 
 def check_causal_modules(model: nn.Module, traced: Container[str]) -> None:
@@ -94,24 +102,39 @@ def attention_windows(model: nn.Module, config: Any) -> tuple[dict[str, Reach], 
         named = "chunk" if isinstance(reach, Chunk) else "sliding window"
         size = reach.size if isinstance(reach, Chunk) else reach
         limits.append(LengthLimit(size, f"beyond its {named}, attention hides tokens"))
-    recurrent = bool(set(types) & {*RECURRENT, "hybrid"})
-    if recurrent and not found:
-        windows = {kind: None for kind in (FULL, *RECURRENT)}
+    recurrent = keeps_states(types)
+    if recurrent:  # such models ask for a mask by its form or by the layer's kind
+        sliding = next((sizes[kind] for kind in _SLIDING if kind in sizes), None)
+        windows = {FULL: None, **dict.fromkeys(RECURRENT), **sizes}
+        windows |= {"sliding_attention": sliding} if sliding else {}
     return (windows if (found and by_masks) or recurrent else {}), limits
+
+
+def keeps_states(types: Iterable[str]) -> bool:
+    """Whether layers of these kinds keep the state of a convolution or of a recurrence."""
+    return not {*RECURRENT, *_HYBRID}.isdisjoint(types)
+
+
+def window_of(config: Any, windows: Mapping[str, Reach], index: int) -> int:
+    """The most tokens that a layer attends to under masks with these windows; 0 means all."""
+    types = list(getattr(config, "layer_types", None) or ())
+    kind = types[index] if index < len(types) else ""
+    reach = windows.get(kind, windows.get(""))
+    return (reach.size if isinstance(reach, Chunk) else reach) or 0
 
 
 def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> Reach:
     """How far a layer of this kind attends."""
     if kind in _PLAIN:
         return None
-    if kind not in ("sliding_attention", "chunked_attention"):
+    if kind not in (*_SLIDING, "chunked_attention"):
         raise TraceError(
             f"layer {index} of {type(model).__name__} is of type {kind!r}"
             f"{_module_of_layer(model, index)}",
             "panguq traces layers of full, sliding or chunked attention, of linear attention and "
             "of convolutions",
         )
-    names = _WINDOWS if kind == "sliding_attention" else ("attention_chunk_size",)
+    names = _WINDOWS if kind in _SLIDING else ("attention_chunk_size",)
     size = _first(config, names)
     if size is None:
         raise TraceError(
@@ -119,7 +142,7 @@ def _layer_window(model: nn.Module, config: Any, index: int, kind: str) -> Reach
             "gives it no size",
             f"set {names[0]} in the config",
         )
-    return size if kind == "sliding_attention" else Chunk(size)
+    return size if kind in _SLIDING else Chunk(size)
 
 
 def _module_of_layer(model: nn.Module, index: int) -> str:

@@ -199,9 +199,37 @@ def _learned_positions(gm: fx.GraphModule) -> int | None:
 
 
 def _numbers_real_tokens(model: nn.Module) -> bool:
-    """Whether a position table counts positions by the attention mask, as OPT's does."""
-    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
-    return any("attention_mask" in inspect.signature(t.forward).parameters for t in tables)
+    """Whether positions are counted by the attention mask where they are not given, as OPT's are.
+
+    A table that could is given the mask; the model may number all tokens for it before, as
+    BioGPT's does. So it is run on a padded prompt up to there.
+    """
+    for table in model.modules():
+        reads = inspect.signature(table.forward).parameters
+        if isinstance(table, nn.Embedding) and {"attention_mask", "position_ids"} <= reads.keys():
+            given = _first_arguments(model, table).get("position_ids")
+            return given is None or given.flatten().tolist() != [0, 1, 2]
+    return False
+
+
+class _Reached(Exception):
+    """The module was called with these arguments by name."""
+
+
+def _first_arguments(model: nn.Module, module: nn.Module) -> dict[str, Any]:
+    """What a module is given by name when its model reads a row of one padding and two tokens."""
+
+    def stop(_: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        raise _Reached(named)
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.tensor([[0, 1, 1]]))
+    except _Reached as reached:
+        return dict(reached.args[0])
+    finally:
+        hook.remove()
+    return {}
 
 
 def trace_module(

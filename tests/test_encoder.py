@@ -11,6 +11,8 @@ import transformers
 import panguq
 from panguq.check.report import check_folder
 from panguq.cli import main
+from panguq.data.calibration import encoder_batches
+from panguq.data.calibration_data import read_calibration
 from panguq.errors import InputError, TraceError
 from panguq.evaluation import logits_of
 from tests.families.encoder_sweep import check_encoder, inputs_of, loads_alike
@@ -80,6 +82,37 @@ def test_data_must_be_given() -> None:
         panguq.compile(image, "w8a8")
     assert "mappings with pixel_values" in caught.value.hint
     assert "random inputs" in str(panguq.compile(text, "float").report.calibration)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda ids, types, mask: [dict(input_ids=ids, token_type_ids=types, attention_mask=mask)],
+        lambda ids, types, mask: [
+            dict(input_ids=i.tolist(), token_type_ids=t.tolist(), attention_mask=m.tolist())
+            for i, t, m in zip(ids, types, mask, strict=True)
+        ],
+        lambda ids, types, mask: dict(
+            input_ids=ids.tolist(), token_type_ids=types.tolist(), attention_mask=mask.tolist()
+        ),
+    ],
+    ids=["a batch", "rows", "columns"],
+)
+def test_token_types_are_calibrated_on(compiled, form) -> None:
+    types = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1]])
+    mask = torch.ones_like(types)
+    mask[0, 5:] = mask[1, 0] = 0
+    data = read_calibration(form(IDS, types, mask))
+    first, second = encoder_batches(data, compiled.interface)
+    assert first["input_ids"].tolist() == [IDS[0, :5].tolist()]
+    assert first["token_type_ids"].tolist() == [[0, 0, 0, 0, 1]]
+    assert second["token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 1]]
+
+
+def test_token_types_of_another_shape_are_refused() -> None:
+    for types in (torch.zeros(2, 3, dtype=torch.long), IDS / 2, [[0, 1], [0]]):
+        with pytest.raises(InputError, match="calibration item 0: token_type_ids"):
+            read_calibration([dict(input_ids=IDS, token_type_ids=types)])
 
 
 def test_floats_of_any_width_are_taken() -> None:

@@ -231,7 +231,7 @@ def test_a_cache_that_was_changed(kind: str, change: str) -> None:
 
 
 def test_a_sliding_cache_keeps_what_the_graph_reads() -> None:
-    """A cache that another model filled beyond its window has dropped some of it."""
+    """Of its own cache nothing is dropped; what another one has dropped, no token attends to."""
     eager, model, ids = source("mistral"), compiled("mistral"), prompts(1, WINDOW + 4)
     cache = DynamicCache(config=eager.config)
     model(ids[:, :-1], cache=cache)
@@ -241,9 +241,31 @@ def test_a_sliding_cache_keeps_what_the_graph_reads() -> None:
         torch.testing.assert_close(result, eager(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
     dropped = DynamicCache(config=eager.config)
     with torch.no_grad():
-        eager(ids, use_cache=True, **{CACHE_NAME: dropped})
-    with pytest.raises(InputError, match="has seen 28 tokens and holds the last 23"):
-        model(ids[:, :1], cache=dropped)
+        eager(ids[:, :-1], use_cache=True, **{CACHE_NAME: dropped})
+    assert dropped.layers[0].keys.shape[2] == WINDOW - 1
+    after = model(ids[:, -1:], cache=dropped).logits[:, -1]
+    torch.testing.assert_close(after, result, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_of_a_smaller_window_is_refused() -> None:
+    config = copy.deepcopy(source("mistral").config)
+    config.sliding_window = WINDOW // 2
+    dropped, ids = DynamicCache(config=config), prompts(1, WINDOW)
+    keys = torch.zeros(1, 2, WINDOW - 1, 8)
+    for layer in range(2):
+        dropped.update(keys, keys, layer)
+    with pytest.raises(InputError, match="has seen 23 tokens and holds the last 11"):
+        compiled("mistral")(ids[:, -1:], cache=dropped)
+    small = StaticCache(config=config, max_cache_len=2 * WINDOW)
+    with pytest.raises(InputError, match=f"room for {WINDOW // 2} tokens"):
+        compiled("mistral")(ids, cache=small)
+
+
+@pytest.mark.parametrize("tokens", [WINDOW - 4, WINDOW, WINDOW + 4])
+def test_a_static_cache_slides(tokens: int) -> None:
+    options = dict(max_new_tokens=9, do_sample=False, cache_implementation="static")
+    expected, found = both("mistral", prompts(2, tokens), **options)
+    assert torch.equal(expected, found)
 
 
 def test_both_names_of_the_cache_are_taken() -> None:

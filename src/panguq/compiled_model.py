@@ -235,7 +235,8 @@ class CompiledEncoder(_CompiledTransformer):
         """Raises InputError: without a cache nothing is continued."""
         raise InputError(
             "this model reads its whole input at once and has no cache, so it does not generate",
-            "call it with its inputs; a model whose config says is_causal: true generates",
+            "call it with its inputs; a model whose config says is_causal: true (BERT and its kin: "
+            "is_decoder) generates",
         )
 
 

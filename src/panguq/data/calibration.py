@@ -79,14 +79,17 @@ def encoder_batches(data: Any, interface: Interface) -> Batches:
 
 def _encoder_rows(data: Any, interface: Interface) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(data, CalibrationData):
-        yield from ((row.where, {"input_ids": row.ids}) for row in data.sequences)
+        for row in data.sequences:
+            given = {"input_ids": row.ids, "token_type_ids": row.types}
+            taken = {k: x for k, x in given.items() if x is not None and k in interface.inputs}
+            yield row.where, taken
         return
     for where, item in items(data):
         if isinstance(item, Mapping):
             yield where, {name: item[name] for name in interface.inputs if name in item}
         else:
-            row = item if isinstance(item, list | tuple) else (item,)
-            yield where, dict(zip(interface.inputs, row, strict=False))
+            values = item if isinstance(item, list | tuple) else (item,)
+            yield where, dict(zip(interface.inputs, values, strict=False))
 
 
 def sample_sequences(

@@ -251,13 +251,19 @@ def _cut_ids(rows: Iterable[Row], taken: _Taken, window: int, windows: int) -> N
         if isinstance(row, Empty):
             taken.empty += 1
             continue
-        for ids in row.ids.tolist():
+        for index, ids in enumerate(row.ids.tolist()):
             left = windows - len(taken.sequences)
             parts, dropped, more = pieces(ids, window, [], left)
             taken.dropped += dropped
             taken.cut += len(ids) > window
             taken.more = taken.more or more
-            taken.sequences += [Ids(row.where, torch.tensor([part])) for part in parts]
+            kinds: list[list[int] | None] = [None] * len(parts)
+            if row.types is not None:
+                kinds = [*pieces(row.types.tolist()[index], window, [], left)[0]]
+            taken.sequences += [
+                Ids(row.where, torch.tensor([part]), None if kind is None else torch.tensor([kind]))
+                for part, kind in zip(parts, kinds, strict=True)
+            ]
 
 
 def _sequences(data: Any, tokenizer: Any, longest: int) -> _Taken:

@@ -24,7 +24,7 @@ _LONGEST_NAME, _LONGEST_WORD = 1024, 64
 READABLE = "text, .jsonl, .json or .parquet (text and JSON may be gzipped)"
 TEXT_FIELDS = ("text", "content")
 CHAT_FIELDS = ("messages", "conversations", "conversation", "chat")
-_FIELDS = ("input_ids", "attention_mask", *TEXT_FIELDS, *CHAT_FIELDS)
+_FIELDS = ("input_ids", "attention_mask", "token_type_ids", *TEXT_FIELDS, *CHAT_FIELDS)
 
 Located = tuple[str, Any]
 """Where a row stands, such as `line 3`, and the row."""

@@ -34,10 +34,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Ids:
-    """Token ids, int64 `[batch, seq]` without padding, and where they stood."""
+    """Token ids, int64 `[batch, seq]` without padding, and where they stood.
+
+    `types` of the same shape are their `token_type_ids`, if they were given.
+    """
 
     where: str
     ids: Tensor
+    types: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def rows_of(item: Any, where: str, tokenizer: Any) -> Iterator[Row]:
     elif isinstance(item, Mapping):
         yield from _mapping_rows(item, where, tokenizer)
     elif isinstance(item, Tensor):
-        yield from _id_rows(item, None, where)
+        yield from _id_rows(item, None, None, where)
     elif isinstance(item, list | tuple):
         yield from _list_rows(item, where, tokenizer)
     else:
@@ -190,7 +194,7 @@ def _list_rows(item: Sequence[Any], where: str, tokenizer: Any) -> Iterator[Row]
     if not item:
         yield Empty(where)
     elif _are_ids(item):
-        yield from _id_rows(item, None, where)
+        yield from _id_rows(item, None, None, where)
     elif is_message(item[0]):
         yield Text(where, conversation_text(tokenizer, item, where), is_chat=True)
     elif isinstance(item[0], Tensor) and len(item) > 1:
@@ -211,7 +215,8 @@ def _list_rows(item: Sequence[Any], where: str, tokenizer: Any) -> Iterator[Row]
 
 def _mapping_rows(item: Mapping[str, Any], where: str, tokenizer: Any) -> Iterator[Row]:
     if "input_ids" in item:
-        yield from _id_rows(item["input_ids"], item.get("attention_mask"), where)
+        mask, types = item.get("attention_mask"), item.get("token_type_ids")
+        yield from _id_rows(item["input_ids"], mask, types, where)
         return
     chat = next((name for name in CHAT_FIELDS if name in item), None)
     text = next((name for name in TEXT_FIELDS if name in item), None)
@@ -261,45 +266,52 @@ def _as_messages(value: Any) -> Any:
     return [dict(zip(names, turn, strict=False)) for turn in zip(*columns, strict=False)]
 
 
-def _id_rows(ids: Any, mask: Any, where: str) -> Iterator[Row]:
+def _id_rows(ids: Any, mask: Any, types: Any, where: str) -> Iterator[Row]:
     """Rows of token ids: `[batch, seq]` with one length, or lists of several lengths."""
-    ids, mask = _plain(ids), _plain(mask)
+    ids, mask, types = _plain(ids), _plain(mask), _plain(types)
     if ids is None:
         yield Empty(where)
     elif isinstance(ids, Tensor):
-        yield from _tensor_rows(ids, mask, where)
+        yield from _tensor_rows(ids, mask, types, where)
     elif not isinstance(ids, list | tuple):
         raise InputError(f"{where}: input_ids are a {type(ids).__name__}", FORMS)
     elif _are_ids(ids):
         if any(abs(int(value)) >> 63 for value in ids):
             raise InputError(f"{where} holds numbers that are too large for token ids", FORMS)
-        yield from _tensor_rows(torch.tensor(ids, dtype=torch.int64), mask, where)
+        yield from _tensor_rows(torch.tensor(ids, dtype=torch.int64), mask, types, where)
     else:
-        yield from _ragged_rows(ids, mask, where)
+        yield from _ragged_rows(ids, mask, types, where)
 
 
-def _ragged_rows(ids: Sequence[Any], mask: Any, where: str) -> Iterator[Row]:
-    rows = isinstance(mask, list | tuple) or (isinstance(mask, Tensor) and mask.dim() > 0)
-    masks = mask if rows else [None] * len(ids)
-    if (mask is not None and not rows) or len(masks) != len(ids):
+def _rows_beside(ids: Sequence[Any], given: Any, name: str, where: str) -> Sequence[Any]:
+    """What is given beside each row of ids, None where nothing is."""
+    rows = isinstance(given, list | tuple) or (isinstance(given, Tensor) and given.dim() > 0)
+    beside: Sequence[Any] = given if rows else [None] * len(ids)
+    if (given is not None and not rows) or len(beside) != len(ids):
         raise InputError(
-            f"{where}: attention_mask has not the {len(ids)} rows of input_ids",
-            "give one row of the mask for each row of ids",
+            f"{where}: {name} has not the {len(ids)} rows of input_ids",
+            "give one row of it for each row of ids",
         )
+    return beside
+
+
+def _ragged_rows(ids: Sequence[Any], mask: Any, types: Any, where: str) -> Iterator[Row]:
+    masks = _rows_beside(ids, mask, "attention_mask", where)
+    typed = _rows_beside(ids, types, "token_type_ids", where)
     lengths = {len(row) for row in ids if isinstance(row, Tensor) and row.dim() == 1}
     if len(ids) > 1 and len(lengths) == 1 and all(isinstance(row, Tensor) for row in ids):
         raise InputError(
             f"{where}: input_ids are {len(ids)} tensors of shape {[*lengths]}",
             "rows or positions? give one tensor [batch, seq]",
         )
-    for index, (row, keep) in enumerate(zip(ids, masks, strict=True)):
+    for index, (row, keep, kinds) in enumerate(zip(ids, masks, typed, strict=True)):
         place = f"{where}, row {index}"
         if isinstance(_plain(row), list | tuple) and not _are_ids(row):
             raise InputError(f"{place} is a {type(row).__name__} of something else than ids", FORMS)
-        yield from _id_rows(row, keep, place)
+        yield from _id_rows(row, keep, kinds, place)
 
 
-def _tensor_rows(ids: Tensor, mask: Any, where: str) -> Iterator[Row]:
+def _tensor_rows(ids: Tensor, mask: Any, types: Any, where: str) -> Iterator[Row]:
     if ids.dim() not in (1, 2):
         raise InputError(f"{where}: token ids have shape {list(ids.shape)}", "give [batch, seq]")
     if ids.numel() == 0:
@@ -308,5 +320,25 @@ def _tensor_rows(ids: Tensor, mask: Any, where: str) -> Iterator[Row]:
         return
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"{where}: token ids are {ids.dtype}", "give integers")
-    for row in without_padding(ids.long(), mask, where):
-        yield Ids(where, row)
+    kept = without_padding(ids.long(), mask, where)
+    if types is None:
+        yield from (Ids(where, row) for row in kept)
+        return
+    kinds = without_padding(_token_types(types, ids, where), mask, where)
+    yield from (Ids(where, row, kind) for row, kind in zip(kept, kinds, strict=True))
+
+
+def _token_types(types: Any, ids: Tensor, where: str) -> Tensor:
+    """`token_type_ids` as integers of the ids' shape."""
+    form = "give [batch, seq] as input_ids: the segment that each token belongs to"
+    try:
+        found = torch.as_tensor(types)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{where}: token_type_ids are ragged or no numbers", form) from error
+    if found.shape != ids.shape or found.is_floating_point() or found.is_complex():
+        raise InputError(
+            f"{where}: token_type_ids are {found.dtype} of shape {list(found.shape)}, input_ids "
+            f"have {list(ids.shape)}",
+            form,
+        )
+    return found.long()
