@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -107,6 +108,11 @@ class Interface(BaseModel):
 
 def cached_tensors(layers: Sequence[CacheLayer], float_dtype: str) -> tuple[CachedTensor, ...]:
     """The tensors of a cache, layer by layer: key and value, then states."""
+    return _cached_tensors(tuple(layers), float_dtype)
+
+
+@lru_cache(maxsize=64)  # every call of a model asks
+def _cached_tensors(layers: tuple[CacheLayer, ...], float_dtype: str) -> tuple[CachedTensor, ...]:
     return tuple(
         cached
         for index, layer in enumerate(layers)

@@ -242,14 +242,15 @@ def update_cache(
             hold(layer, spec, held)
             continue
         key, value = held[:2]
-        if _is_empty_for_others(layer, key):
+        if is_empty_for_others(layer, key):
             layer.lazy_initialization(key, value)
-        layer.update(key[:, :, -new:], value[:, :, -new:])
+        # Copies: a graph that writes into the layer's own memory returns a part of that.
+        layer.update(key[:, :, -new:].clone(), value[:, :, -new:].clone())
         _hold_states(layer, spec, held)
     return cache
 
 
-def _is_empty_for_others(layer: Any, key: Tensor) -> bool:
+def is_empty_for_others(layer: Any, key: Tensor) -> bool:
     """Whether the layer holds nothing, in memory that was made for another dtype or batch.
 
     With chunked prefill transformers makes a static cache for floats before it knows of codes.

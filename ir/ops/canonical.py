@@ -176,19 +176,29 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     seq, total = query.shape[2], key.shape[2]
     causal = mask is not None and mask.numel() == 0
-    if causal:
-        if seq == 1:
-            folded = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
-            out = functional.scaled_dot_product_attention(folded, key, value, scale=scale)
-            return out.reshape(*query.shape[:-1], value.shape[-1])
-        if seq != total:
-            mask = torch.ones(seq, total, dtype=torch.bool, device=query.device)
-            mask = mask.tril(diagonal=total - seq)
-    if groups > 1:
+    if seq == 1 and (mask is None or causal or _is_same_for_heads(mask)):
+        # One query of a group's heads each: as so many queries of one head, keys are read once.
+        folded = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
+        hidden = None if causal else mask
+        out = functional.scaled_dot_product_attention(folded, key, value, hidden, scale=scale)
+        return out.reshape(*query.shape[:-1], value.shape[-1])
+    if causal and seq != total:
+        mask = torch.ones(seq, total, dtype=torch.bool, device=query.device)
+        mask = mask.tril(diagonal=total - seq)
+        causal = False
+    if groups > 1 and torch.is_grad_enabled():  # with a gradient each head needs its own
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    if causal and seq == total:
-        return functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale
-        )
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if causal else mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=key.shape[1] < query.shape[1],
+    )
+
+
+def _is_same_for_heads(mask: Tensor) -> bool:
+    return mask.dim() < 3 or mask.shape[-3] == 1

@@ -98,16 +98,22 @@ def bind(arguments: list[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 def read_by(function: Body, given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of an op's arguments that `function` names; all of them if it takes `**rest`."""
+    names = _names_read(function)
+    return dict(given) if names is None else {name: given[name] for name in names}
+
+
+@functools.cache
+def _names_read(function: Body) -> tuple[str, ...] | None:
+    """The names of a function's arguments; None if it takes `**rest`."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return dict(given)
-    return {name: given[name] for name in parameters}
+        return None
+    return tuple(parameters)
 
 
 def by_name(function: Body, arguments: list[Any]) -> Body:
     """`function`, to be called with all of an op's `arguments`, of which it gets those it names."""
-    names = [argument.name for argument in arguments if not argument.has_default_value()]
-    if len(names) == len(arguments) and list(inspect.signature(function).parameters) == names:
+    if _has_signature(function, arguments):
         return function
 
     @functools.wraps(function)
@@ -115,6 +121,17 @@ def by_name(function: Body, arguments: list[Any]) -> Body:
         return function(**read_by(function, bind(arguments, args, kwargs)))
 
     return named
+
+
+def _has_signature(function: Body, arguments: list[Any]) -> bool:
+    """Whether a function has an op's very arguments and defaults, and may be called as the op is:
+    binding them by name would cost small calls as much as their work."""
+    parameters = inspect.signature(function).parameters
+    return list(parameters) == [argument.name for argument in arguments] and all(
+        parameters[argument.name].default == argument.default_value
+        for argument in arguments
+        if argument.has_default_value()
+    )
 
 
 def body_of(target: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,6 +22,8 @@ from panguq.data.inputs import (
     check_ids,
     check_input_dtypes,
     check_module_inputs,
+    joined_logits,
+    past_length,
     prepare,
     takes_empty_mask,
 )
@@ -29,15 +31,19 @@ from panguq.errors import InputError
 from panguq.formats.registry import find_format
 from panguq.frozen_module import FrozenModule, asked_of_to
 from panguq.generation import Generates
+from panguq.ir.cache_memory import remember, with_memory
 from panguq.ir.edit import clone
 from panguq.ir.kv_cache import CACHE_NAME, check_cache, held_tensors, make_cache, update_cache
 from panguq.kernels.ascend.device import require_device
 from panguq.lowering.run.on_device import on_device
 from panguq.lowering.run.prepack import prepack
 from panguq.lowering.run.specialize import specialize
+from panguq.lowering.run.write_into_cache import write_into_cache, written_into
 from panguq.lowering.targets import find_target
 
 _MAKING = threading.RLock()
+PREFILL_CHUNK = 2048
+"""The most tokens of each sequence that a graph reads at once; a longer prompt is read in parts."""
 
 
 class CompiledModule(FrozenModule):
@@ -77,9 +83,13 @@ class CompiledModule(FrozenModule):
         with _MAKING:  # one thread makes it, the others wait
             if self._executable is None:
                 on_npu = self._device.type != "cpu"
-                made = prepack(clone(self.graph), keep_formats=on_npu)
+                made = prepack(self._as_run(clone(self.graph)), keep_formats=on_npu)
                 self._executable = on_device(made, self._device) if on_npu else made
             return self._executable
+
+    def _as_run(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """A subclass says how it calls the graph that runs, if not as the saved one."""
+        return gm
 
     @property
     def device(self) -> torch.device:
@@ -250,6 +260,11 @@ class CompiledCausalLM(_CompiledTransformer, Generates):
         )
         self.empty_mask = takes_empty_mask(self.graph)
 
+    def _as_run(self, gm: fx.GraphModule) -> fx.GraphModule:
+        if self._device.type == "cpu":
+            write_into_cache(gm, self.interface)
+        return gm
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
@@ -272,16 +287,41 @@ class CompiledCausalLM(_CompiledTransformer, Generates):
         if cache is not None and past_key_values is not None:
             raise InputError("cache and past_key_values are both given", "they are one thing")
         given = past_key_values if cache is None else cache
-        inputs = self._prepared(
-            input_ids, attention_mask, position_ids, given, logits_to_keep, unused
-        )
-        with _as_compiled(self._device):
-            logits, *grown = self.executable(*inputs)
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", True)
-        held = self._kept(given, grown, input_ids.shape[1], bool(use_cache))
-        output = CausalLMOutputWithPast(**{"logits": logits, CACHE_NAME: held})
+        keeps = bool(use_cache) or given is not None
+        parts = self._parts(input_ids)
+        logits: list[Tensor] = []
+        memory: list[Tensor] = []
+        grown: list[Tensor] = []
+        for tokens in parts:
+            inputs = self._prepared(
+                input_ids, attention_mask, position_ids, given, logits_to_keep, keeps, unused,
+                tokens, memory,
+            )  # fmt: skip
+            with _as_compiled(self._device):
+                found, *grown = self.executable(*inputs)
+            logits.append(found)
+            memory = self._continued(inputs, grown)
+        held = self._kept(given, grown, memory, input_ids.shape[1]) if keeps else None
+        whole = logits[0] if len(parts) == 1 else joined_logits(logits, parts, logits_to_keep)
+        output = CausalLMOutputWithPast(**{"logits": whole, CACHE_NAME: held})
         return self._output(output, return_dict)
+
+    @torch.compiler.disable
+    def _parts(self, input_ids: Any) -> list[tuple[int, int]]:
+        """The new tokens in parts of at most `PREFILL_CHUNK`, each a first number and one behind:
+        what a part computes is forgotten before the next, so that memory grows with the length."""
+        seq = input_ids.shape[1] if isinstance(input_ids, Tensor) and input_ids.dim() == 2 else 0
+        whole = seq <= PREFILL_CHUNK or not written_into(self.executable)
+        step = max(seq, 1) if whole else PREFILL_CHUNK
+        return [(start, min(start + step, seq)) for start in range(0, max(seq, 1), step)]
+
+    def _continued(self, inputs: list[Any], grown: list[Tensor]) -> list[Tensor]:
+        """What the next part finds in the cache: the memory that was written into, and states."""
+        names = written_into(self.executable)
+        pairs = zip(self.interface.cache_pairs(), inputs[4:], grown, strict=False)
+        return [memory if name in names else state for name, memory, state in pairs]
 
     @torch.compiler.disable  # it looks at values
     def _prepared(
@@ -291,9 +331,15 @@ class CompiledCausalLM(_CompiledTransformer, Generates):
         position_ids: Tensor | None,
         cache: Any,
         logits_to_keep: int | Tensor,
+        keeps: bool,
         unused: dict[str, Any],
-    ) -> list[Tensor]:
-        """The graph's inputs in order, where the model runs."""
+        tokens: tuple[int, int],
+        memory: list[Tensor],
+    ) -> list[Any]:
+        """The inputs of the graph that runs, in order, where it runs, for a part of the tokens.
+
+        `memory` is what the parts before it left, if there were any.
+        """
         refused = sorted(
             name for name, value in unused.items() if value is not None and value is not False
         )
@@ -315,15 +361,30 @@ class CompiledCausalLM(_CompiledTransformer, Generates):
             past,
             logits_to_keep,
             empty_mask=self.empty_mask,
+            tokens=tokens,
         )
-        return [x.to(self._device) for x in inputs.values()]
+        if self._device.type != "cpu":
+            return [x.to(self._device) for x in inputs.values()]
+        others, past = list(inputs.values())[:4], list(inputs.values())[4:]
+        names = written_into(self.executable)
+        if not names:
+            return [*others, *past]
+        length = past_length(self.interface, past) + tokens[0]
+        if not memory:
+            room = input_ids.shape[1]
+            memory = with_memory(self.interface.cache, cache, past, names, room, spare=keeps)
+        return [*others, *memory, length]
 
     @torch.compiler.disable
-    def _kept(self, cache: Any, grown: list[Tensor], new: int, use_cache: bool) -> Any:
+    def _kept(self, cache: Any, grown: list[Tensor], memory: list[Tensor], new: int) -> Any:
         """The cache to return, which holds `grown`, the last `new` tokens of them new."""
-        if cache is not None:
-            return update_cache(cache, self.interface.cache, grown, new)
-        return make_cache(self.interface.cache, grown) if use_cache else None
+        layers = self.interface.cache
+        if cache is None:
+            cache = make_cache(layers, grown)
+        else:
+            update_cache(cache, layers, grown, new)
+        remember(layers, cache, memory)
+        return cache
 
 
 def compiled_model(artifact: Artifact, stage: str = LOWERED) -> CompiledModule:

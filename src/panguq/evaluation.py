@@ -199,7 +199,7 @@ def first_broken_node(model: Any, windows: Tensor) -> str | None:
 
     for row in windows:
         inputs = prepare(model.interface, row[None], empty_mask=model.empty_mask)
-        found = first_non_finite(model.executable, inputs)
+        found = first_non_finite(model.graph, inputs)
         if found is not None:
             return found
     return None

@@ -118,13 +118,16 @@ def prepare(
     past: Sequence[Tensor] = (),
     logits_to_keep: int | Tensor = 0,
     empty_mask: bool = False,
+    tokens: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
     """The graph's inputs by name.
 
     `attention_mask` is `[batch, past + seq]`, 1 where a token is real, and may be left out;
     `position_ids` `[batch, seq]` default to counting from the past on. With `empty_mask` a plain
-    causal mask is passed as a tensor without elements. Raises InputError for sizes that the
-    graph cannot serve.
+    causal mask is passed as a tensor without elements. With `tokens` the inputs are those of a part
+    of the call, the new tokens from the first number up to the second, after those before them; of
+    the logits that are wanted these are the part's, or its last ones if none of them is wanted.
+    Raises InputError for sizes that the graph cannot serve.
     """
     input_ids = check_ids(interface, input_ids)
     batch, seq = input_ids.shape
@@ -142,11 +145,18 @@ def prepare(
     if position_ids is None:
         position_ids = _positions(interface, real, length, batch, seq)
     _check_positions(interface, position_ids, batch, seq)
+    wanted = kept_positions(logits_to_keep, seq)
+    start, stop = tokens or (0, seq)
+    if stop - start < seq:
+        wanted = wanted[(wanted >= start) & (wanted < stop)] - start
+        if not wanted.numel():
+            wanted = torch.tensor([stop - start - 1])
+        real = None if real is None else real[:, : length + stop]
     inputs = {
-        "input_ids": input_ids,
-        "attention_mask": _mask(interface, real, length, seq, batch, empty_mask),
-        "position_ids": position_ids.expand(batch, seq),
-        "logit_positions": _kept(logits_to_keep, seq),
+        "input_ids": input_ids[:, start:stop],
+        "attention_mask": _mask(interface, real, length + start, stop - start, batch, empty_mask),
+        "position_ids": position_ids.expand(batch, seq)[:, start:stop],
+        "logit_positions": wanted,
     }
     inputs.update(zip(interface.inputs[4:], past, strict=True))
     return inputs
@@ -254,7 +264,24 @@ def _mask(
     return mask | (single & ~mask.any(-1, keepdim=True))
 
 
-def _kept(logits_to_keep: int | Tensor, seq: int) -> Tensor:
+def joined_logits(
+    parts: Sequence[Tensor], tokens: Sequence[tuple[int, int]], logits_to_keep: int | Tensor
+) -> Tensor:
+    """The logits `[batch, kept, vocab]` of a call that ran in parts, each given `tokens`, in the
+    order in which they were asked for."""
+    wanted = kept_positions(logits_to_keep, tokens[-1][1])
+    found, places = [], []
+    for part, (start, stop) in zip(parts, tokens, strict=True):
+        place = ((wanted >= start) & (wanted < stop)).nonzero().flatten()
+        if place.numel():
+            found.append(part)
+            places.append(place)
+    return torch.cat(found, dim=1)[:, torch.cat(places).argsort()]
+
+
+def kept_positions(logits_to_keep: int | Tensor, seq: int) -> Tensor:
+    """The positions among `seq` new tokens whose logits are wanted, int64, none below 0: the last
+    `logits_to_keep`, 0 for all, or these. Raises InputError for others."""
     if isinstance(logits_to_keep, Tensor):
         whole = logits_to_keep.dim() == 1 and logits_to_keep.dtype in INTEGERS
         if not whole or any(not -seq <= at < seq for at in logits_to_keep.tolist()):
@@ -262,7 +289,7 @@ def _kept(logits_to_keep: int | Tensor, seq: int) -> Tensor:
                 f"logits_to_keep is {logits_to_keep.tolist()}, there are {seq} new tokens",
                 "give a count, or a 1-D tensor of positions among them",
             )
-        return logits_to_keep.long()
+        return logits_to_keep.long().cpu().remainder(seq)
     if not logits_to_keep >= 0:
         raise InputError(f"logits_to_keep is {logits_to_keep}", "give 0 for all, or a count")
     return torch.arange(max(seq - logits_to_keep, 0) if logits_to_keep else 0, seq)
