@@ -17,9 +17,12 @@ from torch import Tensor, fx
 
 from panguq.errors import ExportError
 from panguq.formats.onnx import ascend as onnx_ascend
+from panguq.formats.onnx import ascend_experts as onnx_ascend_experts
 from panguq.formats.onnx import blocks as onnx_blocks
 from panguq.formats.onnx import cpu as onnx_cpu
 from panguq.formats.onnx import elementwise as onnx_elementwise
+from panguq.formats.onnx import expert_matmuls as onnx_expert_matmuls
+from panguq.formats.onnx import experts as onnx_experts
 from panguq.formats.onnx import quantize as onnx_quantize
 from panguq.formats.onnx import shapes as onnx_shapes
 from panguq.formats.onnx.builder import MICROSOFT, OPSET, Builder, Weight
@@ -37,14 +40,18 @@ EMITTERS: dict[str, Emitter] = {
     **onnx_elementwise.EMITTERS,
     **onnx_shapes.EMITTERS,
     **onnx_blocks.EMITTERS,
+    **onnx_experts.EMITTERS,
+    **onnx_expert_matmuls.EMITTERS,
     **onnx_quantize.EMITTERS,
     **onnx_cpu.EMITTERS,
     **onnx_ascend.EMITTERS,
+    **onnx_ascend_experts.EMITTERS,
 }
 # Of stored tensors: done once, when the file is written.
 _LAYOUTS = (
     "aten.cat.default", "aten.clone.default", "aten.contiguous.default", "aten.slice.Tensor",
-    "aten.t.default", "npu.npu_format_cast.default", "panguq_npu.int4_weight.default",
+    "aten.t.default", "aten.transpose.int", "aten.view.default", "npu.npu_format_cast.default",
+    "panguq_npu.int4_weight.default",
 )  # fmt: skip
 _INTEGERS = (torch.int8, torch.uint8, torch.int32)
 

@@ -130,20 +130,20 @@ def _quantize_weight(step: Step) -> str:
 def weight_steps(
     step: Step, shape: Sequence[Any], scale: Any, zero_point: Any, group_size: Any, elem_type: int
 ) -> tuple[list[str], dict[str, Any]]:
-    """Scale and zero point of a weight `[n, k]` as QuantizeLinear and DequantizeLinear take them.
+    """Scale and zero point of a weight `[.., n, k]` as QuantizeLinear and DequantizeLinear take it.
 
     One scale an output is `[n]` with axis 0, one a group `[n, k / group_size]` with axis 1 and
-    block_size.
+    block_size. Experts' weights `[experts, n, k]` have scales `[experts, n, k / group_size]`.
     """
-    n, k = (int(size) for size in shape)
-    per_channel = group_size == k
-    groups = (n,) if per_channel else (n, k // group_size)
+    *rows, k = (int(size) for size in shape)
+    per_channel = group_size == k and len(rows) == 1
+    groups = tuple(rows) if per_channel else (*rows, k // group_size)
     inputs = [stored_as(step, scale, groups, torch.float32, "scale")]
     if zero_point is not None:
         inputs.append(codes_as(step, zero_point, groups, elem_type, "zero_point"))
     if per_channel:
         return inputs, {"axis": 0}
-    return inputs, {"axis": 1, "block_size": group_size}
+    return inputs, {"axis": len(rows), "block_size": group_size}
 
 
 def stored_as(

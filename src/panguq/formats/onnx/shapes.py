@@ -234,6 +234,21 @@ def _arange(step: Step) -> str:
     return step.result("Range", *limits)
 
 
+def _pad(step: Step) -> str:
+    """ONNX lists what comes before each axis, then what comes behind; ATen pairs, last axis first.
+
+    Numbers below 0 cut off.
+    """
+    given = step.arguments()
+    pads, rank = list(given["pad"]), step.rank(given["self"])
+    if not all(isinstance(pad, int) for pad in pads):
+        raise step.error("adds a number of elements that is not fixed")
+    pads += [0] * (2 * rank - len(pads))
+    amounts = step.integers([*pads[-2::-2], *pads[::-2]], "pads")
+    value = step.read(given["value"], step.dtype, "value")
+    return step.result("Pad", step.read(given["self"], step.dtype), amounts, value)
+
+
 def _triangle(upper: int, step: Step) -> str:
     given = step.arguments()
     diagonal = step.read(given["diagonal"], torch.int64, "diagonal")
@@ -260,6 +275,7 @@ EMITTERS: dict[str, Emitter] = {
     "aten.arange.start_step": _arange,
     "aten.cat.default": _cat,
     "aten.chunk.default": _split,
+    "aten.constant_pad_nd.default": _pad,
     "aten.embedding.default": _embedding,
     "aten.expand.default": _expand,
     "aten.full.default": functools.partial(_filled, None),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 from torch import Tensor, fx
 
 from panguq.errors import ExportError
@@ -145,8 +146,25 @@ class Step:
     def results(self, op_type: str, *inputs: str, count: int, **attributes: Any) -> Value:
         """A node with several results, each called like the node that takes it out."""
         names = [self.result_name(index) for index in range(count)]
-        self._node(op_type, inputs, names, "", attributes)
-        return tuple(names)
+        return self.several(op_type, *inputs, results=names, **attributes)
+
+    def several(self, op_type: str, *inputs: str, results: list[str], **attributes: Any) -> Value:
+        """A node with several results, whose names `unique` has given out."""
+        self._node(op_type, inputs, results, "", attributes)
+        return tuple(results)
+
+    @contextmanager
+    def subgraph(self) -> Iterator[list[NodeProto]]:
+        """What is added meanwhile becomes the nodes of a subgraph, which the list holds.
+
+        Nothing may be read there for the first time that others read: it would belong to the
+        subgraph. Stored tensors may, and numbers.
+        """
+        outer, self.builder.nodes = self.builder.nodes, []
+        try:
+            yield self.builder.nodes
+        finally:
+            self.builder.nodes = outer
 
     def result_name(self, index: int) -> str:
         """A name for result `index` of a node with several."""
@@ -163,7 +181,7 @@ class Step:
 
     def split(self, name: str, parts: list[str], axis: int) -> None:
         """Cut a value into equal parts, whose names `unique` has given out."""
-        self._node("Split", [name], parts, "", {"axis": axis, "num_outputs": len(parts)})
+        self.several("Split", name, results=parts, axis=axis, num_outputs=len(parts))
 
     def round_to(self, name: str, dtype: torch.dtype, suffix: str) -> str:
         """A float32 value rounded to `dtype` and back."""
