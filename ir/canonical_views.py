@@ -174,3 +174,39 @@ class Attention(View):
     def softcap(self) -> float:
         """What the scores stay below; 0 for no cap."""
         return float(arguments(self.node)["softcap"])
+
+
+class LatentAttention(View):
+    """`latent_attention(query_nope, query_rope, latent, rope_key, weight, mask, scale)`."""
+
+    op = "panguq::latent_attention"
+
+    @property
+    def queries(self) -> tuple[fx.Node, fx.Node]:
+        """`[batch, heads, seq, nope]` and `[batch, heads, seq, rope]`."""
+        return operand(self.node, 0), operand(self.node, 1)
+
+    @property
+    def latent(self) -> fx.Node:
+        """`[batch, 1, total, rank]`, of all tokens."""
+        return operand(self.node, 2)
+
+    @property
+    def rope_key(self) -> fx.Node:
+        """`[batch, 1, total, rope]`."""
+        return operand(self.node, 3)
+
+    @property
+    def weight(self) -> fx.Node:
+        """`[heads * (nope + v), rank]`: stored, or computed from codes."""
+        return operand(self.node, 4)
+
+    @property
+    def mask(self) -> fx.Node | None:
+        """As attention's."""
+        return optional_operand(self.node, 5)
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return float(argument(self.node, 6))

@@ -30,7 +30,8 @@ class NodeMeta:
     How a matmul is quantized; its kernel has the same:
       scheme            assign-schemes
       split_from        the label of the matmul that this one computes a part of (outliers)
-      merged            the labels of the matmuls that this one computes (merge-gate-up)
+      merged            the labels of the matmuls that this one computes (merge-gate-up,
+                        fuse-latent-attention)
     What calibration saw of a matmul's input; its kernel reads another value:
       input_statistics  calibrate; matmuls that read one value share one object
       input_range       (low, high), calibrate

@@ -14,6 +14,9 @@ Limits = Mapping[str, tuple[int, int | None]]
 A graph keeps those of its trace as `gm.meta["size_limits"]`."""
 
 PROBE_SIZES = {"batch": 2, "seq": 6, "past": 4, "kept": 3}
+# A site may change what a cache holds (v / s), so regions are proved without a past: what the
+# graph then appends to its own cache is part of the region.
+SITE_PROBE_SIZES = {**PROBE_SIZES, "past": 0}
 OTHER_SIZE = 4
 
 

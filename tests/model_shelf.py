@@ -293,3 +293,42 @@ class TinyModel(nn.Module):
         y = self.mlp_norm(x)
         x = x + self.down(functional.silu(self.gate(y)) * self.up(y))
         return self.head(self.norm(x))
+
+
+class LatentAttention(nn.Module):
+    """What DeepSeek calls MLA: keys and values of two heads are expanded from one latent a token.
+
+    query `[batch, 2, seq, 8 + 4]`, latent `[batch, total, 16]` and rotary key `[batch, total, 4]`
+    to `[batch, 2, seq, 6]`.
+    """
+
+    heads, nope, rope, value, rank = 2, 8, 4, 6, 16
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.kv_b = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=bias)
+        self.rope_proj = nn.Linear(self.rope, self.rope, bias=False)
+
+    def parts(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys without the rotary part, and values, of each head."""
+        shape = (latent.shape[0], -1, self.heads, self.nope + self.value)
+        made = self.kv_b(latent).view(shape).transpose(1, 2)
+        return made.split([self.nope, self.value], dim=-1)
+
+    def forward(self, query: Tensor, latent: Tensor, rope_key: Tensor) -> Tensor:
+        keys, values = self.parts(latent.unsqueeze(1))
+        broadcast = self.rope_proj(rope_key).unsqueeze(1).expand(-1, self.heads, -1, -1)
+        key = torch.cat((keys, broadcast), dim=-1)
+        return functional.scaled_dot_product_attention(query, key, values, scale=0.3)
+
+
+def latent_inputs(seq: int, total: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Two sequences for a LatentAttention."""
+    kind, generator = LatentAttention, torch.Generator().manual_seed(seed)
+    shapes = (
+        (2, kind.heads, seq, kind.nope + kind.rope),
+        (2, total, kind.rank),
+        (2, total, kind.rope),
+    )
+    query, latent, rope_key = (torch.randn(shape, generator=generator) for shape in shapes)
+    return query, latent, rope_key

@@ -22,6 +22,7 @@ from panguq.ir.trace import trace_causal_lm, trace_module
 from panguq.lowering.ascend.fuse_ascend import FuseAscend
 from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.fit_schemes import FitSchemes
+from panguq.lowering.fuse_latent_attention import FuseLatentAttention
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.awq import Awq
@@ -45,7 +46,13 @@ from panguq.passes.weigh_tokens import WeighTokens
 from panguq.registry import all_passes
 from panguq.tensors.weight_store import WeightStore
 from tests.conftest import GOLDEN
-from tests.model_shelf import TinyModel, run_pipeline, token_ids
+from tests.model_shelf import (
+    LatentAttention,
+    TinyModel,
+    latent_inputs,
+    run_pipeline,
+    token_ids,
+)
 
 NPU = "ascend910b1"
 SHOWN = {"label", "module_path", "scheme"}  # by print_graph, or by no listing
@@ -54,12 +61,12 @@ OUTLIER_TOKEN = 5
 
 @dataclass(frozen=True)
 class Example:
-    """A pass, what runs before it, and the model: its dtype, and whether it has a KV cache."""
+    """A pass, what runs before it, and the model: its dtype, and which one it is."""
 
     step: Pass
     before: tuple[Pass, ...] = ()
     dtype: torch.dtype = torch.float32
-    cached: bool = False
+    model: str = "tiny"
 
 
 def start(scheme: str) -> tuple[Pass, ...]:
@@ -93,7 +100,8 @@ EXAMPLES = (
     Example(BiLlm(), W1),
     Example(LearnedRounding(), W4),
     Example(TuneScales(), (*W4, QuantizeWeights())),
-    Example(QuantizeKvCache(), (Canonicalize(),), cached=True),
+    Example(QuantizeKvCache(), (Canonicalize(),), model="llama"),
+    Example(FuseLatentAttention(), (Canonicalize(),), model="latent"),
     Example(MergeGateUp(), LOWERED),
     Example(LowerMatmuls(NPU), (*LOWERED, MergeGateUp()), dtype=torch.bfloat16),
     Example(FuseAscend(), (*LOWERED, MergeGateUp(), LowerMatmuls(NPU)), dtype=torch.bfloat16),
@@ -102,7 +110,7 @@ EXAMPLES = (
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.step.name)
 def test_before_and_after(golden: Callable[[str, str], None], example: Example) -> None:
-    gm, ctx = traced(example.cached, example.dtype)
+    gm, ctx = traced(example.model, example.dtype)
     _, held = run_pipeline(gm, example.before[:2], ctx)
     ctx.reference = clone(gm)
     _, held = run_pipeline(gm, example.before[2:], ctx, held=held)
@@ -140,9 +148,11 @@ def test_a_listing_shows_what_a_pass_changed() -> None:
 
 
 @functools.cache
-def _traced(cached: bool, dtype: torch.dtype) -> tuple[fx.GraphModule, Interface]:
+def _traced(name: str, dtype: torch.dtype) -> tuple[fx.GraphModule, Interface]:
     torch.manual_seed(0)
-    if cached:
+    if name == "latent":
+        return trace_module(LatentAttention().eval(), latent_inputs(2, 3))
+    if name == "llama":
         sizes = dict(hidden_size=32, intermediate_size=32, vocab_size=96, num_attention_heads=2)
         return trace_causal_lm(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).eval())
     model = TinyModel().to(dtype)
@@ -153,12 +163,12 @@ def _traced(cached: bool, dtype: torch.dtype) -> tuple[fx.GraphModule, Interface
 
 
 def traced(
-    cached: bool = False, dtype: torch.dtype = torch.float32
+    name: str = "tiny", dtype: torch.dtype = torch.float32
 ) -> tuple[fx.GraphModule, PassContext]:
     """A copy of the model's raw trace, and the data that passes look at."""
-    gm, interface = _traced(cached, dtype)
+    gm, interface = _traced(name, dtype)
     rows = [token_ids(1, 32, seed) for seed in range(4)]
-    batches = [prepare(interface, row) if cached else {"ids": row} for row in rows]
+    batches = [prepare(interface, row) if name == "llama" else {"ids": row} for row in rows]
     ctx = PassContext(interface, WeightStore(), batches=batches, probe=batches[0])
     return clone(gm), ctx
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError
 from panguq.ir.edit import ancestors, find_label, get_tensor, label, weights_of
-from panguq.ir.probe_sizes import PROBE_SIZES, Sizes, probe_size
+from panguq.ir.probe_sizes import PROBE_SIZES, SITE_PROBE_SIZES, Sizes, probe_size
 from panguq.ir.run.interpret import Values, ensure_finite, last_uses
 from panguq.ir.views import ExpertLinear, Item, Linear, argument, calls, operand, results_of
 from panguq.tensors.folded_weight import materialized
@@ -27,9 +27,6 @@ from panguq.tensors.row_slices import ELEMENTS_AT_ONCE, row_slices
 aten = torch.ops.aten
 TOLERANCE_IN_EPSILONS = 16
 TOLERANCE_IN_STEPS = 2  # rounding moves a subnormal weight by half a step at most
-# A site may change what a cache holds (v / s), so regions are proved without a past: what the
-# graph then appends to its own cache is part of the region.
-SITE_PROBE_SIZES = {**PROBE_SIZES, "past": 0}
 ROUTE_TOKENS = "panguq::route_tokens"
 Weights = Callable[[fx.GraphModule, str], Tensor]
 
@@ -167,7 +164,7 @@ def _rows(node: fx.Node) -> int:
 
 
 def _probe(
-    gm: fx.GraphModule, starts: list[fx.Node], generator: torch.Generator
+    gm: fx.GraphModule, starts: list[fx.Node], generator: torch.Generator, sizes: Sizes
 ) -> dict[str, Tensor]:
     """Random values of these nodes by label; what one routing gives belongs together."""
     routed: dict[fx.Node, Any] = {}
@@ -175,11 +172,11 @@ def _probe(
     for node in starts:
         item = Item.match(node)
         if item is None or not calls(item.source, ROUTE_TOKENS):
-            found[label(node)] = probe_value(gm, node, generator, SITE_PROBE_SIZES)
+            found[label(node)] = probe_value(gm, node, generator, sizes)
             continue
         routing = item.source
         if routing not in routed:
-            ids = probe_value(gm, operand(routing, 0), generator, SITE_PROBE_SIZES)
+            ids = probe_value(gm, operand(routing, 0), generator, sizes)
             routed[routing] = torch.ops.panguq.route_tokens(ids, argument(routing, 1))
         found[label(node)] = routed[routing][item.index]
     return found
@@ -215,10 +212,12 @@ def prove_site(
     outputs: tuple[str, ...],
     generator: torch.Generator,
     turned: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    sizes: Sizes = SITE_PROBE_SIZES,
 ) -> float:
     """Run one rewritten region, named by labels, in both graphs; the largest difference.
 
-    `turned` maps the old value of an input or output to the new one, where they are to differ.
+    `turned` maps the old value of an input or output to the new one, where they are to differ;
+    `sizes` are those of the probe.
     Raises NumericsError, naming the first output that differs, beyond the stated tolerance.
     """
 
@@ -226,8 +225,8 @@ def prove_site(
         return turned[name](value) if turned and name in turned else value
 
     starts = [find_label(before, name) for name in inputs]
-    probe = _probe(before, starts, generator)
-    sizes_before, sizes_after = _sizes(before), _sizes(after)
+    probe = _probe(before, starts, generator, sizes)
+    sizes_before, sizes_after = probed_sizes(before, sizes), probed_sizes(after, sizes)
     old = run_in_float64(
         before,
         {**sizes_before, **{n: probe[label(n)] for n in starts}},
@@ -329,10 +328,10 @@ def _by_name(gm: fx.GraphModule, probe: Mapping[str, Tensor]) -> dict[fx.Node, T
     return {n: probe[str(n.target)] for n in gm.graph.nodes if n.op == "placeholder"}
 
 
-def _sizes(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+def probed_sizes(gm: fx.GraphModule, sizes: Sizes) -> dict[fx.Node, Any]:
     """Values of the nodes that read a dynamic size, so that a region needs no inputs for them."""
     return {
-        n: probe_size(gm, n.meta["val"], SITE_PROBE_SIZES)
+        n: probe_size(gm, n.meta["val"], sizes)
         for n in gm.graph.nodes
         if n.op == "call_function" and isinstance(n.meta["val"], torch.SymInt)
     }

@@ -20,8 +20,11 @@ from panguq.lowering.cpu.candidates import cpu_candidates
 from panguq.lowering.cpu.cost import cpu_cost
 from panguq.lowering.cpu.notes import cpu_notes
 from panguq.lowering.cpu.select import select_cpu
+from panguq.lowering.fuse_latent_attention import FuseLatentAttention
+from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.target import Calls, Cost, Floats, KernelCost, Target
+from panguq.passes.pipeline.base import Pass
 from panguq.tensors.weight_store import WeightStore
 
 
@@ -71,6 +74,9 @@ class CpuTarget(Target):
     ) -> Choice:
         """One kernel for every m, whatever the mix."""
         return select_cpu(replace(problem, m=None), self)
+
+    def passes_before(self, options: AscendOptions) -> tuple[Pass, ...]:
+        return (FuseLatentAttention(),)
 
     def calls(self, gm: fx.GraphModule, store: WeightStore) -> Calls:
         return lower_on_cpu

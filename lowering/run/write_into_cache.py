@@ -9,6 +9,7 @@ from torch import fx
 
 from panguq.ir.edit import erase_unused
 from panguq.ir.interface import Interface
+from panguq.ir.ops import latent_attention  # noqa: F401  (registers the op)
 from panguq.ir.views import arguments, results_of
 
 aten = torch.ops.aten
@@ -19,6 +20,7 @@ _READERS = (
     aten.sym_size.int,
     aten.linear.default,
     torch.ops.panguq.attention.default,
+    torch.ops.panguq.latent_attention.default,
     torch.ops.panguq.dequantize.default,
 )
 

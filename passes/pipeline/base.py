@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from panguq.errors import InputError
 from panguq.ir.edit import label
 from panguq.ir.interface import Interface
+from panguq.ir.probe_sizes import SITE_PROBE_SIZES
 from panguq.ir.properties import Property as Property
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.run.sweep import Progress
@@ -33,11 +34,13 @@ class Region:
     """A region that an exact pass rewrote: outputs as a function of inputs, all by label.
 
     `turned` maps the old value to the new one where the pass meant to change an input or output.
+    `sizes` are those at which it is proved.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     turned: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=lambda: SITE_PROBE_SIZES)
 
 
 @dataclass(frozen=True)

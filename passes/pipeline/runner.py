@@ -154,7 +154,9 @@ def _prove(
     """The largest difference that an exact pass made, in float64, over its sites."""
     if result.sites:
         return max(
-            prove_site(before, after, site.inputs, site.outputs, ctx.generator(), site.turned)
+            prove_site(
+                before, after, site.inputs, site.outputs, ctx.generator(), site.turned, site.sizes
+            )
             for site in result.sites
         )
     if _same_graph(before, after):

@@ -12,6 +12,7 @@ from panguq.ir.interface import Interface
 from panguq.ir.node_meta import meta_of
 from panguq.ir.text.size_expression import evaluate_size, names_in
 from panguq.ir.text.value_types import DTYPES
+from panguq.ir.views import calls
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -69,10 +70,8 @@ def check_input_dtypes(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
 def takes_empty_mask(gm: fx.GraphModule) -> bool:
     """Whether only attention ops read the mask, so that an empty one may say "plain causal"."""
     mask = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == "attention_mask")
-    attention = torch.ops.panguq.attention.default
-    sizes = torch.ops.aten.sym_size.int
-    readers = [user for user in mask.users if user.target is not sizes]
-    return len(readers) == len(mask.users) and all(user.target is attention for user in readers)
+    attentions = ("panguq::attention", "panguq::latent_attention")
+    return all(any(calls(user, op) for op in attentions) for user in mask.users)
 
 
 def empty_past(interface: Interface, batch: int) -> list[Tensor]:

@@ -14,6 +14,7 @@ from panguq.ir.ops import (
     binary,
     canonical,
     encode,
+    latent_attention,
     linear_attention,
     mixed_packing,
     packing,
@@ -67,6 +68,19 @@ def attention(m: int, total: int, heads: int, mask: Tensor, value_dim: int = 16)
         "value": floats(2, 2, total, value_dim),
         "mask": mask,
         "scale": 0.25,
+    }
+
+
+def latents(m: int, total: int) -> dict[str, Any]:
+    """Two heads whose keys have 8 + 4 values and whose values have 6, from latents of 16."""
+    return {
+        "query_nope": floats(2, 2, m, 8),
+        "query_rope": floats(2, 2, m, 4),
+        "latent": floats(2, 1, total, 16),
+        "rope_key": floats(2, 1, total, 4),
+        "weight": floats(2 * (8 + 6), 16),
+        "mask": torch.ones(2, 1, m, total, dtype=torch.bool).tril(total - m),
+        "scale": 0.3,
     }
 
 
@@ -206,6 +220,11 @@ OWN: dict[str, Call] = {
         canonical.attention,
         lambda m: attention(m, m + 3, 4, torch.empty(0, dtype=torch.bool), value_dim=8),
     ),
+    "latent_attention_absorbed": (
+        latent_attention.latent_attention,
+        lambda m: latents(m, 50 * m),
+    ),
+    "latent_attention_expanded": (latent_attention.latent_attention, lambda m: latents(m, m)),
     "gated_linear_attention": (
         linear_attention.gated_linear_attention,
         lambda m: recurrence(m, None),
