@@ -27,6 +27,7 @@ from panguq.ir.run.interpret import run
 from panguq.lowering.fuse_latent_attention import FuseLatentAttention
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.run.prepack import prepack
+from panguq.lowering.run.write_into_cache import write_into_cache, written_into
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline.base import PassContext, PassResult
@@ -173,6 +174,12 @@ def test_the_weight_is_made_of_its_codes_once() -> None:
     gm, _ = lowered("W4A16-g32", fuse=True)
     (view,) = fused(gm)
     assert view.weight.op == "get_attr" and view.weight.meta["val"].dtype == torch.float32
+
+
+def test_latents_are_written_into_the_cache() -> None:
+    gm, interface = lowered("FLOAT", fuse=True)
+    write_into_cache(gm, interface)
+    assert written_into(gm) == {"past_key_0", "past_value_0"}
 
 
 def test_the_proof_takes_the_form_that_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
