@@ -20,6 +20,7 @@ from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (register
 from panguq.kernels.ascend.vendor.contracts import check_call
 from panguq.kernels.ascend.vendor.grouped_matmul_rules import BY_ROWS, CUMULATIVE
 from panguq.kernels.ascend.vendor.moe_combine import ROWS
+from panguq.lowering.ascend.fusions.gating import lower_gating
 from panguq.lowering.ascend.fusions.shared import refusal
 from panguq.passes.pipeline.base import PassResult
 
@@ -31,8 +32,8 @@ panguq = torch.ops.panguq
 def lower_experts(gm: fx.GraphModule, result: PassResult) -> Counter[str]:
     """Write every mixture of experts of the graph in the vendor's ops; how often each was written.
 
-    The k largest of a float32 softmax become `npu_moe_gating_top_k_softmax`; other choices, such as
-    those within groups, stay aten ops and are named in `result`.
+    The choice of experts becomes one op where it is one that the vendor's make
+    (`fusions/gating.py`); others stay aten ops and are named in `result`.
 
     `permute_tokens(x, route_tokens(ids))` becomes `npu_moe_init_routing_v2(x, ids)`, whose second
     result is the inverse of the canonical order and whose third holds where each expert's rows end:
@@ -46,50 +47,12 @@ def lower_experts(gm: fx.GraphModule, result: PassResult) -> Counter[str]:
     for route in [n for n in gm.graph.nodes if n.target is panguq.route_tokens.default]:
         chosen = operand(route, 0)
         _route(route, counts)
-        gating = _gating(chosen)
+        gating = lower_gating(chosen)
         if isinstance(gating, str):
             result.skip(chosen, gating)
         else:
-            counts["topk -> npu_moe_gating_top_k_softmax"] += 1
+            counts[f"topk -> {op_name(gating)}"] += 1
     return counts
-
-
-def _gating(chosen: fx.Node) -> fx.Node | str:
-    """The choice of experts by the vendor's op, in the place of softmax and topk; or why not."""
-    item = Item.match(chosen)
-    if item is None or item.index != 1 or item.source.target is not aten.topk.default:
-        return "the experts are not the second result of a topk"
-    topk, given = item.source, arguments(item.source)
-    scores = operand(topk, 0)
-    last = (-1, scores.meta["val"].dim() - 1)
-    if scores.target is not aten.softmax.int or arguments(scores)["dim"] not in last:
-        return f"the scores are no softmax over the experts, but {op_name(scores)}"
-    if scores.meta["val"].dtype != torch.float32:
-        return "the scores are rounded to 16 bits before the choice, which the op does not do"
-    if given["dim"] not in last or not given["largest"]:
-        return "the experts are not those of the largest scores"
-    op, logits = npu.npu_moe_gating_top_k_softmax.default, operand(scores, 0)
-    if logits.meta["val"].dtype != torch.float32:
-        logits = call(topk, aten.to.dtype, (logits, torch.float32), origin=scores, suffix=".wide")
-    args = (logits, None, given["k"])
-    if reason := refusal(op, args):
-        erase_unused([logits])
-        return reason
-    gating = call(topk, op, args, origin=topk, suffix=".gating")
-    experts = _item(topk, gating, 1, ".experts")
-    for reader in list(chosen.users):
-        if reader.target is aten.to.dtype and reader.meta["val"].dtype == torch.int32:
-            replace(reader, experts)
-    for read in [found for found in map(Item.match, topk.users) if found is not None]:
-        if not read.node.users:
-            continue
-        if read.index == 0:
-            replace(read.node, _item(topk, gating, 0))
-        else:
-            wide = call(topk, aten.to.dtype, (experts, torch.int64), origin=topk, suffix=".ids")
-            replace(read.node, wide)
-    erase_unused([*topk.users, topk])
-    return gating
 
 
 def _route(route: fx.Node, counts: Counter[str]) -> None:

@@ -52,13 +52,6 @@ class Mixture(nn.Module):
         return panguq.combine_experts(rows, order, weights)
 
 
-class Sigmoid(Mixture):
-    """Scores that are no softmax, as DeepSeek's."""
-
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return nn.functional.linear(x, self.router).sigmoid().topk(CHOSEN)
-
-
 class WeighedFirst(Mixture):
     """Rows are weighed before their experts, as Llama 4's, so that the order is read once more."""
 
@@ -101,12 +94,6 @@ def test_a_bias_has_the_dtype_that_the_op_wants(dtype: torch.dtype) -> None:
     (bias,) = arguments(first)["bias"]
     expected = torch.float16 if dtype == torch.float16 else torch.float32
     assert bias.meta["val"].dtype == expected
-
-
-def test_scores_that_are_no_softmax_are_chosen_by_aten_ops() -> None:
-    gm, left = close_to_canonical(Sigmoid(torch.bfloat16), torch.bfloat16)
-    assert ops(gm)["topk"] == 1
-    assert left == ["the scores are no softmax over the experts, but sigmoid"]
 
 
 def test_what_else_reads_the_order_reads_it_of_the_ops_result() -> None:
