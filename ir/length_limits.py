@@ -80,9 +80,9 @@ def attention_windows(model: nn.Module, config: Any) -> tuple[dict[str, Reach], 
 
     They are given by kind of layer, or by "" where one mask serves all layers; there are none where
     a mask need not say it. Kinds in RECURRENT are among them where some layers have masks of that
-    kind. transformers' own models are told their windows by masks, so that the model is right at
-    every length; another model may do otherwise beyond its window. Raises TraceError for layers of
-    a kind that panguq does not know.
+    kind. transformers' own models, and panguq's, are told their windows by masks, so that the model
+    is right at every length; another model may do otherwise beyond its window. Raises TraceError
+    for layers of a kind that panguq does not know.
     """
     types = list(getattr(config, "layer_types", None) or ())
     sizes = {kind: _layer_window(model, config, types.index(kind), kind) for kind in set(types)}
@@ -97,7 +97,7 @@ def attention_windows(model: nn.Module, config: Any) -> tuple[dict[str, Reach], 
         windows = {"": whole}
     found = [size for size in (*windows.values(), other) if size]
     limits = []
-    by_masks = type(model).__module__.startswith("transformers.") and not other
+    by_masks = type(model).__module__.startswith(("transformers.", "panguq.")) and not other
     for reach in () if by_masks else found:
         named = "chunk" if isinstance(reach, Chunk) else "sliding window"
         size = reach.size if isinstance(reach, Chunk) else reach

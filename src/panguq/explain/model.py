@@ -148,9 +148,12 @@ def _choices(
     known: dict[MatmulProblem, _Chosen] = {}
     result = {}
     for node in gm.graph.nodes:
-        if Linear.match(node) is None:
+        linear = Linear.match(node)
+        if linear is None:
             continue
-        problem = matmul_problem(node, scheme_of(node))
+        # a weight that is computed, as a router's cast to float32, is never quantized
+        scheme = scheme_of(node) if linear.is_stored else SCHEMES["FLOAT"]
+        problem = matmul_problem(node, scheme)
         problem = replace(problem, dtype=dtype, weight_format=weight_format)
         if problem not in known:
             known[problem] = _choose(problem, target, allow_float)

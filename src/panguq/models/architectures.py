@@ -18,6 +18,17 @@ SERVED = (
 )
 
 
+def config_classes() -> Any:
+    """transformers' configuration class by model type, and those of openPangu's mixtures of
+    experts, which transformers does not have."""
+    from transformers import CONFIG_MAPPING
+
+    from panguq.models.openpangu.mixture_models import register_openpangu_mixtures
+
+    register_openpangu_mixtures()
+    return CONFIG_MAPPING
+
+
 def model_class(config: Any, place: object = "the model") -> tuple[Any, Any]:
     """The class, and the configuration that it takes: of a larger model perhaps the part for text.
 

@@ -19,6 +19,7 @@ from typing import Any
 from panguq.errors import StorageError
 from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.strict_json import parse_json
+from panguq.models.architectures import config_classes
 from panguq.models.config_limits import check_sizes
 
 logger = logging.getLogger("panguq")
@@ -63,9 +64,9 @@ def build_config(data: Mapping[str, Any], path: Path) -> Any:
     Keys that choose code or files are left out and named in a warning. Raises StorageError,
     naming `path`, for values that the class does not take.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
-    kind = CONFIG_MAPPING[data["model_type"]]
+    kind = config_classes()[data["model_type"]]
     left = sorted(_choices(data))
     if left:
         logger.warning(
@@ -96,12 +97,10 @@ def _with_infinities(value: Any) -> Any:
 def check_known_sizes(data: Mapping[str, Any], path: Path) -> None:
     """Raises StorageError for a number beyond what any model has, under a key that transformers'
     class for the model type reads; of another type's config, nothing is built."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = str(data.get("model_type", ""))
-    if model_type in CONFIG_MAPPING:
+    model_type, kinds = str(data.get("model_type", "")), config_classes()
+    if model_type in kinds:
         with suppress(ValueError):  # a dtype that is none; whoever builds it says so
-            check_sizes(known_settings(CONFIG_MAPPING[model_type], data), path)
+            check_sizes(known_settings(kinds[model_type], data), path)
 
 
 def known_settings(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from panguq.errors import InputError, PanguqError, StorageError
 from panguq.files.limits import CONFIG_BYTES, read_limited
 from panguq.files.strict_json import parse_json
-from panguq.models.architectures import SERVED, model_class
+from panguq.models.architectures import SERVED, config_classes, model_class
 from panguq.models.checkpoint_files import (
     CONFIG,
     StoredTensor,
@@ -62,9 +62,10 @@ def load_pretrained(folder: str | Path) -> Any:
     architecture does not use (layers that predict further tokens, a vision tower), and files of
     weights that were not read; a warning does so, too. Of config.json and generation_config.json
     only what transformers' classes know counts, and nothing that chooses code or files. openPangu's
-    dense models (model type `PanguEmbedded`), which come with code of their own, load as the Llama
-    architecture; see `openpangu_config`. A GGUF file, or a folder with one and no config.json,
-    loads as float32.
+    models come with code of their own, too: the dense ones (model type `PanguEmbedded`) load as the
+    Llama architecture (`openpangu_config`), mixtures of experts as panguq's own
+    (`panguq.models.openpangu.mixture_models`). A GGUF file, or a folder with one and no
+    config.json, loads as float32.
 
     Raises InputError for a folder that is missing, has no config or no weights, or holds
     another kind of model, a quantized one or an adapter; StorageError, naming the file, for a
@@ -79,14 +80,16 @@ def load_pretrained(folder: str | Path) -> Any:
         return model
     data = _config_data(path)
     config = _config(data, path)
+    openpangu_config.check_known_pieces(path, config)
     tensors = stored_tensors(path)
     others = other_files(path, tensors)
     _check_layers(path, config, len(tensors))
     packed = packed_floats(data, path)
     dtype = _dtype(tensors, packed) or torch.float32
     model, unused = load_weights(path, config, tensors, dtype, packed)
-    if data.get("model_type") == openpangu_config.MODEL_TYPE:
-        openpangu_config.check_no_other_weights(path, unused)
+    openpangu_config.check_no_other_weights(
+        path, str(data.get("model_type")), getattr(model.config, "num_hidden_layers", 0), unused
+    )
     if unused:
         logger.warning(
             "%s: %s has no use for %d weights, which are left out: %s",
@@ -203,13 +206,11 @@ def _config_data(folder: Path) -> dict[str, Any]:
 
 
 def _config(data: dict[str, Any], folder: Path) -> Any:
-    from transformers import CONFIG_MAPPING
-
     model_type = str(data.get("model_type", ""))
     packed_floats(data, folder)
     if model_type == openpangu_config.MODEL_TYPE:
         data = openpangu_config.as_llama(data)
-    elif model_type not in CONFIG_MAPPING:
+    elif model_type not in config_classes():
         own_code = "; it needs code of its own, which is not run" if "auto_map" in data else ""
         raise InputError(f"{folder}: unknown model type {model_type!r}{own_code}", SERVED)
     config = build_config(data, folder / CONFIG)

@@ -108,6 +108,8 @@ def plan(
     said = [*getattr(source, "panguq_left_out", ()), *gm.meta.get("trace_warnings", ())]
     said += left_in_float(gm, _assign_pass(recipe), results)
     said += nowhere_to_smooth(sites, interface)
+    counted: dict[str, int] = getattr(source, "panguq_only_counted", {})
+    counted_bytes = sum(counted.values()) * getattr(torch, interface.float_dtype).itemsize
     seconds = compile_seconds(gm, schedule.passes, windows * window)
     return Plan(
         recipe=recipe.name,
@@ -120,9 +122,10 @@ def plan(
         smoothing_blocked=blocked,
         refusals=tuple(refusals),
         warnings=() if refused else tuple(said),
+        only_counted=counted,
         calibration_tokens=windows * window,
-        weight_bytes=weight_bytes(gm),
-        disk_bytes=disk_bytes(gm),
+        weight_bytes=weight_bytes(gm) + counted_bytes,
+        disk_bytes=disk_bytes(gm) + counted_bytes,
         peak_bytes=peak_bytes(gm, windows, window),
         trace_seconds=round(trace_seconds, 1),
         compile_seconds=round(trace_seconds + seconds, 1),

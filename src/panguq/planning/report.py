@@ -30,7 +30,9 @@ class MatmulPlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """A compile that has not happened. `refusals` is empty if it would start."""
+    """A compile that has not happened. `refusals` is empty if it would start. `only_counted`:
+    pieces of the model that are not in the graph, with their number of weights, which stay float
+    and are part of all sizes."""
 
     model_config = ConfigDict(frozen=True)
     recipe: str
@@ -43,6 +45,7 @@ class Plan(BaseModel):
     smoothing_blocked: dict[str, str]
     refusals: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    only_counted: dict[str, int] = {}
     calibration_tokens: int
     weight_bytes: int
     disk_bytes: int
@@ -56,6 +59,8 @@ class Plan(BaseModel):
         sizes: dict[str, int] = {}
         for row in self.matmuls:
             sizes[row.scheme] = sizes.get(row.scheme, 0) + row.n * row.k * row.experts
+        if self.only_counted:
+            sizes["FLOAT"] = sizes.get("FLOAT", 0) + sum(self.only_counted.values())
         total = sum(sizes.values())
         ordered = sorted(sizes.items(), key=lambda item: -item[1])
         return {scheme: size / total for scheme, size in ordered} if total else {}
@@ -71,6 +76,7 @@ class Plan(BaseModel):
             *self._matmul_lines(),
             "",
             *self._smoothing_lines(),
+            *self._only_counted_lines(),
             f"weights now {_size(self.weight_bytes)}; on disk about {_size(self.disk_bytes)}",
             "of all linear weights: "
             + (", ".join(f"{share:.1%} {name}" for name, share in self.shares.items()) or "none"),
@@ -106,6 +112,13 @@ class Plan(BaseModel):
             lines += ["", "kernels that were not taken:"]
             lines += [f"  {what}: {reason}" for what, reason in why.items()]
         return lines
+
+    def _only_counted_lines(self) -> list[str]:
+        if not self.only_counted:
+            return []
+        pieces = (f"{name} {count / 1e6:.1f}" for name, count in self.only_counted.items())
+        said = "not in the graph and counted as float, in millions of weights"
+        return [f"{said}: {', '.join(pieces)}"]
 
     def _smoothing_lines(self) -> list[str]:
         if not self.smoothing_sites and not self.smoothing_blocked:

@@ -34,6 +34,7 @@ from panguq.formats.own.storage import Folder, read_folder, write_folder
 from panguq.ir.interface import Interface
 from panguq.ir.text.serialize import from_text, to_text
 from panguq.lowering import targets  # noqa: F401  (defines ops that files name)
+from panguq.models.architectures import config_classes
 from panguq.models.config import build_config, build_generation_config, plain_settings
 from panguq.models.tokenizer_files import READ, tokenizer_files, tokenizer_of
 from panguq.recipe import Recipe
@@ -139,11 +140,11 @@ def _read_stages(folder: Folder, interface: Interface) -> dict[str, fx.GraphModu
 
 def _read_config(folder: Folder) -> Any:
     """The configuration; of a model type that transformers does not know, its plain values."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
+    from transformers import PretrainedConfig
 
     data = _object(folder, "config.json")
     model_type = str(data.get("model_type", ""))
-    if model_type in CONFIG_MAPPING:
+    if model_type in config_classes():
         return build_config({**data, "model_type": model_type}, folder.path / "config.json")
     try:
         plain: Any = type("PlainConfig", (PretrainedConfig,), {"model_type": model_type})

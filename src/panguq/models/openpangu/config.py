@@ -16,6 +16,8 @@ from typing import Any
 from panguq.errors import InputError
 
 MODEL_TYPE = "PanguEmbedded"
+MIXTURES = ("PanguProMoE", "pangu_ultra_moe", "openpangu_v2", "pangu_v2_moe")
+"""Model types of the mixtures of experts (`mixture_config.py`)."""
 
 # What the published configuration class assumes where config.json is silent: the 7B's values.
 _DEFAULTS: dict[str, Any] = {
@@ -38,6 +40,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _OPTIONAL = ("head_dim", "rope_scaling", "attention_dropout", "dtype", "torch_dtype")
 # The 7B's shards also hold the rotary frequencies, which its own code computes anew from theta.
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _NOT_READ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -59,16 +62,38 @@ def as_llama(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_no_other_weights(folder: object, unexpected: Iterable[str]) -> None:
-    """Refuse a checkpoint with weights that the dense layers above have no place for.
-
-    They would be left out without a word, and another model would run. Raises InputError.
-    """
-    others = sorted(name for name in unexpected if not _NOT_READ.fullmatch(name))
-    if others:
+def check_known_pieces(folder: object, config: Any) -> None:
+    """Refuse to load a model of which only a plan can be made. Raises InputError."""
+    pieces = config.unknown_pieces() if config.model_type in MIXTURES else {}
+    if pieces:
         raise InputError(
-            f"{folder}: {len(others)} weights have no place in openPangu's dense layers: "
+            f"{folder}: the model has pieces that panguq has no module for: {', '.join(pieces)}",
+            "panguq compile --dry-run and panguq explain plan it, with these pieces as float; a "
+            "compiled model without them would be another one",
+        )
+
+
+def check_no_other_weights(
+    folder: object, model_type: str, layers: int, unexpected: Iterable[str]
+) -> None:
+    """Refuse a checkpoint of openPangu's with weights that the layers here have no place for.
+
+    They would be left out without a word, and another model would run. Layers behind the `layers`
+    of the model predict further tokens (MTP) and may be left out. Other model types than
+    openPangu's are not looked at. Raises InputError.
+    """
+    if model_type not in (MODEL_TYPE, *MIXTURES):
+        return
+    behind = {name: int(found[1]) for name in unexpected if (found := _LAYER.match(name))}
+    others = sorted(
+        name
+        for name in unexpected
+        if not _NOT_READ.fullmatch(name) and behind.get(name, 0) < layers
+    )
+    if others:
+        kind = "dense layers" if model_type == MODEL_TYPE else f"layers ({model_type})"
+        raise InputError(
+            f"{folder}: {len(others)} weights have no place in openPangu's {kind}: "
             f"{', '.join(others[:4])}",
-            "only the published dense architecture is known (openPangu-Embedded-1B and 7B), with "
-            "the biases that config.json's bias says",
+            "only the published architectures are known, as config.json says them",
         )
