@@ -27,10 +27,10 @@ class AssignSchemes(Pass):
     """Before: linears.  After: the same, each with its scheme; no number changes.
 
     `schemes` maps globs over module paths to scheme names; the last match wins. A matmul whose
-    result is the graph's first output (the logits) stays float unless a glob other than `*`
-    names it. Matmuls that read one tensor (q, k, v; gate, up) are fused by servers and share
-    one scheme: if the globs disagree, that is an error. A matmul that decides something, as a
-    router does, stays float: `ir/analysis/choices.py` finds it.
+    result is the graph's first output (the logits) has the scheme `head`, and not the default's,
+    unless a glob other than `*` names it. Matmuls that read one tensor (q, k, v; gate, up) are
+    fused by servers and share one scheme: if the globs disagree, that is an error. A matmul that
+    decides something, as a router does, stays float: `ir/analysis/choices.py` finds it.
     """
 
     name: ClassVar[str] = "assign-schemes"
@@ -38,6 +38,7 @@ class AssignSchemes(Pass):
     establishes: ClassVar[frozenset[Property]] = frozenset({Property.SCHEMES})
     exact: ClassVar[bool] = True
     schemes: tuple[tuple[str, str], ...] = (("*", "FLOAT"),)
+    head: str = "FLOAT"
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
@@ -75,7 +76,7 @@ class AssignSchemes(Pass):
 
     @property
     def given_schemes(self) -> tuple[Scheme, ...]:
-        return tuple(parse_scheme(name) for _, name in self.schemes)
+        return tuple(parse_scheme(name) for name in (*dict(self.schemes).values(), self.head))
 
     @property
     def quantizes(self) -> bool:
@@ -93,10 +94,12 @@ class AssignSchemes(Pass):
             return SCHEMES["FLOAT"], "no glob of the recipe matches it"
         glob, name = matches[-1]
         if glob == "*" and is_head():
-            return SCHEMES["FLOAT"], "it gives the logits; name it in the recipe to quantize it"
+            scheme = parse_scheme(self.head)
+            return scheme, "it gives the logits" + _TO_QUANTIZE if scheme.is_float else ""
         return parse_scheme(name), ""
 
 
+_TO_QUANTIZE = "; name it in the recipe to quantize it"
 _OF_TRANSFORMERS = ("logit_positions", "input_ids", "pixel_values", "input_features")
 """Inputs that say that a graph is one of transformers' models, whose last linear is its head."""
 _PICKS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.select.int)

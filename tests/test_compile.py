@@ -500,3 +500,16 @@ def test_a_seed_beyond_what_generators_take() -> None:
     module = torch.nn.Linear(8, 8)
     with pytest.raises(InputError, match="more than 64 bits"):
         panguq.compile(module, "w8a16", example_inputs=(torch.randn(2, 8),), seed=1 << 70)
+
+
+def test_a_tied_head_is_quantized_beside_the_embeddings() -> None:
+    """qwen2's head is its table of embeddings, which stays float: tokens are looked up in it."""
+    model = shared_model("qwen2")
+    recipe = Recipe.of({**dict(Recipe.named("w8a16")), "head": "W8A16"})
+    with shared_traces():
+        compiled = panguq.compile(model, recipe)
+    [head] = [row for row in compiled.report.matmuls if row.gives_logits]
+    assert (head.name.partition(":")[0], head.scheme) == ("lm_head", "W8A16")
+    assert head.stored_bytes < sum(t.nbytes for t in model.lm_head.parameters()) / 3
+    assert torch.equal(compiled.get_input_embeddings().weight, model.lm_head.weight)
+    assert head.local_sqnr_db > 35  # as other matmuls of 8-bit weights

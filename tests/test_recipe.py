@@ -11,7 +11,7 @@ from pydantic import Field
 
 from panguq import registry
 from panguq.errors import RecipeError
-from panguq.files.plain_yaml import MAX_BYTES
+from panguq.files.plain_yaml import MAX_BYTES, parse_yaml
 from panguq.pass_options import make_pass, pass_to_entry
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.canonicalize import Canonicalize
@@ -94,6 +94,19 @@ def test_passes_follow_canonicalize_and_assign_schemes() -> None:
         Smooth(alpha=0.25, sites=("norm",)),
         Plain(),
     )
+
+
+def test_the_head_has_a_scheme_of_its_own() -> None:
+    recipe = Recipe.of({"schemes": {"*": "W4A16"}, "head": "w8a16"})
+    assign = recipe.build()[1]
+    assert assign == AssignSchemes(schemes=(("*", "W4A16"),), head="W8A16")
+    assert assign.scheme_for("lm_head", lambda: True)[0].name == "W8A16"
+    assert assign.scheme_for("mlp.up_proj", lambda: False)[0].name == "W4A16"
+    named = recipe.with_schemes({"lm_head": "FLOAT"}).build()[1]
+    assert named.scheme_for("lm_head", lambda: True)[0].name == "FLOAT"
+    assert Recipe.of(parse_yaml(recipe.to_yaml().encode(), "recipe")) == recipe
+    fails(lambda: Recipe.of({"schemes": {"*": "W8A8"}, "head": "W9"}), "recipe: head: ", "W9")
+    fails(lambda: Recipe.of({"schemes": {"*": "W8A8"}, "head": 8}), "recipe: head = 8")
 
 
 def test_a_file_without_a_name_is_called_as_the_file(tmp_path: Path) -> None:

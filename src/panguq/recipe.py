@@ -6,6 +6,7 @@ description: what it is good for and what it costs
 schemes:                    # glob over module paths -> scheme; the last match wins
   "*": W8A8                 # the default, wherever it stands
   "*.down_proj": W8A8_DYNAMIC
+head: W8A16                 # the matmul that gives the logits; FLOAT unless it is said
 passes:                     # after canonicalize and assign-schemes, in this order
   - smoothquant: {alpha: 0.5}
   - insert-fake-quant
@@ -87,6 +88,17 @@ def _check_schemes(schemes: object, info: ValidationInfo) -> object:
     return checked
 
 
+def _check_head(name: object, info: ValidationInfo) -> object:
+    """The scheme of the head in the spelling of `parse_scheme`."""
+    where = place_in(_source(info), "head")
+    if not isinstance(name, str):
+        raise RecipeError(f"{where} = {name!r:.80}", "write a scheme's name: W8A16")
+    try:
+        return parse_scheme(name).name
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error.message}", error.hint) from None
+
+
 def _build_passes(entries: object, info: ValidationInfo) -> object:
     if entries is None:  # an empty `passes:` in a file
         return ()
@@ -125,6 +137,7 @@ def _ascend_options(value: object, info: ValidationInfo) -> object:
 class Recipe(BaseModel):
     """Schemes by module glob and passes in order. In Python, `passes` may hold Pass instances.
 
+    `head` is the scheme of the matmul that gives the logits, unless a glob other than `*` names it.
     `precision` is the least that lowered weight-only matmuls of a float32 model may multiply in on
     a CPU; `ascend` holds the options of Ascend targets. A glob that matches no matmul of a model is
     an error there, unless `allow_unmatched` is true or lists it.
@@ -135,6 +148,7 @@ class Recipe(BaseModel):
     name: str = Field(default="unnamed", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
     description: str = ""
     schemes: Annotated[dict[str, str], BeforeValidator(_check_schemes)] = Field(min_length=1)
+    head: Annotated[str, BeforeValidator(_check_head)] = "FLOAT"
     passes: Annotated[tuple[InstanceOf[Pass], ...], BeforeValidator(_build_passes)] = ()
     precision: Precision = "bfloat16"
     ascend: Annotated[AscendOptions, BeforeValidator(_ascend_options)] = AscendOptions()
@@ -214,7 +228,7 @@ class Recipe(BaseModel):
 
     def implied(self) -> tuple[Pass, ...]:
         """The two passes that every compile starts with."""
-        return (Canonicalize(), AssignSchemes(schemes=tuple(self.schemes.items())))
+        return (Canonicalize(), AssignSchemes(tuple(self.schemes.items()), self.head))
 
     def build(self) -> tuple[Pass, ...]:
         """All passes in order, with the two that every compile starts with."""

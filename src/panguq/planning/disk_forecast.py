@@ -29,7 +29,7 @@ def forecast_bytes(
 
     model: with weights, fake ones or none. dtype: what it is cast to, None if it is not.
     """
-    assign = AssignSchemes(schemes=tuple(recipe.schemes.items()))
+    assign = AssignSchemes(tuple(recipe.schemes.items()), recipe.head)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     codes = others = 0
     for path, module in model.named_modules():

@@ -191,13 +191,13 @@ def _assign(gm: fx.GraphModule, ctx: PassContext, recipe: Recipe) -> tuple[PassR
         except RecipeError as error:
             refusals.append(_with_hint(error))
     try:
-        return AssignSchemes(schemes=tuple(used)).run(gm, ctx), refusals
+        return AssignSchemes(tuple(used), recipe.head).run(gm, ctx), refusals
     except RecipeError as error:  # matmuls that read one tensor disagree: each has its scheme
         return PassResult(), [*refusals, _with_hint(error)]
 
 
 def _assign_pass(recipe: Recipe) -> AssignSchemes:
-    return AssignSchemes(schemes=tuple(recipe.schemes.items()))
+    return AssignSchemes(tuple(recipe.schemes.items()), recipe.head)
 
 
 def _glob_refusals(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
