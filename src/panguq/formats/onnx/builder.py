@@ -125,17 +125,24 @@ class Builder:
             self.values[node] = stored
         return self.values[node]
 
-    def stored(self, node: fx.Node) -> str:
-        """The initializer that holds a constant node's tensor, in the tensor's own dtype."""
-        name = self._stored.get(node)
+    def stored(self, node: fx.Node, turned: bool = False) -> str:
+        """The initializer that holds a constant node's tensor, in the tensor's own dtype; `turned`,
+        the transpose of a matrix, called `<label>_t`."""
+        name = self._stored.get((node, turned))
         if name is None:
+            make = self.constants[node]
             shape = [int(size) for size in node.meta["val"].shape]
             elem_type = stored_type(node.meta["val"].dtype, label(node))
-            name = self.add_weight(label(node), elem_type, shape, self.constants[node])
-            self._stored[node] = name
+            if turned:
+                name = self.add_weight(
+                    f"{label(node)}_t", elem_type, shape[::-1], lambda: make().t()
+                )
+            else:
+                name = self.add_weight(label(node), elem_type, shape, make)
+            self._stored[node, turned] = name
         return name
 
-    _stored: dict[fx.Node, str] = field(default_factory=dict)
+    _stored: dict[tuple[fx.Node, bool], str] = field(default_factory=dict)
 
     def prune(self, outputs: Sequence[str]) -> None:
         """Drop nodes and weights that no output depends on."""

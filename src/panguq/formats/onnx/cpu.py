@@ -28,8 +28,7 @@ def is_block(group_size: int) -> bool:
 
 def _int8_linear(step: Step) -> str:
     given = step.arguments()
-    turned = step.add("Transpose", step.read(given["weight"]), suffix="weight_t", perm=[1, 0])
-    inputs = [step.read(given["codes"]), turned]
+    inputs = [step.read(given["codes"]), step.turned(given["weight"])]
     if given["act_zero_point"] is not None:
         offset = step.known(given["act_zero_point"]).reshape(()).to(torch.int8)
         inputs.append(step.builder.add_tensor(f"{step.label}.zero_point", offset))
@@ -142,22 +141,26 @@ def _dequantized_linear(step: Step) -> str:
     four_bits = codes.meta["val"].dtype == torch.uint8
     if four_bits and dtype == torch.float32 and is_block(given["group_size"]):
         return _dequantized_n_bits(step, given)
-    n = int(codes.meta["val"].shape[0])
+    n, k = (int(size) for size in codes.meta["val"].shape)
+    k *= 2 if four_bits else 1
+    held_turned = not four_bits and given["group_size"] == k
     if four_bits:
-        k = int(codes.meta["val"].shape[1]) * 2
         lazy = step.lazy(codes)
         stored = step.builder.add_weight(f"{step.label}.codes", TensorProto.INT4, (n, k), lazy)
-        elem_type: int = TensorProto.INT4
     else:
-        k, stored, elem_type = int(codes.meta["val"].shape[1]), step.read(codes), TensorProto.INT8
+        stored = step.turned(codes) if held_turned else step.read(codes)
+    elem_type: int = TensorProto.INT4 if four_bits else TensorProto.INT8
     steps, attributes = weight_steps(
         step, (n, k), given["scale"], given["zero_point"], given["group_size"], elem_type
     )
+    if held_turned:
+        attributes = {"axis": 1}
     weight = step.add("DequantizeLinear", stored, *steps, suffix="weight", **attributes)
     weight = step.round_to(weight, dtype, "weight_rounded")
-    turned = step.add("Transpose", weight, suffix="weight_t", perm=[1, 0])
+    if not held_turned:
+        weight = step.add("Transpose", weight, suffix="weight_t", perm=[1, 0])
     tokens = step.round_to(step.read(given["x"], torch.float32), dtype, "x_rounded")
-    product = step.add("MatMul", tokens, turned, suffix="product")
+    product = step.add("MatMul", tokens, weight, suffix="product")
     product = step.round_to(product, dtype, "product_rounded")
     return _with_bias(step, ["Identity", product], given["bias"])
 

@@ -179,8 +179,7 @@ def _layer_norm(step: Step) -> str:
 def _linear(step: Step) -> str:
     given = step.arguments()
     x = step.read(given["input"], step.dtype)
-    weight = step.read(given["weight"], step.dtype)
-    turned = step.add("Transpose", weight, suffix="weight_t", perm=[1, 0])
+    turned = step.turned(given["weight"], step.dtype)
     if given["bias"] is None:
         return step.finish("MatMul", x, turned)
     product = step.add("MatMul", x, turned, suffix="product")

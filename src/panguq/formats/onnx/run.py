@@ -13,21 +13,26 @@ from panguq.data.inputs import prepare
 from panguq.extras import require
 from panguq.ir.interface import Interface
 
+ACTIVATIONS_STAY_FLOAT = "session.qdq_matmulnbits_accuracy_level"
+"""The accuracy of MatMulNBits that onnxruntime makes of DequantizeLinear and MatMul: 1 is float32;
+by default it is 4, int8 activations."""
+
 
 class OnnxModel:
     """An exported file in an onnxruntime session on the CPU.
 
-    onnxruntime's optimizations are off unless `optimized`: its default ones replace matmuls of
-    dequantized weights by kernels that quantize the activations too.
+    onnxruntime's optimizations are on unless `optimized` is False, but for one: by default it
+    replaces matmuls of dequantized weights by kernels that quantize the activations too.
     """
 
-    def __init__(self, path: str | Path, interface: Interface, optimized: bool = False) -> None:
+    def __init__(self, path: str | Path, interface: Interface, optimized: bool = True) -> None:
         require("onnxruntime", "running ONNX files")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry(ACTIVATIONS_STAY_FLOAT, "1")
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.interface = interface

@@ -18,6 +18,12 @@ from panguq.ir.edit import label, module_path
 from panguq.ir.ops.opset import name_of
 from panguq.ir.views import Item, argument, arguments
 
+_TURNING = (
+    "aten.linear.default", "panguq_cpu.dequantized_linear.default",
+    "panguq_cpu.int8_linear.default", "panguq_cpu.weight_row_sums.default",
+)  # fmt: skip
+"""Ops whose emitters read a matrix by `Step.turned`, or not at all."""
+
 
 @dataclass
 class Step:
@@ -85,6 +91,19 @@ class Step:
         if found is None:
             raise self.error(f"its argument {argument} is computed, and only a stored one is known")
         return found
+
+    def turned(self, weight: fx.Node, dtype: torch.dtype | None = None) -> str:
+        """A matrix `[n, k]` as `[k, n]`, which ONNX's matmuls read; as `dtype`, as in `read`.
+
+        Where matmuls alone read a stored one, the file holds it so, and nothing turns it at every
+        call.
+        """
+        narrow = weight.meta["val"].dtype in NARROW
+        others = [user for user in weight.users if name_of(user.target) not in _TURNING]
+        if weight in self.builder.constants and not narrow and not others:
+            return self.builder.stored(weight, turned=True)
+        stored = self.read(weight, dtype)
+        return self.add("Transpose", stored, suffix="weight_t", perm=[1, 0])
 
     def lazy(self, argument: fx.Node) -> Callable[[], Tensor]:
         """A function that gives the values of a stored argument, called when they are written."""
