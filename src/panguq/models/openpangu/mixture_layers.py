@@ -197,7 +197,7 @@ class SinkAttention(nn.Module):
         return _attend(self, query, key, value, mask, self.head_dim**-0.5)
 
 
-class LatentAttention(nn.Module):
+class SinkLatentAttention(nn.Module):
     """Multi-head latent attention: the cache holds a normed latent and one rotary key a token.
 
     Learned sinks are latents and rotary keys as well, before all tokens'.

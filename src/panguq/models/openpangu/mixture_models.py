@@ -40,7 +40,7 @@ from panguq.models.openpangu.mixture_config import (
 from panguq.models.openpangu.mixture_layers import (
     GroupedAttention,
     GroupedMixture,
-    LatentAttention,
+    SinkLatentAttention,
     OpenPanguExperts,
     OpenPanguMLP,
     ScoredMixture,
@@ -81,7 +81,7 @@ class OpenPanguMixtureLayer(nn.Module):
 
 def _attention(config: Any, layer_idx: int) -> nn.Module:
     if isinstance(config, PanguUltraMoEConfig):
-        return LatentAttention(config, layer_idx)
+        return SinkLatentAttention(config, layer_idx)
     kind = SinkAttention if config.has_sinks else GroupedAttention
     return kind(config, layer_idx)
 
