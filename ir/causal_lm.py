@@ -5,6 +5,7 @@ How a model wants its mask is here, and what its layers keep in their cache.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -40,9 +41,10 @@ from panguq.ir.length_limits import FULL, RECURRENT, Chunk, Reach, keeps_states,
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.tensors.dtypes import dtype_name
 
-MaskForm = Literal["attended", "real_tokens"]
-"""`attended` is the graph's own mask, `[batch, 1, seq, total]`, True where a query attends;
-`real_tokens` is what users give, `[batch, total]`, of which a model makes its own."""
+MaskForm = Literal["attended", "added", "real_tokens"]
+"""`attended` is the graph's own mask, `[batch, 1, seq, total]`, True where a query attends; `added`
+is 0 there and the lowest float elsewhere; `real_tokens` is what users give, `[batch, total]`, of
+which a model makes its own."""
 OWN_ATTENTION = "panguq"
 
 
@@ -125,11 +127,20 @@ class CausalLMStep(nn.Module):
         if self.form == "real_tokens":  # the last token attends to every real one
             return attended[:, 0, -1].long()
         made = {reach: _within(attended, reach) for reach in dict.fromkeys(self.windows.values())}
+        own = _attend_to_themselves(attended)
+        if self.form == "added":
+            attended = self._added(attended)
+            made = {reach: self._added(mask) for reach, mask in made.items()}
         masks = {kind: made[reach] for kind, reach in self.windows.items()}
         if any(kind in RECURRENT for kind in masks):
             masks = {FULL: attended, **masks}
-            masks |= dict.fromkeys(RECURRENT, _attend_to_themselves(attended))
+            masks |= dict.fromkeys(RECURRENT, own)
         return masks.get("", masks) if masks else attended
+
+    def _added(self, attended: Tensor) -> Tensor:
+        dtype = next(self.model.parameters()).dtype
+        zero = torch.zeros((), dtype=dtype, device=attended.device)
+        return torch.where(attended, zero, torch.finfo(dtype).min)
 
 
 class _TracedStates(LinearAttentionLayer):
@@ -262,6 +273,15 @@ def cache_layers(step: CausalLMStep, mode: FakeTensorMode | None) -> tuple[Cache
     layers = tuple(found)
     _check_attends(any(layer.heads for layer in layers), step.model)
     return layers
+
+
+def check_keeps_a_cache(model: Any) -> None:
+    """Raises TraceError for a model whose forward takes no cache: it reads all tokens each time."""
+    if not {"cache", "past_key_values"} & inspect.signature(model.forward).parameters.keys():
+        raise TraceError(
+            f"{type(model).__name__} keeps no cache of keys and values: its forward takes none",
+            "panguq traces language models that continue from a cache",
+        )
 
 
 def _check_attends(attends: bool, model: nn.Module) -> None:

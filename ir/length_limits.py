@@ -7,6 +7,7 @@ that never does it is refused before the trace.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,11 @@ def attention_windows(model: nn.Module, config: Any) -> tuple[dict[str, Reach], 
         windows = {"": whole}
     found = [size for size in (*windows.values(), other) if size]
     limits = []
-    by_masks = type(model).__module__.startswith(("transformers.", "panguq.")) and not other
+    name = type(model).__module__
+    theirs = name.startswith("transformers.")
+    if theirs and whole and not types and not _makes_windowed_masks(model):
+        return {}, []  # its config has a window, of which its forward knows nothing
+    by_masks = (theirs or name.startswith("panguq.")) and not other
     for reach in () if by_masks else found:
         named = "chunk" if isinstance(reach, Chunk) else "sliding window"
         size = reach.size if isinstance(reach, Chunk) else reach
@@ -108,6 +113,12 @@ def attention_windows(model: nn.Module, config: Any) -> tuple[dict[str, Reach], 
         windows = {FULL: None, **dict.fromkeys(RECURRENT), **sizes}
         windows |= {"sliding_attention": sliding} if sliding else {}
     return (windows if (found and by_masks) or recurrent else {}), limits
+
+
+def _makes_windowed_masks(model: nn.Module) -> bool:
+    """Whether the code of one of the model's modules uses transformers' masks with a window."""
+    files = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules[name], "create_sliding_window_causal_mask") for name in files)
 
 
 def keeps_states(types: Iterable[str]) -> bool:

@@ -28,8 +28,10 @@ from panguq.ir.causal_lm import (
     CausalLMStep,
     MaskForm,
     cache_layers,
+    check_keeps_a_cache,
     choose_attention,
 )
+from panguq.ir.causal_tables import compute_causal_tables
 from panguq.ir.edit import finish, module_path
 from panguq.ir.experts import check_experts, choose_experts
 from panguq.ir.exported_graph import (
@@ -103,12 +105,14 @@ def trace_causal_lm(
     config = skeleton.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise encoder_decoder(model)
+    check_keeps_a_cache(model)
     check_experts(skeleton)
     choose_experts(skeleton)
     windows, limits = attention_windows(model, config)
     limits += reset_rotary_frequencies(skeleton)
     keep_rotary_frequencies(skeleton)
     choose_attention(skeleton)
+    compute_causal_tables(skeleton)
     step = CausalLMStep(skeleton, mask_form, windows)
     mode = fake_mode_of(model)
     asked = CausalLMStep(skeleton_of(skeleton), mask_form, windows)  # it keeps fake buffers
@@ -144,6 +148,8 @@ def trace_causal_lm(
         for number, places in enumerate(step.stacks)
     }
     gm = _graph_of(exported, model, "model.", parts)
+    if mask_form == "attended" and _adds_booleans(gm):
+        return trace_causal_lm(model, "added")
     named = ("input_ids", "attention_mask", "position_ids", "logit_positions")
     check_causal_modules(skeleton, {module_path(node) for node in gm.graph.nodes})
     table = _learned_positions(gm)
@@ -180,6 +186,17 @@ def _graph_of(
     gm = unlift(exported, results, strip, stacks)
     gm.meta["trace_warnings"] = tuple(f"{name}: {w}" for w in writes_dropped(exported, results))
     return gm
+
+
+def _adds_booleans(gm: fx.GraphModule) -> bool:
+    """Whether floats and booleans are added: a model that adds its mask to scores."""
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.aten.add.Tensor:
+            values = [x.meta["val"] for x in node.all_input_nodes]
+            dtypes = {x.dtype for x in values if isinstance(x, Tensor)}
+            if torch.bool in dtypes and any(dtype.is_floating_point for dtype in dtypes):
+                return True
+    return False
 
 
 def _learned_positions(gm: fx.GraphModule) -> int | None:

@@ -80,7 +80,7 @@ def check_causal_lm(model: Any, gm: fx.GraphModule, interface: Interface) -> Non
     mask = torch.ones(BATCH, tokens, dtype=torch.long)
     mask[1, : min(PADDING, past - 1)] = 0
     with torch.random.fork_rng(devices=[]):
-        if _weight_bytes(model) <= LARGE_BYTES:
+        if weight_bytes_of(model) <= LARGE_BYTES:
             plain = _Call("a prompt", {"input_ids": ids}, prepare(interface, ids))
             _compare_logits(plain, eager, gm)
         given = {"input_ids": ids[:, :past], "attention_mask": mask[:, :past], "use_cache": True}
@@ -88,7 +88,7 @@ def check_causal_lm(model: Any, gm: fx.GraphModule, interface: Interface) -> Non
         inputs = prepare(interface, ids[:, :past], mask[:, :past])
         padded = _Call("a padded prompt", given, inputs, real)
         output, grown = _compare_logits(padded, eager, gm)
-        if _weight_bytes(model) <= LARGE_BYTES:
+        if weight_bytes_of(model) <= LARGE_BYTES:
             given = {"input_ids": ids[:, past:], "attention_mask": mask, "use_cache": True}
             given[cache_argument(model.forward)] = cache_of(output)
             inputs = prepare(interface, ids[:, past:], mask, past=grown)
@@ -131,7 +131,7 @@ def check_encoder(
             _compare_fields(_Call("the example inputs", inputs, inputs), eager, gm, interface)
             return
         _compare_fields(_Call("inputs without padding", needed, inputs), eager, gm, interface)
-        if "attention_mask" in inputs and _weight_bytes(model) <= LARGE_BYTES:
+        if "attention_mask" in inputs and weight_bytes_of(model) <= LARGE_BYTES:
             mask = inputs["attention_mask"]
             mask[1, : min(PADDING, tokens - 2)] = mask[0, -1] = 0
             padded = _Call("inputs with padding", inputs, inputs, mask.bool())
@@ -186,7 +186,8 @@ def _copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _weight_bytes(model: nn.Module) -> int:
+def weight_bytes_of(model: nn.Module) -> int:
+    """Of all parameters together."""
     return sum(p.nbytes for p in model.parameters())
 
 

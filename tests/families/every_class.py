@@ -64,10 +64,11 @@ SIZES: dict[int, tuple[str, ...]] = {
         "linear_num_key_heads", "swa_num_attention_heads", "linear_num_heads"),
     LAYERS: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers",
              "decoder_layers", "num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads",
-             "num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "moe_top_k",
+             "num_experts_per_tok", "num_experts_per_token", "moe_k", "attn_layer_period",
+             "moe_topk", "top_k_experts", "moe_top_k",
              "num_encoder_layers", "num_decoder_layers", "num_hidden_groups_", "mamba_n_groups",
              "linear_num_groups", "n_groups", "swa_num_key_value_heads"),
-    1: ("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts",
+    1: ("attn_layer_offset", "n_group", "topk_group", "first_k_dense_replace", "n_shared_experts",
         "moe_num_shared_experts", "num_kv_shared_layers", "num_nextn_predict_layers"),
 }  # fmt: skip
 VOCAB, POSITIONS = 256, 128
@@ -98,7 +99,8 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     if latent and "num_key_value_heads" in given:
         changed["num_key_value_heads"] = 4
     layers = next((given[n] for n in SIZES[LAYERS][:4] if isinstance(given.get(n), int)), 0)
-    kept = LAYERS
+    kept = max(LAYERS, len(given.get("block_types") or given.get("_block_types") or ()))
+    changed |= {name: kept for name in SIZES[LAYERS][:4] if name in given}
     kinds = given.get("layer_types") or given.get("layers_block_type")
     if isinstance(kinds, list) and len(kinds) == layers:
         firsts = sorted(kinds.index(kind) for kind in set(kinds))
@@ -120,9 +122,12 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 def make(mapping: str, model_type: str) -> Any:
     """A random float32 model of the mapping's class for a type of config."""
     named = getattr(modeling_auto, MAPPINGS[mapping])[model_type]
-    config = shrink(transformers.CONFIG_MAPPING[model_type]())
+    kind = getattr(transformers, named if isinstance(named, str) else named[0])
+    config = transformers.CONFIG_MAPPING[model_type]()
+    whole = isinstance(config, kind.config_class or PreTrainedConfig)
+    config = shrink(config if whole else config.get_text_config(decoder=True))
     torch.manual_seed(0)
-    model = getattr(transformers, named if isinstance(named, str) else named[0])(config).eval()
+    model = kind(config).eval()
     randomize(model)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None

@@ -72,6 +72,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": SIZED,
     "glm4": SIZED,
     "gpt2": GPT2,
+    "gpt_neo": dict(
+        **IDS, hidden_size=128, num_layers=2, num_heads=4, window_size=WINDOW,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=POSITIONS,
+    ),
     "gpt_neox": HEADS,
     "gptj": dict(**GPT2, rotary_dim=16),
     "granite": dict(
@@ -143,10 +147,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         mamba_d_state=32, mamba_headdim=32, num_mem_blocks=1, use_long_context=False,
     ),
     # Those that are refused.
-    "gpt_neo": dict(
-        **IDS, hidden_size=128, num_layers=2, num_heads=4, window_size=WINDOW,
-        attention_types=[[["global", "local"], 1]], max_position_embeddings=POSITIONS,
-    ),
     "mamba": dict(**IDS, hidden_size=128, num_hidden_layers=2),
     "qwen3_next": dict(**EXPERTS, **LINEAR),
 }  # fmt: skip

@@ -36,6 +36,7 @@ from panguq.report.left_in_float import left_in_float
 from panguq.report.smoothing import nowhere_to_smooth, smoothing_sites
 from panguq.schedule import Schedule
 from panguq.tensors.weight_store import WeightStore
+from panguq.trace_check import LARGE_BYTES, weight_bytes_of
 from panguq.tracing import trace
 
 __all__ = ["Plan", "plan"]
@@ -153,7 +154,8 @@ def _canonical(
 def _canonical_trace(
     model: Any, example_inputs: Examples | None, dtype: torch.dtype | None
 ) -> tuple[fx.GraphModule, Interface]:
-    gm, interface = trace(model, example_inputs, dtype, compare=False)  # it would run the weights
+    compare = isinstance(model, nn.Module) and weight_bytes_of(model) <= LARGE_BYTES
+    gm, interface = trace(model, example_inputs, dtype, compare)
     # a proof would need the weights
     Runner(PassContext(interface, WeightStore()), prove=False).run(gm, [Canonicalize()])
     return gm, interface
