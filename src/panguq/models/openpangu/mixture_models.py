@@ -40,11 +40,11 @@ from panguq.models.openpangu.mixture_config import (
 from panguq.models.openpangu.mixture_layers import (
     GroupedAttention,
     GroupedMixture,
-    SinkLatentAttention,
     OpenPanguExperts,
     OpenPanguMLP,
     ScoredMixture,
     SinkAttention,
+    SinkLatentAttention,
     rotary_embedding,
 )
 
