@@ -13,7 +13,7 @@ from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.ir.analysis.channels import ScaleSite
 from panguq.ir.edit import label
-from panguq.ir.node_meta import scheme_of
+from panguq.ir.node_meta import is_quantized
 from panguq.ir.views import Linear
 from panguq.passes.scaling.folding import Factors
 from panguq.passes.scaling.search import SeenInput, SiteError
@@ -55,7 +55,7 @@ class Awq(ScaleSites):
             raise RecipeError(f"awq: steps is {self.steps}", "give at least 1")
 
     def refuse(self, site: ScaleSite) -> str | None:
-        if any(not scheme_of(c.linear).is_float for c in site.consumers):
+        if any(is_quantized(c.linear) for c in site.consumers):
             return None
         return f"{label(site.consumers[0].linear)} is FLOAT: its weight is not quantized"
 

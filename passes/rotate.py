@@ -10,10 +10,11 @@ from torch import fx
 
 from panguq.errors import RecipeError
 from panguq.ir.analysis.blocks import cuts
+from panguq.ir.analysis.choices import chosen_values
 from panguq.ir.analysis.rotation_rules import EMBEDDING
 from panguq.ir.analysis.rotations import RotationSite, find_rotation_sites, rotated_values
 from panguq.ir.edit import ancestors, get_tensor, label, weights_of
-from panguq.ir.node_meta import scheme_of
+from panguq.ir.node_meta import is_quantized
 from panguq.ir.properties import Property
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, Table
 from panguq.passes.rotation.matrices import Rotation, random_rotation
@@ -107,7 +108,7 @@ class Rotate(Pass):
         if site.kind not in self.sites:
             result.skip(site.source, f"sites of kind {site.kind} are not selected")
             return False
-        if all(scheme_of(reader).is_float for reader in site.readers):
+        if not any(map(is_quantized, site.readers)):
             result.skip(site.source, "no linear that reads it is quantized")
             return False
         return True
@@ -140,10 +141,13 @@ def _regions(
     """The regions that read rotated values and whose own values are unchanged.
 
     A region ends where only the rotated stream leads on, so that rounding does not add up over the
-    layers.
+    layers. What a router chose is given, since rounding may turn a choice between equal scores;
+    the scores themselves are among the outputs.
     """
     streams = {n: q for s, q in rotations.items() if s.kind == "residual" for n in s.values}
     rotated = rotated_values(rotations)
+    chosen = chosen_values(gm, rotated)
+    given = [n for n in gm.graph.nodes if n in chosen and not chosen.issuperset(n.users)]
     ends = {n for n in cuts(gm) if n in streams and n.target in (EMBEDDING, ADD)}
     regions: list[Region] = []
     start: fx.Node | None = None
@@ -153,8 +157,9 @@ def _regions(
             outputs += [node] if node in ends else []
             if outputs:
                 stops = [] if start is None else [start]
-                needed = ancestors(outputs, stop=stops)
+                needed = ancestors(outputs, stop=[*stops, *given])
                 inputs = [n for n in gm.graph.nodes if n in needed and n.op == "placeholder"]
+                inputs += [n for n in given if n in needed]
                 turned = {label(n): streams[n].apply for n in (*stops, node) if n in ends}
                 read = tuple(map(label, [*inputs, *stops]))
                 regions.append(Region(read, tuple(map(label, outputs)), turned))

@@ -13,7 +13,7 @@ from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.ir.analysis.channels import ScaleSite
 from panguq.ir.edit import get_tensor, label
-from panguq.ir.node_meta import scheme_of
+from panguq.ir.node_meta import is_quantized, scheme_of
 from panguq.ir.views import Linear
 from panguq.passes.scaling.folding import Factors, check_kinds
 from panguq.passes.scaling.search import SeenInput, SiteError
@@ -64,11 +64,12 @@ class SmoothQuant(ScaleSites):
                 )
 
     def refuse(self, site: ScaleSite) -> str | None:
-        schemes = {consumer.linear: scheme_of(consumer.linear) for consumer in site.consumers}
-        whole = all(scheme.is_float for scheme in schemes.values())
-        for linear, scheme in schemes.items():  # a router among others stays float
-            if scheme.activation is None and (whole or not scheme.is_float):
-                return f"{label(linear)} is {scheme.name}: its input stays float"
+        quantized = [c.linear for c in site.consumers if is_quantized(c.linear)]
+        if not quantized:  # a router among others stays float
+            return f"{label(site.consumers[0].linear)} is FLOAT: its input stays float"
+        for linear in quantized:
+            if scheme_of(linear).activation is None:
+                return f"{label(linear)} is {scheme_of(linear).name}: its input stays float"
         return None
 
     def samples(self) -> bool:
@@ -167,7 +168,7 @@ def _weight_size(gm: fx.GraphModule, site: ScaleSite, factors: Factors, statisti
     """Size of the consumers' columns, as they are after the sites before this one."""
     size = torch.zeros(site.channels, dtype=torch.float64)
     for consumer in site.consumers:
-        if scheme_of(consumer.linear).is_float:
+        if not is_quantized(consumer.linear):
             continue
         weight = get_tensor(gm, consumer.weight)
         by_axis = factors.get(consumer.weight, {})

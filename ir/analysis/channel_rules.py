@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.analysis.channel_layout import Layout, Size
-from panguq.ir.analysis.walk import first_arguments
+from panguq.ir.analysis.walk import first_arguments, uncast
 from panguq.ir.edit import label
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.ops import experts as expert_ops  # noqa: F401
@@ -100,9 +100,10 @@ def _last_axis(walk: ScaleWalk, value: fx.Node, node: fx.Node) -> Tensor:
 
 
 def _linear(walk: ScaleWalk, node: fx.Node) -> None:
-    x, weight = first_arguments(node, 1)[0], stored_weight(node)
+    x, weight = first_arguments(node, 2)
+    _, weight = uncast(node, weight)
     if walk.state(x) is not None:
-        if weight is None:
+        if weight.op != "get_attr":
             walk.stop(node, "has a weight that is not stored")
         walk.consume(node, weight, _last_axis(walk, x, node))
     if walk.state(node) is not None:

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from panguq.ir.analysis.channel_layout import UNSCALED, Layout
 from panguq.ir.analysis.channel_rules import EMBEDDING, LINEAR, NORMS, RULES, stored_weight
-from panguq.ir.analysis.walk import Blocked, GraphWalk, Stop
+from panguq.ir.analysis.walk import Blocked, GraphWalk, Stop, uncast
 from panguq.ir.edit import label, operands
 from panguq.ir.interface import Interface
 
@@ -132,7 +132,7 @@ class ScaleWalk(GraphWalk[Layout]):
 
     def __init__(self, gm: fx.GraphModule, interface: Interface) -> None:
         super().__init__(gm, interface)
-        self.consumers: dict[fx.Node, Tensor] = {}
+        self.consumers: dict[fx.Node, tuple[str, Tensor]] = {}
         self.parts: list[Tensor] = []
         self.passed: set[str] = set()
         self._edits: dict[tuple[str, fx.Node], dict[tuple[int, bool], Tensor]] = defaultdict(dict)
@@ -194,8 +194,9 @@ class ScaleWalk(GraphWalk[Layout]):
 
     def consume(self, linear: fx.Node, weight: fx.Node, channel: Tensor) -> None:
         """Let the linear's columns take up the scale."""
-        self.consumers[linear] = channel
-        self.absorb(linear, weight, weight.meta["val"].dim() - 1, channel, multiply=True)
+        self.consumers[linear] = str(weight.target), channel
+        reader, _ = uncast(linear, linear.args[1])
+        self.absorb(reader, weight, weight.meta["val"].dim() - 1, channel, multiply=True)
 
     def note_part(self, channels: Tensor) -> None:
         """Remember that the graph takes these channels apart from the others."""
@@ -236,7 +237,7 @@ class ScaleWalk(GraphWalk[Layout]):
                 WeightEdit(e.weight, e.axis, compact(e.channel), e.multiply) for e in edits
             ),
             consumers=tuple(
-                Consumer(linear, str(linear.args[1].target), compact(self.consumers[linear]))
+                Consumer(linear, self.consumers[linear][0], compact(self.consumers[linear][1]))
                 for linear in self.gm.graph.nodes
                 if linear in self.consumers
             ),

@@ -51,6 +51,22 @@ def deciding_linears(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     return found
 
 
+def chosen_values(gm: fx.GraphModule, values: set[fx.Node]) -> set[fx.Node]:
+    """What choices that depend on `values` give, and what follows from it, up to the next matmuls
+    and the next of `values`: a router's experts, their order and their weights."""
+    behind: set[fx.Node] = set(values)
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if behind.isdisjoint(node.all_input_nodes):
+            continue
+        behind.add(node)
+        if node in values or Linear.match(node) is not None:
+            continue
+        if _chooses(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def _chooses(node: fx.Node) -> bool:
     if node.target in _ALWAYS:
         return True

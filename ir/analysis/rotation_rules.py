@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from panguq.ir.analysis.walk import first_arguments
+from panguq.ir.analysis.walk import first_arguments, uncast
 from panguq.ir.edit import label
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
-from panguq.ir.views import Item, argument, arguments, operand
+from panguq.ir.ops import experts as expert_ops  # noqa: F401
+from panguq.ir.views import ExpertLinear, Item, argument, arguments, operand
 
 if TYPE_CHECKING:
     from panguq.ir.analysis.rotations import RotationWalk
@@ -89,19 +90,23 @@ def _same(walk: RotationWalk, node: fx.Node) -> None:
 
 
 def _linear(walk: RotationWalk, node: fx.Node) -> None:
+    """Of experts, every one takes it up: their weights are `[experts, n, k]`."""
     x, weight, bias = first_arguments(node, 3)
     read, made = walk.state(x), walk.state(node)
-    if not _stored(weight, 2):
+    reader, weight = uncast(node, weight)
+    stacked = int(ExpertLinear.match(node) is not None)
+    if not _stored(weight, 2 + stacked):
         walk.stop(node, "has a weight that is not stored")
     if read is not None:
-        walk.read(node, weight, read)
+        walk.readers[node] = None
+        walk.absorb(reader, weight, 1 + stacked, read)
     if made is None:
         return
-    walk.absorb(node, weight, 0, made)
-    if bias is not None and not _stored(bias, 1):
+    walk.absorb(reader, weight, stacked, made)
+    if bias is not None and not _stored(bias, 1 + stacked):
         walk.stop(node, "has a bias that is not stored")
     if bias is not None:
-        walk.absorb(node, bias, 0, made)
+        walk.absorb(node, bias, stacked, made)
 
 
 def _embedding(walk: RotationWalk, node: fx.Node) -> None:
@@ -317,6 +322,9 @@ RULES: dict[Any, RotationRule] = {
     aten.layer_norm.default: RotationRule(_layer_norm),
     aten.linear.default: RotationRule(_linear),
     EMBEDDING: RotationRule(_embedding, passes=()),
+    panguq.permute_tokens.default: _KEEPS,
+    panguq.expert_linear.default: RotationRule(_linear),
+    panguq.combine_experts.default: _KEEPS,
     panguq.attention.default: _ATTENDS,
     aten.scaled_dot_product_attention.default: _ATTENDS,
     aten.matmul.default: _MATMUL,

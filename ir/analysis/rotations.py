@@ -11,6 +11,9 @@ alike. If anything else meets it, nothing moves, and the reason names the node.
     linear, Q^T rows ─► add ─┘                            (the norm's weight goes to its readers)
     v_proj, Q^T rows ─► attention ─► o_proj, columns Q    value: per head
 
+In a mixture of experts the router and every expert read the norm's result, and every expert writes
+to the stream: tokens are permuted and added up as a whole.
+
 Source: Ashkboos et al., QuaRot, arXiv 2404.00456.
 """
 
@@ -99,7 +102,8 @@ def find_rotation_sites(
 class RotationWalk(GraphWalk[Turned]):
     """All that has to be rotated with one value, grown until every rule is satisfied.
 
-    The state of a value is how it is rotated. Rules also call `absorb` and `read`.
+    The state of a value is how it is rotated. Rules also call `absorb`, and add to `readers` the
+    linears whose columns take the rotation up.
     """
 
     def __init__(self, gm: fx.GraphModule, interface: Interface) -> None:
@@ -155,11 +159,6 @@ class RotationWalk(GraphWalk[Turned]):
             self.stop(reader, f"reads weight {name} twice")
         turn = Turn(name, reader, axis, state.block, state.start, state.stop, state.norm)
         self.turns[name, reader, axis] = turn
-
-    def read(self, linear: fx.Node, weight: fx.Node, state: Turned) -> None:
-        """Let the linear's columns take up the rotation."""
-        self.readers[linear] = None
-        self.absorb(linear, weight, 1, state)
 
     def visit_op(self, node: fx.Node) -> None:
         """Apply the rule of a called op. Raises Stop."""

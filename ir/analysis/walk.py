@@ -108,6 +108,17 @@ class GraphWalk(ABC, Generic[State]):
         return next(n for n in self.gm.graph.nodes if n.op == "placeholder" and n.target == name)
 
 
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
+
+
+def uncast(reader: fx.Node, weight: Any) -> tuple[fx.Node, Any]:
+    """What reads a weight as it is stored, and that weight: `reader` and `weight` themselves, or
+    a cast of it that nothing else reads, as before a router that computes in a wider dtype."""
+    while isinstance(weight, fx.Node) and weight.target in CASTS and len(weight.users) == 1:
+        reader, weight = weight, weight.args[0]
+    return reader, weight
+
+
 def first_arguments(node: fx.Node, count: int) -> list[Any]:
     """The first `count` positional arguments, None where the call gives fewer."""
     return [*node.args, *[None] * count][:count]

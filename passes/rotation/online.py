@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from panguq.ir.analysis.rotations import RotationSite
 from panguq.ir.edit import ancestors, call, tensor_node
-from panguq.ir.node_meta import scheme_of
+from panguq.ir.node_meta import is_quantized
 from panguq.ir.views import Linear, operand
-from panguq.passes.pipeline.base import PassResult, linears
+from panguq.passes.pipeline.base import PassResult, matmuls
 from panguq.passes.rotation.matrices import Rotation, random_rotation
 
 aten = torch.ops.aten
@@ -67,12 +67,12 @@ def find_online_sites(
     """
     heads = {r: s.block for s in found if s.kind == "value" for r in s.readers}
     by_input: dict[tuple[fx.Node, str, int], list[fx.Node]] = defaultdict(list)
-    for linear in linears(gm):
+    for linear in matmuls(gm):
         x, k = Linear.of(linear).input, Linear.of(linear).shape[1]
         kind, runs = ("heads", k // heads[linear]) if linear in heads else ("down", k)
         if kind not in kinds or (kind == "down" and not _is_pointwise(x)):
             continue
-        if scheme_of(linear).is_float:
+        if not is_quantized(linear):
             result.skip(linear, "it is not quantized, so its input is not rotated online")
         elif runs == 1:
             result.skip(linear, "its input has one head")

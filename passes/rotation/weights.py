@@ -17,6 +17,7 @@ from panguq.passes.pipeline.base import PassContext
 from panguq.passes.rotation.matrices import Rotation
 from panguq.tensors.folded_weight import materialized
 
+STACKED = 3  # axes of the weights of all experts, which are rotated one by one
 ROWS_AT_ONCE = (
     1024  # rotated together in float64; a weight whose rows turn is in float64 as a whole
 )
@@ -60,7 +61,7 @@ class WeightPlan:
     def columns(self, linear: fx.Node, rotation: Rotation) -> None:
         """Rotate all columns of a linear's weight."""
         matmul = Linear.of(linear)
-        step = WeightRotation(1, rotation, 0, matmul.shape[1])
+        step = WeightRotation(matmul.weight.meta["val"].dim() - 1, rotation, 0, matmul.shape[1])
         self._steps[matmul.weight_name, linear].append(step)
 
     def empty_norm(self, norm: fx.Node) -> None:
@@ -123,28 +124,36 @@ def _computed(name: str, old: dict[str, Tensor], steps: Steps, ctx: PassContext)
     weight = materialized(old[name])
     if isinstance(steps[0], Ones):
         return ctx.store.put(torch.full_like(weight, 1 - steps[0].offset))
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    turns_rows = any(_along(step) < weight.dim() - 1 for step in steps)
+    turns = [step for step in steps if isinstance(step, WeightRotation)]
+    gains: dict[str | None, Tensor] = {
+        s.gain: materialized(old[s.gain]).double() + s.offset for s in turns if s.gain
+    }
+    result = ctx.store.empty(weight.shape, weight.dtype)
+    stacked = weight.dim() == STACKED
+    for one, into in zip(weight, result, strict=True) if stacked else [(weight, result)]:
+        _turn(one, into, [(t, t.axis - weight.dim(), gains.get(t.gain)) for t in turns])
+        if not into.isfinite().all():
+            raise NumericsError(
+                f"rotate: weight {name} is not finite in {weight.dtype} once it is rotated",
+                "check the model's own weights, or compile in bfloat16",
+            )
+    return result
+
+
+def _turn(
+    weight: Tensor, into: Tensor, turns: list[tuple[WeightRotation, int, Tensor | None]]
+) -> None:
+    """Write a weight `[n, k]`, or `[n]`, `into` another one, rotated along axes -1 or -2."""
+    turns_rows = any(axis < -1 for _, axis, _ in turns)
     at_once = len(weight) if turns_rows or weight.dim() == 1 else ROWS_AT_ONCE
     for first in range(0, len(weight), at_once):
         rows = slice(first, first + at_once)
         exact = weight[rows].to(torch.float64, copy=True)
-        for step in steps:
-            assert isinstance(step, WeightRotation)
-            if step.gain is not None:
-                exact *= materialized(old[step.gain]).double() + step.offset
-            lines = exact if step.axis == weight.dim() - 1 else exact.T
+        for turn, axis, gain in turns:
+            if gain is not None:
+                exact *= gain
+            lines = exact if axis == -1 else exact.T
             for some in torch.atleast_2d(lines).split(ROWS_AT_ONCE):
-                part = some[..., step.start : step.stop]
-                part.copy_(step.rotation.apply(part))
-        result[rows] = exact.to(weight.dtype)
-    if not result.isfinite().all():
-        raise NumericsError(
-            f"rotate: weight {name} is not finite in {weight.dtype} once it is rotated",
-            "check the model's own weights, or compile in bfloat16",
-        )
-    return ctx.store.put(result)
-
-
-def _along(step: WeightRotation | Ones) -> int:
-    return step.axis if isinstance(step, WeightRotation) else -1
+                part = some[..., turn.start : turn.stop]
+                part.copy_(turn.rotation.apply(part))
+        into[rows] = exact.to(weight.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.analysis.channels import KINDS, ScaleSite, find_scale_sites
+from panguq.ir.analysis.walk import uncast
 from panguq.ir.canonical_views import weight_offsets
 from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.passes.pipeline.base import PassContext, PassResult, Region
@@ -139,7 +140,7 @@ def regions(gm: fx.GraphModule, sites: Sequence[ScaleSite]) -> list[Region]:
 
     closed = []
     for nodes, rescaled in found:
-        read = {source for node in nodes for source in node.all_input_nodes}
+        read = {uncast(node, source)[1] for node in nodes for source in node.all_input_nodes}
         sizes = {n for n in read if isinstance(n.meta["val"], torch.SymInt)}
         inputs = {n for n in read - nodes - sizes if n.op != "get_attr"}
         closed.append(Region(labels_of(inputs), labels_of(nodes - rescaled)))

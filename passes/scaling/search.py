@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from panguq.ir.analysis.channels import ScaleSite
 from panguq.ir.edit import get_tensor
 from panguq.ir.input_statistics import InputStatistics, plain_tokens
-from panguq.ir.node_meta import scheme_of
+from panguq.ir.node_meta import is_quantized, scheme_of
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import Linear
@@ -64,7 +64,7 @@ def look_at(
     none = torch.empty(0, k), torch.empty(0)
     if not sampled:
         return SeenInput(statistics, mean_abs, *none)
-    activations = [scheme_of(node).activation for node in readers]
+    activations = [scheme_of(node).activation for node in filter(is_quantized, readers)]
     if not any(activations) and statistics.tokens > k:
         return SeenInput(statistics, mean_abs, *none, gram(values).float())
     tokens = torch.cat([value.reshape(-1, k) for value in values])
@@ -173,7 +173,7 @@ class SiteError:
     ) -> None:
         self.parts = []
         for consumer in site.consumers:
-            if scheme_of(consumer.linear).is_float:
+            if not is_quantized(consumer.linear):
                 continue
             weight = get_tensor(gm, consumer.weight)
             ones = torch.ones(weight.shape[-1], dtype=torch.float64)

@@ -30,6 +30,7 @@ from panguq.passes.smoothquant import SmoothQuant
 from panguq.tensors.weight_store import WeightStore
 from tests.model_shelf import (
     CONFIGS,
+    EXPERTS,
     FAMILIES,
     canonical,
     family_context,
@@ -87,7 +88,10 @@ def batch(ctx: PassContext, ids: Tensor, caches: tuple[Tensor, ...]) -> dict[str
 
 @pytest.mark.parametrize(
     ("family", "online"),
-    [*((family, ONLINE) for family in FAMILIES), *(("openpangu", o) for o in ((), ("down",)))],
+    [
+        *((family, ONLINE) for family in (*FAMILIES, EXPERTS)),
+        *(("openpangu", o) for o in ((), ("down",))),
+    ],
 )
 def test_logits_stay_the_same_in_float64(family: str, online: tuple[str, ...]) -> None:
     traced, ctx = _in_float64(family)

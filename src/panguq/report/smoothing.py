@@ -9,7 +9,6 @@ from torch import fx
 from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import label
 from panguq.ir.interface import Interface
-from panguq.ir.node_meta import scheme_of
 from panguq.passes.pipeline.base import Pass
 from panguq.passes.smoothquant import SmoothQuant
 
@@ -18,11 +17,12 @@ def smoothing_sites(
     gm: fx.GraphModule, interface: Interface, passes: Sequence[Pass]
 ) -> tuple[dict[str, int], dict[str, str]]:
     """How many sites of each kind the recipe's smoothquant finds; what cannot move, and why."""
-    kinds = {kind for p in passes if isinstance(p, SmoothQuant) for kind in p.sites}
+    smoothing = [p for p in passes if isinstance(p, SmoothQuant)]
+    kinds = {kind for p in smoothing for kind in p.sites}
     if not kinds:
         return {}, {}
     sites, blocked = find_scale_sites(gm, interface)
-    found = [s for s in sites if all(scheme_of(c.linear).activation for c in s.consumers)]
+    found = [s for s in sites if smoothing[0].refuse(s) is None]
     counts = {kind: sum(site.kind == kind for site in found) for kind in sorted(kinds)}
     return counts, {label(entry.node): entry.reason for entry in blocked}
 
