@@ -17,6 +17,7 @@ from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.ops.packing import packed_columns
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
+from panguq.ir.run.reroute import routing_of
 from panguq.ir.views import ExpertLinear, Linear, by_input
 from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype
@@ -48,9 +49,12 @@ class MixedPrecision(Pass):
                     predicted time of all matmuls / the same, all in float  <= relative_time
 
     solved to optimality (`allocate`). A group is what reads one tensor (q, k, v; gate, up):
-    servers fuse it, so it has one scheme. Stored bits count codes, scales and zero points, and
-    matmuls that the pass leaves alone as they are, all but the one that gives the logits. The
-    time is the cost model's for the target, over its mix of decoding and prompts.
+    servers fuse it, so it has one scheme; and all matmuls of one layer's experts, since servers
+    take the type of all of them from the first. An expert counts by what the tokens lose that reach
+    it, so that a layer whose experts are rarely asked for gets few bits. Stored bits count codes,
+    scales and zero points, and matmuls that the pass leaves alone as they are, all but the one that
+    gives the logits. The time is the cost model's for the target, over its mix of decoding and
+    prompts.
 
     Left alone: matmuls that are FLOAT already, those whose module path matches a glob of `keep`,
     and the one that gives the logits. Not chosen: what the target cannot run on the shape.
@@ -133,9 +137,12 @@ class MixedPrecision(Pass):
 
     def _groups(self, gm: fx.GraphModule) -> tuple[list[LinearGroup], list[fx.Node]]:
         """What shares a choice, and the matmuls that keep their schemes but count as well."""
-        readers = by_input(matmuls(gm))
+        together: dict[fx.Node, list[fx.Node]] = {}
+        for value, readers in by_input(matmuls(gm)).items():
+            routed = ExpertLinear.match(readers[0]) is not None
+            together.setdefault(routing_of(readers[0]) if routed else value, []).extend(readers)
         groups, others = [], []
-        for siblings in readers.values():
+        for siblings in together.values():
             if any(self._is_kept(node) for node in siblings):
                 others += [node for node in siblings if not gives_logits(node)]
             else:
@@ -144,7 +151,6 @@ class MixedPrecision(Pass):
 
     def _is_kept(self, node: fx.Node) -> bool:
         kept = any(fnmatchcase(module_path(node), glob) for glob in self.keep)
-        kept = kept or ExpertLinear.match(node) is not None
         return kept or scheme_of(node).is_float or gives_logits(node)
 
     def _fitting(
@@ -224,17 +230,21 @@ class MixedPrecision(Pass):
         for (group, schemes), index in zip(options.items(), solved.chosen, strict=True):
             chosen = schemes[index]
             shapes = [Linear.of(node).shape for node in group]
-            bits = sum(stored_bits(n, chosen) for n in group) / sum(map(math.prod, shapes))
+            view = ExpertLinear.match(group[0])
+            experts = 1 if view is None else view.experts
+            weights = sum(Linear.of(node).weight.meta["val"].numel() for node in group)
+            bits = sum(stored_bits(n, chosen) for n in group) / weights
             time = (
                 "" if rules is None else f"{sum(rules.predicted_us(n, chosen) for n in group):.0f}"
             )
             kl = {s.name: f"{loss:.4g}" for s, loss in zip(schemes, losses[group], strict=True)}
             rows.append((
                 " ".join(label(node) for node in group), sum(n for n, _ in shapes), shapes[0][1],
+                experts,
                 chosen.name, f"{bits:.4f}", time, *(kl.get(s.name, "") for s in self.schemes),
             ))  # fmt: skip
         estimates = (f"kl_{scheme.name}" for scheme in self.schemes)
-        columns = ("group", "n", "k", "scheme", "bits", "predicted_us", *estimates)
+        columns = ("group", "n", "k", "experts", "scheme", "bits", "predicted_us", *estimates)
         result.tables["allocation"] = Table(columns, tuple(rows))
         result.tables["budgets"] = Table(
             ("budget", "limit", "used", "smallest_possible", "kl", "status", "gap"),

@@ -14,8 +14,8 @@ from panguq.ir.edit import get_tensor, set_tensor
 from panguq.ir.node_meta import meta_of
 from panguq.ir.properties import Property
 from panguq.ir.run.interpret import values
-from panguq.ir.run.reverse_sweep import FirstOutput, reverse_sweep
-from panguq.ir.views import DequantizedWeight, ExpertLinear, Linear
+from panguq.ir.run.reverse_sweep import FirstOutput, Seen, reverse_sweep
+from panguq.ir.views import DequantizedWeight, Linear
 from panguq.passes.codes.weight_scales import storable
 from panguq.passes.pipeline.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
 from panguq.passes.statistics.sensitivity import scored_batch
@@ -31,12 +31,13 @@ POSITIONS_AT_ONCE = 128
 class TuneScales(Pass):
     """Before: `dequantize_weight(codes, scale, …)`.  After: the same, with other scales.
 
-    Codes and zero points stay; each scale s `[n, groups]` becomes s · exp(c), with c chosen by
-    gradient steps (Adam, arXiv 1412.6980) for the whole model at once, so that matmuls make up for
-    each other's errors. The loss is the mean over tokens of KL(float ‖ quantized) of the predicted
-    next token; for a model without such predictions, half the relative squared error of the first
-    output. With gradient G `[n, k]` at the dequantized weight W, dloss/dc of a group is the sum
-    over the group of G · W. Rounded activations pass gradients on as if they were not rounded.
+    Codes and zero points stay; each scale s `[n, groups]`, every expert's, becomes s · exp(c), with
+    c chosen by gradient steps (Adam, arXiv 1412.6980) for the whole model at once, so that matmuls
+    make up for each other's errors. The loss is the mean over tokens of KL(float ‖ quantized) of
+    the predicted next token; for a model without such predictions, half the relative squared error
+    of the first output. With gradient G `[n, k]` at the dequantized weight W, dloss/dc of a group
+    is the sum over the group of G · W; an expert that no token reaches keeps its scales. Rounded
+    activations pass gradients on as if they were not rounded.
 
     An epoch is one forward and one backward sweep over the calibration data, in random order, with
     one step every `batch_sequences` batches. The learning rate bounds how far a step can change a
@@ -206,9 +207,6 @@ def _tunable(gm: fx.GraphModule, result: PassResult) -> list[_Scale]:
         linear = Linear.match(node)
         if linear is None or linear.is_stored or meta_of(node).scheme is None:
             continue
-        if ExpertLinear.match(node) is not None:
-            result.skip(node, "scales of experts stay as they are")
-            continue
         weight = DequantizedWeight.match(linear.weight)
         if weight is None:
             result.skip(node, "its weight has more than one kind of scale")
@@ -225,24 +223,21 @@ def _add_gradients(
 ) -> None:
     """Add to each scale the gradient of the loss at `change`, one block of the model at a time."""
     scale_of = {node: scale for scale in scales for node in scale.readers}
-    at_weights: dict[fx.Node, Tensor] = {}
+    dequantized: dict[fx.Node, Tensor] = {}  # of the block at hand
 
-    def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
-        for node, (x, at_output) in seen.items():
-            flat = at_output.reshape(-1, at_output.shape[-1]).float()
-            product = flat.T @ x.reshape(-1, x.shape[-1]).float()
-            at_weights[node] = at_weights[node].add_(product) if node in at_weights else product
+    def observe(seen: dict[fx.Node, Seen]) -> None:
+        for node, at in seen.items():
+            weight, into = Linear.of(node).weight, scale_of[node].gradient
+            if weight not in dequantized:
+                dequantized[weight] = values(gm, {}, [weight])[weight]
+            stacked = dequantized[weight].view(-1, *Linear.of(node).shape)
+            groups = into.view(*stacked.shape[:2], into.shape[-1])
+            for expert, x, gradient in at.by_expert():
+                product = (gradient.float().T @ x.float()).mul_(stacked[expert])
+                groups[expert] += product.unflatten(1, (into.shape[-1], -1)).sum(-1)
 
-    def block_done() -> None:
-        for node, gradient in at_weights.items():
-            scale = scale_of[node]
-            weight = Linear.of(node).weight
-            gradient *= values(gm, {}, [weight])[weight].float()
-            groups = gradient.unflatten(1, (scale.start.shape[1], -1))
-            scale.gradient += groups.sum(-1)
-        at_weights.clear()
-
-    reverse_sweep(gm, batches, scale_of, loss.gradient, observe, block_done, lambda *_: None)
+    done = dequantized.clear
+    reverse_sweep(gm, batches, scale_of, loss.gradient, observe, done, lambda *_: None)
 
 
 def _state(scales: Sequence[_Scale]) -> dict[str, Tensor]:

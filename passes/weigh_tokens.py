@@ -13,8 +13,8 @@ from panguq.errors import RecipeError
 from panguq.ir.edit import label
 from panguq.ir.node_meta import annotate, is_quantized
 from panguq.ir.properties import Property
-from panguq.ir.run.reverse_sweep import reverse_sweep
-from panguq.ir.views import Linear, by_input
+from panguq.ir.run.reverse_sweep import Seen, reverse_sweep
+from panguq.ir.views import ExpertLinear, Linear, by_input
 from panguq.passes.pipeline.base import (
     GRADIENT_SWEEPS,
     Pass,
@@ -22,6 +22,7 @@ from panguq.passes.pipeline.base import (
     PassResult,
     Table,
     linears,
+    matmuls,
 )
 from panguq.passes.statistics.sensitivity import SampledLabels, scored_batch
 from panguq.tensors.memory import return_free_pages
@@ -41,8 +42,8 @@ class WeighTokens(Pass):
 
     NodeMeta's `token_weights` holds w, float32 `[tokens]`, for each calibration batch. Passes that
     choose codes from inputs (gptq and its relatives) take sqrt(w_t) x_t for x_t, so that X^T X
-    becomes X^T diag(w) X. Matmuls that read one value share their weights. One forward and one
-    backward sweep. No number of the graph changes.
+    becomes X^T diag(w) X. Matmuls that read one value share their weights; experts have
+    none. One forward and one backward sweep. No number of the graph changes.
 
     In the manner of GuidedQuant (arXiv 2505.07004), which averages over groups of outputs instead.
     """
@@ -66,6 +67,9 @@ class WeighTokens(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
         readers = by_input(filter(is_quantized, linears(gm)))
+        for node in filter(is_quantized, matmuls(gm)):
+            if ExpertLinear.match(node) is not None:
+                result.skip(node, "an expert may be shown tokens that no gradient reached it with")
         if readers:
             ctx.require_batches()
         rows = []
@@ -118,10 +122,10 @@ def _gradient_squares(
         value: sum(Linear.of(node).shape[0] for node in nodes) for value, nodes in readers.items()
     }
 
-    def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
+    def observe(seen: dict[fx.Node, Seen]) -> None:
         totals: dict[fx.Node, Tensor] = {}
-        for node, (_, gradient) in seen.items():
-            value = Linear.of(node).input
+        for node, at in seen.items():
+            value, gradient = Linear.of(node).input, at.gradient
             squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(1)
             totals[value] = totals[value] + squares if value in totals else squares
         for value, total in totals.items():

@@ -7,9 +7,9 @@ the block before, so that one block's weights and intermediate values are alive 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -25,14 +25,38 @@ from panguq.ir.run.interpret import (
     ensure_finite,
     without_inputs,
 )
-from panguq.ir.views import Item, Linear, QuantizedInput, results_of
+from panguq.ir.views import ExpertLinear, Item, Linear, QuantizedInput, results_of
 from panguq.tensors import spill
 
 Gradient = Callable[[Tensor], Tensor]
 """From the graph's first output for one batch to the gradient of the scalar there, same shape."""
 
-ObserveGradients = Callable[[dict[fx.Node, tuple[Tensor, Tensor]]], None]
-"""Called for one block and batch with (input x, gradient at the output y) of its watched nodes."""
+
+class Seen(NamedTuple):
+    """A matmul's input x `[.., k]` and the gradient at its output `[.., n]`; of experts also how
+    many of the rows, sorted by expert, each one has, int64 `[experts]`."""
+
+    x: Tensor
+    gradient: Tensor
+    counts: Tensor | None = None
+
+    def by_expert(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each expert that has rows, its part of x and of the gradient; expert 0 where all is one.
+
+        Both have rows `[r, ..]`.
+        """
+        rows = [t.reshape(-1, t.shape[-1]) for t in (self.x, self.gradient)]
+        if self.counts is None:
+            yield 0, rows[0], rows[1]
+            return
+        sizes = self.counts.tolist()
+        for expert, (x, gradient) in enumerate(zip(*(t.split(sizes) for t in rows), strict=True)):
+            if len(x):
+                yield expert, x, gradient
+
+
+ObserveGradients = Callable[[dict[fx.Node, Seen]], None]
+"""Called for one block and batch with what was seen at its watched nodes."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +83,10 @@ def reverse_sweep(
 ) -> None:
     """Call `observe` for every batch and each block that holds a watched node, last block first.
 
-    A watched node is a `linear`; its weight may have any floating dtype. `block_done` is called
-    when all batches have passed such a block. Watched nodes that the first output does not depend
-    on are never observed. Raises NumericsError for a weight, an input of a watched node or an
-    output that is not finite.
+    A watched node is a `linear`, of experts or not; its weight may have any floating dtype.
+    `block_done` is called when all batches have passed such a block. Watched nodes that the first
+    output does not depend on are never observed. Raises NumericsError for a weight, an input of a
+    watched node or an output that is not finite.
     """
     end = results_of(gm)[0]
     steps = _blocks(gm, end)
@@ -235,7 +259,7 @@ def _straight_through(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def _backward(
     step: Block, values: dict[fx.Node, Any], watched: set[fx.Node], pending: dict[fx.Node, Tensor]
-) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+) -> dict[fx.Node, Seen]:
     """Take this block's gradients from `pending`, leave those of its inputs there instead."""
     outputs = [n for n in step.outputs if n in pending and values[n].requires_grad]
     at = [pending.pop(n) for n in outputs]
@@ -251,7 +275,13 @@ def _backward(
             pending[node] = found_here if earlier is None else earlier + found_here
     seen = zip(matmuls, found[len(needs) :], strict=True)
     return {
-        node: (values[Linear.of(node).input].detach(), found_here)
+        node: Seen(values[Linear.of(node).input].detach(), found_here, _counts(node, values))
         for node, found_here in seen
         if found_here is not None
     }
+
+
+def _counts(matmul: fx.Node, values: dict[fx.Node, Any]) -> Tensor | None:
+    experts = ExpertLinear.match(matmul)
+    found: Tensor | None = None if experts is None else values[experts.counts]
+    return found

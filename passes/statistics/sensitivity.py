@@ -32,8 +32,8 @@ from panguq.ir.edit import get_tensor
 from panguq.ir.input_statistics import InputStatistics
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.quant_spec import QuantSpec, Scheme
-from panguq.ir.run.reverse_sweep import reverse_sweep
-from panguq.ir.views import Linear, results_of
+from panguq.ir.run.reverse_sweep import Seen, reverse_sweep
+from panguq.ir.views import ExpertLinear, Linear, by_input, results_of
 from panguq.passes.codes.static_scales import affine
 from panguq.passes.codes.token_scales import quantized_tokens
 from panguq.passes.codes.weight_scales import quantize_groups, search_scale
@@ -41,6 +41,7 @@ from panguq.passes.pipeline.base import PassContext
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.memory import return_free_pages
 from panguq.tensors.row_slices import row_slices
+from panguq.tensors.weight_store import WeightStore
 
 panguq = torch.ops.panguq
 LOGITS_AT_ONCE = 1 << 26  # elements: beyond that, only some of a sequence's positions are scored
@@ -48,11 +49,12 @@ LOGITS_AT_ONCE = 1 << 26  # elements: beyond that, only some of a sequence's pos
 
 @dataclass
 class _Matmul:
-    """Sums over the batches for one linear: squared gradients `[n, k]`, squared inputs `[k]`."""
+    """Sums over the batches for one linear, or for all its experts: squared gradients
+    `[experts, n, k]`, squared inputs `[experts, k]`, tokens `[experts]`."""
 
     fisher: Tensor
     square_sum: Tensor
-    tokens: int = 0
+    tokens: Tensor
 
 
 @dataclass
@@ -66,9 +68,11 @@ class _Sums:
     weights: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def weight(self, gm: fx.GraphModule, node: fx.Node) -> Tensor:
-        """The linear's weight `[n, k]`, computed once a block if it is a product not yet stored."""
+        """The linear's weight `[experts, n, k]`, of one expert where there are none; computed once
+        a block if it is a product not yet stored."""
         if node not in self.weights:
-            self.weights[node] = materialized(get_tensor(gm, Linear.of(node).weight_name))
+            weight = materialized(get_tensor(gm, Linear.of(node).weight_name))
+            self.weights[node] = weight if ExpertLinear.match(node) else weight[None]
         return self.weights[node]
 
     def clear(self) -> None:
@@ -86,7 +90,7 @@ def measure(
 ) -> dict[tuple[fx.Node, ...], list[float]]:
     """The expected KL of quantizing each group alone, for each of its schemes, in nats a token.
 
-    choices: for each group of linears that read one tensor, the schemes in question.
+    choices: for each group of linears, those of experts among them, the schemes in question.
     ratios: the clip ratios of the search for each weight's scales, weighted by the inputs.
 
     For a graph that is no language model the outputs' relative squared error takes the place of
@@ -99,13 +103,15 @@ def measure(
     score = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())
     sums = _Sums()
 
-    def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
-        for node, (x, gradient) in seen.items():
-            _add_matmul(sums.matmuls, node, x, gradient)
+    def observe(seen: dict[fx.Node, Seen]) -> None:
+        for node, at in seen.items():
+            if node not in sums.matmuls:
+                sums.matmuls[node] = _empty_sums(node, ctx.store)
+            _add_matmul(sums.matmuls[node], at)
         for group in dict.fromkeys(group_of[node] for node in seen):
             specs = dict.fromkeys(s.activation for s in choices[group] if s.activation)
-            if specs:
-                _add_activation(gm, sums, group, seen, tuple(specs))
+            for siblings in by_input(group).values() if specs else ():
+                _add_activation(gm, sums, siblings, group[0], seen, tuple(specs))
 
     def block_done() -> None:
         for group in dict.fromkeys(group_of[node] for node in sums.matmuls):
@@ -164,38 +170,47 @@ def scored_batch(batch: dict[str, Tensor], gm: fx.GraphModule) -> dict[str, Tens
     return batch | {"logit_positions": torch.arange(0, ids.shape[1], step)}
 
 
-def _add_matmul(
-    matmuls: dict[fx.Node, _Matmul], node: fx.Node, x: Tensor, gradient: Tensor
-) -> None:
-    tokens = x.reshape(-1, x.shape[-1]).float()
-    at_output = gradient.reshape(-1, gradient.shape[-1]).float()
-    fisher = (at_output.T @ tokens).square_()
-    square_sum = tokens.square().sum(0)
-    if node not in matmuls:
-        matmuls[node] = _Matmul(fisher, square_sum, len(tokens))
-        return
-    matmuls[node].fisher += fisher
-    matmuls[node].square_sum += square_sum
-    matmuls[node].tokens += len(tokens)
+def _empty_sums(node: fx.Node, store: WeightStore) -> _Matmul:
+    """All zero; what experts of one layer need may exceed memory, so it lies in a file."""
+    n, k = Linear.of(node).shape
+    view = ExpertLinear.match(node)
+    experts = 1 if view is None else view.experts
+    fisher = store.empty((experts, n, k), torch.float32).zero_()
+    return _Matmul(fisher, torch.zeros(experts, k), torch.zeros(experts, dtype=torch.int64))
+
+
+def _add_matmul(sums: _Matmul, seen: Seen) -> None:
+    for expert, x, gradient in seen.by_expert():
+        tokens = x.float()
+        sums.fisher[expert] += (gradient.float().T @ tokens).square_()
+        sums.square_sum[expert] += tokens.square().sum(0)
+        sums.tokens[expert] += len(tokens)
 
 
 def _add_activation(
     gm: fx.GraphModule,
     sums: _Sums,
-    group: tuple[fx.Node, ...],
-    seen: dict[fx.Node, tuple[Tensor, Tensor]],
+    siblings: Sequence[fx.Node],
+    group: fx.Node,
+    seen: dict[fx.Node, Seen],
     specs: tuple[QuantSpec, ...],
 ) -> None:
-    x = next(seen[node][0] for node in group if node in seen)
-    at_input = torch.zeros_like(x, dtype=torch.float32)
-    for node in group:
-        if node in seen:
-            weight = sums.weight(gm, node)
-            at_input += (seen[node][1].to(weight.dtype) @ weight).float()
+    """What rounding the value that these read costs, added for their `group`."""
+    observed = [node for node in siblings if node in seen]
+    if not observed:
+        return
+    x = seen[observed[0]].x
+    at_input = torch.zeros(x.shape[:-1].numel(), x.shape[-1])
+    for node in observed:
+        weight, start = sums.weight(gm, node), 0
+        for expert, _, gradient in seen[node].by_expert():
+            product = gradient.to(weight.dtype) @ weight[expert]
+            at_input[start : start + len(product)] += product.float()
+            start += len(product)
     for spec in specs:
         error = quantize_activation(x, spec).float() - x.float()
-        product = at_input * error
-        sums.activation[group[0], spec] += float(product.square().sum(dtype=torch.float64))
+        error = at_input.view(error.shape) * error
+        sums.activation[group, spec] += float(error.square().sum(dtype=torch.float64))
 
 
 def quantize_activation(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -213,14 +228,18 @@ def quantize_activation(x: Tensor, spec: QuantSpec) -> Tensor:
 def _weight_error(
     weight: Tensor, seen: _Matmul, spec: QuantSpec, ratios: tuple[float, ...]
 ) -> float:
-    """sum_ij F_ij (Q(W) - W)_ij^2, with the scales that the clip search finds."""
-    size = spec.group_size_for(weight.shape[1])
-    importance = seen.square_sum / max(seen.tokens, 1)
+    """sum_ij F_ij (Q(W) - W)_ij^2 of every expert, with the scales that the clip search finds.
+
+    An expert that no token reached adds nothing.
+    """
+    size = spec.group_size_for(weight.shape[-1])
     total = 0.0
-    for some in row_slices(weight):
-        rows = weight[some]
-        scale, zero = search_scale(rows, size, spec, importance, ratios)
-        groups = rows.float().reshape(rows.shape[0], -1, size)
-        error = quantize_groups(groups, scale, zero, spec).sub_(groups).square_().view(rows.shape)
-        total += float(error.mul_(seen.fisher[some]).sum())
+    for expert in seen.tokens.nonzero().flatten().tolist():
+        importance = seen.square_sum[expert] / seen.tokens[expert]
+        for some in row_slices(weight[expert]):
+            rows = weight[expert][some]
+            scale, zero = search_scale(rows, size, spec, importance, ratios)
+            groups = rows.float().reshape(rows.shape[0], -1, size)
+            error = quantize_groups(groups, scale, zero, spec).sub_(groups).square_()
+            total += float(error.view(rows.shape).mul_(seen.fisher[expert][some]).sum())
     return total

@@ -20,6 +20,7 @@ from panguq.passes.pipeline.base import PassContext
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.tune_scales import TuneScales
 from tests.model_shelf import (
+    EXPERTS,
     TwoLinears,
     canonical,
     family_context,
@@ -65,7 +66,7 @@ def mean_loss(gm: fx.GraphModule, ctx: PassContext) -> float:
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("family", ["two", "llama"])
+@pytest.mark.parametrize("family", ["two", "llama", EXPERTS])
 def test_the_gradient_is_that_of_the_loss(family: str) -> None:
     """Against finite differences of single groups' scales."""
     gm, ctx = two() if family == "two" else quantized(family, "W6A16-g32")
@@ -80,8 +81,8 @@ def test_the_gradient_is_that_of_the_loss(family: str) -> None:
     loss.expect(range(len(ctx.batches)))
     tune_scales._add_gradients(gm, scales, list(ctx.batches), loss)
     assert loss.total / len(ctx.batches) == pytest.approx(mean_loss(gm, ctx), rel=1e-3)
-    for scale in (scales[0], scales[-1]):
-        place = divmod(int(scale.gradient.abs().argmax()), scale.gradient.shape[1])
+    for scale in (scales[0], scales[-2], scales[-1]):  # in a mixture the second last is experts'
+        place = torch.unravel_index(scale.gradient.abs().argmax(), scale.gradient.shape)
         ends = []
         for step in (-1e-2, 1e-2):
             moved = scale.start.clone()
