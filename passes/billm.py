@@ -14,9 +14,11 @@ from panguq.ir.edit import call, replace, tensor_node
 from panguq.ir.number_format import INT1
 from panguq.ir.ops.binary import MAGNITUDES_PER_BLOCK, dequantize_binary
 from panguq.ir.ops.packing import pack_codes, packed_columns, unpack_codes
+from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import QuantizedWeight
 from panguq.passes.codes.column_solver import solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor
+from panguq.passes.codes.solvable import check_solvable
 from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
 from panguq.passes.codes.stored_codes import stem_of
 from panguq.tensors.weight_store import WeightStore
@@ -75,17 +77,23 @@ class BiLlm(SolveWeights):
                 f"at least 1, damping {self.damping} at least 0"
             )
 
+    def check_matmuls(self, gm: fx.GraphModule) -> None:
+        check_solvable(self.name, gm, self.check_spec)
+
+    def check_spec(self, name: str, spec: QuantSpec) -> None:
+        """Raises RecipeError for schemes of more than one bit."""
+        if spec.format != INT1:
+            raise RecipeError(
+                f"billm makes 1-bit weights, and the scheme of {name} has codes of {spec.format}",
+                "give its matmuls the scheme W1A16, or FLOAT",
+            )
+
     def solve(self, problem: WeightProblem) -> Solution:
         """Codes int8 `[n, k]`, magnitudes bfloat16 `[n, 4 * blocks]`, salient int8 `[1, k]`.
 
         Raises RecipeError for schemes of more than one bit.
         """
-        if problem.spec.format != INT1:
-            raise RecipeError(
-                f"billm makes 1-bit weights, and the scheme of {problem.names[0]} has "
-                f"codes of {problem.spec.format}",
-                "give its matmuls the scheme W1A16, or FLOAT",
-            )
+        self.check_spec(problem.names[0], problem.spec)
         n, k = problem.weight.shape
         hessian = gram(problem.inputs)
         order = block_order(hessian.diagonal(), self.block_size, self.act_order)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,9 +13,17 @@ from panguq.ir.edit import call, free_name, get_tensor, label, split, tensor_nod
 from panguq.ir.node_meta import annotate, meta_of, range_of, scheme_of, statistics_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
-from panguq.ir.views import Linear, by_input
+from panguq.ir.views import ExpertLinear, Linear, by_input
 from panguq.passes.calibrate import static_spec
-from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, Table, linears
+from panguq.passes.pipeline.base import (
+    Pass,
+    PassContext,
+    PassResult,
+    Region,
+    Table,
+    linears,
+    matmuls,
+)
 from panguq.passes.statistics.observers import range_sqnr_db
 
 aten = torch.ops.aten
@@ -35,7 +42,8 @@ class Outliers(Pass):
 
     `per-token` and `float` take the inputs of lowest static SQNR first, those below `floor_db`,
     until `max_share` of all weights to be quantized would be exceeded (columns that `split` took
-    count). Matmuls that read one tensor are treated alike.
+    count). Matmuls that read one tensor are treated alike, so all experts of one are; nothing is
+    split off what experts read.
     """
 
     name: ClassVar[str] = "outliers"
@@ -56,7 +64,7 @@ class Outliers(Pass):
             )
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-        readers = by_input(n for n in linears(gm) if scheme_of(n).activation is not None)
+        readers = by_input(n for n in matmuls(gm) if scheme_of(n).activation is not None)
         if self.treatment == "split":
             return self._split(gm, ctx, readers)
         return self._reassign(gm, readers)
@@ -71,6 +79,9 @@ class Outliers(Pass):
             bound = self._bound(nodes)
             channels = (seen.channel_amax > self.threshold * bound).nonzero().flatten()
             if not len(channels):
+                continue
+            if ExpertLinear.match(nodes[0]) is not None:
+                result.skip(value, "experts read it, whose side matmuls no kernel takes together")
                 continue
             if len(channels) > seen.channel_amax.numel() // 8:
                 result.skip(
@@ -107,7 +118,7 @@ class Outliers(Pass):
                 quality = range_sqnr_db(histogram, low, high, spec)
                 ranked.append((quality, value, nodes))
         ranked.sort(key=lambda entry: entry[0])
-        quantized = [n for n in linears(gm) if not scheme_of(n).is_float]
+        quantized = [n for n in matmuls(gm) if not scheme_of(n).is_float]
         total = sum(_weights(n) for n in quantized)
         spent = sum(_weights(n) for n in linears(gm) if meta_of(n).split_from) / max(total, 1)
         for quality, value, nodes in ranked:
@@ -130,7 +141,7 @@ class Outliers(Pass):
 
 
 def _weights(node: fx.Node) -> int:
-    return math.prod(Linear.of(node).shape)
+    return int(Linear.of(node).weight.meta["val"].numel())
 
 
 def _split_channels(gm: fx.GraphModule, ctx: PassContext, node: fx.Node, channels: Tensor) -> None:

@@ -19,6 +19,7 @@ from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.views import QuantizedWeight
 from panguq.passes.codes.column_solver import solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor, output_error
+from panguq.passes.codes.solvable import check_solvable
 from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
 from panguq.passes.codes.stored_codes import set_grid, stem_of
 from panguq.passes.codes.weight_scales import (
@@ -75,17 +76,24 @@ class SlimLlm(SolveWeights):
         if self.damping < 0:
             raise RecipeError(f"slim-llm: damping {self.damping} must be 0 or more", "try 0.01")
 
+    def check_matmuls(self, gm: fx.GraphModule) -> None:
+        check_solvable(self.name, gm, self.check_spec)
+
+    def check_spec(self, name: str, spec: QuantSpec) -> None:
+        """Raises RecipeError for schemes of 1 or 8 bits, which have no neighbour on one side."""
+        if not (spec.is_integer and 2 <= spec.bits <= 7):
+            raise RecipeError(
+                f"slim-llm gives groups one bit more or less than the scheme, and the scheme of "
+                f"{name} has codes of {spec.format}",
+                "take a scheme of 2 to 7 bits, such as W2A16",
+            )
+
     def solve(self, problem: WeightProblem) -> Solution:
         """Codes int8 `[n, k]`, scales, zero points, and the bits of groups, uint8 `[groups]`.
 
         Raises RecipeError for schemes of 1 or 8 bits, which have no neighbour on one side.
         """
-        if not (problem.spec.is_integer and 2 <= problem.spec.bits <= 7):
-            raise RecipeError(
-                f"slim-llm gives groups one bit more or less than the scheme, and the scheme of "
-                f"{problem.names[0]} has codes of {problem.spec.format}",
-                "take a scheme of 2 to 7 bits, such as W2A16",
-            )
+        self.check_spec(problem.names[0], problem.spec)
         chosen, held_out = (gram(part) for part in halves(problem.inputs))
         everything = self._loop(problem, chosen + held_out)
         order = everything.groups_by_salience()

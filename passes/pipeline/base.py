@@ -183,6 +183,12 @@ class Pass:
         """What must hold before this pass, given its options and the passes before it."""
         return self.requires
 
+    def check_matmuls(self, gm: fx.GraphModule) -> None:
+        """Raises RecipeError for a matmul that the pass cannot take with the scheme it has.
+
+        Asked before any data is read, of a graph whose matmuls have schemes that stay.
+        """
+
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         """Rewrite `gm` in place."""
         raise NotImplementedError

@@ -65,9 +65,19 @@ class Schedule:
         return next(step for step in self.implied if isinstance(step, AssignSchemes))
 
     def check_described(self, gm: fx.GraphModule, allow_unmatched: bool | tuple[str, ...]) -> None:
-        """Raises RecipeError for a pass's glob that matches no matmul of the described graph."""
+        """Raises RecipeError for a pass's glob that matches no matmul of the described graph, and
+        for a matmul of it that a pass cannot take."""
         for step in self.calibrated:
             check_globs(step.name, step.globs, gm, allow_unmatched)
+        self.check_matmuls(gm)
+
+    def check_matmuls(self, gm: fx.GraphModule) -> None:
+        """Raises RecipeError for a matmul of the described graph that a pass cannot take, up to the
+        first pass that gives matmuls other schemes."""
+        for step in self.calibrated:
+            if step.given_schemes:
+                return
+            step.check_matmuls(gm)
 
     def check_formats(self) -> None:
         """Raises LoweringError for a scheme whose number format the target has no kernel for."""

@@ -94,6 +94,7 @@ def plan(
             notes |= {skip.node: skip.reason for skip in results[-1].skipped}
         except LoweringError as error:
             refusals.append(_with_hint(error))
+    refusals += _matmul_refusals(schedule, gm)
     rows = []
     choices = Choices(find_target(target), recipe.precision, recipe.ascend)
     for node in matmuls(gm):
@@ -164,6 +165,14 @@ def _canonical_trace(
 def _order_refusals(schedule: Schedule) -> list[str]:
     try:
         schedule.check_order()
+    except RecipeError as error:
+        return [_with_hint(error)]
+    return []
+
+
+def _matmul_refusals(schedule: Schedule, gm: fx.GraphModule) -> list[str]:
+    try:
+        schedule.check_matmuls(gm)
     except RecipeError as error:
         return [_with_hint(error)]
     return []
