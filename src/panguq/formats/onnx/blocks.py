@@ -143,13 +143,16 @@ def _attention(step: Step) -> str:
     query, key, value, mask, scale, sinks, softcap = step.arguments().values()
     if sinks is not None or softcap:
         raise step.error("attention with sinks or a cap of its scores is not written")
+    return _attend(step, query, key, value, _attended(step, mask, query, key), scale)
+
+
+def _attended(step: Step, mask: fx.Node | None, query: fx.Node, key: fx.Node) -> str:
+    """The mask of panguq's attention; no name where there is none."""
     if mask is None:
-        attended = ""
-    elif any(known_size(size) == 0 for size in mask.meta["val"].shape):
-        attended = _causal(step, query, key)
-    else:
-        attended = _read_mask(step, mask)
-    return _attend(step, query, key, value, attended, scale)
+        return ""
+    if any(known_size(size) == 0 for size in mask.meta["val"].shape):
+        return _causal(step, query, key)
+    return _read_mask(step, mask)
 
 
 def _sdpa(step: Step) -> str:
@@ -160,6 +163,31 @@ def _sdpa(step: Step) -> str:
         attended = _causal(step, given["query"], given["key"], aligned_to_first=True)
     parts = (given["query"], given["key"], given["value"])
     return _attend(step, *parts, attended, given["scale"])
+
+
+def _latent_attention(step: Step) -> str:
+    """In the expanded form, for prompts and single tokens alike."""
+    given = step.arguments()
+    heads, nope = (int(given["query_nope"].meta["val"].shape[axis]) for axis in (1, 3))
+    width = int(given["weight"].meta["val"].shape[0]) // heads
+    axis = step.integers([1], "head_axis")
+    latent = step.add("Squeeze", step.read(given["latent"]), axis, suffix="latent")
+    weight = step.turned(given["weight"], step.dtype)
+    made = step.add("MatMul", latent, weight, suffix="expanded")
+    shape = step.integers([0, 0, heads, width], "heads")
+    apart = step.add("Reshape", made, shape, suffix="apart")
+    batched = step.add("Transpose", apart, suffix="batched", perm=[0, 2, 1, 3])
+    ends = [step.integers([at], f"at_{at}") for at in (0, nope, width)]
+    last = step.integers([3], "last_axis")
+    keys = step.add("Slice", batched, ends[0], ends[1], last, suffix="key_nope")
+    values = step.add("Slice", batched, ends[1], ends[2], last, suffix="value")
+    of_all = step.integers([1, heads, 1, 1], "all_heads")
+    turned = step.add("Expand", step.read(given["rope_key"]), of_all, suffix="key_rope")
+    key = step.add("Concat", keys, turned, suffix="key", axis=3)
+    parts = [step.read(given[name]) for name in ("query_nope", "query_rope")]
+    query = step.add("Concat", *parts, suffix="query", axis=3)
+    attended = _attended(step, given["mask"], given["query_nope"], given["latent"])
+    return step.finish("Attention", query, key, values, attended, scale=given["scale"])
 
 
 def _npu_attention(step: Step) -> Value:
@@ -243,6 +271,7 @@ EMITTERS: dict[str, Emitter] = {
     "npu.npu_rotary_mul.default": _npu_rotary_mul,
     "npu.npu_swiglu.default": _npu_swiglu,
     "panguq.attention.default": _attention,
+    "panguq.latent_attention.default": _latent_attention,
     "panguq.geglu.default": _geglu,
     "panguq.layer_norm.default": _layer_norm,
     "panguq.rms_norm.default": _rms_norm,
