@@ -25,6 +25,7 @@ from panguq.lowering.ascend.fusions.cache import (
 )
 from panguq.lowering.ascend.fusions.experts import lower_experts
 from panguq.lowering.ascend.fusions.gated import fuse_geglu, fuse_gelu, fuse_swiglu
+from panguq.lowering.ascend.fusions.grouped_swiglu import fuse_grouped_swiglu
 from panguq.lowering.ascend.fusions.norm import fuse_layer_norm, fuse_quantizer, fuse_rms_norm
 from panguq.lowering.ascend.fusions.shared import FusionState
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
@@ -56,7 +57,9 @@ class FuseAscend(Pass):
     - a mixture of experts becomes routing, grouped matmuls and weighted sums
       (`fusions/experts.py`).
     - with `allow_inexact`, `npu_add_rms_norm` and the one `npu_quantize` or `npu_dynamic_quant`
-      that reads its norm become `npu_add_rms_norm_quant` or `npu_add_rms_norm_dynamic_quant`.
+      that reads its norm become `npu_add_rms_norm_quant` or `npu_add_rms_norm_dynamic_quant`, and
+      8-bit gate and up projections of experts, their SwiGLU and its quantizer become
+      `npu_grouped_matmul_swiglu_quant_v2`.
     A call that an op's documented limits exclude is spelled in aten ops instead, with the reason.
 
     Exactness: each rewrite computes the formula that the op's documentation gives, which is
@@ -94,7 +97,9 @@ class FuseAscend(Pass):
                     replace(node, outcome)
         state.erase_unread()
         for node in [n for n in gm.graph.nodes if n.target in _QUANTIZERS]:
-            fused = fuse_quantizer(node, self.allow_inexact)
+            fused = fuse_grouped_swiglu(node, self.allow_inexact)
+            if fused is None:
+                fused = fuse_quantizer(node, self.allow_inexact)
             if isinstance(fused, fx.Node):
                 counts[f"{op_name(node)} -> {op_name(fused)}"] += 1
             elif fused is not None:

@@ -145,7 +145,17 @@ def test_weights_that_are_rounded_in_the_graph_are_rounded_in_the_file(tmp_path:
     assert sqnr_db(expected[0], found["logits"]) >= SMALLEST_DB
 
 
-@pytest.mark.parametrize("recipe", ["float", "w8a8-dynamic", "preset w4a16", "w4a8"])
+FUSED = {
+    "schemes": {"*": "W8A8_DYNAMIC"},
+    "passes": ["calibrate", "insert-fake-quant", "quantize-weights"],
+    "ascend": {"allow_inexact": True},
+}
+RECIPES["one op of gate and up"] = FUSED
+
+
+@pytest.mark.parametrize(
+    "recipe", ["float", "w8a8-dynamic", "preset w4a16", "w4a8", "one op of gate and up"]
+)
 def test_an_ascend_graph_agrees_op_by_op(recipe: str, tmp_path: Path) -> None:
     model, path = compiled("wide", recipe, "ascend910b1"), tmp_path / "model.onnx"
     export_onnx(model.artifact, path)

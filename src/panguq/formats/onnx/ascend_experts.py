@@ -21,6 +21,7 @@ from panguq.formats.onnx.experts import (
     weighted_sum,
 )
 from panguq.formats.onnx.step import Emitter, Step
+from panguq.ir.ops.quantize import SMALLEST_AMAX
 from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.vendor.grouped_matmul import full_scales
 from panguq.kernels.ascend.vendor.grouped_matmul_rules import COUNTS, CUMULATIVE
@@ -287,8 +288,52 @@ def _weight_only(step: Step, given: dict[str, Any]) -> tuple[list[str | None], A
     return own, make
 
 
+def _swiglu_quant(step: Step) -> Value:
+    """The product of halves in the Loop; codes of all rows behind it, rounded twice as the op."""
+    given = step.arguments()
+    (weight,), (scale,) = given["weight"], given["weight_scale"]
+    if weight.meta["val"].dtype != torch.int8:
+        raise step.error("only 8-bit weights are written")
+    scales = step.builder.add_tensor(f"{step.label}.deq_scale", step.known(scale).float())
+    rows = [step.read(given["x"]), _column(step, given["x_scale"])]
+    half = int(scale.meta["val"].shape[-1]) // 2
+    names = [step.result_name(index) for index in range(2)]
+
+    def make(rows: list[str], own: OwnValues) -> str:
+        assert own[1] is not None
+        total = step.add("MatMulInteger", rows[0], own[0] or "", suffix="int32")
+        wide = step.add("Cast", total, suffix="float32", to=TensorProto.FLOAT)
+        wide = step.add("Mul", wide, rows[1], suffix="row_scaled")
+        wide = step.add("Mul", wide, own[1], suffix="scaled")
+        parts = [step.builder.unique(f"{step.label}.{name}") for name in ("gate", "up")]
+        step.split(wide, parts, -1)
+        activated = step.add("Swish", parts[0], suffix="silu")
+        return step.add("Mul", activated, parts[1], suffix="gated")
+
+    sequence = each_expert(
+        step, _split(step, given), rows, [stored(step, weight), scales], half, make
+    )
+    product = step.add("ConcatFromSequence", sequence, suffix="product", axis=0)
+    last = step.integers([-1], "last")
+    size = step.add("Abs", product, suffix="abs")
+    largest = step.add("ReduceMax", size, last, suffix="amax")
+    least = step.number(SMALLEST_AMAX, torch.float32, "smallest_amax")
+    largest = step.add("Max", largest, least, suffix="limited")
+    most = step.number(127.0, torch.float32, "quant_max")
+    row_scale = step.add("Div", largest, most, suffix="row_scale")
+    factor = step.add("Reciprocal", row_scale, suffix="factor")
+    scaled = step.round_to(
+        step.add("Mul", product, factor, suffix="quotient"), torch.float16, "quotient_rounded"
+    )
+    codes = step.add("Round", scaled, suffix="rounded_codes")
+    step.call_it(step.add("Cast", codes, suffix="int8", to=TensorProto.INT8), names[0])
+    step.call_it(step.add("Squeeze", row_scale, last, suffix="row_scales"), names[1])
+    return tuple(names)
+
+
 EMITTERS: dict[str, Emitter] = {
     "npu.npu_grouped_matmul.default": _grouped_matmul,
+    "npu.npu_grouped_matmul_swiglu_quant_v2.default": _swiglu_quant,
     "npu.npu_moe_finalize_routing.default": _finalize,
     "npu.npu_moe_gating_top_k.default": _gating,
     "npu.npu_moe_gating_top_k_softmax.default": _gating_softmax,
