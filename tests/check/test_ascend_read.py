@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from panguq.check.ascend_read import FakeQuantLinear, load_ascend_v1
+import panguq
+from panguq.check.ascend_read import FakeQuantExperts, FakeQuantLinear, load_ascend_v1
 from panguq.errors import StorageError
 from panguq.formats.checkpoint.ascend_v1 import save_ascend_v1
 from panguq.formats.checkpoint.graph import read_checkpoint_graph
@@ -17,6 +18,7 @@ from tests.check.check_folders import GATE, LAYER, VOCAB, Q, ascend
 from tests.formats.checkpoint.ascend_reference import reference, sqnr_db
 from tests.formats.checkpoint.test_ascend_v1 import IDS, SIZES, compiled
 from tests.model_folders import make_model
+from tests.model_shelf import EXPERTS, shared_model, token_ids
 
 SCHEMES = ["W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8"]
 TYPES = ["W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC"]
@@ -147,3 +149,33 @@ def test_a_shape_that_does_not_fit_is_named(tmp_path: Path) -> None:
     draft.tensors[f"{GATE}.weight"] = draft.tensors[f"{GATE}.weight"][:128]
     with pytest.raises(StorageError, match=r"gate_proj\.weight has codes \[128, 256\]"):
         load_ascend_v1(draft.write(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic-serving", "w8a16"])
+def test_experts_are_read_one_by_one(recipe: str, tmp_path: Path) -> None:
+    compiled = panguq.compile(
+        shared_model(EXPERTS), recipe, calibration=[token_ids(1, 32)], dtype=torch.bfloat16
+    )
+    compiled.save(tmp_path / "out", format="ascend")
+    read = load_ascend_v1(tmp_path / "out")
+    block = read.model.layers[1].mlp.experts
+    assert isinstance(block, FakeQuantExperts)
+    assert len(block.gate_up_proj) == read.config.num_experts
+    ids = token_ids(2, 24, 7)
+    wanted = compiled(ids).logits.float()
+    assert sqnr_db(wanted, read(ids).logits.float()) > 25
+
+
+def test_experts_that_stay_float_are_stacked(tmp_path: Path) -> None:
+    recipe = {
+        "name": "attention",
+        "schemes": {"*": "W8A16", "model.layers.*.mlp.experts.*": "FLOAT"},
+        "passes": ["calibrate", "insert-fake-quant", "quantize-weights"],
+    }
+    model = shared_model(EXPERTS)
+    compiled = panguq.compile(model, recipe, calibration=[token_ids(1, 32)], dtype=torch.bfloat16)
+    compiled.save(tmp_path / "out", format="ascend")
+    read = load_ascend_v1(tmp_path / "out").model.layers[1].mlp.experts
+    wanted = model.model.layers[1].mlp.experts
+    assert torch.equal(read.gate_up_proj, wanted.gate_up_proj.bfloat16())
+    assert torch.equal(read.down_proj, wanted.down_proj.bfloat16())

@@ -7,7 +7,7 @@ For looking and comparing; a server computes the same with integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from panguq.check.files import CheckedFolder, open_folder
 from panguq.errors import StorageError
 from panguq.formats.checkpoint.ascend_v1_tensors import FLOAT, unpack_rows
 from panguq.ir.ops import quantize  # noqa: F401  (registers the ops called here)
-from panguq.models.hub_names import hub_names
+from panguq.models.hub_names import HubNames, WeightPart, hub_names
 
 panguq = torch.ops.panguq
 READABLE = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC")
@@ -81,6 +81,39 @@ class FakeQuantLinear(nn.Module):
         return f"{self.kind}, n={self.codes.shape[0]}, k={self.codes.shape[1]}"
 
 
+class FakeQuantExperts(nn.Module):
+    """A layer's routed experts with stored codes, in place of transformers' module for them.
+
+    linears: by the name of a stacked weight (`gate_up_proj`) for each expert its linears, which
+    together have the weight's rows. act: what stands between the two matmuls.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, Sequence[Sequence[FakeQuantLinear]]],
+        act: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.act = act
+        self.first, self.last = linears
+        for name, experts in linears.items():
+            setattr(self, name, nn.ModuleList(nn.ModuleList(parts) for parts in experts))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states `[t, k]`, the others `[t, top_k]`; the weighted sum `[t, k]`."""
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, place = torch.where(top_k_index == expert)
+            x = self._linear(self.first, expert, hidden_states[token])
+            x = self._linear(self.last, expert, self.act(x))
+            weighted = x * top_k_weights[token, place, None]
+            result.index_add_(0, token, weighted.to(result.dtype))
+        return result
+
+    def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in getattr(self, name)[expert]], dim=-1)
+
+
 def load_ascend_v1(path: str | Path, dtype: torch.dtype | None = None) -> Any:
     """The transformers model in an AscendV1 folder, its linears in fake quantization.
 
@@ -101,12 +134,23 @@ def load_ascend_v1(path: str | Path, dtype: torch.dtype | None = None) -> Any:
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     names = hub_names(model)
     left = dict.fromkeys(folder.tensors)
+    linears = {}
     for path_, kind in _linears(folder).items():
-        linear = FakeQuantLinear(kind, _linear_tensors(folder, path_, kind))
-        _replace(model, names.module_in_memory(path_), linear)
+        linears[path_] = FakeQuantLinear(kind, _linear_tensors(folder, path_, kind))
         for leaf in _PARTS:
             left.pop(f"{path_}.{leaf}", None)
-    _load_floats(model, folder, {names.in_memory.get(n, n): n for n in left}, dtype)
+    _replace_experts(model, names, linears)
+    for path_, linear in linears.items():
+        _replace(model, names.module_in_memory(path_), linear)
+    stacked = {
+        name: _stack(folder, parts).to(dtype)
+        for name, parts in names.merged.items()
+        if parts and all(part.name in left for part in parts)
+    }
+    for name in stacked:
+        for part in names.merged[name]:
+            del left[part.name]
+    _load_floats(model, folder, {names.in_memory.get(n, n): n for n in left}, stacked, dtype)
     model.requires_grad_(False)
     return model
 
@@ -174,6 +218,37 @@ def _as_float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
+def _replace_experts(
+    model: nn.Module, names: HubNames, linears: dict[str, FakeQuantLinear]
+) -> None:
+    """Take the linears of experts out of `linears`, and put them where their layers have them."""
+    owners: dict[str, dict[str, list[list[FakeQuantLinear]]]] = {}
+    for name, parts in names.merged.items():
+        paths = [part.name.removesuffix(".weight") for part in parts]
+        found = [path for path in paths if path in linears]
+        if not found:
+            continue
+        if len(found) < len(paths) or any(part.expert is None for part in parts):
+            raise StorageError(
+                f"{found[0]}.weight is quantized, and other parts of {name} are not", _CHECK
+            )
+        owner, _, leaf = name.rpartition(".")
+        experts: dict[int, list[FakeQuantLinear]] = {}
+        for part, path in sorted(zip(parts, paths, strict=True), key=lambda one: one[0].start):
+            linear = linears.pop(path)
+            if linear.codes.shape[0] != part.end - part.start:
+                raise StorageError(f"{path}.weight has codes {list(linear.codes.shape)}", _CHECK)
+            experts.setdefault(int(part.expert or 0), []).append(linear)
+        owners.setdefault(owner, {})[leaf] = [experts[e] for e in sorted(experts)]
+    for owner, leaves in owners.items():
+        old: Any = model.get_submodule(owner)
+        first = "gate_up_proj" if old.has_gate else "up_proj"
+        act = old._apply_gate if old.has_gate else old.act_fn
+        ordered = {leaf: leaves[leaf] for leaf in (first, "down_proj")}
+        parent, _, leaf = owner.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, FakeQuantExperts(ordered, act))
+
+
 def _replace(model: nn.Module, path: str, linear: FakeQuantLinear) -> None:
     owner, _, leaf = path.rpartition(".")
     try:
@@ -190,12 +265,27 @@ def _replace(model: nn.Module, path: str, linear: FakeQuantLinear) -> None:
     setattr(model.get_submodule(owner), leaf, linear)
 
 
+def _stack(folder: CheckedFolder, parts: Sequence[WeightPart]) -> Tensor:
+    """The weight in memory of experts that are stored one by one, `[experts, n, k]`."""
+    experts: dict[int, list[Tensor]] = {}
+    for part in sorted(parts, key=lambda part: part.start):
+        experts.setdefault(int(part.expert or 0), []).append(folder.tensor(part.name))
+    return torch.stack([torch.cat(experts[expert]) for expert in sorted(experts)])
+
+
 def _load_floats(
-    model: nn.Module, folder: CheckedFolder, names: dict[str, str], dtype: torch.dtype
+    model: nn.Module,
+    folder: CheckedFolder,
+    names: dict[str, str],
+    stacked: dict[str, Tensor],
+    dtype: torch.dtype,
 ) -> None:
-    """`names`: of the tensors that are left, as they are stored, by those of the model."""
+    """`names`: of the tensors that are left, as they are stored, by those of the model. `stacked`:
+    values that are stored in parts."""
     wanted = set(model.state_dict())
-    values = {n: folder.tensor(there).to(dtype) for n, there in names.items() if n in wanted}
+    values = stacked | {
+        n: folder.tensor(there).to(dtype) for n, there in names.items() if n in wanted
+    }
     held = {name for name in wanted if _is_quantized(model, name)}
     tied = {"lm_head.weight"} if folder.is_tied else set()
     missing = sorted(wanted - held - values.keys() - tied)
