@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
@@ -124,7 +124,7 @@ class MixedPrecision(Pass):
         for option, (budget, _) in budgets.items():
             if budget.smallest > budget.limit:
                 raise self._infeasible(f"{option}: {getattr(self, option)}", budgets)
-        losses = self._losses(gm, ctx, options)
+        losses, of_experts = self._losses(gm, ctx, options)
         solved = allocate(list(losses.values()), [budget for budget, _ in budgets.values()])
         if solved is None:
             raise self._infeasible("these budgets together", budgets)
@@ -133,6 +133,7 @@ class MixedPrecision(Pass):
                 result.changed += scheme_of(node) != schemes[index]
                 annotate(node, scheme=schemes[index])
         self._tabulate(result, options, losses, solved, budgets, ctx.matmul_rules)
+        self._tabulate_experts(result, options, of_experts)
         return result
 
     def _groups(self, gm: fx.GraphModule) -> tuple[list[LinearGroup], list[fx.Node]]:
@@ -194,17 +195,24 @@ class MixedPrecision(Pass):
 
     def _losses(
         self, gm: fx.GraphModule, ctx: PassContext, options: dict[LinearGroup, tuple[Scheme, ...]]
-    ) -> dict[LinearGroup, list[float]]:
-        """The expected KL of each group's schemes; a compile that was killed measures once."""
+    ) -> tuple[dict[LinearGroup, list[float]], dict[fx.Node, Tensor]]:
+        """The expected KL of each group's schemes, and each expert's part `[schemes, experts]`.
+
+        A compile that was killed measures once.
+        """
 
         def compute() -> Finished:
-            ratios = clip_ratios(steps=self.clip_steps)
-            found = measure(gm, ctx, options, ratios)
+            ratios, experts = clip_ratios(steps=self.clip_steps), dict[fx.Node, Tensor]()
+            found = measure(gm, ctx, options, ratios, experts)
             every = [kl for group in options for kl in found[group]]
-            return Finished({"kl": torch.tensor(every, dtype=torch.float64)})
+            parts = {f"experts.{label(node)}": kls for node, kls in experts.items()}
+            return Finished({"kl": torch.tensor(every, dtype=torch.float64), **parts})
 
-        kls = iter(ctx.once("sensitivity", compute).tensors["kl"].tolist())
-        return {group: [next(kls) for _ in schemes] for group, schemes in options.items()}
+        tensors = ctx.once("sensitivity", compute).tensors
+        kls = iter(tensors["kl"].tolist())
+        losses = {group: [next(kls) for _ in schemes] for group, schemes in options.items()}
+        nodes = {f"experts.{label(node)}": node for group in options for node in group}
+        return losses, {nodes[name]: kept for name, kept in tensors.items() if name in nodes}
 
     def _infeasible(self, what: str, budgets: dict[str, tuple[Budget, float]]) -> RecipeError:
         smallest = " and ".join(
@@ -254,6 +262,25 @@ class MixedPrecision(Pass):
                 for option, (budget, unit) in budgets.items()
             ),
         )  # fmt: skip
+
+    def _tabulate_experts(
+        self,
+        result: PassResult,
+        options: dict[LinearGroup, tuple[Scheme, ...]],
+        of_experts: dict[fx.Node, Tensor],
+    ) -> None:
+        """What each expert's weight adds to its group's KL under each scheme."""
+        group_of = {node: group for group in options for node in group}
+        rows = []
+        for node, kls in of_experts.items():
+            names = [scheme.name for scheme in options[group_of[node]]]
+            for expert, column in enumerate(kls.T.tolist()):
+                kl = {n: f"{loss:.4g}" for n, loss in zip(names, column, strict=True)}
+                every = (kl.get(scheme.name, "") for scheme in self.schemes)
+                rows.append((label(node), expert, *every))
+        if rows:
+            columns = ("matmul", "expert", *(f"kl_{scheme.name}" for scheme in self.schemes))
+            result.tables["experts"] = Table(columns, tuple(rows))
 
 
 def stored_bits(node: fx.Node, scheme: Scheme) -> int:

@@ -87,11 +87,13 @@ def measure(
     ctx: PassContext,
     choices: Mapping[tuple[fx.Node, ...], Sequence[Scheme]],
     ratios: tuple[float, ...],
+    by_expert: dict[fx.Node, Tensor] | None = None,
 ) -> dict[tuple[fx.Node, ...], list[float]]:
     """The expected KL of quantizing each group alone, for each of its schemes, in nats a token.
 
     choices: for each group of linears, those of experts among them, the schemes in question.
     ratios: the clip ratios of the search for each weight's scales, weighted by the inputs.
+    by_expert: takes what each expert's own weight adds, float64 `[schemes, experts]` by matmul.
 
     For a graph that is no language model the outputs' relative squared error takes the place of
     the KL: half the squared error over the mean square. Raises InputError without calibration
@@ -102,6 +104,7 @@ def measure(
     result = {group: [0.0] * len(schemes) for group, schemes in choices.items()}
     score = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())
     sums = _Sums()
+    each: dict[fx.Node, Tensor] = {} if by_expert is None else by_expert
 
     def observe(seen: dict[fx.Node, Seen]) -> None:
         for node, at in seen.items():
@@ -122,13 +125,19 @@ def measure(
                 for node in group:
                     if node in sums.matmuls and scheme.weight is not None:
                         weight = sums.weight(gm, node)
-                        total += _weight_error(weight, sums.matmuls[node], scheme.weight, ratios)
+                        errors = _weight_errors(weight, sums.matmuls[node], scheme.weight, ratios)
+                        total += float(errors.sum())
+                        if ExpertLinear.match(node) is not None:
+                            none = errors.new_zeros(len(choices[group]), len(errors))
+                            each.setdefault(node, none)[index] = errors / 2
                 result[group][index] += total / 2
         sums.clear()
         return_free_pages()
 
     batches = [scored_batch(batch, gm) for batch in ctx.batches]
     reverse_sweep(gm, batches, group_of, score.gradient, observe, block_done, ctx.progress)
+    for kls_of_experts in each.values():
+        kls_of_experts /= score.total
     return {group: [kl / score.total for kl in kls] for group, kls in result.items()}
 
 
@@ -225,15 +234,15 @@ def quantize_activation(x: Tensor, spec: QuantSpec) -> Tensor:
     return panguq.dequantize(codes, scale, zero, x.dtype)
 
 
-def _weight_error(
+def _weight_errors(
     weight: Tensor, seen: _Matmul, spec: QuantSpec, ratios: tuple[float, ...]
-) -> float:
+) -> Tensor:
     """sum_ij F_ij (Q(W) - W)_ij^2 of every expert, with the scales that the clip search finds.
 
-    An expert that no token reached adds nothing.
+    float64 `[experts]`; 0 for an expert that no token reached.
     """
     size = spec.group_size_for(weight.shape[-1])
-    total = 0.0
+    total = torch.zeros(len(weight), dtype=torch.float64)
     for expert in seen.tokens.nonzero().flatten().tolist():
         importance = seen.square_sum[expert] / seen.tokens[expert]
         for some in row_slices(weight[expert]):
@@ -241,5 +250,5 @@ def _weight_error(
             scale, zero = search_scale(rows, size, spec, importance, ratios)
             groups = rows.float().reshape(rows.shape[0], -1, size)
             error = quantize_groups(groups, scale, zero, spec).sub_(groups).square_()
-            total += float(error.view(rows.shape).mul_(seen.fisher[expert][some]).sum())
+            total[expert] += float(error.view(rows.shape).mul_(seen.fisher[expert][some]).sum())
     return total

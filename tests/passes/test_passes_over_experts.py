@@ -43,6 +43,11 @@ def test_experts_of_a_layer_share_a_scheme_and_those_that_do_not_matter_get_few_
     (row,) = (row for row in rows if LAYER in row["group"])
     assert row["experts"] == 6 and "gate_up_proj" in row["group"] and "down_proj" in row["group"]
     assert {float(row[f"kl_{scheme}"]) for scheme in CHOICES} == {0.0}
+    (other,) = (row for row in rows if "layers.0.mlp.experts." in row["group"])
+    parts = [row for row in result.tables["experts"].rows if "layers.0." in row[0]]
+    assert len(parts) == 2 * 6  # two matmuls of six experts
+    whole = sum(float(row[2]) for row in parts)  # four digits each
+    assert whole == pytest.approx(float(other[f"kl_{CHOICES[0]}"]), rel=1e-3)
 
 
 def test_static_inputs_that_experts_read_badly_are_quantized_per_token_and_never_split() -> None:
