@@ -19,8 +19,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from tests.openpangu_folders import CONFIG, SIZES_1B, SIZES_7B, TEXT, write_json
 GIB = 2**30
 SIZES = {"7B": SIZES_7B, "1B": SIZES_1B}
 SAMPLE_SECONDS = 0.05
+DISK_SECONDS = 1.0  # a compile keeps hundreds of parts, and looking at each takes time
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -46,21 +48,30 @@ class Measured:
     exit_code: int
 
 
-def make_model(path: Path, size: str, layers: int, seed: int = 0) -> Path:
+Part = Callable[[torch.Generator], dict[str, Tensor]]
+"""Makes the weights of one file."""
+
+
+def make_model(path: Path, size: str, layers: int) -> Path:
     """A checkpoint folder as published, one shard a layer, with random bfloat16 weights."""
     config = CONFIG | SIZES[size] | {"num_hidden_layers": layers}
+    parts: list[Part] = [lambda generator: _ends(config, generator)]
+    parts += [partial(_layer, config, index) for index in range(layers)]
+    return write_folder(path, config, parts)
+
+
+def write_folder(path: Path, config: dict[str, object], parts: Sequence[Part]) -> Path:
+    """A folder with this config.json, a tokenizer and a shard a part; one that is whole is kept."""
     if (path / "model.safetensors.index.json").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path)
     write_json(path / "config.json", config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     places: dict[str, str] = {}
     total = 0
-    parts: list[Callable[[], dict[str, Tensor]]] = [lambda: _ends(config, generator)]
-    parts += [lambda index=i: _layer(config, index, generator) for i in range(layers)]  # type: ignore[misc]
     for number, part in enumerate(parts, start=1):
-        weights = part()
+        weights = part(generator)
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         save_file(weights, path / file, metadata={"format": "pt"})
         places |= dict.fromkeys(weights, file)
@@ -70,7 +81,8 @@ def make_model(path: Path, size: str, layers: int, seed: int = 0) -> Path:
     return path
 
 
-def _normal(generator: torch.Generator, *shape: int, scale: float) -> Tensor:
+def normal(generator: torch.Generator, *shape: int, scale: float) -> Tensor:
+    """Random bfloat16 weights of this standard deviation."""
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
 
 
@@ -78,9 +90,9 @@ def _ends(config: dict[str, object], generator: torch.Generator) -> dict[str, Te
     vocab, hidden = int(str(config["vocab_size"])), int(str(config["hidden_size"]))
     names = ["model.embed_tokens"] + ([] if config["tie_word_embeddings"] else ["lm_head"])
     weights = {
-        f"{name}.weight": _normal(generator, vocab, hidden, scale=hidden**-0.5) for name in names
+        f"{name}.weight": normal(generator, vocab, hidden, scale=hidden**-0.5) for name in names
     }
-    weights["model.norm.weight"] = 1 + _normal(generator, hidden, scale=0.3)
+    weights["model.norm.weight"] = 1 + normal(generator, hidden, scale=0.3)
     return weights
 
 
@@ -100,11 +112,11 @@ def _layer(config: dict[str, object], index: int, generator: torch.Generator) ->
     layer = f"model.layers.{index}"
     weights: dict[str, Tensor] = {}
     for name, (n, k) in shapes.items():
-        weights[f"{layer}.{name}.weight"] = _normal(generator, n, k, scale=k**-0.5)
+        weights[f"{layer}.{name}.weight"] = normal(generator, n, k, scale=k**-0.5)
         if name.startswith("self_attn"):
-            weights[f"{layer}.{name}.bias"] = _normal(generator, n, scale=0.3)
+            weights[f"{layer}.{name}.bias"] = normal(generator, n, scale=0.3)
     for name in ("input_layernorm", "post_attention_layernorm"):
-        weights[f"{layer}.{name}.weight"] = 1 + _normal(generator, hidden, scale=0.3)
+        weights[f"{layer}.{name}.weight"] = 1 + normal(generator, hidden, scale=0.3)
     return weights
 
 
@@ -126,15 +138,21 @@ def memory_group(limit_bytes: int) -> Path | None:
 
 
 def compile_limited(
-    model: Path, recipe: str, out: Path, limit_gib: float, threads: int, options: list[str]
+    model: Path,
+    recipe: str,
+    out: Path,
+    limit_gib: float,
+    threads: int,
+    options: list[str],
+    kill_when: Callable[[], bool] = lambda: False,
 ) -> Measured:
-    """Run `panguq compile` under the limit and watch it."""
+    """Run `panguq compile` under the limit and watch it; SIGKILL once `kill_when` says so."""
     text = model / "calibration.txt"
     text.write_text(TEXT * 40, encoding="utf-8")
     _drop_from_cache(model)
     limit = int(limit_gib * GIB)
     group = memory_group(limit)
-    data = limit + int(_folder_gib(model) * GIB)
+    data = limit + int(folder_gib(model) * GIB)
 
     def confine() -> None:
         if group is None:
@@ -143,25 +161,34 @@ def compile_limited(
             (group / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
 
     started, cpu_before = time.monotonic(), _children_cpu_seconds()
-    command = [sys.executable, "-m", "panguq.cli", "compile", str(model), "--recipe", recipe]
-    command += ["--calibration", str(text), "--windows", "4", "--window", "128"]
-    command += ["--out", str(out), "--force", *options]
     process = subprocess.Popen(
-        command,
+        [*panguq_compile(model, recipe), "--out", str(out), "--force", *options],
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(out.parent)},
         preexec_fn=confine,
     )
     anonymous = disk = 0.0
-    before = _folder_gib(out.parent)
+    before = folder_gib(out.parent)
+    looked = 0.0
     while process.poll() is None:
         anonymous = max(anonymous, _anonymous_gib(process.pid))
-        disk = max(disk, _disk_gib(process.pid, out.parent) - before)
+        if time.monotonic() - looked > DISK_SECONDS:
+            disk = max(disk, _disk_gib(process.pid, out.parent) - before)
+            if kill_when():
+                process.kill()
+            looked = time.monotonic()
         time.sleep(SAMPLE_SECONDS)
     seconds = time.monotonic() - started
     if group is not None:
         group.rmdir()
     cpu = _children_cpu_seconds() - cpu_before
     return Measured(seconds, cpu, anonymous, disk, process.returncode)
+
+
+def panguq_compile(model: Path, recipe: str) -> list[str]:
+    """The command, but for where its result goes."""
+    command = [sys.executable, "-m", "panguq.cli", "compile", str(model), "--recipe", recipe]
+    text = str(model / "calibration.txt")
+    return [*command, "--calibration", text, "--windows", "4", "--window", "128"]
 
 
 def _drop_from_cache(folder: Path) -> None:
@@ -195,7 +222,7 @@ def _disk_gib(pid: int, folder: Path) -> float:
     return sum({**_unlinked(pid), **_files(folder)}.values()) / GIB
 
 
-def _folder_gib(folder: Path) -> float:
+def folder_gib(folder: Path) -> float:
     """Bytes of the files under a folder, each file once however many names it has."""
     return sum(_files(folder).values()) / GIB
 
@@ -249,7 +276,7 @@ def main() -> None:
             work.mkdir(exist_ok=True)
             out = work / f"{options.size}-{layers}-{Path(recipe).stem}"
             found = compile_limited(model, recipe, out, options.limit_gib, options.threads, rest)
-            sizes = f"{_folder_gib(model):.2f} {_folder_gib(out):.2f} {found.disk_gib:.2f}"
+            sizes = f"{folder_gib(model):.2f} {folder_gib(out):.2f} {found.disk_gib:.2f}"
             print(
                 f"{options.size} {recipe} {layers} {found.seconds:.0f} {found.cpu_seconds:.0f} "
                 f"{found.anonymous_gib:.2f} {sizes} {found.exit_code}",

@@ -13,6 +13,7 @@ from panguq.cli import main
 from panguq.formats.own import storage
 from panguq.tensors import work_folder
 from panguq.tensors.work_folder import WorkFolder
+from tests.families.models import make
 from tests.model_folders import TEXT, make_folder, make_model
 
 TIMES = {"report.json", "manifest.json"}  # the report tells seconds, the manifest its hash
@@ -249,3 +250,23 @@ def test_a_second_compile_into_the_same_place_touches_nothing(place, tmp_path, c
     os.kill(first, signal.SIGCONT)
     assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mixture_killed_between_two_experts(tmp_path) -> None:
+    place = tmp_path / "mixture"
+    make_folder(place / "model", make("qwen3_moe", num_hidden_layers=1))
+    (place / "text.txt").write_text(TEXT)
+    (place / "gptq.yaml").write_text(GPTQ.replace(", {tune-scales: {epochs: 3}}", ""))
+    assert compile_model(place, "gptq", tmp_path / "whole") == 0
+
+    def run() -> None:
+        die_at(10, WorkFolder, "keep")
+        compile_model(place, "gptq", tmp_path / "out")
+
+    assert killed(run)
+    kept = {path.parent.name for path in (tmp_path / ".out.work").rglob("facts.json")}
+    experts = "model.layers.0.mlp.experts.{}_proj%3Aexpert_linear.{}"
+    assert experts.format("gate_up", 3) in kept and experts.format("down", 0) in kept
+    assert experts.format("down", 3) not in kept
+    assert compile_model(place, "gptq", tmp_path / "out") == 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")

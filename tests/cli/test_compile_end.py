@@ -119,7 +119,8 @@ def test_a_full_disk_is_foreseen(folder: Path, tmp_path: Path, capsys: Any, monk
 
 
 @pytest.mark.parametrize(
-    ("family", "recipe"), [("llama", "w4a16"), ("qwen2", "w8a16"), ("gpt2", "w2a16")]
+    ("family", "recipe"),
+    [("llama", "w4a16"), ("qwen2", "w8a16"), ("gpt2", "w2a16"), ("qwen3_moe", "w4a16")],
 )
 def test_a_forecast_is_below_what_is_saved_and_near(tmp_path: Path, recipe: str, family: str):
     """gpt2 and qwen2 have tied heads, gpt2 no linears but the head."""

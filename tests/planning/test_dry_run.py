@@ -115,7 +115,9 @@ def test_more_calibration_data_costs_more(folder: Path) -> None:
     assert many.compile_seconds - many.trace_seconds > few.compile_seconds - few.trace_seconds
 
 
-def test_an_expert_costs_what_its_tokens_cost_and_all_of_them_are_held(tmp_path: Path) -> None:
+def test_an_expert_costs_what_its_tokens_cost_and_one_matmul_of_them_is_held(
+    tmp_path: Path,
+) -> None:
     """Sixteen experts, one a token: as many products as of one, and sixteen times the memory."""
     sizes = dict(
         vocab_size=96, hidden_size=64, intermediate_size=64, moe_intermediate_size=4096,
@@ -128,9 +130,27 @@ def test_an_expert_costs_what_its_tokens_cost_and_all_of_them_are_held(tmp_path:
         plans.append(panguq.plan(place, "w8a8-dynamic", windows=100_000, window=512))
     one, many = (plan.compile_seconds - plan.trace_seconds for plan in plans)
     assert one <= many < 1.2 * one
-    weights = 2 * 3 * 64 * 4096 * 4
     held = 2 * 64 * 4096 * 4
-    assert plans[1].peak_bytes - plans[0].peak_bytes == 15 * (weights + held)
+    assert plans[1].peak_bytes - plans[0].peak_bytes == 15 * held
+    weights = 2 * 3 * 64 * 4096 * 4  # merged in files
+    assert [plan.temporary_bytes for plan in plans] == [weights, 16 * weights]
+    assert "and 96.0 MiB more while it compiles" in plans[1].render()
+
+
+def test_large_experts_lie_in_files_and_gptq_keeps_its_codes(tmp_path: Path) -> None:
+    """A layer of Qwen3-30B-A3B: 768 MiB for gate and up of all experts, 384 MiB for down."""
+    sizes = dict(
+        vocab_size=96, hidden_size=2048, moe_intermediate_size=768, num_experts=128,
+        num_hidden_layers=1, num_experts_per_tok=8, dtype="bfloat16",
+    )  # fmt: skip
+    transformers.Qwen3MoeConfig(**sizes).save_pretrained(tmp_path)
+    nearest, solved = (panguq.plan(tmp_path, recipe) for recipe in ("w4a16", "w4a16-gptq"))
+    experts = (768 + 384) << 20
+    assert nearest.temporary_bytes == 3 * experts
+    attention = solved.temporary_bytes - 3 * experts - experts // 2
+    assert attention == sum(row.n * row.k for row in solved.matmuls if "self_attn" in row.name)
+    assert max(nearest.peak_bytes, solved.peak_bytes) < 2 << 30
+    assert solved.peak_bytes > nearest.peak_bytes
 
 
 def test_gradients_cost_more_than_forward_passes(folder: Path) -> None:

@@ -6,11 +6,12 @@ The constants were fitted to compiles of a Llama of 135M parameters on one threa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
 
+from panguq.ir.edit import module_path
 from panguq.ir.node_meta import is_quantized, scheme_of, weight_spec_of
 from panguq.ir.run.reroute import routing_of
 from panguq.ir.views import ExpertLinear, Linear, arguments
@@ -18,6 +19,7 @@ from panguq.lowering.cpu.target import CPU
 from panguq.passes.codes.solve_weights import SolveWeights
 from panguq.passes.pipeline.base import Pass, matmuls
 from panguq.passes.quantize_weights import QuantizeWeights
+from panguq.tensors.nameless import LARGE_BYTES
 
 _PROCESS_BYTES = 350 << 20  # Python, torch and transformers, loaded and idle
 _NODE_BYTES = 400  # of a saved graph's text, for each node and stage
@@ -54,14 +56,35 @@ def disk_bytes(gm: fx.GraphModule) -> int:
     return total
 
 
-def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
+def temporary_bytes(gm: fx.GraphModule, passes: Sequence[Pass], merged: Collection[str]) -> int:
+    """What a compile of a folder writes beside the result, and is gone with it.
+
+    The weights named in `merged`, which are merged while the folder is read; the codes, a byte a
+    weight, that a pass of GPTQ's family keeps as parts; and twice the experts' weights of one
+    layer, as they are computed, where a matmul's take 256 MiB or more.
+    """
+    values = _weights(gm)
+    total = sum(_bytes(value) for name, value in values.items() if name in merged)
+    if any(isinstance(step, SolveWeights) for step in passes):
+        total += sum(_size(node) for node in matmuls(gm) if not scheme_of(node).is_float)
+    layers: dict[str, int] = {}
+    for node in matmuls(gm):
+        size = _bytes(Linear.of(node).weight.meta["val"])
+        if _experts_of(node) is not None and size >= LARGE_BYTES:
+            layer = module_path(node).rpartition(".")[0]
+            layers[layer] = layers.get(layer, 0) + 2 * size
+    return total + max(layers.values(), default=0)
+
+
+def peak_bytes(gm: fx.GraphModule, windows: int, window: int, passes: Sequence[Pass] = ()) -> int:
     """Peak memory that is not backed by files, for weights that are memory-mapped.
 
     The process itself + what its allocator keeps + a float64 copy of the largest weight (the
     proofs of exact passes, which take one expert at a time) + one value as wide as the widest
     matmul input for all calibration tokens + six as wide as the widest output for one window.
-    Of a mixture of experts, too: all experts' weights, which transformers merges in memory when it
-    loads a folder, and those of one matmul in float32 while they are quantized.
+    Of a mixture of experts, too: those of one matmul in float32 while they are quantized, unless
+    their weights take 256 MiB or more, which lie in files. For passes of GPTQ's family, four
+    float64 matrices of the widest input.
     """
     stacked = {e.weight_name: e.weight.meta["val"] for e in map(_experts_of, matmuls(gm)) if e}
     largest = max(
@@ -71,14 +94,16 @@ def peak_bytes(gm: fx.GraphModule, windows: int, window: int) -> int:
         ),
         default=0,
     )
-    merged = sum(map(_bytes, stacked.values()))
-    held = 4 * max((value.numel() for value in stacked.values()), default=0)
+    held = 4 * max(
+        (value.numel() for value in stacked.values() if _bytes(value) < LARGE_BYTES), default=0
+    )
     quantized = [node for node in matmuls(gm) if not scheme_of(node).is_float]
     shapes = [Linear.of(node).shape for node in quantized]
     widest = max((n for n, _ in shapes), default=0)
     stream = max((k for _, k in shapes), default=0)
     activations = 4 * (windows * window * stream + 6 * window * widest)
-    return _PROCESS_BYTES + _ALLOCATOR_BYTES + 8 * largest + merged + held + activations
+    moments = 4 * 8 * stream**2 if any(isinstance(step, SolveWeights) for step in passes) else 0
+    return _PROCESS_BYTES + _ALLOCATOR_BYTES + 8 * largest + held + activations + moments
 
 
 def compile_seconds(gm: fx.GraphModule, passes: Sequence[Pass], tokens: int) -> float:

@@ -20,6 +20,7 @@ from panguq.passes.mixed_precision import MixedPrecision
 from panguq.recipe import Recipe
 
 _SCALE_BYTES = 2
+_STACKED = 3  # axes of a weight `[experts, n, k]`
 
 
 def forecast_bytes(
@@ -37,6 +38,8 @@ def forecast_bytes(
             spec = None
             if name == "weight" and tensor.dim() == 2 and not isinstance(module, nn.Embedding):
                 spec = _fewest_bits(assign, recipe, path, is_head=module is head)
+            elif name != "weight" and tensor.dim() == _STACKED:  # those of all experts
+                spec = _fewest_bits(assign, recipe, f"{path}.{name}", is_head=False)
             if spec is not None:
                 codes += tensor.numel() * spec.bits // 8 + tensor.numel() // 256 * _SCALE_BYTES
             elif not (module is head and _is_tied(model, tensor)):

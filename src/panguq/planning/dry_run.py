@@ -23,13 +23,20 @@ from panguq.lowering.choice import Choice
 from panguq.lowering.lower_matmuls import Choices
 from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
+from panguq.models.hub_names import hub_names
 from panguq.models.wrappers import language_model_of
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext, PassResult, matmuls
 from panguq.passes.pipeline.module_globs import check_globs, matches
 from panguq.passes.pipeline.runner import Runner
-from panguq.planning.costs import compile_seconds, disk_bytes, peak_bytes, weight_bytes
+from panguq.planning.costs import (
+    compile_seconds,
+    disk_bytes,
+    peak_bytes,
+    temporary_bytes,
+    weight_bytes,
+)
 from panguq.planning.report import MatmulPlan, Plan
 from panguq.recipe import Recipe
 from panguq.report.left_in_float import left_in_float
@@ -68,11 +75,13 @@ def plan(
     """
     recipe = Recipe.of(recipe)
     schedule = Schedule.of(recipe, target)
+    from_folder = isinstance(model, str | Path)
     if isinstance(model, str | Path):
         from panguq.models.hf import skeleton
 
         model = skeleton(model)
     source: Any = language_model_of(model)
+    merged = hub_names(source).merged if from_folder else {}
     started = time.perf_counter()
     dtype = dtype or default_dtype(target)
     gm, interface = _canonical(source, example_inputs, dtype, recipe)
@@ -128,7 +137,8 @@ def plan(
         calibration_tokens=windows * window,
         weight_bytes=weight_bytes(gm) + counted_bytes,
         disk_bytes=disk_bytes(gm) + counted_bytes,
-        peak_bytes=peak_bytes(gm, windows, window),
+        temporary_bytes=temporary_bytes(gm, schedule.passes, merged),
+        peak_bytes=peak_bytes(gm, windows, window, schedule.passes),
         trace_seconds=round(trace_seconds, 1),
         compile_seconds=round(trace_seconds + seconds, 1),
     )

@@ -49,6 +49,7 @@ class Plan(BaseModel):
     calibration_tokens: int
     weight_bytes: int
     disk_bytes: int
+    temporary_bytes: int = 0
     peak_bytes: int
     trace_seconds: float
     compile_seconds: float
@@ -67,6 +68,7 @@ class Plan(BaseModel):
 
     def render(self) -> str:
         """The plan as text. Matmuls that differ only in their layer share a line."""
+        more = self.temporary_bytes > 0
         lines = [
             f"recipe {self.recipe}, target {self.target}: {' > '.join(self.passes)}",
             f"graph: {self.nodes} nodes, {sum(row.experts for row in self.matmuls)} matmuls; not "
@@ -77,7 +79,8 @@ class Plan(BaseModel):
             "",
             *self._smoothing_lines(),
             *self._only_counted_lines(),
-            f"weights now {_size(self.weight_bytes)}; on disk about {_size(self.disk_bytes)}",
+            f"weights now {_size(self.weight_bytes)}; on disk about {_size(self.disk_bytes)}"
+            + (f", and {_size(self.temporary_bytes)} more while it compiles" if more else ""),
             "of all linear weights: "
             + (", ".join(f"{share:.1%} {name}" for name, share in self.shares.items()) or "none"),
             f"compiling takes about {self.compile_seconds:.0f} s on one thread with "
