@@ -23,6 +23,7 @@ ROOMS = (
     "panguq.explain",
     "panguq.check",
     "panguq.compiled_model panguq.generation panguq.frozen_module",
+    "panguq.built",
     "panguq.formats",
     "panguq.dumps",
     "panguq.schedule",

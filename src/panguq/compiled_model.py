@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from panguq.artifact import LOWERED, Artifact
+from panguq.built.buildable import Buildable
 from panguq.data.encoder_inputs import named_inputs, named_output, prepare_encoder
 from panguq.data.inputs import (
     check_ids,
@@ -46,7 +47,7 @@ PREFILL_CHUNK = 2048
 """The most tokens of each sequence that a graph reads at once; a longer prompt is read in parts."""
 
 
-class CompiledModule(FrozenModule):
+class CompiledModule(Buildable, FrozenModule):
     """A module that runs a stage of a compile's `Artifact`."""
 
     def __init__(self, artifact: Artifact, stage: str = LOWERED) -> None:
@@ -72,6 +73,7 @@ class CompiledModule(FrozenModule):
     def _use(self, stages: dict[str, fx.GraphModule]) -> None:
         super()._use(stages)
         self._executable: fx.GraphModule | None = None
+        self._forget_built()
 
     @property
     def executable(self) -> fx.GraphModule:
@@ -130,6 +132,7 @@ class CompiledModule(FrozenModule):
         place = torch.device(device)
         if place != self._device:
             self._device, self._executable = place, None
+            self._forget_built()
         return self
 
     def specialize(self, m: int) -> Self:
@@ -300,7 +303,7 @@ class CompiledCausalLM(_CompiledTransformer, Generates):
                 tokens, memory,
             )  # fmt: skip
             with _as_compiled(self._device):
-                found, *grown = self.executable(*inputs)
+                found, *grown = self._running()(*inputs)
             logits.append(found)
             memory = self._continued(inputs, grown)
         held = self._kept(given, grown, memory, input_ids.shape[1]) if keeps else None

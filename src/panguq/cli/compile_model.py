@@ -97,6 +97,12 @@ def add(commands: Commands) -> None:
         "--dry-run", action="store_true", help="only say what would happen, without the weights"
     )
     command.add_argument(
+        "--build",
+        action="store_true",
+        help="also compile the result's code, into your own cache (PANGUQ_CACHE, else "
+        "~/.cache/panguq), where it is found when the model is loaded; needs a C++ compiler",
+    )
+    command.add_argument(
         "--for",
         dest="server",
         choices=SERVERS,
@@ -111,6 +117,8 @@ def run(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.server is not None and not options.dry_run:
         check_server(options.server, options.out, options.format)
+    if options.dry_run and options.build:
+        raise InputError("--build does not go with --dry-run", "a dry run makes nothing to build")
     if options.out is not None:
         check_out(options.out, options.force, options.format)
     import torch
@@ -155,6 +163,10 @@ def run(options: argparse.Namespace) -> int:
             compiled.save(options.out, overwrite=options.force, format=options.format)
             places.saved = True
     with saved(options.out):
+        if options.build:
+            report = compiled.build()
+            if report.is_built and not options.json:
+                print(f"built in {report.folder}: {report.seconds:.0f} s")
         if options.json:
             print_json({**compiled.report.model_dump(), "out": _text(options.out)})
         else:

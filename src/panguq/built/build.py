@@ -1,0 +1,257 @@
+"""Build a graph: its parts through the compiler, once each, into a folder of the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from panguq.built.bodies import bodies
+from panguq.built.built_graph import MODES, BuildPlan, BuiltGraph, find_build, loaded
+from panguq.built.cache_folder import locked, make_cache_folder
+from panguq.built.compile_part import CompilerError, ValueLayout, compile_part
+from panguq.built.parts import GraphPart, digest, part_module, stored
+from panguq.data.inputs import prepare
+from panguq.decibels import sqnr_db
+from panguq.errors import LoweringError, PanguqError
+from panguq.files.partial_folder import partial_folder
+from panguq.ir.interface import Interface
+from panguq.ir.run.sweep import Progress
+from panguq.lowering.run.write_into_cache import written_into
+
+logger = logging.getLogger("panguq")
+_BUILDING = threading.Lock()  # the compiler's settings are the process's
+_COMPARED_TOKENS = 256
+_WRONG_DB = 20.0  # rounding ties of quantized inputs leave more; a wrong kernel leaves nothing
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build` did: where the code lies, how many libraries were compiled, in how many seconds
+    (0 if they were there), and why what is not built is not."""
+
+    folder: Path | None
+    libraries: int = 0
+    seconds: float = 0.0
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def is_built(self) -> bool:
+        """Whether compiled code runs."""
+        return self.folder is not None
+
+
+def build_graph(
+    gm: fx.GraphModule, interface: Interface, progress: Progress
+) -> tuple[BuiltGraph | None, BuildReport]:
+    """The prepacked graph with its parts compiled, out of the cache or into it.
+
+    Whatever prevents that is said in the report and in one warning, and None is returned: the graph
+    then runs as it is.
+    """
+    started = time.monotonic()
+    try:
+        with _BUILDING, torch.no_grad():
+            folder, libraries, reasons = _build(BuildPlan.of(gm, interface), progress)
+            built = loaded(BuildPlan.of(gm, interface), folder)
+    except PanguqError as error:
+        logger.warning("not built, the graph runs uncompiled: %s", error.message)
+        return None, BuildReport(None, reasons=(error.message,))
+    for reason in reasons:
+        logger.warning("runs uncompiled: %s", reason)
+    seconds = time.monotonic() - started if libraries else 0.0
+    return built, BuildReport(folder, libraries, seconds, tuple(reasons))
+
+
+def _build(plan: BuildPlan, progress: Progress) -> tuple[Path, int, list[str]]:
+    cache = make_cache_folder()
+    with locked(cache, plan.name):
+        folder = find_build(plan)
+        if folder is not None:
+            return folder, 0, []
+        _check_compiler()
+        target = cache / plan.name
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one
+        with partial_folder(target, False) as partial, _work_folder(cache) as work:
+            os.chmod(partial, 0o700)
+            made = _libraries(plan, work, partial, progress)
+            if not made.sums:
+                reasons = "; ".join(dict.fromkeys(made.reasons))
+                raise LoweringError(reasons or "the graph has nothing to compile")
+            entries = {"format": 1, "modes": made.modes, "libraries": made.sums}
+            (partial / "built.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        return target, len(made.sums), list(dict.fromkeys(made.reasons))
+
+
+@dataclass
+class _Made:
+    modes: dict[str, list[dict[str, object] | None]]
+    sums: dict[str, str]
+    reasons: list[str]
+
+
+def _libraries(plan: BuildPlan, work: Path, folder: Path, progress: Progress) -> _Made:
+    """Compile every distinct part of every mode; what fails is left out, with the reason."""
+    made = _Made({}, {}, [])
+    probes = {mode: [_values(plan, size) for size in _sizes(plan, mode)] for mode in MODES}
+    texts = {mode: [_text(plan, p, mode, probes[mode]) for p in plan.parts] for mode in MODES}
+    total = sum(len(set(found)) for found in texts.values())
+    done = 0
+    for mode in MODES:
+        entries: dict[str, dict[str, object] | None] = {}
+        for part, text in zip(plan.parts, texts[mode], strict=True):
+            if text in entries:
+                continue
+            progress("building", done, total)
+            done += 1
+            name = f"{mode}-{digest(text)}.so"
+            layouts = _layouts(part, probes[mode])
+            try:
+                library = _compiled(plan, part, mode, probes[mode], layouts, work / name)
+            except CompilerError:
+                raise
+            except LoweringError as error:
+                made.reasons.append(f"a part of {len(part.nodes)} calls: {error.message}")
+                entries[text] = None
+                continue
+            shutil.move(library, folder / name)
+            os.chmod(folder / name, 0o600)
+            made.sums[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            entries[text] = {"library": name, "layouts": [asdict(layout) for layout in layouts]}
+        made.modes[mode] = [entries[text] for text in texts[mode]]
+    progress("building", total, total)
+    return made
+
+
+def _compiled(
+    plan: BuildPlan,
+    part: GraphPart,
+    mode: str,
+    probes: Sequence[Mapping[fx.Node, Tensor]],
+    layouts: Sequence[ValueLayout],
+    library: Path,
+) -> Path:
+    """The library of a part, compared with the part as it runs today."""
+    own = bodies(few=mode == "few")
+    module = part_module(part, lambda target: own.get(target, target))
+    weights = [stored(plan.gm, node) for node in part.weights]
+    first, *_, last = probes
+    values = [layout.bring(first[node]) for layout, node in zip(layouts, part.inputs, strict=True)]
+    plain = [ValueLayout(tuple(range(w.dim())), ()) for w in weights]
+    compile_part(module, [*values, *weights], [*layouts, *plain], library)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    given = [layout.bring(last[node]) for layout, node in zip(layouts, part.inputs, strict=True)]
+    for node, result in zip(part.results, runner.run([*given, *weights]), strict=True):
+        wanted = last[node]
+        fits = result.shape == wanted.shape and result.dtype == wanted.dtype
+        if not fits or not sqnr_db(wanted, result) > _WRONG_DB:
+            raise LoweringError("its code gives other numbers than the graph")
+    return library
+
+
+def _layouts(part: GraphPart, probes: Sequence[Mapping[fx.Node, Tensor]]) -> list[ValueLayout]:
+    first, second, *_ = probes
+    return [ValueLayout.of(first[node], second[node]) for node in part.inputs]
+
+
+def _text(
+    plan: BuildPlan, part: GraphPart, mode: str, probes: Sequence[Mapping[fx.Node, Tensor]]
+) -> str:
+    """The part with all that its code depends on."""
+    layouts = dict(zip(part.inputs, _layouts(part, probes), strict=True))
+
+    def describe(node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return plan.describe(node)
+        value, layout = probes[0][node], layouts[node]
+        fixed = [None if axis in layout.varying else size for axis, size in enumerate(value.shape)]
+        return f"{value.dtype} {fixed} {layout.order}"
+
+    return f"{mode}\n{part.text(describe)}"
+
+
+def _sizes(plan: BuildPlan, mode: str) -> list[tuple[int, int, int]]:
+    """Batch, sequence and past of two calls that differ in every size that is to stay free, and of
+    one to compare."""
+    if mode == "many":
+        return [(2, 5, 5), (3, 7, 7), (1, min(plan.many, _COMPARED_TOKENS), 0)]
+    if plan.few == 1:
+        return [(1, 1, 5), (1, 1, 7), (1, 1, 6)]
+    return [(2, 3, 5), (3, 5, 7), (1, 1, 6)]
+
+
+def _values(plan: BuildPlan, size: tuple[int, int, int]) -> dict[fx.Node, Tensor]:
+    """What the parts read and give in a call of these sizes, on seeded tokens and a seeded past."""
+    kept = {node for part in plan.parts for node in (*part.inputs, *part.results)}
+    found: dict[fx.Node, Tensor] = {}
+
+    class Watching(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if n in kept:
+                found[n] = value
+            return value
+
+    Watching(plan.gm).run(*example_inputs(plan, *size))
+    return found
+
+
+def example_inputs(plan: BuildPlan, batch: int, seq: int, past: int) -> list[Any]:
+    """Seeded inputs of the graph: `seq` new tokens a sequence after `past` random ones."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, plan.interface.vocab_size or 2, (batch, seq), generator=generator)
+    held = [
+        _random([batch, *(past if s is None else s for s in c.sizes)], c.dtype, generator)
+        for c in plan.interface.cached_tensors()
+    ]
+    inputs = prepare(plan.interface, ids, past=held, empty_mask=plan.empty_mask)
+    written = written_into(plan.gm)
+    if not written:
+        return list(inputs.values())
+    for name in written:  # memory with room for the new tokens
+        inputs[name] = functional.pad(inputs[name], (0, 0, 0, seq))
+    return [*inputs.values(), past]
+
+
+def _random(size: list[int], dtype: str, generator: torch.Generator) -> Tensor:
+    kind = getattr(torch, dtype)
+    if kind.is_floating_point:
+        return torch.randn(size, generator=generator).to(kind)
+    return torch.randint(-100, 100, size, generator=generator).to(kind)
+
+
+def _check_compiler() -> None:
+    """Raises LoweringError if this machine has no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # torch has an exception of its own for it
+        raise LoweringError(
+            "there is no C++ compiler", "install g++, or name yours in the variable CXX"
+        ) from error
+
+
+@contextmanager
+def _work_folder(cache: Path) -> Iterator[Path]:
+    """A folder of this user alone for all that the compiler writes, its own caches among them."""
+    with (
+        tempfile.TemporaryDirectory(prefix=".work-", dir=cache) as name,
+        patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": f"{name}/torch"}),
+    ):
+        yield Path(name)

@@ -1,0 +1,238 @@
+"""A graph that runs with its parts' compiled code, which a folder of the cache holds."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from panguq.built.bodies import bodies
+from panguq.built.cache_folder import cache_folder, check_own
+from panguq.built.compile_part import ValueLayout
+from panguq.built.machine import machine_text
+from panguq.built.parts import GraphPart, cut, digest, is_size, part_module, stored, values_read
+from panguq.data.inputs import takes_empty_mask
+from panguq.errors import PanguqError, StorageError
+from panguq.ir.interface import Interface
+from panguq.ir.ops.opset import name_of
+from panguq.ir.views import argument
+from panguq.lowering.run.write_into_cache import PAST_LENGTH
+
+logger = logging.getLogger("panguq")
+MODES = ("few", "many")
+"""One code for decoding, and one for prompts."""
+_SWITCHING = ("panguq_cpu.int4_linear.default", "panguq_cpu.int8_weight_linear.default")
+_OF_ONE_TOKEN = ("panguq_cpu.int8_linear.default", "panguq_cpu.int8_weight_linear.default")
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """How a prepacked graph is cut, and what its build is called.
+
+    Calls of up to `few` tokens (batch times length) take the code for few, of `many` and more that
+    for many; in between the matmuls do not agree which kernel they take, and the graph runs as it
+    is.
+    """
+
+    gm: fx.GraphModule
+    interface: Interface
+    steps: tuple[GraphPart | fx.Node, ...]
+    few: int
+    many: int
+    empty_mask: bool
+
+    @staticmethod
+    def of(gm: fx.GraphModule, interface: Interface) -> BuildPlan:
+        """The plan of a causal language model's prepacked graph."""
+        held = {"attention_mask", *interface.inputs[4:]}
+        own = bodies(few=True)
+
+        def stays(node: fx.Node) -> bool:
+            if any(n.op == "placeholder" and n.target in held for n in node.all_input_nodes):
+                return True
+            if any(n.target == PAST_LENGTH for n in values_read(node) if n.op == "placeholder"):
+                return True
+            return str(name_of(node.target)).startswith("panguq") and node.target not in own
+
+        named = [(name_of(node.target), node) for node in gm.graph.nodes]
+        limits = [int(argument(node, -1)) for name, node in named if name in _SWITCHING]
+        reads_rows = any(name in _OF_ONE_TOKEN for name, _ in named)
+        few = 1 if reads_rows else min([n for n in limits if n > 0], default=1)
+        many = max([1, *limits]) + 1
+        return BuildPlan(gm, interface, tuple(cut(gm, stays)), few, many, takes_empty_mask(gm))
+
+    @property
+    def parts(self) -> list[GraphPart]:
+        """What is compiled, in the order in which it runs."""
+        return [step for step in self.steps if isinstance(step, GraphPart)]
+
+    def describe(self, node: fx.Node) -> str:
+        """What code depends on of a weight; of another value nothing is known before a call."""
+        if node.op != "get_attr":
+            return "value"
+        weight = stored(self.gm, node)
+        return f"{weight.dtype} {list(weight.shape)}"
+
+    @functools.cached_property
+    def graph_digest(self) -> str:
+        """A name for the graph, whatever its weights hold."""
+        lines = [
+            step.text(self.describe) if isinstance(step, GraphPart) else str(name_of(step.target))
+            for step in self.steps
+        ]
+        return digest("\n".join([*lines, repr(self.interface.cache), self.interface.float_dtype]))
+
+    @property
+    def name(self) -> str:
+        """The folder of the build in the cache."""
+        return f"{self.graph_digest}-{digest(machine_text())}"
+
+
+class BuiltGraph:
+    """A graph in place of `plan.gm`, called in the same way."""
+
+    def __init__(self, plan: BuildPlan, graphs: Mapping[str, fx.GraphModule]) -> None:
+        self.plan = plan
+        self.graphs = dict(graphs)
+
+    @torch.compiler.disable
+    def __call__(self, *inputs: Any) -> Any:
+        """The graph's results, from the code for so many tokens if there is one."""
+        tokens = inputs[0].numel()
+        if tokens <= self.plan.few:
+            return self.graphs["few"](*inputs)
+        return self.graphs["many" if tokens >= self.plan.many else "graph"](*inputs)
+
+
+def look_up(gm: fx.GraphModule, interface: Interface) -> BuiltGraph | None:
+    """What the cache holds of this graph; None if that is nothing, or nothing that may run here,
+    which is said once."""
+    try:
+        if not cache_folder().is_dir():
+            return None
+        plan = BuildPlan.of(gm, interface)
+        folder = find_build(plan)
+        if folder is not None:
+            return loaded(plan, folder)
+        _say_of_others(plan)
+    except PanguqError as error:
+        logger.warning("built code is not used, the graph runs uncompiled: %s", error.message)
+    return None
+
+
+def _say_of_others(plan: BuildPlan) -> None:
+    try:
+        others = [p for p in cache_folder().glob(f"{plan.graph_digest}-*") if p.is_dir()]
+    except OSError:
+        return
+    if others:
+        logger.warning(
+            "built code is not used, the graph runs uncompiled: it was built on a processor with "
+            "other features, or by another release of panguq or torch; build it again"
+        )
+
+
+def find_build(plan: BuildPlan) -> Path | None:
+    """The folder of a build that is there and safe. Raises StorageError for one that is not safe,
+    None for one that is damaged or not there."""
+    folder = cache_folder() / plan.name
+    try:
+        check_own(folder.parent)
+        check_own(folder)
+        entries = _entries(folder)
+        for name, wanted in entries["libraries"].items():
+            check_own(folder / name)
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return folder
+
+
+def _entries(folder: Path) -> Any:
+    check_own(folder / "built.json")
+    entries = json.loads((folder / "built.json").read_text(encoding="utf-8"))
+    if entries["format"] != 1 or set(entries["modes"]) != set(MODES):
+        raise ValueError("another format")
+    return entries
+
+
+def loaded(plan: BuildPlan, folder: Path) -> BuiltGraph:
+    """The graph with a build's code. Raises StorageError if it does not load."""
+    entries = _entries(folder)
+    runners: dict[str, Callable[..., Any]] = {}
+    try:
+        for name in entries["libraries"]:
+            runners[name] = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / name), 1).run
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[0][:200]
+        raise StorageError(
+            f"{folder} does not load: {line}", "delete it and build again"
+        ) from error
+    graphs = {"graph": plan.gm}
+    for mode in MODES:
+        calls = [
+            _call(plan, part, entry, runners)
+            for part, entry in zip(plan.parts, entries["modes"][mode], strict=True)
+        ]
+        graphs[mode] = _joined(plan, calls)
+    return BuiltGraph(plan, graphs)
+
+
+def _call(
+    plan: BuildPlan, part: GraphPart, entry: Any, runners: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any]:
+    """A function of the part's inputs alone, which returns its results."""
+    weights = [stored(plan.gm, node).contiguous() for node in part.weights]
+    if entry is None:
+        module = part_module(part, lambda target: target)
+        return lambda *values: module(*values, *weights)
+    run = runners[entry["library"]]
+    layouts = [ValueLayout(tuple(x["order"]), tuple(x["varying"])) for x in entry["layouts"]]
+    bring = [layout.bring for layout in layouts]
+
+    def compiled(*values: Tensor) -> Sequence[Tensor]:
+        laid = [place(value) for place, value in zip(bring, values, strict=True)]
+        return run(laid + weights)
+
+    return compiled
+
+
+def _joined(plan: BuildPlan, calls: Sequence[Callable[..., Any]]) -> fx.GraphModule:
+    """The graph with a call in place of each part."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copy(node: fx.Node) -> fx.Node:
+        for source in node.all_input_nodes:
+            if source not in copies and (source.op == "get_attr" or is_size(source)):
+                copy(source)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        return copies[node]
+
+    nodes = list(plan.gm.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder":
+            copy(node)
+    of_parts = iter(calls)
+    for step in plan.steps:
+        if not isinstance(step, GraphPart):
+            copy(step)
+            continue
+        made = graph.call_function(next(of_parts), tuple(copies[n] for n in step.inputs))
+        for index, node in enumerate(step.results):
+            copies[node] = graph.call_function(_item, (made, index))
+    copy(nodes[-1])
+    return fx.GraphModule(plan.gm, graph)
+
+
+def _item(results: Sequence[Tensor], index: int) -> Tensor:
+    return results[index]

@@ -1,0 +1,352 @@
+"""Built models: bodies equal to ops, parts equal to the graph, the cache, and one real build."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+from torch._inductor import config as inductor_config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import panguq
+from panguq.built.bodies import bodies
+from panguq.built.build import example_inputs
+from panguq.built.built_graph import BuildPlan, _joined, find_build
+from panguq.built.cache_folder import cache_folder, check_own, locked, make_cache_folder
+from panguq.built.compile_part import ValueLayout
+from panguq.built.parts import GraphPart, digest, part_module, stored
+from panguq.decibels import sqnr_db
+from panguq.errors import StorageError
+from panguq.ir.ops.canonical import rotary
+from panguq.ir.ops.packing import pack_int4
+from panguq.kernels.cpu.dequantized_linear import dequantized_linear
+from panguq.kernels.cpu.int4_linear import int4_kernel_scales, int4_kernel_weight, int4_linear
+from panguq.kernels.cpu.int8_linear import int8_linear
+from panguq.kernels.cpu.int8_weight_linear import int8_weight_linear
+from panguq.recipe import Recipe
+
+SIZES = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=128, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256,
+)  # fmt: skip
+IDS = torch.arange(80).reshape(2, 40)
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def compiled(layers: int) -> Any:
+    """A tiny Llama with every kind of matmul of the CPU target."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SIZES)).eval()
+    schemes = {
+        "*.[qkv]_proj": "W8A8", "*.o_proj": "W8A16", "*.down_proj": "W8A8_DYNAMIC",
+        "lm_head": "W4A8",
+    }  # fmt: skip
+    return panguq.compile(model, Recipe.of("w4a16").with_schemes(schemes), calibration=[IDS])
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return compiled(layers=1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own."""
+    monkeypatch.setenv("PANGUQ_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# --- bodies: what the compiler is given computes what the op documents -------------------------
+
+
+@given(
+    m=st.integers(1, 3), n=st.integers(1, 20), k=st.integers(2, 2100), few=st.booleans(),
+    static=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_integer_sums_are_exact(m: int, n: int, k: int, few: bool, static: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    extreme = torch.tensor([-128, -127, 0, 127], dtype=torch.int8)
+    codes = extreme[torch.randint(0, 4, (m, k), generator=generator)]
+    weight = extreme[torch.randint(0, 4, (n, k), generator=generator)]
+    act_scale = torch.ones(1) if static else torch.ones(m, 1)
+    zero_point = torch.tensor([3], dtype=torch.int32) if static else None
+    call = (codes, act_scale, zero_point, weight, torch.ones(n), None, None, torch.float64)
+    wanted = (codes.double() - (3 if static else 0)) @ weight.double().t()
+    # Sums beyond 2^24 are rounded once, when they become float32, as in the op.
+    assert torch.equal(bodies(few)[int8_linear](*call), wanted.float().double())
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weight_only_bodies_agree_with_their_ops(few: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, added = torch.randn(2, 3, 64), torch.randn(48) if bias else None
+    codes = torch.randint(-8, 8, (48, 64), dtype=torch.int8)
+    packed, scale = pack_int4(codes), torch.rand(48, 2) + 0.1
+    zero = torch.randint(-3, 4, (48, 2), dtype=torch.int8)
+    kernel = (int4_kernel_weight(packed), int4_kernel_scales(scale, zero))
+    limit = 6 if few else 0
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (int4_linear, (x, *kernel, packed, scale, zero, 32, added, limit)),
+        (int8_weight_linear, (x, codes, scale[:, 0].contiguous(), added, limit)),
+        (dequantized_linear, (x, packed, scale, zero, 32, added, torch.float32)),
+        (dequantized_linear, (x, codes, scale, None, 32, added, torch.float32)),
+        (dequantized_linear, (x, packed, scale, zero, 32, added, torch.bfloat16)),
+    ]
+    for op, arguments in calls:
+        wanted = op(*arguments)
+        # Only the order of a sum differs; the few results that bfloat16 then rounds the other way
+        # leave 60 dB.
+        assert sqnr_db(wanted, bodies(few)[op](*arguments)) > 60, op
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_the_rotary_body_agrees_with_its_op(interleaved: bool) -> None:
+    torch.manual_seed(0)
+    x, cos, sin = torch.randn(2, 4, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    found = bodies(True)[rotary](x, cos, sin, interleaved)
+    torch.testing.assert_close(found, rotary(x, cos, sin, interleaved))
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def uncompiled(plan: BuildPlan, part: GraphPart) -> Any:
+    module = part_module(part, lambda target: target)
+    weights = [stored(plan.gm, node) for node in part.weights]
+    return lambda *values: module(*values, *weights)
+
+
+def test_parts_joined_are_the_graph(model: Any) -> None:
+    plan = BuildPlan.of(model.executable, model.interface)
+    joined = _joined(plan, [uncompiled(plan, part) for part in plan.parts])
+    for sizes in ((2, 3, 5), (1, 1, 4), (1, 6, 0)):
+        given, again = example_inputs(plan, *sizes), example_inputs(plan, *sizes)
+        for found, wanted in zip(joined(*given), model.executable(*again), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_equal_layers_share_their_code() -> None:
+    deep = compiled(layers=4)
+    plan = BuildPlan.of(deep.executable, deep.interface)
+    texts = [digest(part.text(plan.describe)) for part in plan.parts]
+    first, *middle, last = texts
+    assert len(texts) == 5 and len(set(middle)) == 1 and len({first, middle[0], last}) == 3
+    assert [step.target for step in plan.steps if isinstance(step, fx.Node)].count(
+        torch.ops.panguq.attention.default
+    ) == 4
+
+
+def test_a_value_that_lies_in_another_way_is_laid_out_anew() -> None:
+    one, other = torch.randn(2, 3, 4, 5), torch.randn(3, 3, 6, 5)
+    layout = ValueLayout.of(one.transpose(1, 2), other.transpose(1, 2))
+    assert layout == ValueLayout(order=(0, 2, 1, 3), varying=(0, 1))
+    fitting = torch.randn(7, 3, 2, 5).transpose(1, 2)
+    assert layout.bring(fitting) is fitting
+    copied = layout.bring(fitting.contiguous())
+    assert copied.stride() == fitting.stride() and torch.equal(copied, fitting)
+
+
+# --- the cache --------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_not_safe_is_refused(cache: Path, model: Any, caplog: Any) -> None:
+    folder = make_cache_folder()
+    assert folder == cache / "built" and folder.stat().st_mode & 0o777 == 0o700
+    check_own(folder)
+    folder.chmod(0o770)
+    with pytest.raises(StorageError, match="others may write into"):
+        make_cache_folder()
+    report = model.build()
+    assert not report.is_built and "others may write into" in report.reasons[0]
+    assert [r.message for r in caplog.records] == [
+        f"not built, the graph runs uncompiled: {report.reasons[0]}"
+    ]
+    folder.rmdir()
+    folder.symlink_to(cache)
+    with pytest.raises(StorageError, match="is a link"):
+        make_cache_folder()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_cache_of_another_user_is_refused(cache: Path) -> None:
+    os.chown(make_cache_folder(), 12345, -1)
+    with pytest.raises(StorageError, match="belongs to another user"):
+        make_cache_folder()
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Any
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PANGUQ_CACHE", str(tmp_path / "file"))
+    report = model.build()
+    assert not report.is_built and "cannot be made: File exists" in report.reasons[0]
+    monkeypatch.setenv("PANGUQ_CACHE", "here")
+    assert "is not an absolute path" in model.build().reasons[0]
+    assert model(IDS).logits.shape == (2, 40, 96)
+
+
+def test_one_process_builds_and_the_other_waits(cache: Path) -> None:
+    folder, order = make_cache_folder(), []
+
+    def second() -> None:
+        with locked(folder, "name"):
+            order.append("second")
+
+    with locked(folder, "name"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.2)
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"]
+
+
+def test_without_a_compiler_the_graph_runs_and_it_is_said(
+    cache: Path, model: Any, caplog: Any
+) -> None:
+    wanted = model(IDS).logits
+    with inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)}):
+        report = model.build()
+    assert report.reasons == ("there is no C++ compiler",) and not report.is_built
+    assert caplog.messages == ["not built, the graph runs uncompiled: there is no C++ compiler"]
+    assert torch.equal(model(IDS).logits, wanted)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
+def test_a_compiler_that_fails_is_quoted_and_the_graph_runs(
+    cache: Path, model: Any, tmp_path: Path
+) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *" -c "*) echo "x.cpp:1: error: had enough" >&2; exit 1;; esac\n'
+        'exec g++ "$@"\n'
+    )
+    broken.chmod(0o755)
+    with inductor_config.patch({"cpp.cxx": (str(broken),)}):
+        report = model.build()
+    assert not report.is_built and report.reasons[0].startswith("the C++ compiler fails: ")
+    assert list(cache_folder().glob("[!.]*")) == []
+    assert model(IDS).logits.shape == (2, 40, 96)
+
+
+# --- one real build, shared by all that follows ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def build(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, Path]]:
+    """The model built (half a minute: a compiler of C++ runs), its report, and its cache."""
+    if not HAS_COMPILER:
+        pytest.skip("there is no C++ compiler")
+    place = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PANGUQ_CACHE", str(place))
+        report = model.build()
+        yield model, report, place
+    model._forget_built()
+
+
+def test_a_built_model_gives_the_numbers_of_its_graph(build: Any) -> None:
+    model, report, _ = build
+    assert report.is_built and report.libraries == 4 and report.reasons == ()
+    built, plan = model._running(), BuildPlan.of(model.executable, model.interface)
+    assert plan.few == 1
+    for sizes in ((1, 1, 6), (1, 1, 30), (1, 300, 0), (3, 120, 2), (2, 2, 3)):
+        given, again = example_inputs(plan, *sizes), example_inputs(plan, *sizes)
+        for found, wanted in zip(built(*given), model.executable(*again), strict=True):
+            assert found.shape == wanted.shape
+            assert sqnr_db(wanted, found) > 40, sizes  # rounding ties of int8 inputs
+
+
+def test_a_built_model_generates(build: Any) -> None:
+    model, _, _ = build
+    found = model.generate(IDS[:1, :4], max_new_tokens=6, do_sample=False)
+    graph = model.at_stage("lowered")
+    graph._looked_up = True  # as if nothing were in the cache
+    assert torch.equal(found, graph.generate(IDS[:1, :4], max_new_tokens=6, do_sample=False))
+    padded = torch.ones_like(IDS)
+    padded[0, :5] = 0
+    wanted = graph(IDS, attention_mask=padded).logits
+    assert sqnr_db(wanted, model(IDS, attention_mask=padded).logits) > 40
+
+
+def test_a_loaded_model_finds_its_code_in_the_cache_alone(build: Any, tmp_path: Path) -> None:
+    model, report, place = build
+    model.save(tmp_path / "saved")
+    assert not any(path.suffix == ".so" for path in (tmp_path / "saved").rglob("*"))
+    loaded: Any = panguq.load(tmp_path / "saved")
+    loaded(IDS)
+    assert loaded._built is not None
+    again = loaded.build()
+    assert again.folder == report.folder and again.libraries == 0 and again.seconds == 0.0
+    assert {p.name.partition("-")[0] for p in report.folder.iterdir()} == {
+        "few", "many", "built.json",
+    }  # fmt: skip
+    assert all(p.stat().st_mode & 0o077 == 0 for p in place.glob("built/*"))
+
+
+def test_damaged_code_is_not_run(build: Any) -> None:
+    model, report, _ = build
+    plan = BuildPlan.of(model.executable, model.interface)
+    library = next(report.folder.glob("few-*.so"))
+    whole = library.read_bytes()
+    library.unlink()  # a new file: the old one is mapped, and runs
+    try:
+        library.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert find_build(plan) is None
+        library.write_bytes(whole)
+        library.chmod(0o666)
+        with pytest.raises(StorageError, match="others may write into"):
+            find_build(plan)
+    finally:
+        library.write_bytes(whole)
+        library.chmod(0o600)
+    assert find_build(plan) == report.folder
+
+
+def test_code_for_another_processor_is_not_run_and_it_is_said(
+    build: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    model, _, _ = build
+    monkeypatch.setattr("panguq.built.machine.cpu_features", lambda: ("avx",))
+    elsewhere = model.at_stage("lowered")
+    elsewhere(IDS)
+    assert elsewhere._built is None
+    assert "a processor with other features" in caplog.text and len(caplog.records) == 1
+
+
+def test_built_code_follows_the_number_of_threads(build: Any) -> None:
+    code = (
+        "import sys, torch, panguq; torch.set_num_threads(2); m = panguq.load(sys.argv[1]);"
+        "print(m(torch.arange(80).reshape(2, 40)).logits.double().sum().item(), bool(m._built))"
+    )
+    model, _, place = build
+    model.save(place / "threads")
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(place / "threads")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    total, found = result.stdout.split()
+    assert found == "True"
+    assert float(total) == pytest.approx(model(IDS).logits.double().sum().item(), rel=1e-2)
+
+
+def test_the_list_of_a_build_names_its_libraries(build: Any) -> None:
+    _, report, _ = build
+    entries = json.loads((report.folder / "built.json").read_text())
+    used = {part["library"] for parts in entries["modes"].values() for part in parts}
+    assert used == set(entries["libraries"])
