@@ -26,7 +26,7 @@ from panguq.built.build import example_inputs
 from panguq.built.built_graph import BuildPlan, _joined, find_build
 from panguq.built.cache_folder import cache_folder, check_own, locked, make_cache_folder
 from panguq.built.compile_part import ValueLayout
-from panguq.built.parts import GraphPart, digest, part_module, stored
+from panguq.built.parts import GraphPart, digest, part_module, stored_tensor
 from panguq.decibels import sqnr_db
 from panguq.errors import StorageError
 from panguq.ir.ops.canonical import rotary
@@ -126,7 +126,7 @@ def test_the_rotary_body_agrees_with_its_op(interleaved: bool) -> None:
 
 def uncompiled(plan: BuildPlan, part: GraphPart) -> Any:
     module = part_module(part, lambda target: target)
-    weights = [stored(plan.gm, node) for node in part.weights]
+    weights = [stored_tensor(plan.gm, node) for node in part.weights]
     return lambda *values: module(*values, *weights)
 
 

@@ -25,7 +25,7 @@ from panguq.built.bodies import bodies
 from panguq.built.built_graph import MODES, BuildPlan, BuiltGraph, find_build, loaded
 from panguq.built.cache_folder import locked, make_cache_folder
 from panguq.built.compile_part import CompilerError, ValueLayout, compile_part
-from panguq.built.parts import GraphPart, digest, part_module, stored
+from panguq.built.parts import GraphPart, digest, part_module, stored_tensor
 from panguq.data.inputs import prepare
 from panguq.decibels import sqnr_db
 from panguq.errors import LoweringError, PanguqError
@@ -149,7 +149,7 @@ def _compiled(
     """The library of a part, compared with the part as it runs today."""
     own = bodies(few=mode == "few")
     module = part_module(part, lambda target: own.get(target, target))
-    weights = [stored(plan.gm, node) for node in part.weights]
+    weights = [stored_tensor(plan.gm, node) for node in part.weights]
     first, *_, last = probes
     values = [layout.bring(first[node]) for layout, node in zip(layouts, part.inputs, strict=True)]
     plain = [ValueLayout(tuple(range(w.dim())), ()) for w in weights]

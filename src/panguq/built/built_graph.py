@@ -18,7 +18,15 @@ from panguq.built.bodies import bodies
 from panguq.built.cache_folder import cache_folder, check_own
 from panguq.built.compile_part import ValueLayout
 from panguq.built.machine import machine_text
-from panguq.built.parts import GraphPart, cut, digest, is_size, part_module, stored, values_read
+from panguq.built.parts import (
+    GraphPart,
+    cut,
+    digest,
+    is_size,
+    part_module,
+    stored_tensor,
+    values_read,
+)
 from panguq.data.inputs import takes_empty_mask
 from panguq.errors import PanguqError, StorageError
 from panguq.ir.interface import Interface
@@ -78,7 +86,7 @@ class BuildPlan:
         """What code depends on of a weight; of another value nothing is known before a call."""
         if node.op != "get_attr":
             return "value"
-        weight = stored(self.gm, node)
+        weight = stored_tensor(self.gm, node)
         return f"{weight.dtype} {list(weight.shape)}"
 
     @functools.cached_property
@@ -191,7 +199,7 @@ def _call(
     plan: BuildPlan, part: GraphPart, entry: Any, runners: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     """A function of the part's inputs alone, which returns its results."""
-    weights = [stored(plan.gm, node).contiguous() for node in part.weights]
+    weights = [stored_tensor(plan.gm, node).contiguous() for node in part.weights]
     if entry is None:
         module = part_module(part, lambda target: target)
         return lambda *values: module(*values, *weights)

@@ -164,7 +164,7 @@ def part_module(part: GraphPart, body: Callable[[Any], Callable[..., Any]]) -> f
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def stored(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+def stored_tensor(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     """The tensor that a `get_attr` node of a prepacked graph reads."""
     tensor: Tensor = getattr(gm, str(node.target))
     return tensor
