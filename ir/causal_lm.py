@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from panguq.errors import TraceError
 from panguq.ir.interface import CacheLayer, CacheState, cached_tensors
 from panguq.ir.kv_cache import (
+    CACHE_NAME,
     DUMMY_LAYERS,
     by_layer,
     cache_argument,
@@ -260,8 +261,14 @@ def cache_layers(step: CausalLMStep, mode: FakeTensorMode | None) -> tuple[Cache
             1,
             _fresh_cache(step.model),
         )
+    returned = getattr(output, CACHE_NAME, None)
+    if returned is None:
+        raise TraceError(
+            f"{name} returns no cache of keys and values, though it takes one",
+            "panguq traces language models that continue from a cache",
+        )
     found = []
-    for index, layer in enumerate(cache_of(output).layers):
+    for index, layer in enumerate(returned.layers):
         heads, key_dim, value_dim = _keys(layer, index, name, batch, seq)
         states = _states(layer, index, name)
         window = window_of(config, step.windows, index) if heads else 0
