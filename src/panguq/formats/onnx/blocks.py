@@ -261,7 +261,25 @@ def _norm_arguments(step: Step, x: str) -> tuple[Any, Any, float]:
     return given[x], gamma, given["epsilon"]
 
 
+def _convolution(step: Step) -> str:
+    given = step.arguments()
+    axes = step.rank(given["input"]) - 2
+    sizes = {
+        name: [*given[name]] * axes if len(given[name]) == 1 else [*given[name]]
+        for name in ("stride", "padding", "dilation")
+    }
+    read = [step.read(given[name], step.dtype) for name in ("input", "weight")]
+    if given["bias"] is not None:
+        read.append(step.read(given["bias"], step.dtype))
+    return step.result(
+        "Conv", *read, strides=sizes["stride"], pads=[*sizes["padding"], *sizes["padding"]],
+        dilations=sizes["dilation"], group=given["groups"],
+    )  # fmt: skip
+
+
 EMITTERS: dict[str, Emitter] = {
+    "aten.conv1d.default": _convolution,
+    "aten.conv2d.default": _convolution,
     "aten.scaled_dot_product_attention.default": _sdpa,
     "npu.npu_add_rms_norm.default": _npu_add_rms_norm,
     "npu.npu_fused_infer_attention_score.default": _npu_attention,

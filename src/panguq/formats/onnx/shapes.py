@@ -137,6 +137,17 @@ def _split(step: Step) -> Value:
     )
 
 
+def _flatten(step: Step) -> str:
+    given = step.arguments()
+    shape = given["self"].meta["val"].shape
+    first, last = (given[name] % len(shape) for name in ("start_dim", "end_dim"))
+    behind = list(shape[last + 1 :])
+    if not all(isinstance(size, int) for size in behind):
+        raise step.error("flattens before an axis of no fixed size, which is not written")
+    sizes = step.integers([*[0] * first, -1, *behind], "sizes")  # 0 keeps an axis
+    return step.result("Reshape", step.read(given["self"]), sizes)
+
+
 def _unbind(step: Step) -> Value:
     given = step.arguments()
     x, axis = given["self"], given["dim"]
@@ -173,9 +184,23 @@ def _embedding(step: Step) -> str:
 def _index(step: Step) -> str:
     x, indices = step.arguments().values()
     places = [axis for axis, index in enumerate(indices) if index is not None]
-    if len(places) != 1 or indices[places[0]].meta["val"].dtype == torch.bool:
-        raise step.error("takes several index tensors or a mask, which ONNX export does not write")
-    return _gather(step, x, step.read(indices[places[0]]), places[0])
+    if any(indices[place].meta["val"].dtype == torch.bool for place in places):
+        raise step.error("takes a mask as an index, which ONNX export does not write")
+    if len(places) == 1:
+        return _gather(step, x, step.read(indices[places[0]]), places[0])
+    if places != list(range(len(places))):
+        raise step.error("takes index tensors behind an axis that it leaves, which is not written")
+    given = [step.read(indices[place], torch.int64, f"index_{place}") for place in places]
+    total = functools.reduce(lambda one, other: step.add("Add", one, other, suffix="sum"), given)
+    zeros = step.add("Sub", total, total, suffix="zeros")  # of the shape that all have together
+    last = step.integers([-1], "axes")
+    parts = [
+        step.add("Unsqueeze", step.add("Add", index, zeros, suffix=f"at_{place}"), last,
+                 suffix=f"part_{place}")
+        for place, index in enumerate(given)
+    ]  # fmt: skip
+    at = step.add("Concat", *parts, suffix="places", axis=-1)
+    return step.result("GatherND", step.read(x), at)
 
 
 def _index_select(step: Step) -> str:
@@ -265,6 +290,7 @@ _CASTS = (
 )  # fmt: skip
 
 EMITTERS: dict[str, Emitter] = {
+    "aten.flatten.using_ints": _flatten,
     **{f"aten.{name}": _reshape for name in _RESHAPES},
     **{f"aten.{name}": _same for name in _SAME},
     **{f"aten.{name}": _cast for name in _CASTS},
