@@ -29,9 +29,26 @@ PASSES = ["calibrate", "insert-fake-quant", {"quantize-weights": {"clip_search":
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = {"batch": 2, "seq": 17, "past": 5, "kept": 1}
 
+_MIXTURE = dict(
+    hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=128, moe_intermediate_size=256, num_experts_per_tok=4,
+    vocab_size=VOCABULARY, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1,
+    eos_token_id=None, dtype=torch.bfloat16,
+)  # fmt: skip
+# The routers: a softmax; and sigmoid scores with a bias, within groups, beside a shared expert.
+MIXTURES: dict[str, transformers.PretrainedConfig] = {
+    "qwen3-moe": transformers.Qwen3MoeConfig(**_MIXTURE, num_experts=16),
+    "glm4-moe": transformers.Glm4MoeConfig(
+        **_MIXTURE, n_routed_experts=16, n_group=4, topk_group=2, n_shared_experts=1,
+        first_k_dense_replace=0,
+    ),
+}  # fmt: skip
+
 
 def make_model(name: str) -> nn.Module:
     """A model of these widths with random weights."""
+    if name in MIXTURES:
+        return random_model(MIXTURES[name])
     hidden, ffn, heads, key_heads = WIDTHS[name]
     config = transformers.LlamaConfig(
         hidden_size=hidden,
@@ -49,6 +66,11 @@ def make_model(name: str) -> nn.Module:
         eos_token_id=None,
         dtype=torch.bfloat16,
     )
+    return random_model(config)
+
+
+def random_model(config: transformers.PretrainedConfig) -> nn.Module:
+    """A model of this configuration with the same random weights each time."""
     torch.manual_seed(0)
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
     return model

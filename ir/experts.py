@@ -43,7 +43,8 @@ def check_experts(skeleton: nn.Module) -> None:
             raise TraceError(
                 f"module {path} ({type(module).__name__}) computes its experts in a way of its own",
                 "panguq takes experts that transformers calls through its interface "
-                "(use_experts_implementation): one weight of all experts a matmul",
+                "(use_experts_implementation): one weight of all experts a matmul; stack those of a "
+                "list into one such module, as transformers 5 does for the families that it has",
             )
 
 
@@ -122,4 +123,19 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     return self.shared_expert(hidden_states) + routed, router_logits
 
 
-_REPLACED = {"Llama4TextMoe": _llama4}
+def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """DBRX's experts: three weights, each of all experts one below the other."""
+    ops, mlp, batch = torch.ops.panguq, self.mlp, hidden_states.shape[0]
+    stacked = (self.num_experts, self.ffn_hidden_size, self.hidden_size)
+    gate, up, down = (weight.view(stacked) for weight in (mlp.w1, mlp.v1, mlp.w2))
+    order, counts = ops.route_tokens(top_k_index, self.num_experts)
+    tokens = hidden_states.reshape(-1, self.hidden_size)
+    rows = ops.permute_tokens(tokens, order, top_k_index.shape[1])
+    gated = mlp.activation_fn(ops.expert_linear(rows, gate, None, counts))
+    rows = gated * ops.expert_linear(rows, up, None, counts)
+    rows = ops.expert_linear(rows, down.transpose(1, 2), None, counts)
+    combined: Tensor = ops.combine_experts(rows, order, top_k_weights)
+    return combined.view(batch, -1, self.hidden_size)
+
+
+_REPLACED = {"DbrxExperts": _dbrx, "Llama4TextMoe": _llama4}

@@ -60,7 +60,8 @@ class Canonicalize(Pass):
     - `addmm` and `mm` with a stored weight `[k, n]`, and `matmul` with the transpose of one of
       `[n, k]`, become `linear` with weight `[n, k]`.
     - A weight `[experts, k, n]` of an `expert_linear`, transposed as it is read, becomes one of
-      `[experts, n, k]`; each such matmul has its weight's name as its module's.
+      `[experts, n, k]`, and so does one of `[experts * n, k]`; each such matmul has its weight's
+      name as its module's.
     - `weight * (x * rsqrt(mean(x^2) + eps))`, also with `1 + weight`, becomes `panguq.rms_norm`;
       the same of `x - mean(x)` becomes `layer_norm`; `layer_norm` with the weight `1 + weight`
       becomes `panguq.layer_norm`.
@@ -250,13 +251,19 @@ _TURNS = (aten.t.default, aten.numpy_T.default)
 def _expert_linear(node: fx.Node) -> fx.Node | None:
     """The matmuls of all experts, reading a weight `[experts, n, k]` that is stored as such."""
     read = ExpertLinear.of(node)
-    source, turned = read.weight, is_call(read.weight, aten.transpose.int)
-    if turned and operand(source, 0).op == "get_attr":
+    source, turned, stacked = read.weight, False, False
+    if is_call(source, aten.transpose.int):
+        source, turned = operand(source, 0), True
+    if is_call(source, aten.reshape.default) and operand(source, 0).op == "get_attr":
+        source, stacked = operand(source, 0), True
+    if (turned or stacked) and source.op == "get_attr":
         gm = node.graph.owning_module
         assert gm is not None
-        source = operand(source, 0)
-        transposed = get_tensor(gm, str(source.target)).transpose(1, 2)
-        read.read_weight(tensor_node(node, f"{source.target}_t", transposed))
+        experts, n, k = read.weight.meta["val"].shape
+        stored = get_tensor(gm, str(source.target))
+        weight = stored.view(experts, k, n).transpose(1, 2) if turned else stored.view(experts, n, k)
+        suffix = "_t" if turned else "_stacked"
+        read.read_weight(tensor_node(node, f"{source.target}{suffix}", weight))
     if source.op == "get_attr":
         annotate(node, module_path=str(source.target))
     return None

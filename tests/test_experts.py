@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import panguq
-from panguq.errors import NumericsError, RecipeError, TraceError
+from panguq.errors import InputError, NumericsError, RecipeError, TraceError
 from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import module_path
 from panguq.ir.node_meta import scheme_of
@@ -187,3 +188,41 @@ def test_more_experts_are_asked_for_than_there_are(model) -> None:
     other.config.num_experts_per_tok = 5
     with pytest.raises(TraceError, match="has 4 experts, and 5 of them are asked for"):
         panguq.compile(other, "float")
+
+
+def test_weights_of_all_experts_one_below_the_other_are_quantized(tmp_path) -> None:
+    """DBRX stores `[experts * n, k]`, and the last of its three weights transposed."""
+    config = transformers.DbrxConfig(
+        d_model=64, n_heads=4, n_layers=1, max_seq_len=128, vocab_size=256,
+        ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.DbrxForCausalLM(config).eval()
+    compiled = panguq.compile(model, "w8a8-dynamic", calibration=CALIBRATION)
+    named = {row.name for row in compiled.report.matmuls if row.scheme == "W8A8_DYNAMIC"}
+    experts = "transformer.blocks.0.ffn.experts.mlp"
+    assert {f"{experts}.3.{w}:linear" for w in ("w1", "v1", "w2")} <= named
+    assert compiled.report.logits_sqnr_db > 25
+    compiled.save(tmp_path / "saved")
+    assert torch.equal(panguq.load(tmp_path / "saved")(IDS).logits, compiled(IDS).logits)
+
+
+def test_an_expert_that_no_token_reaches_is_counted(model) -> None:
+    other = make("qwen3_moe")
+    with torch.no_grad():
+        gate = other.model.layers[1].mlp.gate.weight
+        gate.copy_(gate[:1].expand_as(gate))  # all experts are as good, and two are always taken
+    compiled = panguq.compile(other, "w4a16", calibration=CALIBRATION)
+    rows = {row.name: row for row in compiled.report.matmuls}
+    tokens = [rows[f"model.layers.1.mlp.experts.{e}.down_proj:linear"].tokens for e in range(4)]
+    none = 2 * tokens.count(0)  # gate_up_proj and down_proj
+    assert none > 0
+    (said,) = [text for text in compiled.report.warnings if "calibrated on all tokens" in text]
+    assert f"{none} of them none" in said
+
+
+def test_an_id_that_is_no_expert_is_one_sentence() -> None:
+    with pytest.raises(InputError, match="a token is routed to expert 4 of 4") as caught:
+        torch.ops.panguq.route_tokens(torch.tensor([[0, 4]]), 4)
+    assert "routing weights that are not finite" in caught.value.hint
