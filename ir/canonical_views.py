@@ -210,3 +210,9 @@ class LatentAttention(View):
     def scale(self) -> float:
         """Of the scores."""
         return float(argument(self.node, 6))
+
+
+class NpuLatentAttention(LatentAttention):
+    """The same on an NPU, with a mask that is True where a key is hidden."""
+
+    op = "panguq_npu::latent_attention"

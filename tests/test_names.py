@@ -17,6 +17,7 @@ DELIBERATE = {
     "check_linears": "what each checkpoint format refuses",
     "check_place": "where each format would not write",
     "dynamic_quant": "an op and its Triton kernel",
+    "latent_attention": "the op of every graph and an NPU's",
     "quantized": "the quantized linears of a folder in each format",
     "reference": "what each kernel is compared with",
     "refusal": "why an op cannot do a matmul",

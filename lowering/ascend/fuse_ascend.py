@@ -21,11 +21,13 @@ from panguq.lowering.ascend.fusions.attention import fuse_attention, fuse_rotary
 from panguq.lowering.ascend.fusions.cache import (
     fuse_dequantize,
     fuse_quantize_per_channel,
+    fuse_quantize_per_tensor,
     fuse_quantize_per_token,
 )
 from panguq.lowering.ascend.fusions.experts import lower_experts
 from panguq.lowering.ascend.fusions.gated import fuse_geglu, fuse_gelu, fuse_swiglu
 from panguq.lowering.ascend.fusions.grouped_swiglu import fuse_grouped_swiglu
+from panguq.lowering.ascend.fusions.latent_attention import fuse_latent_attention
 from panguq.lowering.ascend.fusions.norm import fuse_layer_norm, fuse_quantizer, fuse_rms_norm
 from panguq.lowering.ascend.fusions.shared import FusionState
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
@@ -54,6 +56,9 @@ class FuseAscend(Pass):
       the graph, plain causal attention, is built from the sizes. The KV cache stays the
       concatenation that it was, a graph input and output. Codes of a quantized one are made and
       read by `npu_dynamic_quant` or aten ops.
+    - `latent_attention` becomes `panguq_npu.latent_attention`, which calls the same op in the form
+      that multiplies less for a call's sizes (`kernels/ascend/own/latent_attention.py`). The scale
+      of the latents, where they are quantized, is read back in aten ops.
     - a mixture of experts becomes routing, grouped matmuls and weighted sums
       (`fusions/experts.py`).
     - with `allow_inexact`, `npu_add_rms_norm` and the one `npu_quantize` or `npu_dynamic_quant`
@@ -116,9 +121,11 @@ _FUSIONS: tuple[tuple[OpOverload, Fusion], ...] = (
     (aten.gelu.default, fuse_gelu),
     (panguq.rotary.default, fuse_rotary),
     (panguq.attention.default, fuse_attention),
+    (panguq.latent_attention.default, fuse_latent_attention),
     (panguq.rms_norm.default, fuse_rms_norm),
     (panguq.layer_norm.default, fuse_layer_norm),
     (panguq.quantize_per_channel.default, fuse_quantize_per_channel),
+    (panguq.quantize_per_tensor.default, fuse_quantize_per_tensor),
     (panguq.quantize_per_token.default, fuse_quantize_per_token),
     (panguq.dequantize.default, fuse_dequantize),
 )
@@ -127,5 +134,6 @@ _QUANTIZERS = (npu.npu_quantize.default, npu.npu_dynamic_quant.default)
 
 def _op_behind(node: fx.Node) -> str:
     """The vendor's op that gives this value, an item of its results or a transposition of one."""
-    direct = isinstance(node.target, OpOverload) and node.target.namespace == "npu"
+    spaces = ("npu", "panguq_npu")
+    direct = isinstance(node.target, OpOverload) and node.target.namespace in spaces
     return op_name(node if direct else operand(node, 0))

@@ -32,6 +32,7 @@ from panguq.lowering.ascend.rules import fallback_names
 from panguq.lowering.ascend.select import select_ascend
 from panguq.lowering.ascend.select_experts import select_experts, typical_us
 from panguq.lowering.choice import Choice, TokenMix
+from panguq.lowering.fuse_latent_attention import FuseLatentAttention
 from panguq.lowering.graph_problems import output_parts
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Candidate, FormatOption, MatmulProblem, WeightFormat
@@ -103,7 +104,7 @@ class AscendTarget(AscendMachine):
         return Peaks(self["hbm_gb_per_s"] * 1000, macs_per_us)
 
     def passes_before(self, options: AscendOptions) -> tuple[Pass, ...]:
-        return (MergeGateUp(self.largest_n),)
+        return (FuseLatentAttention(), MergeGateUp(self.largest_n))
 
     def calls(self, gm: fx.GraphModule, store: WeightStore) -> Calls:
         inputs = AscendInputs(gm, store)

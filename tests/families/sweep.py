@@ -36,6 +36,7 @@ LARGEST_DIFFERENCE = 1e-4  # of the largest logit
 LEAST_SQNR_DB = 10.0  # of a random model's logits in 8 bits; a wrong graph has less than 3
 FUSED = {
     "npu_fused_infer_attention_score": "attention",
+    "latent_attention": "latent attention",
     "npu_geglu": "geglu",
     "npu_rms_norm": "norm",
     "npu_add_rms_norm": "norm",

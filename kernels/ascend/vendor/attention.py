@@ -1,4 +1,4 @@
-"""npu_fused_infer_attention_score in layout BNSD: attention with grouped heads and a mask."""
+"""npu_fused_infer_attention_score in layout BNSD: grouped heads, a mask, a rotary part apart."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ LARGEST_BATCH = 65536
 LARGEST_HEADS = 256
 LARGEST_HEAD_SIZE = 512
 LARGEST_GROUP = 64
+LATENT_HEAD_SIZE, ROPE_HEAD_SIZES, ROPE_SIZE = 512, (512, 128), 64
+LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 LARGEST_SEQUENCE = 20 * 1024 * 1024
 LARGEST_DECODE_SEQUENCE = 262144
 ALIGNMENT_BYTES = 16
@@ -49,6 +51,8 @@ def _contract(
     sparse_mode: int = 0,
     inner_precise: int = 0,
     softmax_lse_flag: bool = False,
+    query_rope: Tensor | None = None,
+    key_rope: Tensor | None = None,
     **rest: object,
 ) -> Iterator[Broken]:
     for name, argument in rest.items():
@@ -74,7 +78,13 @@ def _contract(
         return
     for what, tensor in (("query", query), ("key", key), ("value", value)):
         yield from not_contiguous(what, tensor, _DOCS)
-    yield from _heads(query, key, num_heads, num_key_value_heads)
+    if query_rope is None and key_rope is None:
+        yield from _heads(query, key, num_heads, num_key_value_heads)
+    else:
+        yield from _heads(query, key, num_heads, num_key_value_heads, max(LATENT_HEADS))
+        yield from _rope(query, key, query_rope, key_rope)
+        if surely(query.shape[3] == LATENT_HEAD_SIZE):
+            yield from _latent(query, key, sparse_mode, softmax_lse_flag)
     batch, _, queries, head = query.shape
     yield from wrong_shape("key", key, [[batch, key.shape[1], key.shape[2], head]], _DOCS)
     yield from wrong_shape("value", value, [key.shape], _DOCS)
@@ -91,11 +101,48 @@ def _contract(
     for what, size in (("queries", queries), ("keys", key.shape[2])):
         if surely(size > longest):
             yield Broken(f"the {what} must be at most {longest}, not {size}", _DOCS)
-    yield from _mask(query, key, atten_mask, sparse_mode)
+    yield from _mask(query, key, atten_mask, sparse_mode, query_rope is not None)
+
+
+def _rope(
+    query: Tensor, key: Tensor, query_rope: Tensor | None, key_rope: Tensor | None
+) -> Iterator[Broken]:
+    """What holds where the rotary part of queries and keys is given apart."""
+    if query_rope is None or key_rope is None:
+        yield Broken("query_rope and key_rope must be given together", _DOCS)
+        return
+    for what, rope, whole in (("query", query_rope, query), ("key", key_rope, key)):
+        yield from wrong_dtype(f"{what}_rope", rope, (whole.dtype,), _DOCS)
+        yield from not_contiguous(f"{what}_rope", rope, _DOCS)
+        yield from wrong_shape(f"{what}_rope", rope, [[*whole.shape[:3], ROPE_SIZE]], _DOCS)
+    if all(surely(query.shape[3] != size) for size in ROPE_HEAD_SIZES):
+        sizes = " or ".join(map(str, ROPE_HEAD_SIZES))
+        yield Broken(
+            f"query's head size must be {sizes} beside a rope, not {query.shape[3]}", _DOCS
+        )
+
+
+def _latent(
+    query: Tensor, key: Tensor, sparse_mode: int, softmax_lse_flag: bool
+) -> Iterator[Broken]:
+    """What holds of heads of 512, which share one latent as their key and value."""
+    if all(surely(query.shape[1] != heads) for heads in LATENT_HEADS):
+        heads = ", ".join(map(str, LATENT_HEADS))
+        yield Broken(f"query must have one of {heads} heads, not {query.shape[1]}", _DOCS)
+    if surely(key.shape[1] != 1):
+        yield Broken(f"key must have 1 head, not {key.shape[1]}", _DOCS)
+    if sparse_mode == LEFT_UP_CAUSAL:
+        yield Broken("sparse_mode must be 0 or 3", _DOCS)
+    if softmax_lse_flag:
+        yield Broken("softmax_lse_flag must not be set", _DOCS)
 
 
 def _heads(
-    query: Tensor, key: Tensor, num_heads: int, num_key_value_heads: int
+    query: Tensor,
+    key: Tensor,
+    num_heads: int,
+    num_key_value_heads: int,
+    largest_group: int = LARGEST_GROUP,
 ) -> Iterator[Broken]:
     if num_heads <= 0:
         yield Broken(f"num_heads must be more than 0, not {num_heads}", _META)
@@ -109,16 +156,16 @@ def _heads(
             yield Broken(f"{argument} must be {what}'s {size} heads, not {given}", _DOCS)
         if given > LARGEST_HEADS:
             yield Broken(f"{argument} must be at most {LARGEST_HEADS}, not {given}", _DOCS)
-    if of_keys < 0 or num_heads % of_keys or num_heads // of_keys > LARGEST_GROUP:
+    if of_keys < 0 or num_heads % of_keys or num_heads // of_keys > largest_group:
         yield Broken(
-            f"num_heads must be a multiple of num_key_value_heads, at most {LARGEST_GROUP} times,"
+            f"num_heads must be a multiple of num_key_value_heads, at most {largest_group} times,"
             f" not {num_heads} for {of_keys}",
             _DOCS,
         )
 
 
 def _mask(
-    query: Tensor, key: Tensor, atten_mask: Tensor | None, sparse_mode: int
+    query: Tensor, key: Tensor, atten_mask: Tensor | None, sparse_mode: int, rope: bool
 ) -> Iterator[Broken]:
     if sparse_mode not in (0, LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL):
         yield Broken(f"sparse_mode must be 0, 2 or 3, not {sparse_mode}", PANGUQ)
@@ -136,8 +183,9 @@ def _mask(
         shapes = [square, [1, *square], [1, 1, *square]]
     else:
         shapes = [[batch, 1, queries, keys], [1, 1, queries, keys], [1, queries, keys]]
-        # Two dimensions mean queries and keys, or, for one query, the batch and keys.
-        shapes.append([batch if surely(queries == 1) else queries, keys])
+        if not rope:
+            # Two dimensions mean queries and keys, or, for one query, the batch and keys.
+            shapes.append([batch if surely(queries == 1) else queries, keys])
     yield from wrong_shape("atten_mask", atten_mask, shapes, _DOCS)
 
 
@@ -175,6 +223,8 @@ def npu_fused_infer_attention_score(
     scale: float = 1.0,
     sparse_mode: int = 0,
     softmax_lse_flag: bool = False,
+    query_rope: Tensor | None = None,
+    key_rope: Tensor | None = None,
     **rest: object,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * query @ key.T, without what the mask hides) @ value, and its log-sum-exp.
@@ -183,13 +233,17 @@ def npu_fused_infer_attention_score(
     for n / n_kv query heads in a row; atten_mask True (or not 0) where a key is hidden: [batch or
     1, 1, queries, keys], [1, queries, keys] or [queries, keys]; for one query also [batch, keys].
     sparse_mode 2 hides the keys after the query counted from the first ones, 3 from the last ones,
-    without reading the mask; for one query neither hides anything. Returns query's dtype
+    without reading the mask; for one query neither hides anything. query_rope
+    [batch, n, queries, 64] and key_rope [batch, n_kv, keys, 64] are what else belongs to queries
+    and keys of d = 128 or 512, of values not; for 512 all heads have one key. Returns query's dtype
     [batch, n, queries, d] and float32 [batch, n, queries, 1] ([0] without `softmax_lse_flag`).
 
     float32 with one rounding at the end; the formula is op-plugin's, which leaves rounding open,
     and the NPU rounds the weights to 16 bits. Where a query sees no key the result is the mean of
     all values, so that padding stays finite; CANN leaves such rows open, too.
     """
+    if query_rope is not None and key_rope is not None:
+        query, key = (torch.cat(parts, -1) for parts in ((query, query_rope), (key, key_rope)))
     batch, heads, queries, head = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     rows = heads // kv_heads * queries  # -1 would be ambiguous for a batch of none

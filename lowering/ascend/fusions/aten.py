@@ -15,7 +15,13 @@ from torch import fx
 from panguq.ir.canonical_views import Attention, GeGlu, LayerNorm, RmsNorm, Rotary, SwiGlu
 from panguq.ir.edit import call
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
-from panguq.lowering.ascend.fusions.cache import spell_dequantize, spell_quantize_per_channel
+from panguq.lowering.ascend.fusions.cache import (
+    spell_dequantize,
+    spell_quantize_per_channel,
+    spell_quantize_per_tensor,
+    spell_quantize_per_token,
+)
+from panguq.lowering.ascend.fusions.latent_attention import spell_latent_attention
 from panguq.lowering.ascend.fusions.masks import attended_mask
 from panguq.lowering.ascend.fusions.shared import FusionState, size_key
 
@@ -176,6 +182,9 @@ SPELLINGS: dict[Any, Callable[[fx.Node, FusionState], fx.Node]] = {
     panguq.geglu.default: spell_geglu,
     aten.gelu.default: spell_gelu,
     panguq.attention.default: spell_attention,
+    panguq.latent_attention.default: spell_latent_attention,
     panguq.quantize_per_channel.default: spell_quantize_per_channel,
+    panguq.quantize_per_tensor.default: spell_quantize_per_tensor,
+    panguq.quantize_per_token.default: spell_quantize_per_token,
     panguq.dequantize.default: spell_dequantize,
 }

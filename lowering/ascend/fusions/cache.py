@@ -1,15 +1,18 @@
-"""A quantized KV cache on Ascend: vendor and aten ops around the fused attention."""
+"""What is quantized in front of attention, a cache and latents: vendor and aten ops."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from panguq.ir.edit import call
+from panguq.ir.ops.quantize import SMALLEST_AMAX
 from panguq.ir.views import Item, QuantizedInput, argument, arguments, operand
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
+from panguq.kernels.ascend.vendor.dtypes import dtype_number
 from panguq.lowering.ascend.fusions.shared import FusionState, refusal
 
 aten = torch.ops.aten
@@ -32,14 +35,70 @@ def fuse_quantize_per_token(node: fx.Node, state: FusionState) -> fx.Node | str:
     return pair
 
 
+def spell_quantize_per_token(node: fx.Node, state: FusionState) -> fx.Node:
+    """`scale = max(amax|x|, 1e-30) / quant_max` and `round(x * (1 / scale))`, in float32."""
+    given = arguments(node)
+
+    def step(op: Any, args: tuple[Any, ...], suffix: str) -> fx.Node:
+        return call(node, op, args, origin=node, suffix=f".{suffix}")
+
+    wide = step(aten.to.dtype, (given["x"], torch.float32), "wide")
+    largest = step(aten.amax.default, (step(aten.abs.default, (wide,), "abs"), [-1], True), "amax")
+    positive = step(aten.clamp_min.default, (largest, SMALLEST_AMAX), "positive")
+    scale = step(aten.div.Scalar, (positive, given["quant_max"]), "scale")
+    factor = step(aten.reciprocal.default, (scale,), "factor")
+    rounded = step(
+        aten.round.default, (step(aten.mul.Tensor, (wide, factor), "scaled"),), "rounded"
+    )
+    codes = step(aten.to.dtype, (rounded, torch.int8), "codes")
+    for item in list(node.users):
+        item.replace_all_uses_with((codes, scale)[Item.of(item).index])
+        node.graph.erase_node(item)
+    return codes
+
+
+def fuse_quantize_per_tensor(node: fx.Node, state: FusionState) -> fx.Node | str:
+    """`npu_quantize(x, 1 / scale, zero_point)` of int8 codes."""
+    given = arguments(node)
+    if (given["quant_min"], given["quant_max"]) != (-128, 127):
+        return "npu_quantize has codes of -128 to 127"
+    x, dtype = given["x"], given["x"].meta["val"].dtype
+    inverse = call(node, aten.reciprocal.default, (given["scale"],), origin=node, suffix=".inverse")
+    factor = call(node, aten.to.dtype, (inverse, dtype), origin=node, suffix=".factor")
+    zero = call(node, aten.to.dtype, (given["zero_point"], dtype), origin=node, suffix=".zero")
+    args = (x, factor, zero, dtype_number(torch.qint8), -1, False)
+    reason = refusal(npu.npu_quantize.default, args)
+    return reason or call(node, npu.npu_quantize.default, args, origin=node, suffix=".fused")
+
+
+def spell_quantize_per_tensor(node: fx.Node, state: FusionState) -> fx.Node:
+    """`clamp(round(x * (1 / scale) + zero_point))` in float32, the factor in x's dtype."""
+    given = arguments(node)
+    x, dtype = given["x"], given["x"].meta["val"].dtype
+
+    def step(op: Any, args: tuple[Any, ...], suffix: str) -> fx.Node:
+        return call(node, op, args, origin=node, suffix=f".{suffix}")
+
+    factor = step(aten.reciprocal.default, (given["scale"],), "inverse")
+    if dtype != torch.float32:
+        factor = step(aten.to.dtype, (factor, dtype), "narrow_factor")
+        factor = step(aten.to.dtype, (factor, torch.float32), "factor")
+    scaled = step(aten.mul.Tensor, (x, factor), "scaled")
+    shifted = step(aten.add.Tensor, (scaled, given["zero_point"]), "shifted")
+    rounded = step(aten.round.default, (shifted,), "rounded")
+    limits = (rounded, given["quant_min"], given["quant_max"])
+    clamped = step(aten.clamp.default, limits, "clamped")
+    return call(node, aten.to.dtype, (clamped, torch.int8), origin=node)
+
+
 def fuse_quantize_per_channel(node: fx.Node, state: FusionState) -> fx.Node | str:
     """Never: no NPU op quantizes with a scale for each head and channel."""
     return "npu_quantize has one axis of scales, and a cache's differ by head and channel"
 
 
 def fuse_dequantize(node: fx.Node, state: FusionState) -> fx.Node | str:
-    """Never: in a lowered graph only the cache is still dequantized, in front of attention."""
-    return "the cache is dequantized in front of attention, which reads floats"
+    """Never: in a lowered graph only what attention reads is still dequantized, in front of it."""
+    return "attention reads floats: its cache or latents are dequantized in front of it"
 
 
 def spell_quantize_per_channel(node: fx.Node, state: FusionState) -> fx.Node:
@@ -56,8 +115,11 @@ def spell_quantize_per_channel(node: fx.Node, state: FusionState) -> fx.Node:
 
 
 def spell_dequantize(node: fx.Node, state: FusionState) -> fx.Node:
-    """`codes * scale` in float32, as the node's dtype; a cache's codes have no zero point."""
+    """`(codes - zero_point) * scale` in float32, as the node's dtype."""
     given = QuantizedInput.of(node)
     wide = call(node, aten.to.dtype, (given.codes, torch.float32), origin=node, suffix=".wide")
+    if given.zero_point is not None:
+        args = (wide, given.zero_point)
+        wide = call(node, aten.sub.Tensor, args, origin=node, suffix=".centred")
     scaled = call(node, aten.mul.Tensor, (wide, given.scale), origin=node, suffix=".scaled")
     return call(node, aten.to.dtype, (scaled, given.dtype), origin=node)

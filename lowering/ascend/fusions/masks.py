@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from panguq.ir.canonical_views import Attention
+from panguq.ir.canonical_views import Attention, LatentAttention
 from panguq.ir.edit import call, label
 from panguq.lowering.ascend.fusions.shared import FusionState, size_key
 
@@ -21,7 +21,7 @@ def attended_mask(attention: fx.Node, state: FusionState) -> fx.Node | None:
     bool `[1, 1, seq, total]` for an empty one, True where query i may see key j:
     `j <= total - seq + i`.
     """
-    mask = Attention.of(attention).mask
+    _, _, mask = _read(attention)
     if mask is None or not _is_empty(mask):
         return mask
     return _causal(attention, state, hidden=False)
@@ -33,8 +33,7 @@ def hidden_mask(attention: fx.Node, state: FusionState) -> fx.Node | str | None:
 
     These shapes are npu_fused_infer_attention_score's, in full (op-plugin docs, `atten_mask`).
     """
-    given = Attention.of(attention)
-    query, key, mask = given.query, given.key, given.mask
+    query, key, mask = _read(attention)
     if mask is None:
         return None
     if _is_empty(mask):
@@ -52,6 +51,15 @@ def hidden_mask(attention: fx.Node, state: FusionState) -> fx.Node | str | None:
     return state.call_once(attention, aten.logical_not.default, (mask,), suffix=".hidden")
 
 
+def _read(attention: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """What has one row a query, what has one a key, and the mask, of attention of either kind."""
+    latent = LatentAttention.match(attention)
+    if latent is not None:
+        return latent.queries[0], latent.latent, latent.mask
+    given = Attention.of(attention)
+    return given.query, given.key, given.mask
+
+
 def _is_empty(mask: fx.Node) -> bool:
     """Whether this mask has no element whatever the sizes: canonicalize's plain causal mask."""
     return any(size_key(size) == 0 for size in mask.meta["val"].shape)
@@ -59,13 +67,13 @@ def _is_empty(mask: fx.Node) -> bool:
 
 def _causal(attention: fx.Node, state: FusionState, hidden: bool) -> fx.Node:
     """The causal mask of this attention's sizes, once for all that have the same."""
-    query, key = Attention.of(attention).query, Attention.of(attention).key
+    query, key, _ = _read(attention)
     sizes = tuple(size_key(n.meta["val"].shape[2]) for n in (query, key))
     return state.once((*sizes, hidden), lambda: _make_causal(attention, query, key, hidden))
 
 
 def _make_causal(attention: fx.Node, query: fx.Node, key: fx.Node, hidden: bool) -> fx.Node:
-    mask = Attention.of(attention).mask or attention
+    mask = _read(attention)[2] or attention
 
     def make(op: Any, args: tuple[Any, ...], suffix: str, kwargs: Any = None) -> fx.Node:
         return call(attention, op, args, kwargs, origin=mask, suffix=suffix)

@@ -23,6 +23,7 @@ from panguq.ir.ops import (
 from panguq.ir.ops.packing import pack_codes, pack_int4
 from panguq.kernels.ascend.own import dynamic_quant as own_dynamic_quant
 from panguq.kernels.ascend.own import int4_weight, w4a16, w8a8
+from panguq.kernels.ascend.own import latent_attention as own_latent_attention
 from panguq.kernels.cpu import (
     binary_linear,
     dequantized_linear,
@@ -82,6 +83,13 @@ def latents(m: int, total: int) -> dict[str, Any]:
         "mask": torch.ones(2, 1, m, total, dtype=torch.bool).tril(total - m),
         "scale": 0.3,
     }
+
+
+def hidden_latents(m: int, total: int) -> dict[str, Any]:
+    """The same in 16 bits, with the mask that an NPU takes."""
+    given = {k: v.to(BF16) if isinstance(v, Tensor) else v for k, v in latents(m, total).items()}
+    hidden = given.pop("mask") == 0
+    return {**given, "hidden": hidden}
 
 
 def recurrence(m: int, beta: Tensor | None) -> dict[str, Any]:
@@ -225,6 +233,14 @@ OWN: dict[str, Call] = {
         lambda m: latents(m, 50 * m),
     ),
     "latent_attention_expanded": (latent_attention.latent_attention, lambda m: latents(m, m)),
+    "npu_latent_attention_absorbed": (
+        own_latent_attention.latent_attention,
+        lambda m: hidden_latents(m, 50 * m),
+    ),
+    "npu_latent_attention_expanded": (
+        own_latent_attention.latent_attention,
+        lambda m: hidden_latents(m, m),
+    ),
     "gated_linear_attention": (
         linear_attention.gated_linear_attention,
         lambda m: recurrence(m, None),
