@@ -186,19 +186,28 @@ def _latent_attention(step: Step) -> str:
     key = step.add("Concat", keys, turned, suffix="key", axis=3)
     parts = [step.read(given[name]) for name in ("query_nope", "query_rope")]
     query = step.add("Concat", *parts, suffix="query", axis=3)
-    attended = _attended(step, given["mask"], given["query_nope"], given["latent"])
+    if "hidden" in given:
+        attended = _not_hidden(step, given["hidden"])
+    else:
+        attended = _attended(step, given["mask"], given["query_nope"], given["latent"])
     return step.finish("Attention", query, key, values, attended, scale=given["scale"])
+
+
+def _not_hidden(step: Step, hidden: Any) -> str:
+    """The mask of what is attended to; nothing where nothing is hidden."""
+    if hidden is None:
+        return ""
+    return step.add("Not", step.read(hidden, torch.bool), suffix="attended")
 
 
 def _npu_attention(step: Step) -> Value:
     given = step.arguments()
     if given["input_layout"] != "BNSD" or given["sparse_mode"] != 0 or given["softmax_lse_flag"]:
         raise step.error("only layout BNSD with a mask in full and without lse is written")
+    if given["query_rope"] is not None:
+        raise step.error("a rotary part apart is not written")
     result = step.result_name(0)
-    attended = ""
-    if given["atten_mask"] is not None:
-        hidden = step.read(given["atten_mask"], torch.bool)
-        attended = step.add("Not", hidden, suffix="attended")
+    attended = _not_hidden(step, given["atten_mask"])
     parts = [step.read(given[name]) for name in ("query", "key", "value")]
     wide = step.add("Attention", *parts, attended, suffix="attention", scale=given["scale"])
     return (step.call_it(step.round_to(wide, step.dtype, "rounded"), result), "")
@@ -290,6 +299,7 @@ EMITTERS: dict[str, Emitter] = {
     "npu.npu_swiglu.default": _npu_swiglu,
     "panguq.attention.default": _attention,
     "panguq.latent_attention.default": _latent_attention,
+    "panguq_npu.latent_attention.default": _latent_attention,
     "panguq.geglu.default": _geglu,
     "panguq.layer_norm.default": _layer_norm,
     "panguq.rms_norm.default": _rms_norm,

@@ -21,7 +21,7 @@ from panguq.ir.views import Item, argument, arguments
 _TURNING = (
     "aten.linear.default", "panguq_cpu.dequantized_linear.default",
     "panguq_cpu.int8_linear.default", "panguq_cpu.weight_row_sums.default",
-    "panguq.latent_attention.default",
+    "panguq.latent_attention.default", "panguq_npu.latent_attention.default",
 )  # fmt: skip
 """Ops whose emitters read a matrix by `Step.turned`, or not at all."""
 
