@@ -43,8 +43,8 @@ def check_experts(skeleton: nn.Module) -> None:
             raise TraceError(
                 f"module {path} ({type(module).__name__}) computes its experts in a way of its own",
                 "panguq takes experts that transformers calls through its interface "
-                "(use_experts_implementation): one weight of all experts a matmul; stack those of a "
-                "list into one such module, as transformers 5 does for the families that it has",
+                "(use_experts_implementation): one weight of all experts a matmul; stack those of a"
+                " list into one such module, as transformers 5 does for the families that it has",
             )
 
 

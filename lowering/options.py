@@ -13,8 +13,8 @@ class AscendOptions:
     """Options that change what runs on an NPU; other targets do not read them.
 
     allow_float: leave matmuls in float that are predicted to be faster so, over `tokens`.
-    allow_inexact: let the vendor's ops that quantize inside a norm, or behind experts' SwiGLU, round
-        in other places.
+    allow_inexact: let the vendor's ops that quantize inside a norm, or behind experts' SwiGLU,
+        round in other places.
     own_kernels: let panguq's own kernels run where they are predicted to be faster. They need
         triton-ascend on the NPU's machine, and torchair cannot convert them.
     weight_format: how int8 weights of integer matmuls lie in memory: ND, row by row, which

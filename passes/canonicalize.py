@@ -261,7 +261,8 @@ def _expert_linear(node: fx.Node) -> fx.Node | None:
         assert gm is not None
         experts, n, k = read.weight.meta["val"].shape
         stored = get_tensor(gm, str(source.target))
-        weight = stored.view(experts, k, n).transpose(1, 2) if turned else stored.view(experts, n, k)
+        weight = stored.view(experts, *((k, n) if turned else (n, k)))
+        weight = weight.transpose(1, 2) if turned else weight
         suffix = "_t" if turned else "_stacked"
         read.read_weight(tensor_node(node, f"{source.target}{suffix}", weight))
     if source.op == "get_attr":

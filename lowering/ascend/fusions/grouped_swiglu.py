@@ -50,7 +50,8 @@ def fuse_grouped_swiglu(node: fx.Node, allow_inexact: bool) -> fx.Node | str | N
     sizes = [user for user in gated.users if user.target is aten.sym_size.int]
     if set(gated.users) != {node, *sizes} or set(rows.node.users) != {gated}:
         return f"{label(gated)} or {label(rows.node)} has other readers"
-    if len(node.users) != 2 or node.meta["val"][0].dtype != torch.int8 or arguments(node)["smooth_scales"] is not None:
+    plain = arguments(node)["smooth_scales"] is None and node.meta["val"][0].dtype == torch.int8
+    if not plain or len(node.users) != 2:
         return "only plain int8 codes per row can be fused"
     args = (x, [weight], given["scale"], *given["per_token_scale"], given["group_list"])
     named = {"group_list_type": given["group_list_type"]}
