@@ -95,6 +95,7 @@ def _build(plan: BuildPlan, progress: Progress) -> tuple[Path, int, list[str]]:
                 raise LoweringError(reasons or "the graph has nothing to compile")
             entries = {"format": 1, "modes": made.modes, "libraries": made.sums}
             (partial / "built.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+            os.chmod(partial / "built.json", 0o600)  # whatever the user's umask is
         return target, len(made.sums), list(dict.fromkeys(made.reasons))
 
 
