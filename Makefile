@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-peers clean
+.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-contract: setup  ## run what panguq promises: load, generate, save, compile
 
 test-families: setup  ## try every model family; ARGS=--update rewrites docs/models.md
 	$(RUN) -m tests.families.sweep $(ARGS)
+
+test-every-class: setup  ## try every class of transformers; ARGS='--mapping masked-lm --quick'
+	$(RUN) -m tests.families.every_class $(ARGS)
 
 test-oldest: setup  ## the same with the lowest releases that pyproject.toml allows
 	$(RUN) -m conformance.versions oldest --torch '$(TORCH)' $(ARGS)

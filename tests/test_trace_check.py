@@ -14,6 +14,7 @@ import panguq
 from panguq import trace_check
 from panguq.errors import InputError, TraceError
 from panguq.ir.edit import get_tensor, set_tensor
+from panguq.ir.kv_cache import CACHE_NAME
 from panguq.ir.length_limits import attention_windows
 from panguq.ir.trace import trace_causal_lm
 from panguq.trace_check import check_causal_lm, check_module
@@ -170,6 +171,22 @@ def test_a_graph_of_other_values_names_the_first_module() -> None:
     shift(gm, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(TraceError, match=r"is model\.layers\.1\.mlp\.up_proj \(Linear\)"):
         check_causal_lm(shared_model("llama"), gm, interface)
+
+
+def test_a_model_that_loses_its_past_is_found() -> None:
+    gm, interface = traced("llama")
+    model = make_model("llama")
+
+    class Forgets(type(model)):
+        def forward(self, input_ids=None, position_ids=None, **given):
+            for layer in getattr(given.get(CACHE_NAME), "layers", ()):
+                layer.keys = torch.zeros_like(layer.keys)
+            return super().forward(input_ids, position_ids=position_ids, **given)
+
+    check_causal_lm(model, gm, interface)
+    model.__class__ = Forgets
+    with pytest.raises(TraceError, match="on tokens after a past it differs"):
+        check_causal_lm(model, gm, interface)
 
 
 def test_of_a_large_model_the_padded_prompt_is_compared(monkeypatch) -> None:
