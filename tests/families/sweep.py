@@ -96,8 +96,8 @@ def quantized(model: Any, compiled: Any, least_db: float = LEAST_SQNR_DB) -> str
 
 
 def sites(compiled: Any) -> str:
-    """`5 norm_linear, 2 value_output`."""
-    found, _ = find_scale_sites(compiled.graph, compiled.interface)
+    """`5 norm_linear, 2 value_output`: in the graph that passes see, before it is lowered."""
+    found, _ = find_scale_sites(compiled.stages["fake-quant"], compiled.interface)
     counts = Counter(site.kind for site in found)
     return ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items())) or "none"
 
