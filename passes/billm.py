@@ -19,8 +19,9 @@ from panguq.ir.views import QuantizedWeight
 from panguq.passes.codes.column_solver import solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor
 from panguq.passes.codes.solvable import check_solvable
-from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.solve_weights import SolveWeights
 from panguq.passes.codes.stored_codes import stem_of
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.tensors.weight_store import WeightStore
 
 CODE_BITS = 2  # a sign, and which of two magnitudes

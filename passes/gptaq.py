@@ -13,7 +13,7 @@ from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.passes.codes.column_solver import GroupGrid, solve_columns
 from panguq.passes.codes.gram import cross_gram, gram, inverse_factor
-from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
 
 

@@ -15,7 +15,8 @@ from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.passes.codes.column_solver import FitScale, GroupGrid, solve_columns
 from panguq.passes.codes.gram import InputMoments, output_error
-from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.solve_weights import SolveWeights
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.codes.weight_scales import (
     check_clip_search,
     clip_ratios,

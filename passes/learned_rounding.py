@@ -14,7 +14,8 @@ from panguq.errors import RecipeError
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.quant_spec import QuantSpec
 from panguq.passes.codes.gram import InputMoments, output_error
-from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.solve_weights import SolveWeights
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype, search_scale, storable
 from panguq.passes.gptq import Gptq, relative_errors_db
 

@@ -20,8 +20,9 @@ from panguq.ir.views import QuantizedWeight
 from panguq.passes.codes.column_solver import solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor, output_error
 from panguq.passes.codes.solvable import check_solvable
-from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem
+from panguq.passes.codes.solve_weights import SolveWeights
 from panguq.passes.codes.stored_codes import set_grid, stem_of
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.codes.weight_scales import (
     SMALLEST_SCALE,
     check_clip_search,

@@ -15,7 +15,7 @@ from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import module_path
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import ExpertLinear
-from panguq.passes.codes import gram, solve_weights
+from panguq.passes.codes import expert_solver, gram
 from panguq.passes.pipeline.base import matmuls
 from panguq.tensors import nameless
 from tests.families.models import make
@@ -116,8 +116,8 @@ def gptq_codes(model) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("owner", "name", "value"),
     [
-        (solve_weights, "EXPERTS_AT_ONCE", 1),
-        (solve_weights, "EXPERTS_AT_ONCE", 3),
+        (expert_solver, "EXPERTS_AT_ONCE", 1),
+        (expert_solver, "EXPERTS_AT_ONCE", 3),
         (nameless, "LARGE_BYTES", 1),  # all that is computed of weights lies in files
     ],
 )

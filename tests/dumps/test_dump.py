@@ -32,7 +32,7 @@ from panguq.ir.run import interpret
 from panguq.ir.text.serialize import to_text
 from panguq.ir.trace import trace_causal_lm
 from panguq.passes import quantize_weights
-from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
 from panguq.passes.pipeline.base import PassContext
 from panguq.recipe import Recipe

@@ -18,7 +18,7 @@ from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.run.interpret import run
 from panguq.passes.billm import BiLlm, best_pair, block_order, residual_pair, salient_count
 from panguq.passes.codes.gram import gram, inverse_factor, output_error
-from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.codes.weight_scales import min_max_scale, quantize_groups
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.quantize_weights import QuantizeWeights

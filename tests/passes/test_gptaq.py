@@ -15,7 +15,7 @@ from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.run.interpret import run
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.codes.gram import gram
-from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.gptaq import AsymmetricTarget, Gptaq
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant

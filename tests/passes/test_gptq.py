@@ -18,7 +18,7 @@ from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.run.interpret import run
 from panguq.passes.codes.column_solver import GroupGrid, solve_columns
 from panguq.passes.codes.gram import gram, inverse_factor, output_error
-from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.codes.weight_scales import clip_ratios, min_max_scale, search_scale
 from panguq.passes.gptq import Gptq, relative_errors_db
 from panguq.passes.insert_fake_quant import InsertFakeQuant

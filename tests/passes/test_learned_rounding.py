@@ -14,7 +14,7 @@ from panguq.errors import NumericsError, RecipeError
 from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.run.interpret import run
 from panguq.passes.codes.gram import gram, output_error
-from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.learned_rounding import Grid, LearnedRounding, descend, refit_scales

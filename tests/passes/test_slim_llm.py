@@ -19,7 +19,7 @@ from panguq.ir.ops.mixed_packing import unpack_mixed_codes
 from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.run.interpret import run
 from panguq.passes.codes.gram import gram, output_error
-from panguq.passes.codes.solve_weights import Solution, WeightProblem
+from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.slim_llm import (

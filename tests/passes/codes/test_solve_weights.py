@@ -16,7 +16,8 @@ from panguq.ir.ops.packing import unpack_int4
 from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.run.interpret import run, values
 from panguq.passes.calibrate import Calibrate
-from panguq.passes.codes.solve_weights import Solution, SolveWeights, WeightProblem, quantizer_of
+from panguq.passes.codes.solve_weights import SolveWeights
+from panguq.passes.codes.weight_problem import Solution, WeightProblem, quantizer_of
 from panguq.passes.codes.weight_scales import min_max_scale
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
