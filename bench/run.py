@@ -131,7 +131,7 @@ def all_compile_costs(threads: int) -> dict[str, Any]:
 
 def compile_cost(recipe: str) -> dict[str, float]:
     """Seconds of trace and compile against one forward pass, and the process's peak memory."""
-    from panguq.ir.trace import trace_causal_lm
+    from panguq.ir.trace_causal_lm import trace_causal_lm
 
     model, tokenizer, windows = load()
     with torch.no_grad():

@@ -17,17 +17,11 @@ from transformers import PreTrainedModel
 
 from panguq.errors import InputError, TraceError
 from panguq.ir.experts import check_experts
+from panguq.ir.export import fake_mode_of, skeleton_of
 from panguq.ir.interface import Interface
 from panguq.ir.length_limits import keep_rotary_frequencies, reset_rotary_frequencies
-from panguq.ir.trace import (
-    BATCH,
-    SEQ,
-    encoder_decoder,
-    fake_mode_of,
-    is_causal_lm,
-    skeleton_of,
-    trace_module,
-)
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import BATCH, SEQ, encoder_decoder, is_causal_lm
 from panguq.ir.views import arguments
 
 IDS = "input_ids"

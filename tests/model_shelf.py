@@ -15,7 +15,8 @@ from panguq.data.inputs import prepare, takes_empty_mask
 from panguq.ir.edit import clone, module_path
 from panguq.ir.interface import Interface
 from panguq.ir.properties import TRACED, Property
-from panguq.ir.trace import trace_causal_lm, trace_module
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import Pass, PassContext

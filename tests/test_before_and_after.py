@@ -18,7 +18,8 @@ from panguq.ir.interface import Interface
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.quant_spec import parse_scheme
 from panguq.ir.text.printer import print_graph
-from panguq.ir.trace import trace_causal_lm, trace_module
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.lowering.ascend.fuse_ascend import FuseAscend
 from panguq.lowering.ascend.merge_gate_up import MergeGateUp
 from panguq.lowering.fit_schemes import FitSchemes
@@ -46,13 +47,7 @@ from panguq.passes.weigh_tokens import WeighTokens
 from panguq.registry import all_passes
 from panguq.tensors.weight_store import WeightStore
 from tests.conftest import GOLDEN
-from tests.model_shelf import (
-    LatentAttention,
-    TinyModel,
-    latent_inputs,
-    run_pipeline,
-    token_ids,
-)
+from tests.model_shelf import LatentAttention, TinyModel, latent_inputs, run_pipeline, token_ids
 
 NPU = "ascend910b1"
 SHOWN = {"label", "module_path", "scheme"}  # by print_graph, or by no listing

@@ -16,7 +16,7 @@ from panguq.errors import InputError, TraceError
 from panguq.ir.edit import get_tensor, set_tensor
 from panguq.ir.kv_cache import CACHE_NAME
 from panguq.ir.length_limits import attention_windows
-from panguq.ir.trace import trace_causal_lm
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.trace_check import check_causal_lm, check_module
 from panguq.tracing import trace
 from tests.model_shelf import GROUPED, make_model, shared_model, token_ids, traced

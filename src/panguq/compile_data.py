@@ -23,13 +23,8 @@ from panguq.data.calibration_modules import module_batches
 from panguq.data.encoder_inputs import lacks_data, needs_data
 from panguq.data.inputs import takes_empty_mask
 from panguq.errors import InputError
-from panguq.ir.encoder import (
-    Examples,
-    encoder_examples,
-    is_encoder,
-    reads_text,
-)
-from panguq.ir.trace import is_causal_lm
+from panguq.ir.encoder import Examples, encoder_examples, is_encoder, reads_text
+from panguq.ir.trace_causal_lm import is_causal_lm
 from panguq.lowering.targets import find_target
 from panguq.passes.pipeline.base import PassContext
 from panguq.tensors.work_folder import Finished

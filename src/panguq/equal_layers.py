@@ -17,9 +17,10 @@ import torch
 from torch import fx, nn
 
 from panguq.ir.edit import assign_labels, finish, get_tensor, module_path, set_tensor
+from panguq.ir.export import skeleton_of
 from panguq.ir.interface import CacheLayer, Interface, cached_tensors
 from panguq.ir.node_meta import annotate
-from panguq.ir.trace import is_causal_lm, skeleton_of
+from panguq.ir.trace_causal_lm import is_causal_lm
 from panguq.ir.views import results_of
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.Size, type(None))

@@ -15,7 +15,8 @@ from panguq.errors import InputError, TraceError
 from panguq.ir.causal_lm import MaskForm, makes_its_own_mask
 from panguq.ir.encoder import Examples, is_encoder, trace_encoder
 from panguq.ir.interface import Interface
-from panguq.ir.trace import is_causal_lm, trace_causal_lm, trace_module
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import is_causal_lm, trace_causal_lm
 from panguq.trace_check import check_causal_lm, check_encoder, check_module, has_weights
 
 logger = logging.getLogger("panguq")

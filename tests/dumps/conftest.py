@@ -16,7 +16,7 @@ from panguq.dumps.dump import Dump
 from panguq.dumps.reader import DumpReader
 from panguq.ir.edit import clone
 from panguq.ir.interface import Interface
-from panguq.ir.trace import trace_causal_lm
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.passes.pipeline.base import Pass, PassContext
 from panguq.passes.pipeline.runner import PassRecord

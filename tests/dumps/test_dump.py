@@ -30,7 +30,7 @@ from panguq.errors import NumericsError, RecipeError, StorageError
 from panguq.files.checksums import CHECKSUMS
 from panguq.ir.run import interpret
 from panguq.ir.text.serialize import to_text
-from panguq.ir.trace import trace_causal_lm
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes import quantize_weights
 from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.gptq import Gptq

@@ -19,7 +19,8 @@ from panguq.ir.interface import Interface
 from panguq.ir.kv_cache import held_tensors, layer_tensors
 from panguq.ir.run.interpret import run
 from panguq.ir.text.printer import print_graph
-from panguq.ir.trace import trace_causal_lm, trace_module
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext
 from panguq.tensors.weight_store import WeightStore

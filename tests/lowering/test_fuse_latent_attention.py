@@ -16,7 +16,6 @@ import panguq
 from panguq import compiler
 from panguq.data.inputs import empty_past, prepare, takes_empty_mask
 from panguq.errors import NumericsError
-from panguq.ir import trace
 from panguq.ir.canonical_views import LatentAttention as Fused
 from panguq.ir.edit import clone, label, op_name
 from panguq.ir.interface import Interface
@@ -24,6 +23,7 @@ from panguq.ir.ops import latent_attention as latent_ops
 from panguq.ir.ops.opset import body_of
 from panguq.ir.properties import TRACED, Property
 from panguq.ir.run.interpret import run
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.lowering.fuse_latent_attention import FuseLatentAttention
 from panguq.lowering.lower_matmuls import LowerMatmuls
 from panguq.lowering.run.prepack import prepack
@@ -132,7 +132,7 @@ def tiny() -> nn.Module:
 
 @functools.cache
 def traced() -> tuple[fx.GraphModule, Interface]:
-    return trace.trace_causal_lm(tiny())
+    return trace_causal_lm(tiny())
 
 
 def lowered(scheme: str, *, fuse: bool) -> tuple[fx.GraphModule, Interface]:

@@ -11,7 +11,7 @@ import torch
 
 import panguq
 from panguq.errors import InputError, PanguqError, StorageError
-from panguq.ir.trace import trace_causal_lm
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.models.hf import load_pretrained, load_tokenizer, skeleton
 from tests.model_folders import SIZES, make_folder, make_model, with_config
 

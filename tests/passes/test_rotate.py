@@ -17,7 +17,7 @@ import panguq
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.edit import clone, find_label, get_tensor, label, weights_of
 from panguq.ir.run.interpret import run
-from panguq.ir.trace import trace_causal_lm
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult

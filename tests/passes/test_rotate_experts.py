@@ -10,7 +10,7 @@ import panguq
 from panguq.errors import NumericsError
 from panguq.ir.edit import clone, find_label, get_tensor, label, weights_of
 from panguq.ir.properties import TRACED, Property
-from panguq.ir.trace import trace_causal_lm
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext

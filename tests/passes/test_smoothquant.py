@@ -19,7 +19,8 @@ from panguq.ir.interface import Interface
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.run.interpret import run, values
-from panguq.ir.trace import trace_causal_lm, trace_module
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes.assign_schemes import AssignSchemes
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext, PassResult, linears

@@ -18,7 +18,8 @@ from panguq.ir.analysis.channels import ScaleSite, find_scale_sites
 from panguq.ir.analysis.walk import Blocked
 from panguq.ir.edit import clone, finish, get_tensor, label, set_tensor, weights_of
 from panguq.ir.interface import Interface
-from panguq.ir.trace import trace_causal_lm, trace_module
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext
 from panguq.tensors.weight_store import WeightStore

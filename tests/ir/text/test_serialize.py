@@ -33,7 +33,8 @@ from panguq.ir.quant_spec import SCHEMES, parse_scheme
 from panguq.ir.text.serialize import from_dict, from_text, to_dict, to_text
 from panguq.ir.text.size_expression import evaluate_size, names_in
 from panguq.ir.text.value_types import restore_types
-from panguq.ir.trace import trace_causal_lm, trace_module
+from panguq.ir.trace import trace_module
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext
 from panguq.tensors.weight_store import WeightStore

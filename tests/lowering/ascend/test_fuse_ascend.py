@@ -14,23 +14,14 @@ from torch.nn import functional
 
 from panguq.data.inputs import prepare, takes_empty_mask
 from panguq.errors import RecipeError
-from panguq.ir.edit import (
-    call,
-    clone,
-    find_label,
-    finish,
-    label,
-    op_name,
-    tensor_node,
-    weights_of,
-)
+from panguq.ir.edit import call, clone, find_label, finish, label, op_name, tensor_node, weights_of
 from panguq.ir.interface import Interface
 from panguq.ir.properties import Property
 from panguq.ir.run.equivalence import run_in_float64
 from panguq.ir.run.interpret import run, values
 from panguq.ir.text.printer import print_graph
 from panguq.ir.text.serialize import from_text, to_text
-from panguq.ir.trace import trace_causal_lm
+from panguq.ir.trace_causal_lm import trace_causal_lm
 from panguq.ir.verify import verify
 from panguq.kernels.ascend.vendor.contracts import violations
 from panguq.lowering.ascend.fuse_ascend import FuseAscend
