@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.ir.kv_cache import CACHE_NAME, cache_of
 
 STEPS = 8

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, fx, nn
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.ir.text.size_expression import evaluate_size
 
 TARGET = "ascend910b1"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.errors import InputError, LoweringError, RecipeError
 from panguq.ir.edit import op_name
 from panguq.lowering.target_files import save_target

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import panguq
-from panguq import compiled_model
-from panguq.compiled_model import CompiledCausalLM
+from panguq import compiled_causal_lm
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.ir.kv_cache import CACHE_NAME, cache_of
 from panguq.lowering.run.write_into_cache import PAST_LENGTH, written_into
 from tests.model_folders import make_model
@@ -133,7 +133,7 @@ def test_the_graph_that_is_saved_is_a_function() -> None:
 
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_model, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(compiled_causal_lm, "PREFILL_CHUNK", 7)
 
 
 @pytest.mark.usefixtures("in_parts")

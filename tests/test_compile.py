@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM, CompiledModule
+from panguq.compiled_causal_lm import CompiledCausalLM
+from panguq.compiled_module import CompiledModule
 from panguq.errors import InputError, LoweringError, NumericsError, PanguqError, RecipeError
 from panguq.evaluation import evaluate, logits_of
 from panguq.ir.edit import label, op_name, weights_of

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.errors import InputError
 from panguq.ir.kv_cache import CACHE_NAME, cache_of
 from tests.model_folders import make_model, make_tokenizer

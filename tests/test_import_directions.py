@@ -22,7 +22,8 @@ ROOMS = (
     "panguq.planning",
     "panguq.explain",
     "panguq.check",
-    "panguq.compiled_model panguq.generation panguq.frozen_module",
+    "panguq.compiled_model panguq.compiled_module panguq.compiled_encoder "
+    "panguq.compiled_causal_lm panguq.generation panguq.frozen_module",
     "panguq.built",
     "panguq.formats",
     "panguq.dumps",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.errors import InputError, PanguqError
 from tests.model_folders import make_model
 

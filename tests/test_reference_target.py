@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.dumps.bisect import bisect
 from panguq.dumps.reader import DumpReader
 from panguq.dumps.replay import run_stage

@@ -26,7 +26,10 @@ from panguq.errors import (
 from panguq.versions import warn_of_untested
 
 if TYPE_CHECKING:
-    from panguq.compiled_model import CompiledCausalLM, CompiledEncoder, CompiledModule, load
+    from panguq.compiled_causal_lm import CompiledCausalLM
+    from panguq.compiled_encoder import CompiledEncoder
+    from panguq.compiled_model import load
+    from panguq.compiled_module import CompiledModule
     from panguq.compiler import compile
     from panguq.data.calibration_data import read_calibration
     from panguq.evaluation import evaluate
@@ -64,9 +67,9 @@ __all__ = [
 
 # Loaded on first use: `import panguq` stays light, without transformers.
 _LAZY = {
-    "CompiledCausalLM": ("panguq.compiled_model", "CompiledCausalLM"),
-    "CompiledEncoder": ("panguq.compiled_model", "CompiledEncoder"),
-    "CompiledModule": ("panguq.compiled_model", "CompiledModule"),
+    "CompiledCausalLM": ("panguq.compiled_causal_lm", "CompiledCausalLM"),
+    "CompiledEncoder": ("panguq.compiled_encoder", "CompiledEncoder"),
+    "CompiledModule": ("panguq.compiled_module", "CompiledModule"),
     "Plan": ("panguq.planning.dry_run", "Plan"),
     "Recipe": ("panguq.recipe", "Recipe"),
     "compile": ("panguq.compiler", "compile"),

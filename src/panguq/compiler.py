@@ -11,7 +11,8 @@ from torch import nn
 from panguq.artifact import FAKE_QUANT, LOWERED, Artifact
 from panguq.compile_data import CompileData
 from panguq.compile_key import held_units, open_units
-from panguq.compiled_model import CompiledModule, compiled_model
+from panguq.compiled_model import compiled_model
+from panguq.compiled_module import CompiledModule
 from panguq.data.calibration import probe_of
 from panguq.dumps.dump import Dump, chosen_folder
 from panguq.ir.edit import clone, store_folded

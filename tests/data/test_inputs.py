@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.data.inputs import prepare, takes_empty_mask
 from panguq.errors import InputError
 from panguq.ir.edit import clone

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import panguq
-from panguq.compiled_model import CompiledCausalLM
+from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.errors import InputError, PanguqError, RecipeError
 from panguq.formats.onnx.run import OnnxModel
 from panguq.ir.edit import find_label, get_tensor, label, weights_of

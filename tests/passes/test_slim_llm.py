@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 import panguq
-from panguq.compiled_model import CompiledModule
+from panguq.compiled_module import CompiledModule
 from panguq.errors import RecipeError
 from panguq.evaluation import weight_figures
 from panguq.ir.edit import find_label, weights_of

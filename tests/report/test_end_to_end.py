@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 import panguq
-from panguq.compiled_model import CompiledModule
+from panguq.compiled_module import CompiledModule
 from panguq.data.calibration_data import read_calibration
 from panguq.data.inputs import prepare
 from panguq.errors import LoweringError, NumericsError
