@@ -158,6 +158,7 @@ FILES: list[tuple[str, str, Change, set[str]]] = [
     ("missing-weight", "model.norm.weight", drop("model.norm.weight"), COMPRESSED_SERVERS),
     ("no-tokenizer", "tokenizer.json", attribute(files={}), NOTE),
     ("unknown-model", "config.json", configure(model_type="mine"), NOTE),
+    ("no-class", "config.json", configure(model_type="mine"), {"transformers"}),
 ]  # fmt: skip
 BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [
     ("missing-config", "config.json", {}, attribute(config=None), ASCEND_SERVERS),
@@ -211,7 +212,6 @@ BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [
         {"mindie"},
     ),
     ("w8a16-bias", f"{Q}.bias", {"attention": "W8A16"}, lambda draft: None, NOTE),
-    ("no-mindie-model", "config.json", {}, configure(model_type="PanguEmbedded"), {"mindie"}),
     ("float32-model", "config.json", {}, configure(dtype="float32"), NOTE),
     ("missing-part", f"{Q}.deq_scale", {},
      both(drop(f"{Q}.deq_scale"), undescribe(f"{Q}.deq_scale")), ASCEND_SERVERS),

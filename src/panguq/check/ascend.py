@@ -250,11 +250,6 @@ def _w8a16_bias(folder: CheckedFolder) -> Iterator[Hit]:
             return  # once is enough
 
 
-def _no_mindie_model(folder: CheckedFolder) -> Iterator[Hit]:
-    if (folder.config or {}).get("model_type") == "PanguEmbedded":
-        yield Hit("config.json", "MindIE has no openPangu; alias it to the Llama architecture")
-
-
 def _float32_model(folder: CheckedFolder) -> Iterator[Hit]:
     if folder.config is not None and folder.dtype not in ("float16", "bfloat16"):
         what = folder.dtype or "not given"
@@ -324,7 +319,6 @@ ASCEND_RULES = (
     Rule("w4a8-bias", _MINDIE, _w4a8_bias, "MindIE-LLM, w4a8_operation.cpp"),
     Rule("w4a8-groups", _MINDIE, _w4a8_groups, "MindIE-LLM, atb_llm/utils/quantize/w4a8.py"),
     Rule("w8a16-bias", NOBODY, _w8a16_bias, "vllm-ascend, methods/w8a16.py; op-plugin"),
-    Rule("no-mindie-model", _MINDIE, _no_mindie_model, "MindIE-LLM"),
     Rule("float32-model", NOBODY, _float32_model, "vllm-ascend, methods/w8a8/w8a8_static.py"),
     Rule("missing-part", NPU_SERVERS, _missing_part),
     Rule("wrong-dtype", NPU_SERVERS, _wrong_dtype),

@@ -22,6 +22,7 @@ from panguq.files.limits import (
 from panguq.files.safetensors_header import count_tensors, refuse_too_many
 from panguq.files.strict_json import parse_json
 from panguq.models.config import check_known_sizes
+from panguq.server_models import class_answer
 from panguq.servers import SERVERS, Server
 
 CONFIG = "config.json"
@@ -278,6 +279,13 @@ def _names_in_memory(folder: CheckedFolder) -> Iterator[Hit]:
         )
 
 
+def _no_class(folder: CheckedFolder) -> Iterator[Hit]:
+    for server in SERVERS if folder.config is not None else ():
+        answer = class_answer(server, folder.config or {})
+        if answer.has is False:
+            yield Hit(CONFIG, answer.reason, (server,))
+
+
 def _unknown_model(folder: CheckedFolder) -> Iterator[Hit]:
     if folder.config is not None and folder.model is None:
         kind = folder.config.get("model_type")
@@ -298,6 +306,7 @@ FILE_RULES = (
     Rule("missing-weight", ALL, _missing_weight),
     Rule("names-in-memory", SERVING, _names_in_memory, "transformers, conversion_mapping.py"),
     Rule("no-tokenizer", NOBODY, _no_tokenizer),
+    Rule("no-class", ALL, _no_class, "panguq.server_models"),
     Rule("unknown-model", NOBODY, _unknown_model),
 )
 

@@ -17,10 +17,11 @@ from panguq.check.compressed_tensors import COMPRESSED_TENSORS_RULES, quantized
 from panguq.check.files import FILE_RULES, CheckedFolder, Rule, open_folder
 from panguq.check.unchanged import UNCHANGED, UNCHANGED_RULES, UNKNOWN
 from panguq.files.checksums import CHECKSUMS
-from panguq.servers import READS, SERVERS, find_server
+from panguq.server_models import class_answer
+from panguq.servers import READS, SERVERS, Server, find_server
 
 FolderKind = Literal["ascend", "compressed-tensors", "float"]
-ServerAnswer = Literal["takes", "refuses", "does not read this format"]
+ServerAnswer = Literal["takes", "refuses", "not known", "does not read this format"]
 RULES: dict[FolderKind, tuple[Rule, ...]] = {
     "ascend": (*FILE_RULES, *UNCHANGED_RULES, *ASCEND_RULES),
     "compressed-tensors": (*FILE_RULES, *UNCHANGED_RULES, *COMPRESSED_TENSORS_RULES),
@@ -45,6 +46,7 @@ class CheckReport(BaseModel):
     """What a folder is, what is wrong with it, and which server will take it.
 
     `has_checksums`: it lists what its files were when they were written, and they were compared.
+    `unknown`: why, for each server with the answer "not known".
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,9 +56,11 @@ class CheckReport(BaseModel):
     has_checksums: bool
     findings: tuple[Finding, ...]
     servers: dict[str, ServerAnswer]
+    unknown: dict[str, str] = {}
 
     def refused_by(self, server: str | None = None) -> bool:
-        """Whether that server would not take the folder; None: any that reads its format."""
+        """Whether that server would not take the folder, as far as is known; None: whether any
+        that reads its format would surely not."""
         if server is None:
             return "refuses" in self.servers.values()
         return self.servers[find_server(server)] != "takes"
@@ -80,7 +84,10 @@ class CheckReport(BaseModel):
         elif all(finding.rule != "changed-file" for finding in self.findings):
             lines.append(UNCHANGED)
         asked = self.servers if server is None else {server: self.servers[find_server(server)]}
-        lines += [f"{name}: {verdict}" for name, verdict in asked.items()]
+        lines += [
+            f"{name}: {verdict}" + (f" ({self.unknown[name]})" if name in self.unknown else "")
+            for name, verdict in asked.items()
+        ]
         return "\n".join(lines)
 
 
@@ -94,13 +101,21 @@ def check_folder(path: str | Path) -> CheckReport:
     folder = open_folder(path)
     kind = _kind(folder)
     findings = tuple(finding for rule in RULES[kind] for finding in _apply(rule, folder, kind))
+    servers: dict[str, ServerAnswer] = {
+        server: _verdict(server, folder, kind, findings) for server in SERVERS
+    }
     return CheckReport(
         path=str(path),
         format=kind,
         types=_types(folder, kind),
         has_checksums=(folder.path / CHECKSUMS).is_file(),
         findings=findings,
-        servers={server: _verdict(server, kind, findings) for server in SERVERS},
+        servers=servers,
+        unknown={
+            server: class_answer(find_server(server), folder.config or {}).reason
+            for server, answer in servers.items()
+            if answer == "not known"
+        },
     )
 
 
@@ -120,12 +135,15 @@ def _apply(rule: Rule, folder: CheckedFolder, kind: FolderKind) -> list[Finding]
     found = []
     for hit in rule.find(folder):
         breaks = rule.breaks if hit.breaks is None else hit.breaks
+        kept = tuple(server for server in breaks if _reads(server, kind))
+        if breaks and not kept:  # it is of servers that read other formats
+            continue
         found.append(
             Finding(
                 rule=rule.name,
                 tensor=hit.tensor,
                 message=hit.message,
-                breaks=tuple(server for server in breaks if _reads(server, kind)),
+                breaks=kept,
                 source=rule.source,
             )
         )
@@ -147,7 +165,11 @@ def _types(folder: CheckedFolder, kind: FolderKind) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _verdict(server: str, kind: FolderKind, findings: tuple[Finding, ...]) -> ServerAnswer:
+def _verdict(
+    server: Server, folder: CheckedFolder, kind: FolderKind, findings: tuple[Finding, ...]
+) -> ServerAnswer:
     if not _reads(server, kind):
         return "does not read this format"
-    return "refuses" if any(server in finding.breaks for finding in findings) else "takes"
+    if any(server in finding.breaks for finding in findings):
+        return "refuses"
+    return "takes" if class_answer(server, folder.config or {}).has else "not known"
