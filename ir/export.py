@@ -29,6 +29,9 @@ from panguq.ir.exported_graph import (
     unlift,
     writes_dropped,
 )
+from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
+from panguq.ir.ops import experts as expert_ops  # noqa: F401
+from panguq.ir.ops import linear_attention  # noqa: F401
 from panguq.ir.ops.opset import is_allowed
 
 
