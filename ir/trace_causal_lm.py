@@ -11,13 +11,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from panguq.errors import TraceError
-from panguq.ir.causal_lm import (
-    CausalLMStep,
-    MaskForm,
-    cache_layers,
-    check_keeps_a_cache,
-    choose_attention,
-)
+from panguq.ir.cache_layers import cache_layers, check_keeps_a_cache
+from panguq.ir.causal_lm import CausalLMStep, MaskForm, choose_attention
 from panguq.ir.causal_tables import compute_causal_tables
 from panguq.ir.edit import module_path
 from panguq.ir.experts import check_experts, choose_experts
