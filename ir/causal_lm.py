@@ -1,4 +1,4 @@
-"""A transformers causal language model as a module of plain tensors, with the mask that it reads."""
+"""A transformers causal language model as a module of plain tensors, and the mask that it reads."""
 
 from __future__ import annotations
 
