@@ -41,7 +41,7 @@ ROOMS = (
     "panguq.passes.statistics",
     "panguq.passes.pipeline",
     "panguq.kernels",
-    "panguq.tracing panguq.trace_check panguq.equal_layers",
+    "panguq.tracing panguq.trace_check panguq.trace_difference panguq.equal_layers",
     "panguq.data",
     "panguq.models",
     "panguq.ir.analysis panguq.ir.run panguq.ir.text",
