@@ -33,6 +33,7 @@ ROOMS = (
     "panguq.artifact",
     "panguq.recipe panguq.pass_options",
     "panguq.registry",
+    "panguq.server_verdicts",
     "panguq.server_models",
     "panguq.servers",
     "panguq.lowering",

@@ -12,6 +12,7 @@ import pytest
 from panguq.cli import main
 from panguq.errors import InputError
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
+from panguq.server_verdicts import verdicts
 from panguq.servers import (
     ASCEND_TYPES,
     NPU_SERVERS,
@@ -20,7 +21,6 @@ from panguq.servers import (
     SUPPORT,
     support,
     too_large,
-    verdicts,
 )
 from tests.model_folders import make_folder, make_model
 

@@ -49,6 +49,13 @@ _MINDIE_TYPES = (
 )  # fmt: skip
 
 
+DEVICES = range(2, 17)
+"""How many devices of one machine may share a layer's experts."""
+GROUPED_EXPERTS = 1024
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "num_routed_experts")
+_INNER = ("moe_intermediate_size", "intermediate_size")
+
+
 @dataclass(frozen=True)
 class ClassAnswer:
     """Whether a server has a class for a model, None where that is not known; and a sentence that
@@ -79,6 +86,33 @@ def missing_classes(servers: Iterable[Server], config: Mapping[str, Any]) -> lis
         for server, answer in answers.items()
         if answer.has is False
     ]
+
+
+def expert_notes(config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each reason why servers cannot share out a mixture's experts evenly, or why
+    one NPU cannot hold them; none for other models.
+
+    vLLM's tensor parallelism cuts the inner size of each expert into equal parts and stops where
+    that does not go; its expert parallelism gives some devices one expert more, but neither it nor
+    vllm-ascend balances their load then (fused_moe/layer.py, eplb/core/eplb_utils.py). One grouped
+    matmul of an NPU takes 1024 experts (aclnnGroupedMatmul).
+    """
+    experts = next((config[key] for key in _EXPERTS if isinstance(config.get(key), int)), 0)
+    inner = next((config[key] for key in _INNER if isinstance(config.get(key), int)), 0)
+    if experts < 2 or inner < 1:
+        return []
+    notes = []
+    if not any(experts % size == 0 or inner % size == 0 for size in DEVICES):
+        notes.append(
+            f"{experts} experts of inner size {inner}: no number of devices from {DEVICES[0]} to "
+            f"{DEVICES[-1]} divides either, so that no server shards them evenly"
+        )
+    if experts > GROUPED_EXPERTS:
+        notes.append(
+            f"{experts} experts: a grouped matmul of an NPU takes {GROUPED_EXPERTS}, so that they "
+            f"need expert parallelism on {-(-experts // GROUPED_EXPERTS)} NPUs or more"
+        )
+    return notes
 
 
 def _of_transformers(model_type: object, brings_code: bool) -> ClassAnswer:

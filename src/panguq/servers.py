@@ -1,7 +1,7 @@
 """Which server takes which scheme, as data: no server runs here.
 
-What a server cannot take is said before anything is calibrated (`verdicts`), when a checkpoint is
-written, and when a folder is checked (`panguq check`), always out of this table.
+What a server cannot take is said before anything is calibrated (`server_verdicts`), when a
+checkpoint is written, and when a folder is checked (`panguq check`), always out of this table.
 
 Sources: the public repositories of vllm-ascend (quantization/, August 2026), vLLM
 (compressed_tensors.py), MindIE-LLM (atb_models) and msModelSlim, and the pages of op-plugin and
@@ -10,9 +10,8 @@ aclnn for the NPU ops that those servers call. Nothing of it was run on an NPU b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, TypeAlias
 
 from panguq.errors import InputError
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
@@ -210,133 +209,9 @@ def too_large(server: Server, scheme: str, n: int, k: int) -> str:
     return ""
 
 
-class Matmul(Protocol):
-    """What a verdict needs of a matmul `[m, k] x [n, k]^T`; a `MatmulPlan` has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def k(self) -> int: ...
-    @property
-    def scheme(self) -> str: ...
-    @property
-    def group_size(self) -> int | None: ...
-
-
-@runtime_checkable
-class _Plan(Protocol):
-    @property
-    def matmuls(self) -> tuple[Matmul, ...]: ...
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A matmul that a server has no kernel for, why, and what to choose instead."""
-
-    matmul: str
-    scheme: str
-    reason: str
-    instead: str
-    source: str
-
-
-@dataclass(frozen=True)
-class ServerVerdict:
-    """What a server will say to a compiled model written in `format`."""
-
-    server: Server
-    format: ServedFormat
-    refusals: tuple[Refusal, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def takes(self) -> bool:
-        """Whether it has a kernel for every matmul."""
-        return not self.refusals
-
-    def render(self) -> str:
-        """The verdict as text; matmuls that are refused for one reason share a line."""
-        head = f"{self.server} with format={self.format!r}"
-        if self.takes:
-            lines = [f"{head}: takes every matmul"]
-        else:
-            lines = [f"{head}: refuses {len(self.refusals)} matmuls"]
-        groups: dict[tuple[str, str, str, str], list[str]] = {}
-        for entry in self.refusals:
-            key = (entry.scheme, entry.reason, entry.instead, entry.source)
-            groups.setdefault(key, []).append(entry.matmul)
-        for (scheme, reason, instead, source), names in groups.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            where = f" [{source}]" if source else ""
-            lines.append(f"  {names[0]}{more} ({scheme}): {reason}; choose {instead}{where}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def verdicts(
-    plan_or_matmuls: _Plan | Iterable[Matmul],
-    server: str,
-    *,
-    splits_outliers: bool = False,
-    format: str | None = None,
-) -> ServerVerdict:
-    """The matmuls that a server has no kernel for, in the format of which it takes most.
-
-    plan_or_matmuls: a dry run's result, or its matmuls. splits_outliers: whether the recipe may
-    split channels off into a second matmul, which no format can express. format: the format to
-    judge instead. Raises InputError for a server that panguq knows nothing of, or a
-    format that it does not read.
-    """
-    known = find_server(server)
-    plan = plan_or_matmuls
-    rows = tuple(plan.matmuls if isinstance(plan, _Plan) else plan)
-    forms = [form for form in READS[known] if format in (None, form)]
-    if not forms:
-        raise InputError(
-            f"{server} does not read the format {format!r}", f"it reads {', '.join(READS[known])}"
-        )
-    refusals = {form: _refusals(rows, known, form) for form in forms}
-    best = min(refusals, key=lambda form: len(refusals[form]))
-    return ServerVerdict(known, best, refusals[best], _notes(rows, known, splits_outliers))
-
-
 def find_server(name: str) -> Server:
     """A server by name. Raises InputError for one that panguq knows nothing of."""
     for server in SERVERS:
         if server == name:
             return server
     raise InputError(f"unknown server {name!r}", f"the servers are {', '.join(SERVERS)}")
-
-
-def _refusals(rows: Iterable[Matmul], server: Server, form: ServedFormat) -> tuple[Refusal, ...]:
-    found = []
-    for row in rows:
-        of_experts = getattr(row, "experts", 1) > 1
-        entry = support(server, form, row.scheme, row.group_size, of_experts)
-        limit = too_large(server, row.scheme, row.n, row.k)
-        if not entry.takes:
-            found.append(Refusal(row.name, row.scheme, entry.reason, entry.instead, entry.source))
-        elif limit:
-            found.append(Refusal(row.name, row.scheme, limit, "FLOAT", "op-plugin"))
-    return tuple(found)
-
-
-def _notes(rows: tuple[Matmul, ...], server: Server, splits: bool) -> tuple[str, ...]:
-    notes = []
-    schemes = {row.scheme.partition("-")[0] for row in rows}
-    if splits:
-        notes.append(
-            "the recipe may split outlier channels off into float matmuls, which no checkpoint "
-            "format can express; take w8a8-serving or w8a8-dynamic-serving, or another treatment"
-        )
-    if server == "mindie" and "W4A8" in schemes:
-        notes.append("its W4A8 kernel takes no bias: choose W8A8_DYNAMIC for linears that have one")
-    if server == "vllm-ascend" and "W8A16" in schemes:
-        notes.append(
-            "it hands a W8A16 linear's bias over in the model's dtype, where the op's page wants "
-            "float32 for bfloat16: not established on an NPU"
-        )
-    if server in NPU_SERVERS:
-        notes.append("compile with dtype=bfloat16 or float16: no NPU kernel takes float32 inputs")
-    return tuple(notes)

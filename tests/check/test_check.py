@@ -158,6 +158,7 @@ FILES: list[tuple[str, str, Change, set[str]]] = [
     ("missing-weight", "model.norm.weight", drop("model.norm.weight"), COMPRESSED_SERVERS),
     ("no-tokenizer", "tokenizer.json", attribute(files={}), NOTE),
     ("unknown-model", "config.json", configure(model_type="mine"), NOTE),
+    ("uneven-experts", "config.json", configure(num_experts=61, moe_intermediate_size=1343), NOTE),
     ("no-class", "config.json", configure(model_type="mine"), {"transformers"}),
 ]  # fmt: skip
 BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [

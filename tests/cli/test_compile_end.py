@@ -66,6 +66,36 @@ def test_the_words_are_those_of_saving(tmp_path: Path) -> None:
     assert caught.value.message == refusal("ascend", "w4a16", **BFLOAT16)
 
 
+MIXED_EXPERTS = {
+    "schemes": {"*": "W8A8_DYNAMIC", "*.experts.down_proj": "FLOAT"},
+    "passes": ["insert-fake-quant", "quantize-weights"],
+}
+
+
+def test_a_layers_experts_of_several_schemes_are_refused_in_the_words_of_saving(
+    tmp_path: Path,
+) -> None:
+    model = panguq.compile(shared_model("qwen3_moe"), MIXED_EXPERTS, **BFLOAT16)
+    with pytest.raises(ExportError, match="its experts have several types") as caught:
+        model.save(tmp_path / "out", format="ascend")
+    said = refusal("ascend", MIXED_EXPERTS, "qwen3_moe", **BFLOAT16)
+    assert said == caught.value.message
+    recipe = Recipe.of(MIXED_EXPERTS)
+    _, warnings = check_format("compressed-tensors", shared_model("qwen3_moe"), recipe)
+    (warning,) = [text for text in warnings if "experts" in text]
+    assert warning.startswith("vllm and vllm-ascend will not load this checkpoint")
+
+
+def test_a_dry_run_says_what_the_format_and_the_server_refuse(tmp_path: Path, capsys: Any) -> None:
+    folder = make_folder(tmp_path / "mixture", shared_model("qwen3_moe"))
+    command = ["compile", str(folder), "--recipe", "w8a8-dynamic", "--dtype", "bfloat16"]
+    command += ["--scheme", "*.experts.down_proj=FLOAT", "--dry-run", "--format", "ascend"]
+    assert main([*command, "--for", "vllm-ascend"]) == 1
+    said = capsys.readouterr().out
+    assert "--format ascend refuses the model: model.layers.0.mlp.experts: its experts" in said
+    assert "(FLOAT, W8A8_DYNAMIC): the experts of one layer have several schemes" in said
+
+
 @pytest.mark.parametrize(
     ("format", "recipe"),
     [("compressed-tensors", "w4a16"), ("ascend", "w8a8-serving"), ("panguq", "w2a16")],

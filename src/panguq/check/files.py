@@ -22,7 +22,7 @@ from panguq.files.limits import (
 from panguq.files.safetensors_header import count_tensors, refuse_too_many
 from panguq.files.strict_json import parse_json
 from panguq.models.config import check_known_sizes
-from panguq.server_models import class_answer
+from panguq.server_models import class_answer, expert_notes
 from panguq.servers import SERVERS, Server
 
 CONFIG = "config.json"
@@ -286,6 +286,11 @@ def _no_class(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(CONFIG, answer.reason, (server,))
 
 
+def _uneven_experts(folder: CheckedFolder) -> Iterator[Hit]:
+    for note in expert_notes(folder.config or {}):
+        yield Hit(CONFIG, note)
+
+
 def _unknown_model(folder: CheckedFolder) -> Iterator[Hit]:
     if folder.config is not None and folder.model is None:
         kind = folder.config.get("model_type")
@@ -307,6 +312,7 @@ FILE_RULES = (
     Rule("names-in-memory", SERVING, _names_in_memory, "transformers, conversion_mapping.py"),
     Rule("no-tokenizer", NOBODY, _no_tokenizer),
     Rule("no-class", ALL, _no_class, "panguq.server_models"),
+    Rule("uneven-experts", NOBODY, _uneven_experts, "vLLM, fused_moe; aclnnGroupedMatmul"),
     Rule("unknown-model", NOBODY, _unknown_model),
 )
 

@@ -50,7 +50,7 @@ def check_end(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) 
     _check_room(options, recipe, dtype, model)
     from panguq.errors import ExportError
     from panguq.planning.format_check import check_format
-    from panguq.servers import verdicts
+    from panguq.server_verdicts import verdicts
 
     found, warnings = check_format(
         options.format, model, recipe, target=options.target, dtype=dtype
@@ -61,6 +61,28 @@ def check_end(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) 
         verdict = verdicts(found, options.server, format=options.format)
         if not verdict.takes:
             raise ExportError(verdict.render(), "choose what it names, or leave out --for")
+
+
+def saving_verdict(
+    options: argparse.Namespace, recipe: Any, dtype: Any, found: Any
+) -> dict[str, list[str]]:
+    """What `--format` would say to the model of a dry run: `refusals` and `warnings`; empty where
+    it says nothing, or the dry run refuses the compile already."""
+    from panguq.errors import ExportError
+    from panguq.formats.registry import find_format
+    from panguq.models.hf import skeleton
+    from panguq.planning.format_check import check_format
+
+    if found.refusals or find_format(options.format).linears_check() is None:
+        return {}
+    model = skeleton(options.model)
+    try:
+        _, warnings = check_format(
+            options.format, model, recipe, target=options.target, dtype=dtype, planned=found
+        )
+    except ExportError as error:
+        return {"refusals": [f"{error.message} ({error.hint})"]}
+    return {"warnings": warnings} if warnings else {}
 
 
 def _check_room(options: argparse.Namespace, recipe: Any, dtype: Any, model: Any) -> None:

@@ -20,7 +20,7 @@ from panguq.cli.command import (
     tokens,
     whole,
 )
-from panguq.cli.compile_end import check_data, check_end, check_server
+from panguq.cli.compile_end import check_data, check_end, check_server, saving_verdict
 from panguq.cli.compile_places import check_out, held_places, saved
 from panguq.errors import InputError, RecipeError
 from panguq.formats.registry import FORMATS
@@ -201,21 +201,26 @@ def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
         calibrated=options.calibration is not None,
     )
     verdict = _server_verdict(options, recipe, found)
+    saving = saving_verdict(options, recipe, dtype, found)
     if options.json:
         server = {} if verdict is None else {"server": {**asdict(verdict), "takes": verdict.takes}}
-        print_json({**found.model_dump(), **server})
+        print_json({**found.model_dump(), **server, **({"saving": saving} if saving else {})})
     else:
         print(found.render())
+        for line in saving.get("refusals", []):
+            print(f"\n--format {options.format} refuses the model: {line}")
+        for line in saving.get("warnings", []):
+            print(f"warning: {line}")
         if verdict is not None:
             print(f"\n{verdict.render()}")
     refused = verdict is not None and not verdict.takes
-    return 1 if found.refusals or refused else 0
+    return 1 if found.refusals or refused or saving.get("refusals") else 0
 
 
 def _server_verdict(options: argparse.Namespace, recipe: Any, found: Any) -> Any:
     """What the server of --for would say; None if none was asked for."""
     from panguq.passes.outliers import Outliers
-    from panguq.servers import verdicts
+    from panguq.server_verdicts import verdicts
 
     if options.server is None:
         return None

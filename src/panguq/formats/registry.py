@@ -31,6 +31,8 @@ class Format:
     place_check: str | Callable[[Path, bool], None]
     linears: str | LinearsCheck = ""
     """Refuses what no reader takes; without it the format holds everything."""
+    experts: str | ExpertsCheck = ""
+    """The same of layers whose experts have several schemes."""
 
     def write(self, artifact: Artifact, path: Path, overwrite: bool = False) -> None:
         """Write the artifact as the folder `path`, whole or not at all.
@@ -48,10 +50,17 @@ class Format:
         """What refuses linears that the format cannot hold; None if it holds all."""
         return _function(self.linears) if self.linears else None
 
+    def experts_check(self) -> ExpertsCheck | None:
+        """What refuses a layer's experts of several schemes; None if it holds them."""
+        return _function(self.experts) if self.experts else None
+
 
 LinearsCheck: TypeAlias = "Callable[[Mapping[str, LinearForm], torch.dtype], list[str]]"
 """Called with quantized linears by path and the model's dtype. Returns a sentence for each reader
 that will not take them though another does; raises ExportError if none does."""
+
+ExpertsCheck: TypeAlias = "Callable[[Mapping[str, list[str]]], list[str]]"
+"""Called with the layers whose experts have several schemes, with these; otherwise as that."""
 
 _CHECKPOINT_PLACE = "panguq.formats.checkpoint.folder:check_place"
 FORMATS: dict[str, Format] = {
@@ -69,6 +78,7 @@ FORMATS: dict[str, Format] = {
             "panguq.formats.checkpoint.compressed_tensors:save_compressed_tensors",
             _CHECKPOINT_PLACE,
             "panguq.formats.checkpoint.compressed_tensors:check_linears",
+            "panguq.formats.checkpoint.compressed_tensors:check_expert_schemes",
         ),
         Format(
             "ascend",
@@ -76,6 +86,7 @@ FORMATS: dict[str, Format] = {
             "panguq.formats.checkpoint.ascend_v1:save_ascend_v1",
             _CHECKPOINT_PLACE,
             "panguq.formats.checkpoint.ascend_v1:check_linears",
+            "panguq.formats.checkpoint.ascend_v1:check_expert_types",
         ),
     )
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from transformers import PreTrainedModel
 
 from panguq.data.calibration import WINDOW, WINDOWS
 from panguq.data.encoder_inputs import lacks_data, needs_data
@@ -42,6 +43,7 @@ from panguq.recipe import Recipe
 from panguq.report.left_in_float import left_in_float
 from panguq.report.smoothing import nowhere_to_smooth, smoothing_sites
 from panguq.schedule import Schedule
+from panguq.server_models import expert_notes
 from panguq.tensors.weight_store import WeightStore
 from panguq.trace_check import LARGE_BYTES, weight_bytes_of
 from panguq.tracing import trace
@@ -122,8 +124,12 @@ def plan(
     counted: dict[str, int] = getattr(source, "panguq_only_counted", {})
     counted_bytes = sum(counted.values()) * getattr(torch, interface.float_dtype).itemsize
     seconds = compile_seconds(gm, schedule.passes, windows * window)
+    config = source.config if isinstance(source, PreTrainedModel) else None
+    said += expert_notes({} if config is None else config.to_dict())
     return Plan(
         recipe=recipe.name,
+        model_type=getattr(config, "model_type", None),
+        architectures=(type(source).__name__,),
         target=target,
         passes=tuple(step.name for step in schedule.passes),
         inputs={name: list(interface.input_shapes[name]) for name in interface.inputs},

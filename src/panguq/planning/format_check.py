@@ -17,6 +17,7 @@ from panguq.formats.checkpoint.graph import check_modules
 from panguq.formats.registry import LinearsCheck, find_format
 from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.lowering.stages import default_dtype
+from panguq.models.hub_names import hub_names
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.outliers import Outliers
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
@@ -24,6 +25,9 @@ from panguq.passes.rotate import Rotate
 from panguq.planning.dry_run import plan
 from panguq.planning.report import MatmulPlan, Plan
 from panguq.recipe import Recipe
+from panguq.server_models import missing_classes
+from panguq.server_verdicts import mixed_layers
+from panguq.servers import READS, SERVERS
 
 
 @dataclass(frozen=True)
@@ -58,23 +62,31 @@ def check_format(
     *,
     target: str = "cpu",
     dtype: torch.dtype | None = None,
+    planned: Plan | None = None,
 ) -> tuple[Plan | None, list[str]]:
     """Raises ExportError, in the words of saving, for a compile that the format could not hold.
 
-    model: a transformers causal language model, with or without weights. Returns the dry run that
-    told, None where the format takes everything, and a sentence for each server that will not take
-    the checkpoint though others do, or that may not. InputError for an unknown format; otherwise
-    raises what `plan` does.
+    model: a transformers causal language model, with or without weights. planned: its dry run, if
+    there was one. Returns the dry run that told, None where the format takes everything, and a
+    sentence for each server that will not take the checkpoint though others do, or that may not.
+    InputError for an unknown format; otherwise raises what `plan` does.
     """
     check = find_format(format).linears_check()
     if check is None:
         return None, []
-    found = plan(model, recipe, target=target, dtype=dtype)
+    found = planned or plan(model, recipe, target=target, dtype=dtype)
     _check_passes(recipe)
     linears = {row.name: PlannedLinear.of(row) for row in found.matmuls if row.scheme != "FLOAT"}
     check_modules(model, (linear for linear in linears.values() if not linear.is_expert))
+    mixed = _mixed_experts(model, recipe, found)
+    of_experts = find_format(format).experts_check()
     computes_in = dtype or default_dtype(target) or next(model.parameters()).dtype
     warnings = _first_that_passes(_possible(linears, recipe, found), check, computes_in)
+    warnings += of_experts(mixed) if of_experts is not None else []
+    if found.model_type is not None:
+        config = {"model_type": found.model_type, "architectures": found.architectures}
+        readers = [server for server in SERVERS if format in READS[server]]
+        warnings += missing_classes(readers, config)
     if any(isinstance(p, Outliers) and p.treatment == "split" for p in recipe.passes):
         warnings.append(
             f"{format} cannot hold outlier channels that are split off, and the recipe splits them "
@@ -95,6 +107,19 @@ def _check_passes(recipe: Recipe) -> None:
                 "no checkpoint format has a place for rotations that the graph computes",
                 "compile without rotate's online",
             )
+
+
+def _mixed_experts(model: nn.Module, recipe: Recipe, found: Plan) -> dict[str, list[str]]:
+    """The layers, as published, whose experts get several schemes; none where a later pass
+    chooses among schemes."""
+    if any(isinstance(step, MixedPrecision) for step in recipe.passes):
+        return {}
+    merged = hub_names(model).merged
+    said = {}
+    for layer, kinds in mixed_layers(found.matmuls).items():
+        inside = next((parts for name, parts in merged.items() if name.startswith(layer + ".")), ())
+        said[inside[0].name.rsplit(".", 3)[0] if inside else layer] = kinds
+    return said
 
 
 def _possible(

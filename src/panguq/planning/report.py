@@ -30,12 +30,15 @@ class MatmulPlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """A compile that has not happened. `refusals` is empty if it would start. `only_counted`:
+    """A compile that has not happened. `refusals` is empty if it would start. `model_type` and
+    `architectures`: what a served config.json would say; None of other models. `only_counted`:
     pieces of the model that are not in the graph, with their number of weights, which stay float
     and are part of all sizes."""
 
     model_config = ConfigDict(frozen=True)
     recipe: str
+    model_type: str | None = None
+    architectures: tuple[str, ...] = ()
     target: str
     passes: tuple[str, ...]
     inputs: dict[str, list[str | int]]

@@ -37,6 +37,7 @@ from panguq.formats.checkpoint.graph import (
 from panguq.formats.checkpoint.linear import LinearForm
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.kernels.ascend.limits import W4A8_GROUP
+from panguq.server_models import missing_classes
 from panguq.servers import Server, support, too_large
 
 logger = logging.getLogger("panguq")
@@ -65,12 +66,14 @@ def save_ascend_v1(
     """
     graph = read_checkpoint_graph(artifact).published()
     _refuse_mixed(graph)
-    for warning in check_linears(graph.quantized, artifact.dtype):
+    config = marked(config_of(artifact, graph.is_tied), artifact.recipe.name)
+    warnings = check_linears(graph.quantized, artifact.dtype)
+    for warning in (*warnings, *missing_classes(READERS, config)):
         logger.warning(warning)
     entries = list(checkpoint_entries(graph))
     files: dict[str, bytes | str] = {
         DESCRIPTION: json_text(description(entries)),
-        "config.json": json_text(marked(config_of(artifact, graph.is_tied), artifact.recipe.name)),
+        "config.json": json_text(config),
         **served_files(artifact),
     }
     tensors = {entry.name: entry.output for entry in entries}
@@ -163,15 +166,21 @@ def _instead(linear: LinearForm) -> str:
     return f"choose {next((text for text in advice if text), 'W8A8_DYNAMIC or FLOAT')} for it"
 
 
-def _refuse_mixed(graph: CheckpointGraph) -> None:
-    """Linears that servers fuse have one type, or the loader stops (vllm-ascend issue #2588); it
-    takes the type of all of a layer's experts from the first one's."""
-    for layer, kinds in mixed_experts(graph).items():
+def check_expert_types(mixed: Mapping[str, list[str]]) -> list[str]:
+    """Raises ExportError for a layer, as published, whose experts have several types: the loader
+    takes that of all from the first one's. Returns nothing to say."""
+    for layer, kinds in mixed.items():
         raise ExportError(
             f"{layer}: its experts have several types ({', '.join(kinds)}), and vllm-ascend gives "
             "all of a layer's that of the first",
             "let one glob of the recipe name them all",
         )
+    return []
+
+
+def _refuse_mixed(graph: CheckpointGraph) -> None:
+    """Linears that servers fuse have one type, or the loader stops (vllm-ascend issue #2588)."""
+    check_expert_types(mixed_experts(graph))
     for paths in graph.fused:
         types = {
             path: graph.quantized[path].scheme.name if path in graph.quantized else FLOAT

@@ -47,6 +47,7 @@ from panguq.formats.checkpoint.graph import (
 )
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
+from panguq.server_models import missing_classes
 from panguq.servers import ServedFormat, Server, support
 
 logger = logging.getLogger("panguq")
@@ -74,10 +75,10 @@ def save_compressed_tensors(
     cannot be written.
     """
     graph = read_checkpoint_graph(artifact).published()
-    for warning in check_loaders(graph):
+    config = marked(_config(artifact, graph), artifact.recipe.name)
+    for warning in (*check_loaders(graph), *missing_classes(LOADERS, config)):
         logger.warning(warning)
     tensors = dict(_tensors(graph, artifact.dtype))
-    config = marked(_config(artifact, graph), artifact.recipe.name)
     files = {
         CONFIG: json_text(config, sort_keys=True),
         **served_files(artifact),
@@ -88,12 +89,18 @@ def save_compressed_tensors(
 def check_loaders(graph: CheckpointGraph) -> list[str]:
     """As `check_linears`, and raises for linears that are fused and differ in scheme, too."""
     _check_fused(graph)
-    mixed = [
+    return [*check_linears(graph.quantized), *check_expert_schemes(mixed_experts(graph))]
+
+
+def check_expert_schemes(mixed: Mapping[str, list[str]]) -> list[str]:
+    """A sentence for the loaders that take one scheme alone of a layer's experts: of the first of
+    the layers, as published, that have several, with these."""
+    said = [
         f"vllm and vllm-ascend will not load this checkpoint: the experts of {layer} have several "
         f"schemes ({', '.join(kinds)})"
-        for layer, kinds in mixed_experts(graph).items()
+        for layer, kinds in mixed.items()
     ]
-    return [*check_linears(graph.quantized), *mixed[:1]]
+    return said[:1]
 
 
 def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype | None = None) -> list[str]:
