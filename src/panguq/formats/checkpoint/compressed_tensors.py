@@ -75,8 +75,9 @@ def save_compressed_tensors(
     cannot be written.
     """
     graph = read_checkpoint_graph(artifact).published()
+    warnings = check_loaders(graph)
     config = marked(_config(artifact, graph), artifact.recipe.name)
-    for warning in (*check_loaders(graph), *missing_classes(LOADERS, config)):
+    for warning in (*warnings, *missing_classes(LOADERS, config)):
         logger.warning(warning)
     tensors = dict(_tensors(graph, artifact.dtype))
     files = {
