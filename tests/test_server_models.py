@@ -37,6 +37,7 @@ from tests.check.check_folders import ascend, compressed
         ("vllm", "albert", "AlbertModel", None),
         ("mindie", "llama", "LlamaForCausalLM", True),
         ("mindie", "PanguProMoE", "PanguProMoEForCausalLM", False),
+        ("mindie", "qwen3_moe", "Qwen3MoeForCausalLM", None),
         ("mindie", "mistral", "MistralForCausalLM", None),
     ],
 )
@@ -129,4 +130,4 @@ def test_check_says_what_is_not_known(tmp_path: Path, capsys: Any) -> None:
     assert report.servers["vllm-ascend"] == "takes" and report.servers["mindie"] == "not known"
     assert main(["check", str(folder)]) == 0  # nobody surely refuses it
     assert main(["check", str(folder), "--server", "mindie"]) == 1
-    assert "mindie: not known (MindIE's list of models" in capsys.readouterr().out
+    assert "mindie: not known (whether MindIE takes" in capsys.readouterr().out
