@@ -207,7 +207,7 @@ def test_a_token_in_the_past_costs_a_step_its_scores_alone() -> None:
         flops = []
         for past in (64, 80):
             cached = [torch.zeros(batch, 1, past, size) for size in (rank, rope)]
-            given = prepare(interface, IDS[:, :1], past=cached, empty_mask=True)
+            given = prepare(interface, IDS[:, :1], past=cached)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 Bodies(gm).run(*(given[name] for name in interface.inputs))
             flops.append(counter.get_total_flops())
