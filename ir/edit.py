@@ -194,6 +194,13 @@ def split(old: fx.Node, main: fx.Node, side: fx.Node, total: fx.Node) -> None:
     _supplant(old, total)
 
 
+def divide(old: fx.Node, parts: Sequence[fx.Node], total: fx.Node) -> None:
+    """As `replace`, by `total`, the sum of `parts`, all of which have what passes know about it."""
+    for part in parts:
+        carry(old, part)
+    _supplant(old, total)
+
+
 def merge(parts: Sequence[fx.Node], merged: fx.Node, results: Sequence[fx.Node]) -> None:
     """As `replace`, each of `parts` by one of `results`, which are cut from `merged`.
 

@@ -29,6 +29,8 @@ class NodeMeta:
       stored_type       the value type that a file states, until it is compared (serialize)
     How a matmul is quantized; its kernel has the same:
       scheme            assign-schemes
+      expert_schemes    each expert's, where they differ (assign-schemes, mixed-precision); up to
+                        insert-fake-quant, which makes a matmul for each scheme
       split_from        the label of the matmul that this one computes a part of (outliers)
       merged            the labels of the matmuls that this one computes (merge-gate-up,
                         fuse-latent-attention)
@@ -42,6 +44,7 @@ class NodeMeta:
     module_path: str = ""
     stored_type: str | None = None
     scheme: Scheme | None = None
+    expert_schemes: tuple[Scheme, ...] = ()
     split_from: str | None = None
     merged: tuple[str, ...] = ()
     input_statistics: InputStatistics | None = None

@@ -114,9 +114,9 @@ class Linear(View):
 
 
 class ExpertLinear(Linear):
-    """`expert_linear(x, weight, bias, counts)`: a linear of every expert, weight `[experts, n, k]`.
+    """`expert_linear(x, weight, bias, counts, members)`: a linear of every expert, or of `members`.
 
-    x `[r, k]` is sorted by expert; bias `[experts, n]`.
+    x `[r, k]` is sorted by expert; weight `[experts, n, k]`; bias `[experts, n]`.
     """
 
     op = "panguq::expert_linear"
@@ -129,8 +129,19 @@ class ExpertLinear(Linear):
 
     @property
     def experts(self) -> int:
-        """How many there are."""
+        """How many have a weight here."""
         return int(self.weight.meta["val"].shape[0])
+
+    @property
+    def members(self) -> tuple[int, ...] | None:
+        """Which these are, where others have weights of another scheme; None for all."""
+        found: list[int] | None = self._named("members")
+        return None if found is None else tuple(found)
+
+    @property
+    def each(self) -> tuple[int, ...]:
+        """The experts whose weights these are, in the weights' order."""
+        return tuple(range(self.experts)) if self.members is None else self.members
 
     @property
     def counts(self) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -30,9 +31,10 @@ def matmul_problem(
     scheme: Scheme,
     precision: Precision = "bfloat16",
     largest_n: int | None = None,
+    members: Sequence[int] = (),
 ) -> MatmulProblem:
     """This linear under a scheme, for any m; the first of its parts if it has more outputs than
-    `largest_n`."""
+    `largest_n`. `members`: only these of its experts."""
     n, k = Linear.of(node).shape
     part = output_parts(node, largest_n)[0]
     n = n if part.start is None else part.stop - part.start
@@ -43,7 +45,10 @@ def matmul_problem(
         return problem
     route = Item.match(experts.counts)
     top_k = 1 if route is None else int(operand(route.source, 0).meta["val"].shape[-1])
-    return replace(problem, experts=experts.experts, top_k=top_k, biased=experts.bias is not None)
+    every, count = int(experts.counts.meta["val"].shape[0]), len(members) or experts.experts
+    if count < every:  # of a token's experts, as many as these are of all
+        top_k = max(1, round(top_k * count / every))
+    return replace(problem, experts=count, top_k=top_k, biased=experts.bias is not None)
 
 
 def _has_mixed_codes(node: fx.Node) -> bool:

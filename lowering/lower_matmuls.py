@@ -11,8 +11,10 @@ from torch import fx
 
 from panguq.errors import LoweringError
 from panguq.ir.edit import erase_unused, label, replace
+from panguq.ir.expert_groups import schemes_of
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.properties import Property
+from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import ExpertLinear, Linear
 from panguq.lowering.choice import Choice
 from panguq.lowering.graph_problems import matmul_problem
@@ -101,10 +103,19 @@ class Choices:
         self.ascend = ascend
         self.known: dict[MatmulProblem, Choice] = {}
 
-    def choose(self, node: fx.Node) -> Choice:
-        """The kernel for this linear. Raises LoweringError if the target has none."""
-        largest_n = self.target.largest_n
-        problem = matmul_problem(node, scheme_of(node), self.precision, largest_n)
+    def choose(
+        self, node: fx.Node, scheme: Scheme | None = None, members: Sequence[int] = ()
+    ) -> Choice:
+        """The kernel for this linear, or for some of its experts under a scheme that others have
+        not. Raises LoweringError if the target has none."""
+        if meta_of(node).expert_schemes and not self.target.takes_mixed_experts:
+            raise LoweringError(
+                f"target {self.target.name} has no kernel for a matmul whose experts have several "
+                f"schemes ({', '.join(found.name for found in schemes_of(node))})",
+                "let one glob of the recipe name all experts of a layer",
+            )
+        limits = (self.precision, self.target.largest_n, members)
+        problem = matmul_problem(node, scheme or scheme_of(node), *limits)
         if problem not in self.known:
             options = self.ascend
             allowed = replace_field(problem, own_kernels=options.own_kernels)
@@ -118,20 +129,23 @@ def check_lowerable(gm: fx.GraphModule, target: Target, precision: Precision) ->
     """Raises LoweringError if the target has no kernel for a scheme, before any calibration."""
     choices = Choices(target, precision)
     for node in matmuls(gm):
-        scheme = meta_of(node).scheme
-        if scheme is None or scheme.is_float:
+        if meta_of(node).scheme is None or scheme_of(node).is_float:
             continue
         if ExpertLinear.match(node) is not None and not target.takes_experts:
             raise LoweringError(
                 f"{label(node)}: target {target.name} has no kernels for matmuls of experts",
                 "leave them in float in the recipe",
             )
-        _choice(choices, node)
+        for scheme, members in schemes_of(node).items():
+            if not scheme.is_float:
+                _choice(choices, node, scheme, members)
 
 
-def _choice(choices: Choices, node: fx.Node) -> Choice:
+def _choice(
+    choices: Choices, node: fx.Node, scheme: Scheme | None = None, members: Sequence[int] = ()
+) -> Choice:
     try:
-        return choices.choose(node)
+        return choices.choose(node, scheme, members)
     except LoweringError as error:
         raise LoweringError(f"{label(node)}: {error.message}", error.hint) from None
 

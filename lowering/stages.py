@@ -21,7 +21,8 @@ def default_dtype(target: str) -> torch.dtype | None:
 
 
 def check_formats(passes: Sequence[Pass], target: str) -> None:
-    """Raises LoweringError for a scheme of these passes whose codes no kernel of the target reads.
+    """Raises LoweringError for a scheme of these passes whose codes no kernel of the target reads,
+    and for a pass that gives a layer's experts several where no kernel takes that.
 
     Nothing takes its place: whoever asked for FP8 wants neither integers nor floats instead.
     """
@@ -35,6 +36,13 @@ def check_formats(passes: Sequence[Pass], target: str) -> None:
                 "compile for the target reference, which runs the fake-quantized model without "
                 "kernels, or choose a scheme of integers, such as W8A8_DYNAMIC",
             )
+    dividing = [step.name for step in passes if step.divides_experts]
+    if dividing and not found.takes_mixed_experts:
+        raise LoweringError(
+            f"target {found.name} has no kernel for a matmul whose experts have several schemes, "
+            f"which {dividing[0]} may give them",
+            "leave by_expert out",
+        )
 
 
 def fitting(target: str, options: AscendOptions) -> list[Pass]:

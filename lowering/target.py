@@ -112,6 +112,8 @@ class Target(ABC):
     """Whether the lowered graph takes a mask without elements for plain causal attention."""
     takes_experts: ClassVar[bool] = False
     """Whether there are kernels for the matmuls of experts, in every scheme that it knows."""
+    takes_mixed_experts: ClassVar[bool] = False
+    """Whether these kernels take some of a layer's experts alone, so that schemes may differ."""
     lowers: ClassVar[bool] = True
     """Whether there are kernels, for which matmuls are lowered; else the fake-quant graph runs."""
     fits_schemes: ClassVar[bool] = False

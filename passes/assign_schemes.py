@@ -13,7 +13,8 @@ from torch import fx
 from panguq.errors import RecipeError
 from panguq.ir.analysis.choices import deciding_linears
 from panguq.ir.edit import label, module_path, op_name
-from panguq.ir.node_meta import annotate, scheme_of
+from panguq.ir.expert_groups import give_schemes, paths_of
+from panguq.ir.node_meta import annotate, meta_of, scheme_of
 from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
 from panguq.ir.views import Linear, by_input, results_of
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Property, Table, matmuls
@@ -28,9 +29,12 @@ class AssignSchemes(Pass):
 
     `schemes` maps globs over module paths to scheme names; the last match wins. A matmul whose
     result is the graph's first output (the logits) has the scheme `head`, and not the default's,
-    unless a glob other than `*` names it. Matmuls that read one tensor (q, k, v; gate, up) are
-    fused by servers and share one scheme: if the globs disagree, that is an error. A matmul that
-    decides something, as a router does, stays float: `ir/analysis/choices.py` finds it.
+    unless a glob other than `*` names it. Experts have paths of their own, such as
+    `model.layers.0.mlp.experts.3.down_proj`: a glob that names some of a matmul's experts gives
+    them another scheme than the rest, with the same activations, or none. Matmuls that read one
+    tensor (q, k, v; gate, up) are fused by servers and share one scheme: if the globs disagree,
+    that is an error. A matmul that decides something, as a router does, stays float:
+    `ir/analysis/choices.py` finds it.
     """
 
     name: ClassVar[str] = "assign-schemes"
@@ -62,6 +66,8 @@ class AssignSchemes(Pass):
                     if wanted is not None and group_size != wanted:
                         reason = f"group_size {group_size}: {wanted} does not divide k = {k}"
             annotate(node, scheme=scheme)
+            if not scheme.is_float or node not in deciding:
+                self._of_experts(node)
             result.changed += not scheme.is_float
             if reason:
                 result.skip(node, reason)
@@ -86,6 +92,34 @@ class AssignSchemes(Pass):
     def choose(self, node: fx.Node) -> tuple[Scheme, str]:
         """The scheme of this linear and, where it is not the plain choice, why."""
         return self.scheme_for(module_path(node), lambda: gives_logits(node))
+
+    def _of_experts(self, node: fx.Node) -> None:
+        """Give single experts the schemes of globs that name them and not all."""
+        whole, *each = paths_of(node)
+        last = {p: max((i for i, g in enumerate(self.globs) if fnmatchcase(p, g)), default=-1)
+                for p in (whole, *each)}  # fmt: skip
+        if all(last[path] <= last[whole] for path in each):
+            return
+        k, schemes = Linear.of(node).shape[1], []
+        for path in each:
+            own = last[path] > last[whole]
+            scheme = parse_scheme(self.schemes[last[path]][1]) if own else scheme_of(node)
+            if scheme.weight is not None:
+                try:
+                    scheme.weight.group_size_for(k)
+                except ValueError as error:
+                    raise RecipeError(f"{path}: {error}", "choose another scheme for it") from None
+            schemes.append(scheme)
+        inputs = {scheme.activation for scheme in schemes if not scheme.is_float}
+        if len(inputs) > 1:
+            names = ", ".join(dict.fromkeys(scheme.name for scheme in schemes))
+            raise RecipeError(
+                f"the experts of {whole} have schemes that quantize their inputs in several "
+                f"ways: {names}",
+                "experts of one layer may differ in their weights alone, as W4A16 and W8A16, or "
+                "W4A8 and W8A8_DYNAMIC, or stay FLOAT",
+            )
+        give_schemes(node, schemes)
 
     def scheme_for(self, path: str, is_head: Callable[[], bool]) -> tuple[Scheme, str]:
         """As `choose`, for the linear of the module at `path`, which may give the logits."""
@@ -123,9 +157,14 @@ def gives_logits(node: fx.Node) -> bool:
     return result is node
 
 
+def _named(node: fx.Node) -> str:
+    each = meta_of(node).expert_schemes
+    return ", ".join(scheme.name for scheme in each) if each else scheme_of(node).name
+
+
 def _check_siblings(gm: fx.GraphModule, spared: Container[fx.Node]) -> None:
     for siblings in by_input(n for n in matmuls(gm) if n not in spared).values():
-        names = {module_path(n): scheme_of(n).name for n in siblings}
+        names = {module_path(n): _named(n) for n in siblings}
         if len(set(names.values())) > 1:
             listed = ", ".join(f"{path} {name}" for path, name in names.items())
             raise RecipeError(

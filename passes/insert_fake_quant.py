@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from panguq.ir.edit import call, free_name, get_tensor, label, module_path, tensor_node
+from panguq.ir.expert_groups import divide_by_scheme
 from panguq.ir.node_meta import range_of, scheme_of
 from panguq.ir.ops import encode, quantize  # noqa: F401  (register the quantize ops)
 from panguq.ir.properties import Property
@@ -36,7 +37,8 @@ class InsertFakeQuant(Pass):
     - per token, dynamic: the scale is computed by the graph, `amax|x| / qmax` for each token.
     - a format of other numbers than integers (FP8): `decode(encode(x))` in that format.
     - weights, per channel or group: from the smallest and largest weight of the group.
-    Matmuls that read one tensor share its quantize node.
+    Matmuls that read one tensor share its quantize node. Experts of one matmul that differ in
+    scheme become a matmul for each scheme, and the sum of these.
     """
 
     name: ClassVar[str] = "insert-fake-quant"
@@ -54,6 +56,8 @@ class InsertFakeQuant(Pass):
         quantized: dict[tuple[fx.Node, QuantSpec], fx.Node] = {}
         weights: dict[tuple[str, QuantSpec], DequantizedWeight] = {}
         rows = []
+        for node in matmuls(gm):
+            divide_by_scheme(gm, node, ctx.store.empty)
         for node in matmuls(gm):
             scheme, matmul = scheme_of(node), Linear.of(node)
             if scheme.weight is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -13,31 +14,35 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import label, module_path
-from panguq.ir.node_meta import annotate, scheme_of
-from panguq.ir.ops.packing import packed_columns
+from panguq.ir.expert_groups import give_schemes
+from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.properties import Property
-from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
+from panguq.ir.quant_spec import SCHEMES, Scheme, parse_scheme
 from panguq.ir.run.reroute import routing_of
 from panguq.ir.views import ExpertLinear, Linear, by_input
 from panguq.passes.assign_schemes import gives_logits
-from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype
+from panguq.passes.codes.weight_scales import clip_ratios
 from panguq.passes.pipeline.base import (
     GRADIENT_SWEEPS,
     MatmulRules,
     Pass,
     PassContext,
     PassResult,
-    Table,
     matmuls,
 )
 from panguq.passes.pipeline.module_globs import check_globs
-from panguq.passes.statistics.allocate import Allocation, Budget, allocate
+from panguq.passes.statistics.allocate import Budget, allocate
+from panguq.passes.statistics.allocation_tables import (
+    LinearGroup,
+    allocation_table,
+    budgets_table,
+    experts_table,
+    stored_bits,
+)
 from panguq.passes.statistics.sensitivity import measure
 from panguq.tensors.work_folder import Finished
 
 TIME_UNITS = 100_000  # predicted times count in this part of their budget, rounded up
-
-LinearGroup = tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,12 @@ class MixedPrecision(Pass):
     solved to optimality (`allocate`). A group is what reads one tensor (q, k, v; gate, up):
     servers fuse it, so it has one scheme; and all matmuls of one layer's experts, since servers
     take the type of all of them from the first. An expert counts by what the tokens lose that reach
-    it, so that a layer whose experts are rarely asked for gets few bits. Stored bits count codes,
-    scales and zero points, and matmuls that the pass leaves alone as they are, all but the one that
-    gives the logits. The time is the cost model's for the target, over its mix of decoding and
-    prompts.
+    it, so that a layer whose experts are rarely asked for gets few bits. With `by_expert`, each
+    expert is a group of its own, which takes an equal share of its layer's predicted time: one
+    that is rarely asked for gets few bits, in a layer whose others keep more. Stored bits count
+    codes, scales and zero points, and matmuls that the pass leaves alone as they are, all but the
+    one that gives the logits. The time is the cost model's for the target, over its mix of decoding
+    and prompts.
 
     Left alone: matmuls that are FLOAT already, those whose module path matches a glob of `keep`,
     and the one that gives the logits. Not chosen: what the target cannot run on the shape.
@@ -73,6 +80,7 @@ class MixedPrecision(Pass):
     relative_time: float | None = None
     keep: tuple[str, ...] = ()
     clip_steps: int = 5
+    by_expert: bool = False
 
     def __post_init__(self) -> None:
         names = [scheme.name for scheme in self.schemes]
@@ -85,6 +93,12 @@ class MixedPrecision(Pass):
                 raise RecipeError(f"mixed-precision: {option} is {limit}", "give a number above 0")
         if self.clip_steps < 1:
             raise RecipeError(f"mixed-precision: clip_steps is {self.clip_steps}, not at least 1")
+        if self.by_expert and len({s.activation for s in self.schemes if not s.is_float}) > 1:
+            raise RecipeError(
+                f"mixed-precision: by_expert with choices {list(self.choices)}, which quantize "
+                "inputs in several ways",
+                "experts of one layer may differ in their weights alone: W4A16, W6A16 and W8A16",
+            )
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -108,6 +122,10 @@ class MixedPrecision(Pass):
         return self.requires
 
     @property
+    def divides_experts(self) -> bool:
+        return self.by_expert
+
+    @property
     def sweeps(self) -> float:
         return GRADIENT_SWEEPS
 
@@ -125,16 +143,50 @@ class MixedPrecision(Pass):
             if budget.smallest > budget.limit:
                 raise self._infeasible(f"{option}: {getattr(self, option)}", budgets)
         losses, of_experts = self._losses(gm, ctx, options)
-        solved = allocate(list(losses.values()), [budget for budget, _ in budgets.values()])
+        units = [
+            (unit, kls)
+            for group in options
+            for unit, kls in self._units(group, losses[group], of_experts)
+        ]
+        solved = allocate([kls for _, kls in units], [budget for budget, _ in budgets.values()])
         if solved is None:
             raise self._infeasible("these budgets together", budgets)
-        for (group, schemes), index in zip(options.items(), solved.chosen, strict=True):
+        chosen: dict[LinearGroup, list[Scheme]] = defaultdict(list)
+        for (group, _), index in zip(units, solved.chosen, strict=True):
+            chosen[group].append(options[group][index])
+        for group, schemes in chosen.items():
             for node in group:
-                result.changed += scheme_of(node) != schemes[index]
-                annotate(node, scheme=schemes[index])
-        self._tabulate(result, options, losses, solved, budgets, ctx.matmul_rules)
-        self._tabulate_experts(result, options, of_experts)
+                before = scheme_of(node), meta_of(node).expert_schemes
+                give_schemes(node, schemes)
+                result.changed += before != (scheme_of(node), meta_of(node).expert_schemes)
+        names = tuple(scheme.name for scheme in self.schemes)
+        kls = {
+            group: {s.name: loss for s, loss in zip(schemes, losses[group], strict=True)}
+            for group, schemes in options.items()
+        }
+        result.tables["allocation"] = allocation_table(names, kls, chosen, ctx.matmul_rules)
+        limits = {option: getattr(self, option) for option in budgets}
+        result.tables["budgets"] = budgets_table(limits, budgets, solved)
+        if of_experts:
+            result.tables["experts"] = experts_table(names, kls, of_experts)
         return result
+
+    def _experts(self, group: LinearGroup) -> int:
+        """How many units of choice the group is: one, or as many as there are experts."""
+        view = ExpertLinear.match(group[0])
+        return view.experts if self.by_expert and view is not None else 1
+
+    def _units(
+        self, group: LinearGroup, losses: list[float], of_experts: dict[fx.Node, Tensor]
+    ) -> Iterator[tuple[LinearGroup, list[float]]]:
+        """The group with its losses, or with those of each expert."""
+        if self._experts(group) == 1:
+            yield group, losses
+            return
+        none = torch.zeros(len(losses), self._experts(group), dtype=torch.float64)
+        every = sum((of_experts[node] for node in group if node in of_experts), none)
+        for kls in every.T.tolist():
+            yield group, kls
 
     def _groups(self, gm: fx.GraphModule) -> tuple[list[LinearGroup], list[fx.Node]]:
         """What shares a choice, and the matmuls that keep their schemes but count as well."""
@@ -179,7 +231,8 @@ class MixedPrecision(Pass):
         if self.bits is not None:
             weights = sum(Linear.of(node).weight.meta["val"].numel() for node in nodes)
             fixed = sum(stored_bits(node, scheme_of(node)) for node in others)
-            found["bits"] = (_budget(options, stored_bits, fixed, self.bits * weights), weights)
+            limit = self.bits * weights
+            found["bits"] = (self._budget(options, stored_bits, fixed, limit), weights)
         if self.relative_time is not None:
             if rules is None:
                 raise RecipeError("mixed-precision: relative_time needs a target to predict for")
@@ -190,8 +243,25 @@ class MixedPrecision(Pass):
                 return math.ceil(rules.predicted_us(node, scheme) / unit)
 
             fixed = sum(time(node, scheme_of(node)) for node in others)
-            found["relative_time"] = (_budget(options, time, fixed, TIME_UNITS), in_float / unit)
+            found["relative_time"] = (
+                self._budget(options, time, fixed, TIME_UNITS),
+                in_float / unit,
+            )
         return found
+
+    def _budget(
+        self,
+        options: dict[LinearGroup, tuple[Scheme, ...]],
+        cost: Callable[[fx.Node, Scheme], int],
+        fixed: int,
+        limit: float,
+    ) -> Budget:
+        costs = []
+        for group, schemes in options.items():
+            units = self._experts(group)
+            whole = (sum(cost(node, scheme) for node in group) for scheme in schemes)
+            costs += [tuple(-(-total // units) for total in whole)] * units
+        return Budget(tuple(costs), math.floor(limit), fixed)
 
     def _losses(
         self, gm: fx.GraphModule, ctx: PassContext, options: dict[LinearGroup, tuple[Scheme, ...]]
@@ -225,76 +295,6 @@ class MixedPrecision(Pass):
             f"the smallest possible is {smallest}{apart}; or add a smaller choice",
         )
 
-    def _tabulate(
-        self,
-        result: PassResult,
-        options: dict[LinearGroup, tuple[Scheme, ...]],
-        losses: dict[LinearGroup, list[float]],
-        solved: Allocation,
-        budgets: dict[str, tuple[Budget, float]],
-        rules: MatmulRules | None,
-    ) -> None:
-        rows = []
-        for (group, schemes), index in zip(options.items(), solved.chosen, strict=True):
-            chosen = schemes[index]
-            shapes = [Linear.of(node).shape for node in group]
-            view = ExpertLinear.match(group[0])
-            experts = 1 if view is None else view.experts
-            weights = sum(Linear.of(node).weight.meta["val"].numel() for node in group)
-            bits = sum(stored_bits(n, chosen) for n in group) / weights
-            time = (
-                "" if rules is None else f"{sum(rules.predicted_us(n, chosen) for n in group):.0f}"
-            )
-            kl = {s.name: f"{loss:.4g}" for s, loss in zip(schemes, losses[group], strict=True)}
-            rows.append((
-                " ".join(label(node) for node in group), sum(n for n, _ in shapes), shapes[0][1],
-                experts,
-                chosen.name, f"{bits:.4f}", time, *(kl.get(s.name, "") for s in self.schemes),
-            ))  # fmt: skip
-        estimates = (f"kl_{scheme.name}" for scheme in self.schemes)
-        columns = ("group", "n", "k", "experts", "scheme", "bits", "predicted_us", *estimates)
-        result.tables["allocation"] = Table(columns, tuple(rows))
-        result.tables["budgets"] = Table(
-            ("budget", "limit", "used", "smallest_possible", "kl", "status", "gap"),
-            tuple(
-                (option, getattr(self, option), f"{budget.spent(solved.chosen) / unit:.6f}",
-                 f"{budget.smallest / unit:.6f}", f"{solved.loss:.6g}", solved.status, solved.gap)
-                for option, (budget, unit) in budgets.items()
-            ),
-        )  # fmt: skip
-
-    def _tabulate_experts(
-        self,
-        result: PassResult,
-        options: dict[LinearGroup, tuple[Scheme, ...]],
-        of_experts: dict[fx.Node, Tensor],
-    ) -> None:
-        """What each expert's weight adds to its group's KL under each scheme."""
-        group_of = {node: group for group in options for node in group}
-        rows = []
-        for node, kls in of_experts.items():
-            names = [scheme.name for scheme in options[group_of[node]]]
-            for expert, column in enumerate(kls.T.tolist()):
-                kl = {n: f"{loss:.4g}" for n, loss in zip(names, column, strict=True)}
-                every = (kl.get(scheme.name, "") for scheme in self.schemes)
-                rows.append((label(node), expert, *every))
-        if rows:
-            columns = ("matmul", "expert", *(f"kl_{scheme.name}" for scheme in self.schemes))
-            result.tables["experts"] = Table(columns, tuple(rows))
-
-
-def stored_bits(node: fx.Node, scheme: Scheme) -> int:
-    """Bits that this linear's weight takes under a scheme: codes, scales and zero points."""
-    k = Linear.of(node).shape[1]
-    n = Linear.of(node).weight.meta["val"].numel() // k
-    spec: QuantSpec | None = scheme.weight
-    if spec is None:
-        return 8 * n * k * int(Linear.of(node).weight.meta["val"].dtype.itemsize)
-    row = k if spec.bits == 8 else k // 2 if spec.bits == 4 else packed_columns(k, spec.bits)
-    zero_point = torch.int8.itemsize if not spec.symmetric else 0
-    groups = k // spec.group_size_for(k)
-    return 8 * n * (row + groups * (scale_dtype(spec).itemsize + zero_point))
-
 
 def _refusal(node: fx.Node, scheme: Scheme, rules: MatmulRules | None) -> str | None:
     if scheme.weight is not None:
@@ -303,16 +303,3 @@ def _refusal(node: fx.Node, scheme: Scheme, rules: MatmulRules | None) -> str | 
         except ValueError as error:
             return str(error)
     return None if rules is None else rules.refusal(node, scheme)
-
-
-def _budget(
-    options: dict[LinearGroup, tuple[Scheme, ...]],
-    cost: Callable[[fx.Node, Scheme], int],
-    fixed: int,
-    limit: float,
-) -> Budget:
-    costs = tuple(
-        tuple(sum(cost(node, scheme) for node in group) for scheme in schemes)
-        for group, schemes in options.items()
-    )
-    return Budget(costs, math.floor(limit), fixed)

@@ -14,7 +14,7 @@ from panguq.ir.edit import get_tensor, label, set_tensor
 from panguq.ir.node_meta import statistics_of, weight_spec_of
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
-from panguq.ir.views import QuantizedWeight, matmul_of
+from panguq.ir.views import ExpertLinear, QuantizedWeight, matmul_of
 from panguq.passes.codes.stored_codes import codes_name, packed_codes, read_packed
 from panguq.passes.codes.weight_scales import (
     check_clip_search,
@@ -94,6 +94,9 @@ class QuantizeWeights(Pass):
         importance = None
         if self.needs_statistics:
             importance = statistics_of(matmul).mean_square
+            experts = ExpertLinear.match(matmul)
+            if experts is not None:
+                importance = importance[list(experts.each)]
 
         def compute() -> Finished:
             weight = materialized(get_tensor(gm, quantizer.weight_name))

@@ -232,7 +232,7 @@ def _add_gradients(
                 dequantized[weight] = values(gm, {}, [weight])[weight]
             stacked = dequantized[weight].view(-1, *Linear.of(node).shape)
             groups = into.view(*stacked.shape[:2], into.shape[-1])
-            for expert, x, gradient in at.by_expert():
+            for expert, _, x, gradient in at.by_expert():
                 product = (gradient.float().T @ x.float()).mul_(stacked[expert])
                 groups[expert] += product.unflatten(1, (into.shape[-1], -1)).sum(-1)
 

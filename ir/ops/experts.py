@@ -11,6 +11,8 @@ j-th expert meets it. Experts that no row goes to are not computed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -47,6 +49,23 @@ def route_tokens(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return ids.argsort(stable=True), torch.bincount(ids, minlength=experts)
 
 
+def each_experts_rows(
+    counts: Tensor, members: Sequence[int] | None = None
+) -> Iterator[tuple[int | None, slice]]:
+    """Every expert that has rows, by its place in a weight, and these rows.
+
+    counts int64 `[experts]`. The weight is that of all experts, or of `members`; then the others
+    have no place in it.
+    """
+    start = 0
+    places = None if members is None else {expert: place for place, expert in enumerate(members)}
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            place = expert if places is None else places.get(expert)
+            yield place, slice(start, start + count)
+            start += count
+
+
 @define_op(
     "permute_tokens(Tensor x, Tensor order, int top_k) -> Tensor",
     fake=lambda x, order: x.new_empty((order.shape[0], x.shape[1])),
@@ -57,23 +76,31 @@ def permute_tokens(x: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 
 @define_op(
-    "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor counts) -> Tensor",
+    "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor counts, int[]? members=None)"
+    " -> Tensor",
     fake=lambda x, weight: x.new_empty((x.shape[0], weight.shape[1])),
 )
-def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    counts: Tensor,
+    members: Sequence[int] | None = None,
+) -> Tensor:
     """`x @ weight[e].T + bias[e]`, the first `counts[0]` rows with expert 0, and so on.
 
     x `[r, k]`, sorted by expert; weight `[experts, n, k]`; bias `[experts, n]` or None; counts
     int64 `[experts]`, which add up to r. Returns `[r, n]`. Reads the weights of experts that have
-    rows, and no others.
+    rows, and no others. With `members`, weight and bias are those of these experts alone, in rising
+    order, and the rows of all others become zero: results of several groups of experts add up.
     """
-    parts, start = [], 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            rows = x[start : start + count]
-            shift = None if bias is None else bias[expert]
-            parts.append(functional.linear(rows, weight[expert], shift))
-            start += count
+    parts = []
+    for index, rows in each_experts_rows(counts, members):
+        if index is None:
+            parts.append(x.new_zeros((rows.stop - rows.start, weight.shape[1])))
+        else:
+            shift = None if bias is None else bias[index]
+            parts.append(functional.linear(x[rows], weight[index], shift))
     return torch.cat(parts) if parts else x.new_empty((0, weight.shape[1]))
 
 

@@ -125,7 +125,7 @@ def _of_experts(
     weights: Weights,
 ) -> Tensor | None:
     """A matmul of experts in float64, one expert's stored weight lifted at a time."""
-    if not linear.is_stored:
+    if not linear.is_stored or linear.members is not None:
         return None
     stored = materialized(weights(gm, linear.weight_name))
     rows = _lift(value(linear.input)).split(value(linear.counts).tolist())

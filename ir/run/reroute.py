@@ -26,6 +26,15 @@ def routing_of(linear: fx.Node) -> fx.Node:
     return item.source
 
 
+def order_of(linear: fx.Node) -> tuple[fx.Node, int]:
+    """int64 `[r]`, which pair of token and choice each row of an expert linear is, and how many
+    choices a token has: row i belongs to token `order[i] // top_k`."""
+    routing = routing_of(linear)
+    items = (Item.match(user) for user in routing.users)
+    order = next(item.node for item in items if item is not None and item.index == 0)
+    return order, int(operand(routing, 0).meta["val"].shape[1])
+
+
 @dataclass(frozen=True)
 class Reroute:
     """A routing, the values that its experts read, and how every token would reach them."""

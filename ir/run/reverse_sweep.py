@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from panguq.ir.analysis.blocks import blocks
 from panguq.ir.edit import ancestors, label
 from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops matched here)
+from panguq.ir.ops.experts import each_experts_rows
 from panguq.ir.ops.opset import body_of
 from panguq.ir.run import interpret
 from panguq.ir.run.interpret import (
@@ -25,6 +26,7 @@ from panguq.ir.run.interpret import (
     ensure_finite,
     without_inputs,
 )
+from panguq.ir.run.reroute import order_of
 from panguq.ir.views import ExpertLinear, Item, Linear, QuantizedInput, results_of
 from panguq.tensors import spill
 
@@ -34,25 +36,26 @@ Gradient = Callable[[Tensor], Tensor]
 
 class Seen(NamedTuple):
     """A matmul's input x `[.., k]` and the gradient at its output `[.., n]`; of experts also how
-    many of the rows, sorted by expert, each one has, int64 `[experts]`."""
+    many of the rows, sorted by expert, each one has, int64 `[experts]`, whose weights there are,
+    and which token each row is, int64 `[r]`."""
 
     x: Tensor
     gradient: Tensor
     counts: Tensor | None = None
+    members: tuple[int, ...] | None = None
+    tokens: Tensor | None = None
 
-    def by_expert(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each expert that has rows, its part of x and of the gradient; expert 0 where all is one.
-
-        Both have rows `[r, ..]`.
+    def by_expert(self) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Each expert that has rows and a weight: its place in the weight, which rows these are, x
+        there and the gradient, `[r, ..]`; place 0 and all rows where there are no experts.
         """
-        rows = [t.reshape(-1, t.shape[-1]) for t in (self.x, self.gradient)]
+        x, gradient = (t.reshape(-1, t.shape[-1]) for t in (self.x, self.gradient))
         if self.counts is None:
-            yield 0, rows[0], rows[1]
+            yield 0, slice(None), x, gradient
             return
-        sizes = self.counts.tolist()
-        for expert, (x, gradient) in enumerate(zip(*(t.split(sizes) for t in rows), strict=True)):
-            if len(x):
-                yield expert, x, gradient
+        for place, rows in each_experts_rows(self.counts, self.members):
+            if place is not None:
+                yield place, rows, x[rows], gradient[rows]
 
 
 ObserveGradients = Callable[[dict[fx.Node, Seen]], None]
@@ -275,13 +278,18 @@ def _backward(
             pending[node] = found_here if earlier is None else earlier + found_here
     seen = zip(matmuls, found[len(needs) :], strict=True)
     return {
-        node: Seen(values[Linear.of(node).input].detach(), found_here, _counts(node, values))
+        node: Seen(values[Linear.of(node).input].detach(), found_here, *_division(node, values))
         for node, found_here in seen
         if found_here is not None
     }
 
 
-def _counts(matmul: fx.Node, values: dict[fx.Node, Any]) -> Tensor | None:
+def _division(
+    matmul: fx.Node, values: dict[fx.Node, Any]
+) -> tuple[Tensor | None, tuple[int, ...] | None, Tensor | None]:
     experts = ExpertLinear.match(matmul)
-    found: Tensor | None = None if experts is None else values[experts.counts]
-    return found
+    if experts is None:
+        return None, None, None
+    order, top_k = order_of(matmul)
+    tokens = None if order not in values else values[order].div(top_k, rounding_mode="floor")
+    return values[experts.counts], experts.members, tokens

@@ -91,6 +91,7 @@ def _call(node: fx.Node, kernel: str, args: tuple[object, ...]) -> fx.Node:
     experts = ExpertLinear.match(node)
     if experts is not None:
         kernel, args = f"expert_{kernel}", (*args, experts.counts)
+        args = args if experts.members is None else (*args, list(experts.members))
     return call(node, getattr(cpu, kernel).default, args, origin=node)
 
 

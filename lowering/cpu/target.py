@@ -34,6 +34,7 @@ class CpuTarget(Target):
 
     kind = "cpu"
     takes_experts = True
+    takes_mixed_experts = True
     kernel_names = (
         "linear",
         "int8_linear",

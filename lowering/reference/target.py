@@ -19,6 +19,7 @@ class ReferenceTarget(Target):
 
     kind = "reference"
     takes_experts = True
+    takes_mixed_experts = True
     lowers = False
 
     def reads(self, number_format: NumberFormat) -> bool:

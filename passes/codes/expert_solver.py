@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,9 +14,9 @@ from torch import Tensor, fx
 
 from panguq.errors import RecipeError
 from panguq.ir.edit import get_tensor, label, module_path
-from panguq.ir.node_meta import weight_spec_of
+from panguq.ir.node_meta import meta_of, weight_spec_of
 from panguq.ir.run.interpret import ensure_finite
-from panguq.ir.run.reroute import Reroute, routing_of
+from panguq.ir.run.reroute import Reroute, order_of, routing_of
 from panguq.ir.run.sweep import Chosen, ExpertPause, Pause
 from panguq.ir.views import ExpertLinear, Linear
 from panguq.passes.codes.gram import InputMoments
@@ -52,10 +53,11 @@ class StackedSolution:
         codes = store.empty((len(weight), *one.shape), one.dtype)
         return cls(matmul, codes, store.empty(weight.shape, weight.dtype))
 
-    def add(self, expert: int, solution: Solution, weight: Tensor) -> None:
+    def add(self, solution: Solution, weight: Tensor) -> None:
         """Take the next expert's solution, and the weight `[n, k]` that it stands for."""
-        self.codes[expert] = packed_codes(solution.codes, weight_spec_of(self.matmul).bits)
-        self.weight[expert] = weight
+        place = len(self.scales)
+        self.codes[place] = packed_codes(solution.codes, weight_spec_of(self.matmul).bits)
+        self.weight[place] = weight
         self.scales.append(solution.scale)
         if solution.zero_point is not None:
             self.zeros.append(solution.zero_point)
@@ -83,6 +85,7 @@ class ExpertSolver:
     rows: list[tuple[object, ...]]
     solved: list[StackedSolution] = field(default_factory=list)
     tokens: Mapping[fx.Node, ExpertTokens] = field(default_factory=dict)
+    _orders: dict[fx.Node, Sequence[Tensor]] = field(default_factory=dict)
 
     def pauses(self, groups: Mapping[fx.Node, list[fx.Node]]) -> dict[fx.Node, Pause | ExpertPause]:
         """The pauses at values that experts read, and at what says how their rows lie.
@@ -107,6 +110,14 @@ class ExpertSolver:
                 return {}
 
             pauses[counts] = keep
+            if meta_of(node).token_weights is not None:
+                order, _ = order_of(node)
+
+                def keep_order(values: Sequence[Tensor], _: object, of: fx.Node = order) -> Chosen:
+                    self._orders[of] = values
+                    return {}
+
+                pauses[order] = keep_order
         for value, matmuls in found.items():
             reroute = Reroute(routing_of(matmuls[0]), (value,))
             pauses[value] = ExpertPause(reroute, partial(self._pause, matmuls, lengths, reroute))
@@ -123,24 +134,51 @@ class ExpertSolver:
         first = ExpertLinear.of(matmuls[0])
         for value in values:
             ensure_finite(label(first.input), value, "activation")
+        values, all_tokens = self._weighted(matmuls[0], values, all_tokens)
         counts = lengths[first.counts]
         rows = [value.split(count) for value, count in zip(values, counts, strict=True)]
         weights = [materialized(self._stored(matmul)) for matmul in matmuls]
         stacked = [
             StackedSolution.of(m, w, self.ctx.store) for m, w in zip(matmuls, weights, strict=True)
         ]
-        underfed = self.tokens[matmuls[0]].underfed
+        readers: dict[int, list[tuple[Tensor, StackedSolution]]] = defaultdict(list)
+        for weight, into in zip(weights, stacked, strict=True):
+            for place, expert in enumerate(ExpertLinear.of(into.matmul).each):
+                readers[expert].append((weight[place], into))
+        underfed = [e for e in self.tokens[matmuls[0]].underfed if e in readers]
         is_shared = reroute.is_shared(first.input)
         everything = _everything(all_tokens, underfed, is_shared)
-        for expert in range(first.experts):
+        for expert, own in sorted(readers.items()):
             if expert in underfed:
                 moments = next(everything)
             else:
                 moments = InputMoments(_joined([batch[expert] for batch in rows]))
-            for weight, into in zip(weights, stacked, strict=True):
-                self._solve(expert, weight[expert], moments, into)
+            for matrix, into in own:
+                self._solve(expert, matrix, moments, into)
         self.solved += stacked
         return {Linear.of(into.matmul).weight: into.weight for into in stacked}
+
+    def _weighted(
+        self, matmul: fx.Node, values: Sequence[Tensor], all_tokens: RowsOfAll
+    ) -> tuple[Sequence[Tensor], RowsOfAll]:
+        """The rows, each times the root of its token's weight where weigh-tokens gave it one."""
+        weights = meta_of(matmul).token_weights
+        if weights is None:
+            return values, all_tokens
+        order, top_k = order_of(matmul)
+        roots = [weight.sqrt().to(values[0].dtype)[:, None] for weight in weights]
+        sorted_by_expert = [
+            value * root[at.div(top_k, rounding_mode="floor")]
+            for value, root, at in zip(values, roots, self._orders[order], strict=True)
+        ]
+
+        def weighted(experts: Sequence[int]) -> Mapping[int, list[Tensor]]:
+            return {
+                expert: [rows * root for rows, root in zip(batches, roots, strict=True)]
+                for expert, batches in all_tokens(experts).items()
+            }
+
+        return sorted_by_expert, weighted
 
     def _stored(self, matmul: fx.Node) -> Tensor:
         return get_tensor(self.gm, quantizer_of(matmul).weight_name)
@@ -164,7 +202,7 @@ class ExpertSolver:
         )
         solution = self.solver.solved(self.ctx, problem)
         values = self.solver.dequantize(problem, solution)
-        into.add(expert, solution, values)
+        into.add(solution, values)
         quality = (spec.bits, problem.group_size, weight_sqnr_db(weight, values))
         self.rows.append((problem.names[0], *quality, *solution.notes))
 

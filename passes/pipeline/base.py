@@ -172,6 +172,11 @@ class Pass:
         return any(spec is not None and not spec.dynamic for spec in activations)
 
     @property
+    def divides_experts(self) -> bool:
+        """Whether the pass may give the experts of one matmul schemes that differ."""
+        return False
+
+    @property
     def sweeps(self) -> float:
         """About how many forward passes over the calibration data take as long as this pass does.
 

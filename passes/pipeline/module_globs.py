@@ -13,7 +13,7 @@ from typing import TypeAlias
 from torch import fx
 
 from panguq.errors import RecipeError
-from panguq.ir.edit import module_path
+from panguq.ir.expert_groups import paths_of
 from panguq.passes.pipeline.base import matmuls
 from panguq.suggest import nearest_names
 
@@ -31,7 +31,7 @@ def check_globs(
 
     `what` says what the globs are for. `*` stands for whatever there is.
     """
-    paths = [module_path(node) for node in matmuls(gm)]
+    paths = [path for node in matmuls(gm) for path in paths_of(node)]
     for glob in globs:
         if glob != "*" and not matches(glob, paths) and not _may(glob, allow_unmatched):
             raise RecipeError(f"{what} {glob!r} matches no matmul of this model", hint(glob, paths))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.edit import label, module_path
+from panguq.ir.expert_groups import whole_label
 from panguq.ir.run.reroute import Reroute, routing_of
 from panguq.ir.run.sweep import AllTokens, sweep
 from panguq.ir.views import ExpertLinear, Linear, operand
@@ -44,7 +45,7 @@ def count_tokens(
     found = {
         node: ExpertTokens(seen[label(ExpertLinear.of(node).counts)], least) for node in experts
     }
-    ctx.expert_tokens.update({label(node): tokens for node, tokens in found.items()})
+    ctx.expert_tokens.update({whole_label(node): tokens for node, tokens in found.items()})
     return found
 
 

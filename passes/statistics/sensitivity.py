@@ -21,7 +21,6 @@ Kim et al., SqueezeLLM, arXiv 2306.07629, who take them at the data's labels.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,12 +58,13 @@ class _Matmul:
 
 @dataclass
 class _Sums:
-    """What the current block has gathered."""
+    """What the current block has gathered.
+
+    `activation`: what rounding a value costs, float64 `[experts]`, by its first reader.
+    """
 
     matmuls: dict[fx.Node, _Matmul] = field(default_factory=dict)
-    activation: dict[tuple[fx.Node, QuantSpec], float] = field(
-        default_factory=lambda: defaultdict(float)
-    )
+    activation: dict[tuple[fx.Node, QuantSpec], Tensor] = field(default_factory=dict)
     weights: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def weight(self, gm: fx.GraphModule, node: fx.Node) -> Tensor:
@@ -93,7 +93,8 @@ def measure(
 
     choices: for each group of linears, those of experts among them, the schemes in question.
     ratios: the clip ratios of the search for each weight's scales, weighted by the inputs.
-    by_expert: takes what each expert's own weight adds, float64 `[schemes, experts]` by matmul.
+    by_expert: takes what each expert adds by its own weight and by rounding its rows, which counts
+        for the first matmul that reads them, float64 `[schemes, experts]` by matmul.
 
     For a graph that is no language model the outputs' relative squared error takes the place of
     the KL: half the squared error over the mean square. Raises InputError without calibration
@@ -114,23 +115,21 @@ def measure(
         for group in dict.fromkeys(group_of[node] for node in seen):
             specs = dict.fromkeys(s.activation for s in choices[group] if s.activation)
             for siblings in by_input(group).values() if specs else ():
-                _add_activation(gm, sums, siblings, group[0], seen, tuple(specs))
+                _add_activation(gm, sums, siblings, seen, tuple(specs))
 
     def block_done() -> None:
         for group in dict.fromkeys(group_of[node] for node in sums.matmuls):
             for index, scheme in enumerate(choices[group]):
-                total = 0.0
-                if scheme.activation is not None:
-                    total = sums.activation.get((group[0], scheme.activation), 0.0)
                 for node in group:
                     if node in sums.matmuls and scheme.weight is not None:
                         weight = sums.weight(gm, node)
                         errors = _weight_errors(weight, sums.matmuls[node], scheme.weight, ratios)
-                        total += float(errors.sum())
+                        if scheme.activation is not None:
+                            errors += sums.activation.get((node, scheme.activation), 0.0)
+                        result[group][index] += float(errors.sum()) / 2
                         if ExpertLinear.match(node) is not None:
                             none = errors.new_zeros(len(choices[group]), len(errors))
                             each.setdefault(node, none)[index] = errors / 2
-                result[group][index] += total / 2
         sums.clear()
         return_free_pages()
 
@@ -189,7 +188,7 @@ def _empty_sums(node: fx.Node, store: WeightStore) -> _Matmul:
 
 
 def _add_matmul(sums: _Matmul, seen: Seen) -> None:
-    for expert, x, gradient in seen.by_expert():
+    for expert, _, x, gradient in seen.by_expert():
         tokens = x.float()
         sums.fisher[expert] += (gradient.float().T @ tokens).square_()
         sums.square_sum[expert] += tokens.square().sum(0)
@@ -200,26 +199,26 @@ def _add_activation(
     gm: fx.GraphModule,
     sums: _Sums,
     siblings: Sequence[fx.Node],
-    group: fx.Node,
     seen: dict[fx.Node, Seen],
     specs: tuple[QuantSpec, ...],
 ) -> None:
-    """What rounding the value that these read costs, added for their `group`."""
+    """What rounding the value that these read costs."""
     observed = [node for node in siblings if node in seen]
     if not observed:
         return
     x = seen[observed[0]].x
     at_input = torch.zeros(x.shape[:-1].numel(), x.shape[-1])
     for node in observed:
-        weight, start = sums.weight(gm, node), 0
-        for expert, _, gradient in seen[node].by_expert():
-            product = gradient.to(weight.dtype) @ weight[expert]
-            at_input[start : start + len(product)] += product.float()
-            start += len(product)
+        weight = sums.weight(gm, node)
+        for expert, rows, _, gradient in seen[node].by_expert():
+            at_input[rows] += (gradient.to(weight.dtype) @ weight[expert]).float()
     for spec in specs:
         error = quantize_activation(x, spec).float() - x.float()
-        error = at_input.view(error.shape) * error
-        sums.activation[group, spec] += float(error.square().sum(dtype=torch.float64))
+        squares = (at_input.view(error.shape) * error).square_().flatten(0, -2)
+        none = torch.zeros(len(sums.weight(gm, observed[0])), dtype=torch.float64)
+        total = sums.activation.setdefault((observed[0], spec), none)
+        for expert, rows, _, _ in seen[observed[0]].by_expert():
+            total[expert] += squares[rows].sum(dtype=torch.float64)
 
 
 def quantize_activation(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -41,6 +41,7 @@ def graph() -> tuple[fx.GraphModule, fx.Node]:
     annotate(
         node,
         scheme=SCHEMES["W8A8"],
+        expert_schemes=(SCHEMES["W8A8"], SCHEMES["FLOAT"]),
         split_from="whole:linear",
         merged=("one:linear", "two:linear"),
         input_statistics=statistics,
@@ -133,7 +134,7 @@ def test_files_and_dumps_hold_every_field() -> None:
     restore(loaded, *collect(gm))
     before, after = known(meta_of(node)), known(meta_of(find_label(loaded, "a:linear")))
     assert after.keys() == before.keys()
-    for name in ("scheme", "split_from", "merged", "input_range"):
+    for name in ("scheme", "expert_schemes", "split_from", "merged", "input_range"):
         assert after[name] == before[name]
     for found, given in zip(after["token_weights"], before["token_weights"], strict=True):
         assert torch.equal(found, given)

@@ -88,12 +88,14 @@ class SiteInfo(_Strict):
 
 
 class NodeMetadata(_Strict):
-    """What passes left on nodes, by label: the numbers of statistics and token weights, origins."""
+    """What passes left on nodes, by label: numbers of statistics and token weights, origins, and
+    the schemes of single experts."""
 
     statistics: dict[str, int]
     split_from: dict[str, str]
     token_weights: dict[str, int] = {}
     merged: dict[str, tuple[str, ...]] = {}
+    expert_schemes: dict[str, tuple[str, ...]] = {}
 
 
 class StageInfo(_Strict):

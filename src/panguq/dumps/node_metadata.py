@@ -14,6 +14,7 @@ from panguq.dumps.files import NodeMetadata
 from panguq.ir.edit import label
 from panguq.ir.input_statistics import InputStatistics, fill_state, state_of
 from panguq.ir.node_meta import annotate, meta_of
+from panguq.ir.quant_spec import parse_scheme
 
 Collected = tuple[NodeMetadata, dict[str, Tensor]]
 NOTHING: Collected = (NodeMetadata(statistics={}, split_from={}), {})
@@ -21,7 +22,9 @@ NOTHING: Collected = (NodeMetadata(statistics={}, split_from={}), {})
 
 def collect(gm: fx.GraphModule) -> Collected:
     """All nodes' metadata; numbers become tensors of no dimension, shared objects are told once."""
-    found = NodeMetadata(statistics={}, split_from={}, token_weights={}, merged={})
+    found = NodeMetadata(
+        statistics={}, split_from={}, token_weights={}, merged={}, expert_schemes={}
+    )
     tensors: dict[str, Tensor] = {}
     numbers: dict[int, int] = {}
     weight_numbers: dict[int, int] = {}
@@ -31,6 +34,8 @@ def collect(gm: fx.GraphModule) -> Collected:
             tensors[f"input_range/{name}"] = torch.tensor(meta.input_range, dtype=torch.float64)
         if meta.split_from is not None:
             found.split_from[name] = meta.split_from
+        if meta.expert_schemes:
+            found.expert_schemes[name] = tuple(scheme.name for scheme in meta.expert_schemes)
         if meta.merged:
             found.merged[name] = meta.merged
         if meta.input_statistics is not None:
@@ -55,6 +60,9 @@ def restore(gm: fx.GraphModule, metadata: NodeMetadata, tensors: Mapping[str, Te
             annotate(node, input_range=tuple(tensors[f"input_range/{name}"].tolist()))
         if name in metadata.split_from:
             annotate(node, split_from=metadata.split_from[name])
+        if name in metadata.expert_schemes:
+            each = tuple(parse_scheme(scheme) for scheme in metadata.expert_schemes[name])
+            annotate(node, expert_schemes=each)
         if name in metadata.merged:
             annotate(node, merged=metadata.merged[name])
         if name in metadata.statistics:

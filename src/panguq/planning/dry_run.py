@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from panguq.equal_layers import NotEqualError, short_model
 from panguq.errors import LoweringError, PanguqError, RecipeError
 from panguq.ir.edit import label, module_path
 from panguq.ir.encoder import Examples
+from panguq.ir.expert_groups import paths_of, schemes_of
 from panguq.ir.interface import Interface
-from panguq.ir.node_meta import scheme_of
+from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import ExpertLinear, Linear
 from panguq.lowering.choice import Choice
 from panguq.lowering.lower_matmuls import Choices
@@ -108,14 +110,15 @@ def plan(
     refusals += _matmul_refusals(schedule, gm)
     rows = []
     choices = Choices(find_target(target), recipe.precision, recipe.ascend)
-    for node in matmuls(gm):
+    for node, scheme, members in [(n, s, m) for n in matmuls(gm) for s, m in schemes_of(n).items()]:
         try:
-            choice = choices.choose(node)
-            row = _describe(node, choice, notes.get(label(node), ""))
+            choice = choices.choose(node, scheme, members)
+            row = _describe(node, scheme, members, choice, notes.get(label(node), ""))
         except LoweringError as error:
-            if not unread:  # which says it once for all of them
-                refusals.append(f"{label(node)}: {error.message}")
-            row = _describe(node, None, f"refused: {error.message}")
+            said_once = f"{label(node)}: {error.message}"
+            if not unread and said_once not in refusals:  # which says it once for all of them
+                refusals.append(said_once)
+            row = _describe(node, scheme, members, None, f"refused: {error.message}")
         rows.append(row)
     sites, blocked = smoothing_sites(gm, interface, schedule.passes)
     said = [*getattr(source, "panguq_left_out", ()), *gm.meta.get("trace_warnings", ())]
@@ -207,7 +210,7 @@ def _assign(gm: fx.GraphModule, ctx: PassContext, recipe: Recipe) -> tuple[PassR
 
     Globs that match nothing are refused one by one, so that the rest can still be planned.
     """
-    paths = [module_path(node) for node in matmuls(gm)]
+    paths = [path for node in matmuls(gm) for path in paths_of(node)]
     used, refusals = [], []
     for glob, scheme in recipe.schemes.items():
         if glob == "*" or matches(glob, paths):
@@ -238,8 +241,9 @@ def _glob_refusals(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
     return refusals
 
 
-def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
-    scheme = scheme_of(node)
+def _describe(
+    node: fx.Node, scheme: Scheme, members: Sequence[int], choice: Choice | None, note: str
+) -> MatmulPlan:
     n, k = Linear.of(node).shape
     experts = ExpertLinear.match(node)
     weight = scheme.weight
@@ -257,7 +261,7 @@ def _describe(node: fx.Node, choice: Choice | None, note: str) -> MatmulPlan:
         others=dict(choice.losers) if choice else {},
         gives_logits=gives_logits(node),
         bias=Linear.of(node).bias is not None,
-        experts=1 if experts is None else experts.experts,
+        experts=len(members) or 1,
         note=note,
     )
 

@@ -76,7 +76,11 @@ def check_format(
         return None, []
     found = planned or plan(model, recipe, target=target, dtype=dtype)
     _check_passes(recipe)
-    linears = {row.name: PlannedLinear.of(row) for row in found.matmuls if row.scheme != "FLOAT"}
+    linears: dict[str, PlannedLinear] = {}
+    for row in found.matmuls:
+        if row.scheme != "FLOAT":  # experts of one matmul may have several
+            name = f"{row.name} ({row.scheme})" if row.name in linears else row.name
+            linears[name] = PlannedLinear.of(row)
     check_modules(model, (linear for linear in linears.values() if not linear.is_expert))
     mixed = _mixed_experts(model, recipe, found)
     of_experts = find_format(format).experts_check()

@@ -20,6 +20,7 @@ from panguq.decibels import finite_db
 from panguq.errors import PanguqError
 from panguq.evaluation import POOR_DB
 from panguq.ir.edit import ancestors, get_tensor, label
+from panguq.ir.expert_groups import expert_path, whole_label
 from panguq.ir.node_meta import meta_of, scheme_of
 from panguq.ir.views import ExpertLinear, Linear, operands_at
 from panguq.passes.assign_schemes import gives_logits
@@ -168,10 +169,11 @@ def summarize_matmuls(
         tensors = [get_tensor(fake_quant, str(s.target)) for s in stored if s.op == "get_attr"]
         experts = ExpertLinear.match(node)
         count = 1 if experts is None else experts.experts
-        seen = expert_tokens.get(name)
+        whole = whole_label(node)
+        seen = expert_tokens.get(whole)
         rows += [
             MatmulSummary(
-                name=name if experts is None else _of_expert(name, expert),
+                name=name if experts is None else _of_expert(whole, expert),
                 n=n,
                 k=k,
                 scheme=scheme.name,
@@ -180,11 +182,11 @@ def summarize_matmuls(
                 gives_logits=gives_logits(node),
                 is_side=meta_of(node).split_from is not None,
                 stored_bytes=sum(t.numel() * t.element_size() for t in tensors) // count,
-                local_sqnr_db=finite_db(quality[name]) if name in quality else None,
+                local_sqnr_db=finite_db(quality[whole]) if whole in quality else None,
                 tokens=None if seen is None else int(seen.routed[expert]),
                 on_all_tokens=seen is not None and expert in seen.underfed,
             )
-            for expert in range(count)
+            for expert in ((0,) if experts is None else experts.each)
         ]
     return rows
 
@@ -208,8 +210,7 @@ def _few_tokens(ctx: PassContext) -> list[str]:
 def _of_expert(name: str, expert: int) -> str:
     """`mlp.experts.down_proj:expert_linear` as expert 3's `mlp.experts.3.down_proj:linear`."""
     path, _, op = name.partition(":")
-    owner, _, weight = path.rpartition(".")
-    return f"{owner}.{expert}.{weight}:{op.removeprefix('expert_')}"
+    return f"{expert_path(path, expert)}:{op.removeprefix('expert_')}"
 
 
 def _kernel_behind(node: fx.Node) -> fx.Node:

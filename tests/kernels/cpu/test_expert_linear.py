@@ -10,6 +10,7 @@ from panguq.ir.ops.packing import pack_int4
 from panguq.ir.ops.quantize import quantize_per_token, quantize_weight
 from panguq.kernels.cpu import expert_linear, int8_linear
 from panguq.kernels.cpu.dequantized_linear import reference
+from tests.kernels.expert_calls import EXPERT_CALLS
 
 EXPERTS, N, K, GROUP = 4, 32, 64, 32
 COUNTS = torch.tensor([2, 0, 5, 1])
@@ -65,6 +66,25 @@ def check(
         grid = (codes[expert], scale[expert], None, group_size)
         expected = reference(X[rows], *grid, BIAS[expert])
         torch.testing.assert_close(result[rows], expected, rtol=tolerance, atol=tolerance * 20)
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERT_CALLS if n.endswith("linear")])
+def test_of_some_experts_rows_of_others_are_zero(name: str) -> None:
+    """Two calls with the weights of some experts each add up to the one with those of all."""
+    op, make = EXPERT_CALLS[name]
+    torch.manual_seed(0)
+    given = make(8)
+    whole, per_row = op(**given), ("x", "codes", "act_scale", "counts")
+    total = torch.zeros_like(whole)
+    for members in ([0, 1], [2]):
+        own = {
+            key: value[members] if torch.is_tensor(value) and key not in per_row else value
+            for key, value in given.items()
+        }
+        if name == "expert_dequantized_linear":  # whose codes are the weight
+            own["codes"] = given["codes"][members]
+        total += op(**own, members=members)
+    assert torch.equal(total, whole)
 
 
 def test_no_rows_at_all() -> None:

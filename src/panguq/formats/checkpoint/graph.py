@@ -8,8 +8,9 @@ that have no place in a checkpoint of the source's architecture is refused here,
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from panguq.formats.checkpoint.linear import (
 )
 from panguq.ir.analysis.choices import deciding_linears
 from panguq.ir.edit import get_tensor, label, module_path
-from panguq.ir.views import Linear
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.models.architectures import model_class
 from panguq.models.hub_names import HubNames, hub_names
 
@@ -120,17 +121,23 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     _refuse_split(by_path)
     _refuse_quantized_values(gm)
     nodes = {path: same[0] for path, same in by_path.items()}
-    read = {p: read_linear(gm, p, n) for p, n in nodes.items() if not reads_float(n)}
+    read = {
+        path: [read_linear(gm, path, node) for node in same]
+        for path, same in by_path.items()
+        if not reads_float(same[0])
+    }
     stacked = {path for path, node in nodes.items() if node.target is EXPERTS}
-    check_modules(skeleton, (q for path, q in read.items() if path not in stacked))
+    check_modules(skeleton, (q for path, (q, *_) in read.items() if path not in stacked))
     weights, tied = _float_weights(gm, skeleton, read)
     names = hub_names(skeleton)
     quantized: dict[str, QuantizedLinear] = {}
-    for path, linear in read.items():
-        if path in stacked:
-            quantized |= {part.path: part for part in _experts(linear, names)}
-        else:
-            quantized[path] = linear
+    for path, parts in read.items():
+        if path not in stacked:
+            quantized[path] = parts[0]
+            continue
+        for linear, node in zip(parts, by_path[path], strict=True):
+            experts = _experts(linear, names, ExpertLinear.of(node).each)
+            quantized |= {part.path: part for part in experts}
     dense = {path: node for path, node in nodes.items() if path not in stacked}
     routers = deciding_linears(gm)  # they stay float, and no server joins them with others
     return CheckpointGraph(
@@ -143,8 +150,10 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     )
 
 
-def _experts(linear: QuantizedLinear, names: HubNames) -> list[QuantizedLinear]:
-    """A layer's experts one by one, by their published names."""
+def _experts(
+    linear: QuantizedLinear, names: HubNames, members: Sequence[int]
+) -> list[QuantizedLinear]:
+    """A layer's experts one by one, by their published names; `members` are those of the linear."""
     parts = names.merged.get(linear.path, ())
     if not parts or not all(part.name.endswith(".weight") for part in parts):
         raise ExportError(
@@ -152,7 +161,9 @@ def _experts(linear: QuantizedLinear, names: HubNames) -> list[QuantizedLinear]:
             "take quantized experts one by one alone",
             "leave the experts in float, or save in panguq's own format",
         )
-    return expert_parts(linear, parts)
+    places = {expert: place for place, expert in enumerate(members)}
+    own = [replace(p, expert=places[p.expert]) for p in parts if p.expert in places]
+    return expert_parts(linear, own)
 
 
 def _skeleton(config: Any) -> nn.Module:
@@ -182,7 +193,15 @@ def mixed_experts(graph: CheckpointGraph) -> dict[str, list[str]]:
 
 
 def _refuse_split(by_path: Mapping[str, list[fx.Node]]) -> None:
-    split = [path or "the top module" for path, nodes in by_path.items() if len(nodes) > 1]
+    divided = {path for path, nodes in by_path.items() if all(_of_some(node) for node in nodes)}
+    for path in divided:
+        if any(reads_float(node) for node in by_path[path]):
+            raise ExportError(
+                f"{path}: some of its experts stay float and others do not, which no server takes",
+                "give all experts of a layer one scheme, or save in panguq's own format",
+            )
+    split = [path or "the top module" for path, same in by_path.items()
+             if len(same) > 1 and path not in divided]  # fmt: skip
     if split:
         raise ExportError(
             f"{_listed(split)}: several matmuls each, where the architecture has one (outlier "
@@ -190,6 +209,12 @@ def _refuse_split(by_path: Mapping[str, list[fx.Node]]) -> None:
             "compile with a recipe that does not split, such as w8a8-serving or "
             "w8a8-dynamic-serving",
         )
+
+
+def _of_some(node: fx.Node) -> bool:
+    """Whether the node is the matmul of some of a layer's experts."""
+    experts = ExpertLinear.match(node)
+    return experts is not None and experts.members is not None
 
 
 def _refuse_quantized_values(gm: fx.GraphModule) -> None:
@@ -234,14 +259,14 @@ def check_modules(skeleton: nn.Module, linears: Iterable[LinearForm]) -> None:
 
 
 def _float_weights(
-    gm: fx.GraphModule, skeleton: nn.Module, quantized: Mapping[str, QuantizedLinear]
+    gm: fx.GraphModule, skeleton: nn.Module, quantized: Mapping[str, Sequence[QuantizedLinear]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor that is not a quantized linear's, by the source's names."""
     expected = skeleton.state_dict(keep_vars=True)
     taken = {f"{path}.{leaf}" for path in quantized for leaf in ("weight", "bias")}
     taken |= {*quantized, *(f"{path}_bias" for path in quantized)}  # where experts are stacked
     wanted = {name: tensor for name, tensor in expected.items() if name not in taken}
-    found = _by_source_name(gm, skeleton, wanted, quantized.values())
+    found = _by_source_name(gm, skeleton, wanted, itertools.chain(*quantized.values()))
     _name_tied(found, wanted)
     missing = [name for name in wanted if name not in found]
     if missing:

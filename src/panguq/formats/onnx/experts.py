@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
 from panguq.formats.onnx.builder import Value
@@ -215,11 +215,45 @@ def joined_rows(
     own: Sequence[str | None],
     make: Callable[[list[str], OwnValues], str],
 ) -> str:
-    """The node's result, of what `each_expert` gives."""
+    """The node's result, of what `each_expert` gives; rows of experts that are no members are 0."""
     width = int(step.node.meta["val"].shape[1])
-    split = by_counts(step, step.read(counts))
-    sequence = each_expert(step, split, rows, own, width, make)
-    return step.finish("ConcatFromSequence", sequence, axis=0)
+    split, members = by_counts(step, step.read(counts)), step.arguments()["members"]
+    if members is None:
+        sequence = each_expert(step, split, rows, own, width, make)
+        return step.finish("ConcatFromSequence", sequence, axis=0)
+    which = step.integers(list(members), "members")
+    their = Split(*(step.add("Gather", part, which, suffix=f"of_{name}", axis=0)
+                    for name, part in zip(Split._fields, split, strict=True)))  # fmt: skip
+    found = each_expert(step, their, rows, own, width, make)
+    found = step.add("ConcatFromSequence", found, suffix="found", axis=0)
+    at, shape = _rows_of(step, split, members, rows[0], width)
+    zero = torch.zeros(1, dtype=torch.float64 if step.dtype == torch.float64 else torch.float32)
+    nothing = step.add("ConstantOfShape", shape, suffix="zeros", value=numpy_helper.from_array(
+        zero.numpy()))  # fmt: skip
+    return step.finish("ScatterND", nothing, at, found)
+
+
+def _rows_of(
+    step: Step, split: Split, members: Sequence[int], rows: str, width: int
+) -> tuple[str, str]:
+    """int64 `[rows of members, 1]`, which rows these are, and the shape `[r, width]` of all."""
+    count = step.add("Shape", rows, suffix="row_count", start=0, end=1)
+    scalar = step.add("Squeeze", count, suffix="row_total")
+    zero, one = (step.number(value, torch.int64, f"number_{value}") for value in (0, 1))
+    every = step.add("Range", zero, scalar, one, suffix="every_row")
+    column = step.add("Unsqueeze", every, step.integers([1], "column"), suffix="each_row")
+    passed = step.add("LessOrEqual", split.ends, column, suffix="passed")  # experts that ended
+    passed = step.add("Cast", passed, suffix="passed_int", to=TensorProto.INT64)
+    axis = step.integers([1], "experts_axis")
+    expert = step.add("ReduceSum", passed, axis, suffix="expert_of_row", keepdims=0)
+    experts = int(step.arguments()["counts"].meta["val"].shape[0])
+    table = torch.zeros(experts, dtype=torch.bool)
+    table[list(members)] = True
+    known = step.builder.add_tensor(f"{step.label}.is_member", table)
+    mask = step.add("Gather", known, expert, suffix="is_member", axis=0)
+    found = step.add("NonZero", mask, suffix="member_rows")
+    at = step.add("Transpose", found, suffix="at", perm=[1, 0])
+    return at, step.add("Concat", count, step.integers([width], "width"), suffix="shape", axis=0)
 
 
 def _expert_linear(step: Step) -> str:
