@@ -14,14 +14,13 @@ from panguq.ir.edit import label
 from panguq.ir.node_meta import annotate, is_quantized
 from panguq.ir.properties import Property
 from panguq.ir.run.reverse_sweep import Seen, reverse_sweep
-from panguq.ir.views import ExpertLinear, Linear, by_input
+from panguq.ir.views import Linear, by_input
 from panguq.passes.pipeline.base import (
     GRADIENT_SWEEPS,
     Pass,
     PassContext,
     PassResult,
     Table,
-    linears,
     matmuls,
 )
 from panguq.passes.statistics.sensitivity import SampledLabels, scored_batch
@@ -42,8 +41,10 @@ class WeighTokens(Pass):
 
     NodeMeta's `token_weights` holds w, float32 `[tokens]`, for each calibration batch. Passes that
     choose codes from inputs (gptq and its relatives) take sqrt(w_t) x_t for x_t, so that X^T X
-    becomes X^T diag(w) X. Matmuls that read one value share their weights; experts have
-    none. One forward and one backward sweep. No number of the graph changes.
+    becomes X^T diag(w) X. Matmuls that read one value share their weights. With experts, g_t is
+    that of all rows of the token together, whichever experts they went to, and its weight follows
+    the token to every expert that it is sent to or shown. One forward and one backward sweep. No
+    number of the graph changes.
 
     In the manner of GuidedQuant (arXiv 2505.07004), which averages over groups of outputs instead.
     """
@@ -66,10 +67,7 @@ class WeighTokens(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
-        readers = by_input(filter(is_quantized, linears(gm)))
-        for node in filter(is_quantized, matmuls(gm)):
-            if ExpertLinear.match(node) is not None:
-                result.skip(node, "an expert may be shown tokens that no gradient reached it with")
+        readers = by_input(filter(is_quantized, matmuls(gm)))
         if readers:
             ctx.require_batches()
         rows = []
@@ -127,6 +125,9 @@ def _gradient_squares(
         for node, at in seen.items():
             value, gradient = Linear.of(node).input, at.gradient
             squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(1)
+            if at.tokens is not None:  # every token has as many rows as the others
+                each = squares.new_zeros(int(at.tokens.max()) + 1)
+                squares = each.index_add_(0, at.tokens, squares)
             totals[value] = totals[value] + squares if value in totals else squares
         for value, total in totals.items():
             sums[value].append(total / outputs[value])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from panguq.errors import InputError, RecipeError
-from panguq.ir.edit import label
+from panguq.ir.edit import clone, label
+from panguq.ir.interface import Interface
 from panguq.ir.node_meta import meta_of
+from panguq.ir.views import ExpertLinear
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline.base import linears
@@ -22,6 +26,10 @@ from tests.model_shelf import (
     tiny_context,
     trace_tiny,
 )
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def two() -> nn.Module:
@@ -70,6 +78,66 @@ def test_gptq_counts_tokens_by_their_weights() -> None:
     weighed = first_codes(x, WeighTokens())
     assert torch.equal(weighed, first_codes(scaled))
     assert not torch.equal(weighed, first_codes(x))
+
+
+@functools.cache
+def routed_graph() -> tuple[fx.GraphModule, Interface]:
+    """Three experts: a token's first number says to which two it goes, two others the shares."""
+    ops = torch.ops.panguq
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 8, 32, generator=seeded(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = (x[:, 0] > 0).to(torch.int64)
+            ids = torch.stack([first, first + 1], dim=1)
+            order, counts = ops.route_tokens(ids, 3)
+            rows = ops.expert_linear(ops.permute_tokens(x, order, 2), self.experts, None, counts)
+            shares = torch.stack([x[:, 1], x[:, 2]], dim=1).sigmoid()
+            return ops.combine_experts(rows, order, shares)
+
+    return trace_tiny(Routed(), torch.randn(3, 32))
+
+
+def test_weights_follow_tokens_to_experts() -> None:
+    """A row's gradient is the noise at its token's output times the share that it has there."""
+    found, interface = routed_graph()
+    gm = clone(found)
+    run_passes(gm, tiny_context(interface, *batches()), SCHEME, WeighTokens())
+    (node,) = (n for n in gm.graph.nodes if ExpertLinear.match(n) is not None)
+    generator = seeded(0)
+    squares = [
+        torch.randn(40, 8, generator=generator).square().sum(1)
+        * x[:, 1:3].sigmoid().square().sum(1)
+        for x in batches()
+    ]
+    found = torch.cat(meta_of(node).token_weights)
+    expected = torch.cat(squares) / torch.cat(squares).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("least", [0, 1000])
+def test_experts_count_tokens_by_their_weights(least: int) -> None:
+    """Those that a router sends them, or all of them: the codes of inputs scaled beforehand, which
+    the router sends to the same experts."""
+    x = batches()
+    gm, interface = routed_graph()
+    weighed_by = WeighTokens()
+
+    def codes(data: list[Tensor], *steps: WeighTokens) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        graph = clone(gm)
+        context = tiny_context(interface, *data)
+        run_passes(graph, context, SCHEME, *steps, InsertFakeQuant(), Gptq(least_tokens=least))
+        (node,) = (n for n in graph.graph.nodes if ExpertLinear.match(n) is not None)
+        return graph.experts_codes, meta_of(node).token_weights
+
+    weighed, weights = codes(x, weighed_by)
+    assert weights is not None
+    scaled = [batch * weight.sqrt()[:, None] for batch, weight in zip(x, weights, strict=True)]
+    assert torch.equal(weighed, codes(scaled)[0])
+    assert not torch.equal(weighed, codes(x)[0])
 
 
 def test_siblings_share_weights_and_runs_agree() -> None:
