@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-peers clean
+.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-model-cost bench-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,6 +107,9 @@ bench-peers: setup  ## compare with other quantizers, each in an environment of 
 
 bench-cost-model: setup  ## compare the cost model with published timings
 	$(RUN) -m bench.cost_model $(ARGS)
+
+bench-model-cost: setup  ## compare forecasts of whole models with published latencies
+	$(RUN) -m bench.model_cost $(ARGS)
 
 bench-large-model: setup  ## compile a model larger than the memory it may use (30 GB of disk)
 	$(RUN) -m bench.large_model $(ARGS)

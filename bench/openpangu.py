@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from panguq.cli.command import quiet_transformers
-from panguq.cli.explain import graph_of
 from panguq.explain.model import explain_model
-from panguq.ir.quant_spec import SCHEMES
+from panguq.forecast.graph import graph_of
 from panguq.lowering.targets import find_target
 
 PROMPTS = (512, 1024, 2048, 4096)
@@ -48,13 +47,18 @@ _COMMON = {
 }
 
 
+def config(name: str) -> dict[str, object]:
+    """The config.json of one of `CONFIGS`, with `LAYERS` layers."""
+    return _COMMON | CONFIGS[name]
+
+
 @functools.cache
 def _graph(name: str) -> Any:
     quiet_transformers()
     with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(_COMMON | CONFIGS[name])
+        text = json.dumps(config(name))
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        return graph_of(folder, SCHEMES["W8A8"], "float16")
+        return graph_of(folder, "W8A8", "float16")
 
 
 def prefill_gains(name: str, target: str, weight_format: str) -> dict[int, float]:

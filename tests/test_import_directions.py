@@ -21,6 +21,7 @@ ROOMS = (
     "panguq.compile_data panguq.compile_key panguq.calibration",
     "panguq.planning",
     "panguq.explain",
+    "panguq.forecast",
     "panguq.check",
     "panguq.compiled_model panguq.compiled_module panguq.compiled_encoder "
     "panguq.compiled_causal_lm panguq.generation panguq.frozen_module",

@@ -10,9 +10,9 @@ import networkx as nx
 import pytest
 
 from panguq.cli import main
-from panguq.cli.explain import graph_of
 from panguq.explain.model import ModelExplanation, _critical_path, explain_model
 from panguq.explain.model_text import render
+from panguq.forecast.graph import graph_of
 from panguq.ir.edit import label
 from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import parse_scheme
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def w8a8(folder):
     """The graph with W8A8 on every matmul but the logits'."""
-    return graph_of(folder, parse_scheme("w8a8"), "float16")
+    return graph_of(folder, "W8A8", "float16")
 
 
 def found(graph, **options) -> ModelExplanation:
@@ -133,7 +133,7 @@ def test_more_tokens_and_batches_take_longer(w8a8) -> None:
 
 
 def test_every_matmul_falls_back_where_the_target_refuses(folder) -> None:
-    graph = graph_of(folder, parse_scheme("w4a16"), "float16")
+    graph = graph_of(folder, "W4A16", "float16")
     gm, interface = graph
     for node in linears(gm):  # a k of one group: more than k - 1
         if not scheme_of(node).is_float:

@@ -18,11 +18,10 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
-import sympy
-import torch
 from torch import Tensor, fx
 
 from panguq.errors import LoweringError
+from panguq.forecast.sizes import OpenSizes, tensor_inputs
 from panguq.ir.edit import label, module_path, op_name
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import scheme_of
@@ -182,7 +181,7 @@ def _phase(
     dtype: Dtype,
     sizes: Mapping[str, int],
 ) -> tuple[Phase, dict[fx.Node, tuple[float, float, str]]]:
-    values, peaks = _symbols(gm, interface, sizes), target.peaks
+    values, peaks = OpenSizes(gm, interface, sizes), target.peaks
     assert peaks is not None  # `explain_model` has looked
     compute = [n for n in gm.graph.nodes if n.op == "call_function"]
     cost = dict.fromkeys(compute, 0.0)
@@ -196,7 +195,7 @@ def _phase(
             continue
         entry = chosen[node]
         x = Linear.of(node).input
-        m = int(np.prod(_shape(x, values)[:-1])) // entry.problem.top_k
+        m = int(np.prod(values.shape(x)[:-1])) // entry.problem.top_k
         key = (entry.problem, m)
         if key not in costs:
             costs[key] = _matmul_us(entry, target, m)
@@ -232,20 +231,18 @@ def _matmul_us(entry: _Chosen, target: Target, m: int) -> tuple[float, float, st
     return found[0][0], found[1][0], found[0][1]
 
 
-def _other_us(
-    node: fx.Node, peaks: Peaks, values: Mapping[sympy.Symbol, int], dtype: Dtype
-) -> float:
+def _other_us(node: fx.Node, peaks: Peaks, values: OpenSizes, dtype: Dtype) -> float:
     name = op_name(node).partition(".")[0]
     if name in _MOVES_NOTHING or not isinstance(node.meta.get("val"), Tensor):
         return 0.0
-    inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    elements = [_count(n, values) for n in (*inputs, node)]
+    inputs = tensor_inputs(node)
+    elements = [values.count(n) for n in (*inputs, node)]
     if name == "embedding":
-        elements = [_count(node, values)] * 2
+        elements = [values.count(node)] * 2
     traffic_us = sum(elements) * FLOAT_BYTES[dtype] / peaks.bytes_per_us
     if name != "attention":
         return traffic_us
-    query, key = (_shape(n, values) for n in inputs[:2])
+    query, key = (values.shape(n) for n in inputs[:2])
     macs = 2 * int(np.prod(query)) * key[-2]
     causal = 0.5 if query[-2] > 1 else 1.0
     return max(traffic_us, causal * macs / peaks.macs_per_us)
@@ -265,33 +262,6 @@ def _critical_path(compute: Iterable[fx.Node], cost: Mapping[fx.Node, float]) ->
         graph.add_edge(node, end, us=cost[node])
     path = nx.dag_longest_path(graph, weight="us", default_weight=0.0)
     return [node for node in path if node is not end]
-
-
-def _symbols(
-    gm: fx.GraphModule, interface: Interface, sizes: Mapping[str, int]
-) -> dict[sympy.Symbol, int]:
-    """The value of every size that the graph leaves open, by what the interface calls it."""
-    found: dict[sympy.Symbol, int] = {}
-    for node in gm.graph.nodes:
-        if node.op != "placeholder" or node.name not in interface.input_shapes:
-            continue
-        names = interface.input_shapes[node.name]
-        for size, name in zip(node.meta["val"].shape, names, strict=True):
-            expression = size.node.expr if isinstance(size, torch.SymInt) else None
-            if isinstance(expression, sympy.Symbol) and name in sizes:
-                found[expression] = sizes[str(name)]
-    return found
-
-
-def _shape(node: Any, values: Mapping[sympy.Symbol, int]) -> list[int]:
-    return [
-        int(size.node.expr.subs(values)) if isinstance(size, torch.SymInt) else int(size)
-        for size in node.meta["val"].shape
-    ]
-
-
-def _count(node: fx.Node, values: Mapping[sympy.Symbol, int]) -> int:
-    return int(np.prod([float(size) for size in _shape(node, values)]))
 
 
 def _grouped(

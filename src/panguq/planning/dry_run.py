@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 from panguq.data.calibration import WINDOW, WINDOWS
 from panguq.data.encoder_inputs import lacks_data, needs_data
-from panguq.equal_layers import NotEqualError, short_model
 from panguq.errors import LoweringError, PanguqError, RecipeError
+from panguq.forecast.forecast import Request, forecast
+from panguq.forecast.graph import canonical_graph
+from panguq.forecast.launch_paths import LAUNCH_PATHS
+from panguq.forecast.text import as_json
 from panguq.ir.edit import label, module_path
 from panguq.ir.encoder import Examples
 from panguq.ir.expert_groups import paths_of, schemes_of
@@ -24,15 +27,15 @@ from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import ExpertLinear, Linear
 from panguq.lowering.choice import Choice
 from panguq.lowering.lower_matmuls import Choices
+from panguq.lowering.problem import FLOAT_BYTES, Dtype
 from panguq.lowering.stages import default_dtype
+from panguq.lowering.target import Target
 from panguq.lowering.targets import find_target
 from panguq.models.hub_names import hub_names
 from panguq.models.wrappers import language_model_of
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
-from panguq.passes.canonicalize import Canonicalize
 from panguq.passes.pipeline.base import PassContext, PassResult, matmuls
 from panguq.passes.pipeline.module_globs import check_globs, matches
-from panguq.passes.pipeline.runner import Runner
 from panguq.planning.costs import (
     compile_seconds,
     disk_bytes,
@@ -47,8 +50,6 @@ from panguq.report.smoothing import nowhere_to_smooth, smoothing_sites
 from panguq.schedule import Schedule
 from panguq.server_models import expert_notes
 from panguq.tensors.weight_store import WeightStore
-from panguq.trace_check import LARGE_BYTES, weight_bytes_of
-from panguq.tracing import trace
 
 __all__ = ["Plan", "plan"]
 
@@ -88,7 +89,8 @@ def plan(
     merged = hub_names(source).merged if from_folder else {}
     started = time.perf_counter()
     dtype = dtype or default_dtype(target)
-    gm, interface = _canonical(source, example_inputs, dtype, recipe)
+    globs = [*recipe.schemes, *(glob for step in recipe.passes for glob in step.globs)]
+    gm, interface = canonical_graph(source, example_inputs, dtype, globs)
     ctx = PassContext(interface, WeightStore(), allow_unmatched=recipe.allow_unmatched)
     trace_seconds = time.perf_counter() - started
 
@@ -150,35 +152,32 @@ def plan(
         peak_bytes=peak_bytes(gm, windows, window, schedule.passes),
         trace_seconds=round(trace_seconds, 1),
         compile_seconds=round(trace_seconds + seconds, 1),
+        forecast=_forecast(gm, interface, find_target(target), recipe, config),
     )
 
 
-def _canonical(
-    model: Any, example_inputs: Examples | None, dtype: torch.dtype | None, recipe: Recipe
-) -> tuple[fx.GraphModule, Interface]:
-    """The canonical graph; of layers that are equal, for the recipe too, two are traced."""
-    globs = [*recipe.schemes, *(glob for step in recipe.passes for glob in step.globs)]
-    short = None
-    if isinstance(model, nn.Module):
-        short = short_model(model, lambda path: [bool(matches(glob, [path])) for glob in globs])
-    gm, interface = _canonical_trace(short.model if short else model, example_inputs, dtype)
-    if short is not None:
-        try:
-            return gm, short.whole(gm, interface)
-        except NotEqualError as error:
-            logger.info("every layer is traced: %s", error)
-            return _canonical_trace(model, example_inputs, dtype)
-    return gm, interface
-
-
-def _canonical_trace(
-    model: Any, example_inputs: Examples | None, dtype: torch.dtype | None
-) -> tuple[fx.GraphModule, Interface]:
-    compare = isinstance(model, nn.Module) and weight_bytes_of(model) <= LARGE_BYTES
-    gm, interface = trace(model, example_inputs, dtype, compare)
-    # a proof would need the weights
-    Runner(PassContext(interface, WeightStore()), prove=False).run(gm, [Canonicalize()])
-    return gm, interface
+def _forecast(
+    gm: fx.GraphModule, interface: Interface, target: Target, recipe: Recipe, config: Any
+) -> dict[str, Any] | None:
+    """What a request takes on the server whose launch path was measured last; None for a target, a
+    model or a scheme of which none is predicted."""
+    path, dtype = LAUNCH_PATHS[0], interface.float_dtype
+    if target.peaks is None or interface.kind != "causal_lm" or dtype not in FLOAT_BYTES:
+        return None
+    try:
+        found = forecast(
+            gm,
+            interface,
+            target,
+            path,
+            Request(),
+            scheme=recipe.name,
+            dtype=cast(Dtype, dtype),
+            config=config,
+        )
+    except PanguqError:  # refused kernels are in the plan's refusals
+        return None
+    return as_json(found)
 
 
 def _order_refusals(schedule: Schedule) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from panguq.report.left_in_float import any_layer
@@ -33,7 +35,8 @@ class Plan(BaseModel):
     """A compile that has not happened. `refusals` is empty if it would start. `model_type` and
     `architectures`: what a served config.json would say; None of other models. `only_counted`:
     pieces of the model that are not in the graph, with their number of weights, which stay float
-    and are part of all sizes."""
+    and are part of all sizes. `forecast`: of a request on a server, as `panguq explain --server
+    --json` prints it; None for a CPU."""
 
     model_config = ConfigDict(frozen=True)
     recipe: str
@@ -56,6 +59,7 @@ class Plan(BaseModel):
     peak_bytes: int
     trace_seconds: float
     compile_seconds: float
+    forecast: dict[str, Any] | None = None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -90,6 +94,7 @@ class Plan(BaseModel):
             f"{self.calibration_tokens} calibration tokens, of which the trace took "
             f"{self.trace_seconds:.0f} s; peak memory about {_size(self.peak_bytes)} (estimates)",
         ]
+        lines += self._forecast_lines()
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.refusals:
             lines += ["", "refused:", *(f"  {refusal}" for refusal in _grouped(self.refusals))]
@@ -125,6 +130,18 @@ class Plan(BaseModel):
         pieces = (f"{name} {count / 1e6:.1f}" for name, count in self.only_counted.items())
         said = "not in the graph and counted as float, in millions of weights"
         return [f"{said}: {', '.join(pieces)}"]
+
+    def _forecast_lines(self) -> list[str]:
+        found = self.forecast
+        if found is None:
+            return []
+        return [
+            f"a prompt of {found['prompt']} and {found['new_tokens']} new tokens on "
+            f"{found['server']} in {found['mode']} mode (predicted; panguq explain --server asks "
+            f"for others): first token {found['ttft_ms']:.0f} ms, each other "
+            f"{found['tpot_ms']:.1f} ms; {found['verdict']}",
+            *(f"note: {note}" for note in found["notes"]),
+        ]
 
     def _smoothing_lines(self) -> list[str]:
         if not self.smoothing_sites and not self.smoothing_blocked:

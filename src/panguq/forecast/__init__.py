@@ -1,0 +1,1 @@
+"""What a server takes for a request, and what it needs of the card."""
