@@ -1,7 +1,8 @@
 """AscendNPU IR's compiler up to its memory plan: does a kernel fit UB, L1 and L0C of a target?
 
-The last step would call `hivmc`, which is part of CANN, to write machine code. An empty script of
-that name stands in, so that the compiler ends with success where all that it does itself succeeded.
+The last step would call `hivmc`, which is part of CANN, to write machine code. A script of that name
+stands in, which copies what it is given, so that the compiler ends with success where all that it
+does itself succeeded, and its last text can be read (`hivm.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ OPTIONS = (
     "--enable-auto-bind-sub-block=True",
 )
 _STAND_IN = """#!/bin/sh
-# Stands in for CANN's hivmc: makes the output file that the compiler asks for, empty.
+# Stands in for CANN's hivmc: its input becomes the output file that the compiler asks for.
+source=$1
 while [ $# -gt 0 ]; do
-    if [ "$1" = -o ]; then : > "$2"; fi
+    if [ "$1" = -o ]; then cp "$source" "$2"; fi
     shift
 done
 """
@@ -37,6 +39,7 @@ class Verdict:
 
     `compiles` also where it first had to give up double buffering, which `double_buffered` tells.
     `overflow` is the memory that was too small, with the bytes it would need in `required`.
+    `lowered` is what `hivmc` would be given.
     """
 
     compiles: bool
@@ -44,6 +47,7 @@ class Verdict:
     overflow: str | None
     required: int | None
     message: str
+    lowered: str = ""
 
 
 def compiler_path() -> Path | None:
@@ -73,10 +77,12 @@ def compile_linalg(text: str, target: str, folder: Path, name: str) -> Verdict:
         text=True,
         timeout=300,
     )
-    return _verdict(done.returncode, done.stdout + done.stderr)
+    made = Path(str(source) + ".o")
+    lowered = made.read_text(encoding="utf-8") if done.returncode == 0 else ""
+    return _verdict(done.returncode, done.stdout + done.stderr, lowered)
 
 
-def _verdict(code: int, output: str) -> Verdict:
+def _verdict(code: int, output: str, lowered: str) -> Verdict:
     overflow = re.search(r"(\w+) overflow, requires (\d+) bits", output)
     given_up = "set enable-auto-multi-buffer to false" in output
     return Verdict(
@@ -85,4 +91,5 @@ def _verdict(code: int, output: str) -> Verdict:
         overflow=_MEMORIES.get(overflow[1].lower(), overflow[1]) if overflow else None,
         required=int(overflow[2]) // 8 if overflow else None,
         message="" if code == 0 else output.strip()[-500:],
+        lowered=lowered,
     )

@@ -7,6 +7,9 @@ kernels run in float16 here; test_native.py has both.
 from __future__ import annotations
 
 import os
+import random
+from contextlib import contextmanager
+from math import prod
 
 # Read where a kernel is defined, so this file has a process of its own.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -31,21 +34,43 @@ W8A8_TILE = [16, 64, 64]
 W4A16_TILE = [16, 64, 16]
 
 
+@contextmanager
+def programs_in_random_order(seed: int):
+    """A launch runs its programs one after another in an order of this seed."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    in_order = builder.set_grid_idx
+
+    def shuffled(x, y, z):
+        sizes = builder.grid_dim
+        order = list(range(prod(sizes)))
+        random.Random(seed).shuffle(order)
+        place, z = divmod(order[(x * sizes[1] + y) * sizes[2] + z], sizes[2])
+        in_order(*divmod(place, sizes[1]), z)
+
+    builder.set_grid_idx = shuffled
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = in_order
+
+
 def random_int8(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8)
 
 
-@given(m=M, n=N, k=K, splits=SPLITS, extreme=st.booleans())
-@example(m=1, n=1, k=1, splits=1, extreme=True)
-@example(m=17, n=65, k=65, splits=2, extreme=True)
+@given(m=M, n=N, k=K, splits=SPLITS, extreme=st.booleans(), order=st.integers(0, 99))
+@example(m=1, n=1, k=1, splits=1, extreme=True, order=0)
+@example(m=17, n=65, k=65, splits=2, extreme=True, order=1)
 @CHECKED
-def test_w8a8_sums_are_exact_in_one_part_or_several(m, n, k, splits, extreme):
+def test_w8a8_sums_are_exact_in_one_part_or_several(m, n, k, splits, extreme, order):
     x, weight = random_int8(m, k), random_int8(k, n)
     if extreme:
         x.fill_(-128)
         weight.fill_(-128)
     # 200 * 128 * 128 < 2**24: float32 holds every sum.
-    result = launch_w8a8(x, weight, torch.ones(n), None, None, torch.float32, splits, W8A8_TILE)
+    with programs_in_random_order(order):
+        result = launch_w8a8(x, weight, torch.ones(n), None, None, torch.float32, splits, W8A8_TILE)
     assert torch.equal(result.long(), x.long() @ weight.long())
 
 
@@ -71,13 +96,15 @@ def test_w8a8_scales_and_bias_are_bit_equal_to_the_reference(dtype, bias, per_to
     splits=SPLITS,
     offset=st.booleans(),
     bias=st.booleans(),
+    order=st.integers(0, 99),
 )
 @CHECKED
-def test_w4a16_is_within_the_summation_bound(m, words, k, group_size, splits, offset, bias):
+def test_w4a16_is_within_the_summation_bound(m, words, k, group_size, splits, offset, bias, order):
     inputs = w4a16_inputs(m, 8 * words, k, group_size, torch.float16, offset, bias)
     result = launch_w4a16(*inputs, group_size, splits, W4A16_TILE)
     assert_within_bound(result, *inputs, group_size, additions=k + splits + 1)
-    assert torch.equal(result, launch_w4a16(*inputs, group_size, splits, W4A16_TILE))
+    with programs_in_random_order(order):
+        assert torch.equal(result, launch_w4a16(*inputs, group_size, splits, W4A16_TILE))
 
 
 def test_w4a16_with_one_scale_per_output():
@@ -86,14 +113,35 @@ def test_w4a16_with_one_scale_per_output():
     assert_within_bound(result, x, weight, scale, None, bias, 100, additions=103)
 
 
-def test_partial_sums_are_added_in_their_order():
-    # In float32, (1e8 + 1) - 1e8 is 0 and (1e8 - 1e8) + 1 is 1.
-    partials = torch.tensor([1e8, 1.0, -1e8]).reshape(3, 1, 1).expand(3, 2, 8).contiguous()
-    result = torch.empty(2, 8)
-    launch._reduce(partials, None, None, None, result)
-    assert torch.equal(result, torch.zeros(2, 8))
-    launch._reduce(partials[[0, 2, 1]].contiguous(), None, None, None, result)
-    assert torch.equal(result, torch.ones(2, 8))
+@pytest.mark.parametrize("order", range(6))
+def test_partial_sums_are_added_in_the_order_of_k_whoever_arrives_last(order):
+    # In float32, (2**25 + 1) - 2**25 is 0 and (2**25 - 2**25) + 1 is 1.
+    weight = torch.full((48, 8), 0x11111111, dtype=torch.int32)  # every code is 1
+    scale = torch.ones(3, 64, dtype=torch.float16)
+    for parts, expected in (([2.0**11, 1.0, -(2.0**11)], 0.0), ([2.0**11, -(2.0**11), 1.0], 1.0)):
+        scale[:] = torch.tensor(parts).reshape(3, 1)
+        x = torch.zeros(2, 48, dtype=torch.float16)
+        x[:, ::16] = (
+            torch.tensor([2.0**14, 1.0, 2.0**14])
+            if expected == 0
+            else torch.tensor([2.0**14, 2.0**14, 1.0])
+        )
+        with programs_in_random_order(order):
+            result = launch_w4a16(x, weight, scale, None, None, 16, 3, W4A16_TILE)
+        assert torch.equal(result, torch.full((2, 64), expected, dtype=torch.float16))
+
+
+def test_a_launch_leaves_its_flags_lowered_and_the_next_one_shares_them():
+    flags = launch._flags(torch.device("cpu"), 1)
+    for m, splits in ((40, 4), (3, 2), (17, 3)):
+        x, weight = random_int8(m, 200), random_int8(200, 70)
+        result = launch_w8a8(
+            x, weight, torch.ones(70), None, None, torch.float32, splits, W8A8_TILE
+        )
+        assert torch.equal(result.long(), x.long() @ weight.long())
+        flags = launch._flags(torch.device("cpu"), 1)
+        assert not flags.any()
+    assert flags is launch._flags(torch.device("cpu"), flags.numel())
 
 
 @given(

@@ -11,7 +11,7 @@ from conformance.triton.bounds import assert_within_bound, w4a16_inputs
 from conformance.triton.native import NativeKernel, mlir_folder, random_int8
 from conformance.triton.variants import Variant, variant
 from panguq.kernels.ascend.own.dynamic_quant import dynamic_quant
-from panguq.kernels.ascend.own.triton.launch import grid_of
+from panguq.kernels.ascend.own.triton.launch import FLAG_WORDS, grid_of
 from panguq.kernels.ascend.own.w8a8 import w8a8
 from panguq.kernels.cpu.int8_linear import int32_matmul
 
@@ -22,7 +22,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Small ones, to have many tiles and tails in a small matmul, and legal ones.
 W4A16_TILES = [(16, 64, 16), (16, 64, 128), (32, 256, 32)]
 W8A8_TILES = [(16, 64, 64), (16, 256, 256)]
-SUM_TILE = (8, 32, 1)
 CHECKED = settings(deadline=None, max_examples=20)
 M, N, K, SPLITS = (st.integers(1, most) for most in (40, 300, 300, 5))
 
@@ -41,6 +40,13 @@ def build(tmp_path_factory):
         return built[key]
 
     return kernel
+
+
+def _workspace(grid, m, n, sums: torch.dtype, dtype: torch.dtype):
+    """Partial sums that nothing has written, lowered flags, and a result."""
+    partials = torch.full((grid[2], m, n), -99, dtype=sums)
+    flags = torch.zeros(grid[0] * grid[1] * grid[2] * FLAG_WORDS, dtype=torch.int32)
+    return partials, flags, torch.full((m, n), torch.nan, dtype=dtype)
 
 
 @pytest.mark.parametrize("tile", W4A16_TILES)
@@ -68,45 +74,33 @@ def test_w4a16_data_parallel(build, tile, dtype, offset, bias):
 @pytest.mark.parametrize("tile", W4A16_TILES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_w4a16_split_k_gives_the_same_bits_in_any_order_of_programs(build, tile, dtype):
-    partial_sums = build(variant("w4a16_split_k", tile, dtype))
-    reduce = build(variant("reduce_partials", SUM_TILE, dtype, pertoken_scale=False))
+    split_k = build(variant("w4a16_split_k", tile, dtype))
 
     @given(m=M, words=st.integers(1, 40), k=K, splits=SPLITS, order=st.integers(0, 99))
     @CHECKED
     def check(m, words, k, splits, order):
         n, groups_of = 8 * words, 2 * tile[2]
         inputs = w4a16_inputs(m, n, k, groups_of, DTYPES[dtype], True, True)
-        x, weight, scale, zero, _ = inputs
-        bias = torch.randn(n)
-        results = []
+        x, weight, scale, zero, bias = inputs
+        results, grid = [], grid_of(m, n, list(tile), splits)
         for seed in (None, order):
-            partials = torch.full((splits, m, n), torch.nan)
-            tensors = (x, weight.view(torch.uint8), scale, zero, partials)
-            grid = grid_of(m, n, list(tile), splits)
-            partial_sums(grid, *tensors, m, n, k, groups_of, splits, order=seed)
-            result = torch.empty(m, n, dtype=x.dtype)
-            grid = grid_of(m, n, list(SUM_TILE))
-            reduce(grid, partials, bias, result, m, n, splits, order=seed)
-            results.append(result)
+            partials, flags, result = _workspace(grid, m, n, torch.float32, x.dtype)
+            tensors = (x, weight.view(torch.uint8), scale, zero, bias, partials, flags, result)
+            split_k(grid, *tensors, m, n, k, groups_of, splits, order=seed)
+            assert not flags.any()
+            results.append(result.clone())
+            # Another program that found all flags raised, too, writes the same bits.
+            flags.fill_(1)
+            split_k((1, 1, 1), *tensors, m, n, k, groups_of, splits)
+            assert torch.equal(result, results[-1])
             total = torch.zeros(m, n)
             for partial in partials:
                 total += partial
             assert torch.equal(result, (total + bias).to(x.dtype))
         assert torch.equal(*results)
-        rest = (x, weight, scale, zero, bias, groups_of)
-        assert_within_bound(results[0], *rest, additions=k + splits + 1)
+        assert_within_bound(results[0], *inputs, groups_of, additions=k + splits + 1)
 
     check()
-
-
-def test_partial_sums_are_added_in_their_order(build):
-    # In float32, (1e8 + 1) - 1e8 is 0 and (1e8 - 1e8) + 1 is 1.
-    reduce = build(variant("reduce_partials", SUM_TILE, "fp32", bias=None, pertoken_scale=False))
-    partials = torch.tensor([1e8, 1.0, -1e8]).reshape(3, 1, 1).expand(3, 9, 40).contiguous()
-    for order, expected in (([0, 1, 2], 0.0), ([0, 2, 1], 1.0)):
-        result = torch.empty(9, 40)
-        reduce(grid_of(9, 40, list(SUM_TILE)), partials[order].contiguous(), result, 9, 40, 3)
-        assert torch.equal(result, torch.full((9, 40), expected))
 
 
 @pytest.mark.parametrize("tile", W8A8_TILES)
@@ -115,14 +109,13 @@ def test_partial_sums_are_added_in_their_order(build):
     ("bias", "per_token"), [("float", True), ("int32", False), (None, True), (None, False)]
 )
 def test_w8a8_is_bit_equal_to_the_reference(build, tile, dtype, bias, per_token):
-    options = {"dtype": dtype, "bias": bias, "pertoken_scale": per_token, "partials": "i32"}
+    options = {"dtype": dtype, "bias": bias, "pertoken_scale": per_token}
     data_parallel = build(variant("w8a8_data_parallel", tile, **options))
-    partial_sums = build(variant("w8a8_split_k", tile))
-    reduce = build(variant("reduce_partials", SUM_TILE, **options))
+    split_k = build(variant("w8a8_split_k", tile, **options))
 
-    @given(m=M, n=N, k=K, splits=SPLITS)
+    @given(m=M, n=N, k=K, splits=SPLITS, order=st.integers(0, 99))
     @CHECKED
-    def check(m, n, k, splits):
+    def check(m, n, k, splits, order):
         x, weight = random_int8(m, k), random_int8(k, n)
         scale, token_scale = torch.rand(n) * 0.01, torch.rand(m) if per_token else None
         added = None
@@ -134,12 +127,13 @@ def test_w8a8_is_bit_equal_to_the_reference(build, tile, dtype, bias, per_token)
         data_parallel(grid_of(m, n, list(tile)), x, weight, *finish, result, m, n, k)
         assert torch.equal(result, expected)
 
-        partials = torch.empty(splits, m, n, dtype=torch.int32)
-        partial_sums(grid_of(m, n, list(tile), splits), x, weight, partials, m, n, k, splits)
+        grid = grid_of(m, n, list(tile), splits)
+        partials, flags, result = _workspace(grid, m, n, torch.int32, expected.dtype)
+        tensors = (x, weight, *finish, partials, flags, result)
+        split_k(grid, *tensors, m, n, k, splits, order=order)
         assert torch.equal(partials.sum(0, dtype=torch.int32), int32_matmul(x, weight.t()))
-        result = torch.empty_like(expected)
-        reduce(grid_of(m, n, list(SUM_TILE)), partials, *finish, result, m, n, splits)
         assert torch.equal(result, expected)
+        assert not flags.any()
 
     check()
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from panguq.kernels.ascend.own.tiles import Tile
+from panguq.kernels.ascend.own.tiles import SUMMED_ROWS, Tile
+from panguq.kernels.ascend.own.triton.launch import FLAG_WORDS
 
 MATMULS = ("w4a16_data_parallel", "w4a16_split_k", "w8a8_data_parallel", "w8a8_split_k")
-KERNELS = (*MATMULS, "reduce_partials", "dynamic_quant")
+KERNELS = (*MATMULS, "dynamic_quant")
 # Triton's names of types.
 BIAS_TYPE = {"bf16": "fp32", "fp16": "fp16"}
 
@@ -36,6 +37,12 @@ class Variant:
         return "-".join([self.kernel, "x".join(map(str, self.tile)), *flags])
 
 
+def pointers_of(at_tile: Variant) -> dict[str, int]:
+    """The place of each pointer among the kernel's run-time arguments, by its name."""
+    names = [name for name, kind in at_tile.signature.items() if kind.startswith("*")]
+    return {name.removesuffix("_ptr"): place for place, name in enumerate(names)}
+
+
 def _variant(
     kernel: str,
     tile: Tile,
@@ -56,46 +63,40 @@ def variant(
     offset: bool = True,
     bias: str | None = "float",
     pertoken_scale: bool = True,
-    partials: str = "fp32",
+    splits: int = 8,
 ) -> Variant:
     """The kernel at this tile. `dtype` is that of a float input, or of the result of int8 ones.
 
-    `bias` is "float", "int32" or None; `partials` the type that `reduce_partials` adds.
+    `bias` is "float", "int32" or None; `splits` the most that a Split-K kernel takes.
     """
-    blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2]}
-    bias_type = {"float": "fp32", "int32": "i32", None: None}[bias]
-    if kernel.startswith("w4a16"):
-        inputs: dict[str, str | None] = {"x": dtype, "weight": "u8", "scale": dtype}
-        inputs["offset"] = dtype if offset else None
-        sizes = ("m", "n", "k", "group_size")
-        if kernel == "w4a16_split_k":
-            pointers = {**inputs, "partials": "fp32"}
-            return _variant(kernel, tile, pointers, (*sizes, "splits"), HAS_OFFSET=offset, **blocks)
-        pointers = {**inputs, "bias": BIAS_TYPE[dtype] if bias else None, "result": dtype}
-        flags = {"HAS_OFFSET": offset, "HAS_BIAS": bias is not None}
-        return _variant(kernel, tile, pointers, sizes, **flags, **blocks)
-    if kernel == "w8a8_split_k":
-        pointers = {"x": "i8", "weight": "i8", "partials": "i32"}
-        return _variant(kernel, tile, pointers, ("m", "n", "k", "splits"), **blocks)
     if kernel == "dynamic_quant":
         pointers = {"x": dtype, "codes": "i8", "scale": "fp32"}
         return _variant(kernel, tile, pointers, ("m", "k"), BLOCK_K=tile[2])
-    flags = {
-        "HAS_PERTOKEN_SCALE": pertoken_scale,
-        "HAS_INT32_BIAS": bias == "int32",
-        "HAS_FLOAT_BIAS": bias == "float",
+    constants: dict[str, bool | int] = {
+        "BLOCK_M": tile[0],
+        "BLOCK_N": tile[1],
+        "BLOCK_K": tile[2],
     }
-    outputs = {
-        "pertoken_scale": "fp32" if pertoken_scale else None,
-        "bias": bias_type,
-        "result": dtype,
-    }
-    if kernel == "w8a8_data_parallel":
-        pointers = {"x": "i8", "weight": "i8", "scale": "fp32", **outputs}
-        return _variant(kernel, tile, pointers, ("m", "n", "k"), **flags, **blocks)
-    has_scale = partials == "i32"
-    pointers = {"partials": partials, "scale": "fp32" if has_scale else None, **outputs}
-    flags = {"HAS_SCALE": has_scale, **flags}
-    return _variant(
-        kernel, tile, pointers, ("m", "n", "splits"), **flags, BLOCK_M=tile[0], BLOCK_N=tile[1]
-    )
+    workspace: dict[str, str | None] = {}
+    sizes: tuple[str, ...] = ("m", "n", "k")
+    is_w4a16 = kernel.startswith("w4a16")
+    if is_w4a16:
+        sizes += ("group_size",)
+    if kernel.endswith("split_k"):
+        constants |= {"FLAGS": FLAG_WORDS << (splits - 1).bit_length(), "ROWS": SUMMED_ROWS}
+        workspace = {"partials": "fp32" if is_w4a16 else "i32", "flags": "i32"}
+        sizes += ("splits",)
+    if is_w4a16:
+        inputs = {"x": dtype, "weight": "u8", "scale": dtype, "offset": dtype if offset else None}
+        inputs["bias"] = BIAS_TYPE[dtype] if bias else None
+        constants |= {"HAS_OFFSET": offset, "HAS_BIAS": bias is not None}
+    else:
+        inputs = {"x": "i8", "weight": "i8", "scale": "fp32"}
+        inputs["pertoken_scale"] = "fp32" if pertoken_scale else None
+        inputs["bias"] = {"float": "fp32", "int32": "i32", None: None}[bias]
+        constants |= {
+            "HAS_PERTOKEN_SCALE": pertoken_scale,
+            "HAS_INT32_BIAS": bias == "int32",
+            "HAS_FLOAT_BIAS": bias == "float",
+        }
+    return _variant(kernel, tile, {**inputs, **workspace, "result": dtype}, sizes, **constants)

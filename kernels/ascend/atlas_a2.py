@@ -109,7 +109,6 @@ ATLAS_A2 = Chip(
         "w4a16_split_k": _W4A16_TILES,
         "w8a8_data_parallel": _W8A8_TILES,
         "w8a8_split_k": _W8A8_TILES,
-        "reduce_partials": ((8, 512, 1), (16, 512, 1)),
         "dynamic_quant": ((1, 1, 4096), (1, 1, 8192)),
     },
     constants=_COMMON,

@@ -29,8 +29,9 @@ UB at the end of a data-parallel kernel: the sums, 4 bytes each, are scaled and 
 lie, half of the rows in each vector core, beside 3 float32 vectors at most:
 2 block_m block_n + 8 block_n + 4 block_m.
 
-`reduce_partials` (block_m, block_n, 1): the sum and two buffers of partial sums, 4 bytes each:
-12 block_m block_n. Vectors are loaded when the partial sums are gone.
+UB at the end of a Split-K kernel, where the program that arrives last adds the partial sums of
+SUMMED_ROWS rows at a time, all in one vector core: the sum and two buffers of partial sums, 4 bytes
+each: 12 SUMMED_ROWS block_n, and 1 KiB for flags. Vectors are loaded when the partial sums are gone.
 
 `dynamic_quant` (1, 1, block_k): two buffers of float32 input (or of 16-bit input beside one of
 float32), codes in two buffers, and the 8 bytes for each number that the compiler takes to turn
@@ -58,6 +59,8 @@ from panguq.kernels.ascend.chip import Chip, Tile
 from panguq.kernels.ascend.chips import CHIPS
 
 KIB = 1024
+SUMMED_ROWS = 16
+"""Rows of partial sums that a Split-K kernel adds at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,6 @@ def legal_tiles(kernel: str, chip: Chip = ATLAS_A2) -> tuple[Tile, ...]:
 
 def multiples(kernel: str, chip: Chip = ATLAS_A2) -> Tile:
     """What each side of the kernel's tiles is a multiple of, by the rule above."""
-    if kernel == "reduce_partials":
-        return (1, chip.fractal, 1)
     if kernel == "dynamic_quant":
         return (1, 1, chip.block_bytes)
     if kernel.startswith("w4a16"):
@@ -91,14 +92,14 @@ def multiples(kernel: str, chip: Chip = ATLAS_A2) -> Tile:
 def tile_memory(kernel: str, tile: Tile, chip: Chip = ATLAS_A2) -> TileMemory:
     """What the kernel needs at this tile, by the rule above."""
     block_m, block_n, block_k = tile
-    if kernel == "reduce_partials":
-        return TileMemory(ub=12 * block_m * block_n)
     if kernel == "dynamic_quant":
         return TileMemory(ub=18 * block_k + KIB)
     is_w4a16 = kernel.startswith("w4a16")
     ub = 46 * block_k * block_n // 2 + 16 * block_n if is_w4a16 else 0
     if kernel.endswith("data_parallel"):
         ub = max(ub, 2 * block_m * block_n + 8 * block_n + 4 * block_m)
+    if kernel.endswith("split_k"):
+        ub = max(ub, 12 * SUMMED_ROWS * block_n + KIB)
     return TileMemory(
         ub=ub,
         l1=2 * (2 if is_w4a16 else 1) * (block_m + block_n) * block_k,

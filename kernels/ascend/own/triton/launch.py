@@ -15,12 +15,15 @@ from torch import Tensor
 
 from panguq.errors import LoweringError
 from panguq.extras import missing
-from panguq.kernels.ascend.own.tiles import legal_tiles
+from panguq.kernels.ascend.own.tiles import SUMMED_ROWS, legal_tiles
 
 NAMESPACE = "panguq_npu"
 # triton-ascend refuses a grid of more programs than a 16-bit number holds.
 LARGEST_GRID = 65535
 LARGEST_PLACE = 2**31 - 1
+# A flag is 32 bytes, the least that moves between memory and a core at a time.
+FLAG_WORDS = 8
+_SplitK = tuple[Tensor, Tensor, dict[str, int]]
 
 
 def _kernels(module: str) -> ModuleType:
@@ -50,33 +53,34 @@ def grid_of(m: int, n: int, tile: list[int], splits: int = 1) -> tuple[int, int,
     return grid
 
 
-def _reduce(
-    partials: Tensor,
-    scale: Tensor | None,
-    pertoken_scale: Tensor | None,
-    bias: Tensor | None,
-    result: Tensor,
-) -> None:
-    """partials float32 or int32 [splits, m, n] -> result [m, n]."""
-    reduce_partials = _kernels("reduce_partials").reduce_partials
-    splits, m, n = partials.shape
-    tile = legal_tiles("reduce_partials")[0]
-    reduce_partials[grid_of(m, n, list(tile))](
-        partials,
-        scale,
-        pertoken_scale,
-        bias,
-        result,
-        m,
-        n,
-        splits,
-        HAS_SCALE=scale is not None,
-        HAS_PERTOKEN_SCALE=pertoken_scale is not None,
-        HAS_INT32_BIAS=bias is not None and bias.dtype == torch.int32,
-        HAS_FLOAT_BIAS=bias is not None and bias.dtype != torch.int32,
-        BLOCK_M=tile[0],
-        BLOCK_N=tile[1],
-    )
+# Flags of Split-K by device and stream. Every launch finds zeros and leaves zeros.
+_FLAGS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _split_k(tokens: Tensor, grid: tuple[int, int, int], n: int, dtype: torch.dtype) -> _SplitK:
+    """The workspace of a Split-K launch: partial sums [splits, m, n], flags, and their sizes."""
+    splits, words = grid[2], grid[0] * grid[1] * grid[2] * FLAG_WORDS
+    partials = tokens.new_empty((splits, tokens.shape[0], n), dtype=dtype)
+    largest = FLAG_WORDS << (splits - 1).bit_length()
+    return partials, _flags(tokens.device, words), {"FLAGS": largest, "ROWS": SUMMED_ROWS}
+
+
+def _flags(device: torch.device, words: int) -> Tensor:
+    """int32 zeros, at least so many.
+
+    Launches of one stream follow each other and may share them. A graph that is captured is
+    replayed on any stream, so that it gets flags of its own.
+    """
+    stream = 0
+    if device.type != "cpu":  # the interpreter's tensors are the CPU's
+        if torch.get_device_module(device).is_current_stream_capturing():
+            return torch.zeros(words, dtype=torch.int32, device=device)
+        stream = torch.accelerator.current_stream(device).stream_id
+    flags = _FLAGS.get((device, stream))
+    if flags is None or flags.numel() < words:
+        flags = torch.zeros(words, dtype=torch.int32, device=device)
+        _FLAGS[device, stream] = flags
+    return flags
 
 
 def launch_w4a16(
@@ -99,26 +103,23 @@ def launch_w4a16(
     inputs = (tokens, packed, scale.contiguous(), None if offset is None else offset.contiguous())
     # One scale per output is one group that holds all of k.
     sizes = (m, n, k, group_size or k)
-    blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2]}
-    has_offset = offset is not None
+    constants = {
+        "HAS_OFFSET": offset is not None,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_M": tile[0],
+        "BLOCK_N": tile[1],
+        "BLOCK_K": tile[2],
+    }
+    grid = grid_of(m, n, tile, splits)
     if m == 0:
         pass
     elif splits == 1:
-        w4a16.w4a16_data_parallel[grid_of(m, n, tile)](
-            *inputs,
-            bias,
-            result,
-            *sizes,
-            HAS_OFFSET=has_offset,
-            HAS_BIAS=bias is not None,
-            **blocks,
-        )
+        w4a16.w4a16_data_parallel[grid](*inputs, bias, result, *sizes, **constants)
     else:
-        partials = tokens.new_empty((splits, m, n), dtype=torch.float32)
-        w4a16.w4a16_split_k[grid_of(m, n, tile, splits)](
-            *inputs, partials, *sizes, splits, HAS_OFFSET=has_offset, **blocks
+        partials, flags, more = _split_k(tokens, grid, n, torch.float32)
+        w4a16.w4a16_split_k[grid](
+            *inputs, bias, partials, flags, result, *sizes, splits, **constants, **more
         )
-        _reduce(partials, None, None, bias, result)
     return result.view(*x.shape[:-1], n)
 
 
@@ -139,31 +140,25 @@ def launch_w8a8(
     m = tokens.shape[0]
     result = tokens.new_empty((m, n), dtype=output_dtype)
     token_scale = None if pertoken_scale is None else pertoken_scale.reshape(-1).contiguous()
-    blocks = {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2]}
+    inputs = (tokens, weight.contiguous(), scale.contiguous(), token_scale, bias)
+    constants = {
+        "HAS_PERTOKEN_SCALE": token_scale is not None,
+        "HAS_INT32_BIAS": bias is not None and bias.dtype == torch.int32,
+        "HAS_FLOAT_BIAS": bias is not None and bias.dtype != torch.int32,
+        "BLOCK_M": tile[0],
+        "BLOCK_N": tile[1],
+        "BLOCK_K": tile[2],
+    }
+    grid = grid_of(m, n, tile, splits)
     if m == 0:
         pass
     elif splits == 1:
-        w8a8.w8a8_data_parallel[grid_of(m, n, tile)](
-            tokens,
-            weight.contiguous(),
-            scale.contiguous(),
-            token_scale,
-            bias,
-            result,
-            m,
-            n,
-            k,
-            HAS_PERTOKEN_SCALE=token_scale is not None,
-            HAS_INT32_BIAS=bias is not None and bias.dtype == torch.int32,
-            HAS_FLOAT_BIAS=bias is not None and bias.dtype != torch.int32,
-            **blocks,
-        )
+        w8a8.w8a8_data_parallel[grid](*inputs, result, m, n, k, **constants)
     else:
-        partials = tokens.new_empty((splits, m, n), dtype=torch.int32)
-        w8a8.w8a8_split_k[grid_of(m, n, tile, splits)](
-            tokens, weight.contiguous(), partials, m, n, k, splits, **blocks
+        partials, flags, more = _split_k(tokens, grid, n, torch.int32)
+        w8a8.w8a8_split_k[grid](
+            *inputs, partials, flags, result, m, n, k, splits, **constants, **more
         )
-        _reduce(partials, scale.contiguous(), token_scale, bias, result)
     return result.view(*x.shape[:-1], n)
 
 

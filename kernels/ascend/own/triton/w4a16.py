@@ -11,6 +11,8 @@ the low nibble the even column; scale and offset [groups, n] in x's dtype, conti
 import triton
 import triton.language as tl
 
+from panguq.kernels.ascend.own.triton.split_k import add_partials, arrives_last, lower_flags
+
 
 @triton.jit
 def _sum_over_k(
@@ -116,19 +118,26 @@ def w4a16_split_k(
     weight_ptr,
     scale_ptr,
     offset_ptr,
+    bias_ptr,
     partials_ptr,
+    flags_ptr,
+    result_ptr,
     m,
     n,
     k,
     group_size,
     splits,
     HAS_OFFSET: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (blocks of m, blocks of n, splits): float32 partial sums [splits, m, n]."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Grid (blocks of m, blocks of n, splits): result [m, n] by way of float32 [splits, m, n]."""
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     blocks = tl.cdiv(k, BLOCK_K)
@@ -155,3 +164,14 @@ def w4a16_split_k(
         total,
         mask=(rows[:, None] < m) & (columns[None, :] < n),
     )
+    if arrives_last(partials_ptr, flags_ptr, m, n, split, splits, FLAGS, BLOCK_M, BLOCK_N):
+        for part in range(0, BLOCK_M, ROWS):
+            some = first_row + part + tl.arange(0, ROWS)
+            places = some[:, None] * n + columns[None, :]
+            inside = (some[:, None] < m) & (columns[None, :] < n)
+            summed = add_partials(partials_ptr, places, inside, m, n, splits)
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + columns, mask=columns < n, other=0.0)
+                summed += bias.to(tl.float32)[None, :]
+            tl.store(result_ptr + places, summed.to(result_ptr.dtype.element_ty), mask=inside)
+        lower_flags(flags_ptr, splits, FLAGS)

@@ -10,6 +10,8 @@ float32 [m]; bias int32 or float32 [n]; all contiguous.
 import triton
 import triton.language as tl
 
+from panguq.kernels.ascend.own.triton.split_k import add_partials, arrives_last, lower_flags
+
 
 @triton.jit
 def _sum_over_k(
@@ -45,6 +47,32 @@ def _sum_over_k(
 
 
 @triton.jit
+def _scaled(
+    total,
+    scale_ptr,
+    pertoken_scale_ptr,
+    bias_ptr,
+    rows,
+    columns,
+    m,
+    n,
+    HAS_PERTOKEN_SCALE: tl.constexpr,
+    HAS_INT32_BIAS: tl.constexpr,
+    HAS_FLOAT_BIAS: tl.constexpr,
+):
+    """(int32 sums + int32 bias) * scale * pertoken_scale + float bias, in float32."""
+    if HAS_INT32_BIAS:
+        total += tl.load(bias_ptr + columns, mask=columns < n, other=0)[None, :]
+    scale = tl.load(scale_ptr + columns, mask=columns < n, other=0.0)
+    result = total.to(tl.float32) * scale[None, :]
+    if HAS_PERTOKEN_SCALE:
+        result *= tl.load(pertoken_scale_ptr + rows, mask=rows < m, other=0.0)[:, None]
+    if HAS_FLOAT_BIAS:
+        result += tl.load(bias_ptr + columns, mask=columns < n, other=0.0)[None, :]
+    return result
+
+
+@triton.jit
 def w8a8_data_parallel(
     x_ptr,
     weight_ptr,
@@ -69,14 +97,19 @@ def w8a8_data_parallel(
     total = _sum_over_k(
         x_ptr, weight_ptr, rows, columns, m, n, k, 0, blocks, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    if HAS_INT32_BIAS:
-        total += tl.load(bias_ptr + columns, mask=columns < n, other=0)[None, :]
-    scale = tl.load(scale_ptr + columns, mask=columns < n, other=0.0)
-    result = total.to(tl.float32) * scale[None, :]
-    if HAS_PERTOKEN_SCALE:
-        result *= tl.load(pertoken_scale_ptr + rows, mask=rows < m, other=0.0)[:, None]
-    if HAS_FLOAT_BIAS:
-        result += tl.load(bias_ptr + columns, mask=columns < n, other=0.0)[None, :]
+    result = _scaled(
+        total,
+        scale_ptr,
+        pertoken_scale_ptr,
+        bias_ptr,
+        rows,
+        columns,
+        m,
+        n,
+        HAS_PERTOKEN_SCALE,
+        HAS_INT32_BIAS,
+        HAS_FLOAT_BIAS,
+    )
     tl.store(
         result_ptr + rows[:, None] * n + columns[None, :],
         result.to(result_ptr.dtype.element_ty),
@@ -88,17 +121,28 @@ def w8a8_data_parallel(
 def w8a8_split_k(
     x_ptr,
     weight_ptr,
+    scale_ptr,
+    pertoken_scale_ptr,
+    bias_ptr,
     partials_ptr,
+    flags_ptr,
+    result_ptr,
     m,
     n,
     k,
     splits,
+    HAS_PERTOKEN_SCALE: tl.constexpr,
+    HAS_INT32_BIAS: tl.constexpr,
+    HAS_FLOAT_BIAS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (blocks of m, blocks of n, splits): int32 partial sums [splits, m, n]."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Grid (blocks of m, blocks of n, splits): result [m, n] by way of int32 [splits, m, n]."""
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     blocks = tl.cdiv(k, BLOCK_K)
@@ -112,3 +156,24 @@ def w8a8_split_k(
         total,
         mask=(rows[:, None] < m) & (columns[None, :] < n),
     )
+    if arrives_last(partials_ptr, flags_ptr, m, n, split, splits, FLAGS, BLOCK_M, BLOCK_N):
+        for part in range(0, BLOCK_M, ROWS):
+            some = first_row + part + tl.arange(0, ROWS)
+            places = some[:, None] * n + columns[None, :]
+            inside = (some[:, None] < m) & (columns[None, :] < n)
+            summed = add_partials(partials_ptr, places, inside, m, n, splits)
+            result = _scaled(
+                summed,
+                scale_ptr,
+                pertoken_scale_ptr,
+                bias_ptr,
+                some,
+                columns,
+                m,
+                n,
+                HAS_PERTOKEN_SCALE,
+                HAS_INT32_BIAS,
+                HAS_FLOAT_BIAS,
+            )
+            tl.store(result_ptr + places, result.to(result_ptr.dtype.element_ty), mask=inside)
+        lower_flags(flags_ptr, splits, FLAGS)
