@@ -95,7 +95,7 @@ def predict(timing: Timing, target: Target) -> Cost:
     split = "split_k" if timing.splits > 1 else "data_parallel"
     problem = MatmulProblem(*timing.shape, SCHEMES["W8A8"])
     candidate = Candidate("catlass", None, split, timing.splits, CATLASS_INT8_TILE, "int8")
-    return execution_cost(own_execution(candidate, problem, target, launches=1), problem, target)
+    return execution_cost(own_execution(candidate, problem, target, all_add=True), problem, target)
 
 
 def fit(timings: Sequence[Timing], base: Target) -> Fit:
@@ -182,9 +182,9 @@ def tile_execution(
     rows = min(tile[0], -(-problem.m // 16) * 16) if problem.m else tile[0]
     numbers = scheme_numbers(problem, target)
     numbers |= dict(zip(("block_m", "block_n", "block_k"), (rows, *tile[1:]), strict=True))
-    numbers |= {"splits": splits, "launches": 1, "grid_m": 1, "grid_n": 1, "tile_vector_cores": 2}
+    numbers |= {"splits": splits, "grid_m": 1, "grid_n": 1, "tile_vector_cores": 2}
     mixed = splits > 1 or problem.scheme.activation is not None
-    form = Form("tiles", layout, mixed=mixed, split=splits > 1)
+    form = Form("tiles", layout, mixed=mixed, adding="all cores" if splits > 1 else "no one")
     spelled = "x".join(map(str, tile))
     return Execution(form, numbers, f"{spelled}, {splits} splits")
 

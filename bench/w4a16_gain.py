@@ -4,7 +4,7 @@
 multiply, and Split-K's partial sums are added in the same launch. The abstract of He et al., "W4A16
 Mixed-Precision Matrix Multiplication on Decoupled Architecture" (arXiv 2601.16536), names these
 steps; whether its phases overlap it does not say. "panguq's": vector cores hand each tile over
-through a buffer, one vector core a tile; Split-K adds in a second launch.
+through a buffer, one vector core a tile; of a Split-K tile, the program that arrives last adds.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _best_us(
                 continue
             candidate = Candidate(f"w4a16_{schedule}", None, schedule, count, tile, "int4")
             if two_phase:
-                execution = own_execution(candidate, problem, target, "workspace", 1, 2)
+                execution = own_execution(candidate, problem, target, "workspace", 2, all_add=True)
             else:
                 execution = own_execution(candidate, problem, target)
             totals.append(execution_cost(execution, problem, target).total_us)

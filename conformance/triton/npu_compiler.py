@@ -1,8 +1,8 @@
 """AscendNPU IR's compiler up to its memory plan: does a kernel fit UB, L1 and L0C of a target?
 
-The last step would call `hivmc`, which is part of CANN, to write machine code. A script of that name
-stands in, which copies what it is given, so that the compiler ends with success where all that it
-does itself succeeded, and its last text can be read (`hivm.py`).
+The last step would call `hivmc`, which is part of CANN, to write machine code. A script of that
+name stands in, which copies what it is given, so that the compiler ends with success where all that
+it does itself succeeded, and its last text can be read (`hivm.py`).
 """
 
 from __future__ import annotations

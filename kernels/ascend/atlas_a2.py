@@ -51,6 +51,11 @@ _COMMON: dict[str, Number] = {
         10,
         "counted in panguq's W4A16 kernel: 3 shifts, interleave, 2 casts, multiply in float32",
     ),
+    "arrival_cycles": (
+        3143,
+        "CANN's cycle model (ge, att perf_param_v1): heads of 3 loads (own sum, flags, first "
+        "partial sums), 882 each, and of a store, 497",
+    ),
     "memory_unit_bytes": (
         512,
         "CATLASS matmul optimization guide: rows of a multiple of 512 B move fastest; a 640 B row "

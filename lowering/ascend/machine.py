@@ -22,6 +22,7 @@ ASCEND_UNITS: Mapping[str, str] = MappingProxyType(
         "vector_bytes_per_cycle": "B/cycle/vector core",
         "vector_lanes": "float16 lanes",
         "dequantize_instructions": "instructions/vector of weights",
+        "arrival_cycles": "cycles",
         "memory_unit_bytes": "B",
         "float32_macs_per_cycle": "MAC/cycle/cube core",
         "vector_start_us": "us",

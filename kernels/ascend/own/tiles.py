@@ -30,8 +30,9 @@ lie, half of the rows in each vector core, beside 3 float32 vectors at most:
 2 block_m block_n + 8 block_n + 4 block_m.
 
 UB at the end of a Split-K kernel, where the program that arrives last adds the partial sums of
-SUMMED_ROWS rows at a time, all in one vector core: the sum and two buffers of partial sums, 4 bytes
-each: 12 SUMMED_ROWS block_n, and 1 KiB for flags. Vectors are loaded when the partial sums are gone.
+SUMMED_ROWS rows at a time, all in one vector core: the sum and two buffers of partial sums, 4
+bytes each: 12 SUMMED_ROWS block_n, and 1 KiB for flags. Vectors are loaded when the partial sums
+are gone.
 
 `dynamic_quant` (1, 1, block_k): two buffers of float32 input (or of 16-bit input beside one of
 float32), codes in two buffers, and the 8 bytes for each number that the compiler takes to turn

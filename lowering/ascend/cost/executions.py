@@ -8,7 +8,7 @@ from typing import Literal
 
 from panguq.ir.number_format import INT4, INT8
 from panguq.kernels.ascend.chip import Chip
-from panguq.lowering.ascend.cost.terms import ARGUMENTS, Form, WeightLayout
+from panguq.lowering.ascend.cost.terms import ARGUMENTS, Adding, Form, WeightLayout
 from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.ascend.rules import weight_quant_templates
 from panguq.lowering.problem import FLOAT_BYTES, Candidate, MatmulProblem
@@ -66,23 +66,24 @@ def own_execution(
     problem: MatmulProblem,
     target: AscendMachine,
     dequantize: Literal["ring", "workspace"] = "ring",
-    launches: int | None = None,
     tile_vector_cores: int = 1,
+    all_add: bool = False,
 ) -> Execution:
     """A kernel with tiles of its own. In panguq's, one vector core unpacks a whole tile of a 4-bit
-    weight, and a second kernel adds the partial sums of Split-K.
+    weight, and one that of the program that arrives last adds the partial sums of Split-K.
 
-    `dequantize`, `launches` and `tile_vector_cores` describe other people's kernels, to compare.
+    `dequantize`, `tile_vector_cores` and `all_add` describe other people's kernels, to compare.
     """
     assert candidate.tile is not None
     split = candidate.schedule == "split_k"
-    form = Form("tiles", "kn", mixed=True, split=split)
+    adding: Adding = "no one" if not split else "all cores" if all_add else "last program"
+    form = Form("tiles", "kn", mixed=True, adding=adding)
     if problem.scheme.activation is None:
-        form = Form("tiles", "kn", mixed=True, split=split, dequantize=dequantize)
+        form = replace(form, dequantize=dequantize)
         numbers = _weight_only(problem, target.chip)
     else:
         numbers = _int8(problem, target.chip)
-    numbers |= {"launches": launches or (2 if split else 1), "splits": candidate.splits}
+    numbers |= {"splits": candidate.splits}
     numbers |= dict(zip(("block_m", "block_n", "block_k"), candidate.tile, strict=True))
     numbers |= {"grid_m": 1, "grid_n": 1, "tile_vector_cores": tile_vector_cores}
     return Execution(form, numbers, str(candidate))
@@ -137,8 +138,8 @@ def _nz_split_k(
     Source: ops-nn, weight_quant_batch_matmul_v2, custom_nz_splitk tiling.
     """
     splits = min(-(-problem.k // 1024), int(target["cube_cores"]))
-    form = Form("tiles", "blocked", mixed=True, split=True, dequantize="ring")
-    blocks = {"block_m": 128, "block_n": 128, "block_k": 512, "splits": splits, "launches": 1}
+    form = Form("tiles", "blocked", mixed=True, adding="all cores", dequantize="ring")
+    blocks = {"block_m": 128, "block_n": 128, "block_k": 512, "splits": splits}
     grid = {"grid_m": 1, "grid_n": 1, "tile_vector_cores": 2}
     numbers = _weight_only(problem, target.chip) | blocks | grid
     return Execution(form, numbers, f"nz_split_k, {splits} splits", first_m, last_m)
@@ -158,7 +159,7 @@ def _grids(target: AscendMachine, x_bytes: float) -> list[tuple[str, dict[str, f
     for (grid_m, grid_n), (block_m, block_n) in product(pairs, target.chip.vendor_blocks):
         label = f"{grid_m}x{grid_n} cores, blocks {block_m}x{block_n}"
         blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-        grid = {"grid_m": grid_m, "grid_n": grid_n, "splits": 1, "launches": 1}
+        grid = {"grid_m": grid_m, "grid_n": grid_n, "splits": 1}
         found.append((label, {**blocks, **grid, "tile_vector_cores": 2}))
     return found
 

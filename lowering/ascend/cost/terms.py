@@ -49,7 +49,6 @@ def _symbol(name: str) -> Symbol:
 M, N, K = _symbol("m"), _symbol("n"), _symbol("k")
 SCHEDULE_SYMBOLS = (
     "splits",
-    "launches",
     "block_m",
     "block_n",
     "block_k",
@@ -72,6 +71,7 @@ S: dict[str, Symbol] = {name: _symbol(name) for name in ARGUMENTS}
 Blocks = Literal["tiles", "rectangles"]
 WeightLayout = Literal["kn", "nk", "blocked"]
 Dequantize = Literal["never", "ring", "workspace", "vendor"]
+Adding = Literal["no one", "all cores", "last program"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Form:
     blocks: "tiles" of block_m x block_n that cores take one after another, in waves; or one
     "rectangle" of the result for each core of a grid_m x grid_n grid, cut into blocks inside.
     layout: of the weight in memory: rows along n (`[k, n]`), along k (`[n, k]`), or blocks that
-    are read without gaps. mixed: vector cores take part. split: k is divided, too.
+    are read without gaps. mixed: vector cores take part. adding: who adds partial sums where k is
+    divided, too: all vector cores after a barrier, or one vector core of the program that is the
+    last of its tile.
     dequantize: "ring": vector cores hand each block over through a buffer that stays in L2;
     "workspace": first the whole weight, then the matmul; "vendor": as "ring", at the rate that
     CANN's kernel was timed at.
@@ -90,8 +92,13 @@ class Form:
     blocks: Blocks
     layout: WeightLayout
     mixed: bool
-    split: bool = False
+    adding: Adding = "no one"
     dequantize: Dequantize = "never"
+
+    @property
+    def split(self) -> bool:
+        """Whether k is divided, too."""
+        return self.adding != "no one"
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def terms(form: Form, fractal: int = 16) -> dict[str, Expr]:
     weights = work.inputs * work.columns  # that the busiest core multiplies with
     partial_bytes = S["splits"] * M * N * SUM_BYTES if form.split else sympy.Integer(0)
     result = dict.fromkeys(TERMS, sympy.Integer(0))
-    result["launch"] = S["launches"] * S["launch_us"]
+    result["launch"] = S["launch_us"]
     if form.mixed:
         used = work.cores / S["cube_cores"]
         result["vector_start"] = S["vector_start_us"] + S["vector_start_per_wave_us"] * used
@@ -151,9 +158,7 @@ def terms(form: Form, fractal: int = 16) -> dict[str, Expr]:
     result["l2"] = l2_bytes / (S["l2_read_bytes_per_cycle"] * cycles_per_us * S["cube_cores"])
     result["store"] = work.result_bytes / (S["l2_write_bytes_per_cycle"] * cycles_per_us)
     if form.split:
-        reading = partial_bytes / (S["vector_cores"] * vector_rate)
-        adding = S["splits"] * M * N / (S["vector_cores"] * S["vector_lanes"] / 2 * cycles_per_us)
-        result["reduce"] = reading + adding
+        result["reduce"] = _adding(form, vector_rate)
     return {name: sympy.sympify(term) for name, term in result.items()}
 
 
@@ -237,6 +242,19 @@ def _padded(row_bytes: Expr) -> Expr:
 def _instructions(weights: Expr) -> Expr:
     """Microseconds that one vector core takes to dequantize so many weights."""
     return weights * S["dequantize_instructions"] / (S["vector_lanes"] * S["clock_mhz"])
+
+
+def _adding(form: Form, vector_rate: Expr) -> Expr:
+    """Microseconds to read and add partial sums."""
+    cycles_per_us = S["clock_mhz"]
+    if form.adding == "all cores":
+        sums, heads = S["splits"] * M * N / S["vector_cores"], sympy.Integer(0)
+    else:
+        tiles = ceiling(M / S["block_m"]) * ceiling(N / S["block_n"])
+        rows, columns = Min(S["block_m"], M), Min(S["block_n"], N)
+        sums = ceiling(tiles / S["cube_cores"]) * S["splits"] * rows * columns
+        heads = S["arrival_cycles"] / cycles_per_us
+    return heads + sums * SUM_BYTES / vector_rate + sums / (S["vector_lanes"] / 2 * cycles_per_us)
 
 
 def _whole_workspace(vector_rate: Expr) -> tuple[Expr, Expr]:

@@ -1,9 +1,9 @@
-"""The end of a Split-K program: whoever arrives last adds its tile's partial sums, in a fixed order.
+"""The end of a Split-K program: who arrives last adds its tile's partial sums, in a fixed order.
 
 Every program stores its partial sums, then a flag, then reads the flags of its tile. Who finds all
-set adds the sums 0 .. splits - 1, so that float32 results are the same bits in every run. Two
-programs may find that at once; both then write the same bits. Nobody waits, so that programs may run
-in any order and on any number of cores. Flags are zeros before and after a launch.
+raised adds the sums 0 .. splits - 1, so that float32 results are the same bits in every run. Two
+programs may find that at once; both then write the same bits. Nobody waits, so that programs may
+run in any order and on any number of cores. Flags are zeros before and after a launch.
 
 Why flags, and not a count that `tl.atomic_add` increments: AscendNPU IR 1.2.0 compiles that, but
 both vector cores of a core pair then add, and nothing makes them wait until the cube core has

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.own.tiles import (
+    SUMMED_ROWS,
     legal_tiles,
     split_bounds,
     tile_memory,
@@ -44,7 +45,7 @@ def test_memory_of_a_tile():
     memory = tile_memory("w8a8_split_k", (128, 256, 512))
     assert memory.l1 == 2 * (128 + 256) * 512
     assert memory.l0c == ATLAS_A2.memory["l0c"] == 4 * 128 * 256
-    assert memory.ub == 0
+    assert memory.ub == 12 * SUMMED_ROWS * 256 + 1024  # while partial sums are added
 
 
 @pytest.mark.parametrize(

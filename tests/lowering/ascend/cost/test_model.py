@@ -40,10 +40,10 @@ B1, B3 = find_target("ascend910b1"), find_target("ascend910b3")
 TILE = (128, 256, 512)
 ALL_FORMS = [
     Form("tiles", "kn", True),
-    Form("tiles", "kn", True, split=True),
+    Form("tiles", "kn", True, adding="last program"),
     Form("tiles", "nk", False),
     Form("tiles", "kn", True, dequantize="ring"),
-    Form("tiles", "kn", True, split=True, dequantize="workspace"),
+    Form("tiles", "kn", True, adding="all cores", dequantize="workspace"),
     Form("rectangles", "kn", True),
     Form("rectangles", "blocked", True),
     Form("rectangles", "nk", False),
@@ -83,12 +83,22 @@ def test_w8a8_data_parallel_by_hand() -> None:
 def test_w8a8_split_k_by_hand() -> None:
     found = cost(own("split_k", 16), problem(128, 256, 16384), B3).terms
     assert found["cube"] == pytest.approx(2 * 8 * 16 * 16 / 1800)
-    assert found["launch"] == 2 * 13.25
+    assert found["launch"] == 13.25
     assert found["vector_start"] == pytest.approx(1 + 7 * 16 / 20)
+    # One tile: one vector core of the last program reads and adds all of its partial sums.
     partial_sums = 16 * 128 * 256
-    reading = partial_sums * 4 / (40 * 64 * 1800)
-    adding = partial_sums / (40 * 64 * 1800)
-    assert found["reduce"] == pytest.approx(reading + adding)
+    reading = partial_sums * 4 / (64 * 1800)
+    adding = partial_sums / (64 * 1800)
+    assert found["reduce"] == pytest.approx(3143 / 1800 + reading + adding)
+
+
+def test_partial_sums_are_added_on_one_core_a_tile_or_on_all() -> None:
+    given, split = problem(128, 1024, 16384), own("split_k", 4)  # four tiles
+    last = cost(split, given, B3).terms["reduce"]
+    one_tile = cost(split, problem(128, 256, 16384), B3).terms["reduce"]
+    assert last == one_tile  # four cores add at once
+    everyone = execution_cost(own_execution(split, given, B3, all_add=True), given, B3)
+    assert everyone.terms["reduce"] == pytest.approx((last - 3143 / 1800) * 4 / 40)
 
 
 def test_w4a16_by_hand() -> None:
@@ -117,7 +127,7 @@ def test_the_workspace_leaves_l2_when_it_is_too_large() -> None:
 
     def found(n: int) -> dict[str, float]:
         given = problem(64, n, 4096, "W4A16")
-        execution = own_execution(candidate, given, B1, dequantize="workspace", launches=1)
+        execution = own_execution(candidate, given, B1, dequantize="workspace")
         return execution_cost(execution, given, B1).terms
 
     fits, spills = found(16384), found(65536)  # 128 MiB and 512 MiB of float16, in 192 MiB of L2
