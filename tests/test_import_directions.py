@@ -17,6 +17,7 @@ AT_ROOT = ("ir", "passes", "lowering", "kernels")
 ROOMS = (
     "panguq.cli",
     "panguq",
+    "panguq.selftest",
     "panguq.compiler",
     "panguq.compile_data panguq.compile_key panguq.calibration",
     "panguq.planning",

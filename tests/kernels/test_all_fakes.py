@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import panguq.kernels
 import panguq.lowering
 from panguq.ir.ops.opset import allowed_ops, define_op, resolve
-from tests.kernels.ascend.npu_calls import LEGAL
+from panguq.selftest.npu_calls import LEGAL
 from tests.kernels.ascend.own.own_calls import OWN
 from tests.kernels.expert_calls import EXPERT_CALLS
 

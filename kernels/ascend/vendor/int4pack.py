@@ -38,7 +38,7 @@ def unpack_words(packed: Tensor) -> Tensor:
 
 
 def _contract(weight: Tensor) -> Iterator[Broken]:
-    yield from wrong_dtype("weight", weight, (torch.int32, torch.float32), _HOST)
+    yield from wrong_dtype("weight", weight, (torch.int32,), _HOST)
     if weight.dim() != 2:
         yield Broken(f"weight must have 2 dimensions, not {weight.dim()}", _DOCS)
     elif surely(weight.shape[1] % CODES_PER_WORD != 0):
@@ -59,7 +59,7 @@ def _fake(weight: Tensor) -> Tensor:
     contract=_contract,
 )
 def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
-    """int32 or float32 [k, n] with whole values in [-8, 7] -> int32 [k, n / 8].
+    """int32 [k, n] with whole values in [-8, 7] -> int32 [k, n / 8].
 
     See `pack_words` for the layout. Of values outside [-8, 7] the low four bits are kept, as
     torch_npu's host code does; `inner_k_tiles` is reserved there and unused.

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         export_onnx,
         generate,
         listings,
+        selftest,
         tune,
     )
 
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         check,
         explain,
         tune,
+        selftest,
         listings,
         dumps,
         export_onnx,

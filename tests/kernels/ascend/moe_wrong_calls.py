@@ -6,17 +6,21 @@ from typing import Any
 
 import torch
 
-from tests.kernels.ascend.moe_calls import EXPERTS, INPUTS, OUTPUTS, counts, full, ids, places
-from tests.kernels.ascend.operands import (
+from panguq.selftest.moe_calls import EXPERTS, INPUTS, OUTPUTS, counts, full, ids, places
+from panguq.selftest.operands import (
     BF16,
     BF16_NUMBER,
     FP16,
     FP16_NUMBER,
     FP32,
     INT32,
-    codes,
-    floats,
     words,
+)
+from panguq.selftest.operands import (
+    int8s as codes,
+)
+from panguq.selftest.operands import (
+    reals as floats,
 )
 
 

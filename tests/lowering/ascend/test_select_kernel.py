@@ -137,7 +137,7 @@ def test_float_schemes_need_no_permission() -> None:
 
 
 def test_losers_are_kept_with_cost_or_refusal() -> None:
-    losers = dict(select_kernel(MatmulProblem(None, 1024, 4096, SCHEMES["W8A8"]), B1).losers)
+    losers = dict(select_kernel(MatmulProblem(None, 4096, 1024, SCHEMES["W8A8"]), B1).losers)
     assert losers["linear"] == "the scheme is W8A8, and allow_float is off"
     assert losers["w8a8_split_k"].endswith("us at m=512")
     assert " us at m=1, " in losers["w8a8_split_k"]

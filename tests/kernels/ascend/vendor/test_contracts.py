@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from panguq.errors import LoweringError
 from panguq.kernels.ascend.vendor import ops as npu
 from panguq.kernels.ascend.vendor.contracts import check_call, violations
-from tests.kernels.ascend.moe_wrong_calls import MOE_ILLEGAL
-from tests.kernels.ascend.npu_calls import LEGAL, causal, fixed
-from tests.kernels.ascend.operands import (
+from panguq.selftest.attention_calls import causal
+from panguq.selftest.npu_calls import LEGAL, fixed
+from panguq.selftest.operands import (
     BF16,
     BF16_NUMBER,
     FP16,
@@ -26,10 +26,15 @@ from tests.kernels.ascend.operands import (
     INT32,
     K,
     N,
-    codes,
-    floats,
     words,
 )
+from panguq.selftest.operands import (
+    int8s as codes,
+)
+from panguq.selftest.operands import (
+    reals as floats,
+)
+from tests.kernels.ascend.moe_wrong_calls import MOE_ILLEGAL
 
 _FP32_NUMBER = 6
 _KEY_AND_VALUE = [("key", 2), ("value", 2)]

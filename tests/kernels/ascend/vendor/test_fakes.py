@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from panguq.ir.ops.opset import is_allowed, resolve
 from panguq.kernels.ascend.vendor.library import npu_op, npu_ops
-from tests.kernels.ascend.npu_calls import LEGAL
+from panguq.selftest.npu_calls import LEGAL
 
 
 def kinds(result: Any) -> list[tuple[torch.Size, torch.dtype]]:

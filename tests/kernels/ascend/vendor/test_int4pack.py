@@ -28,12 +28,6 @@ def test_viewed_as_bytes_it_is_panguqs_packing_along_n() -> None:
     assert torch.equal(packed.view(torch.uint8), pack_int4(weight.to(torch.int8)))
 
 
-def test_float_weights_pack_alike() -> None:
-    weight = torch.randint(-8, 8, (4, 8), dtype=torch.int32)
-    as_float = npu_convert_weight_to_int4pack(weight.to(torch.float32))
-    assert torch.equal(as_float, npu_convert_weight_to_int4pack(weight))
-
-
 def test_of_a_value_outside_the_range_the_low_bits_are_kept() -> None:
     weight = torch.tensor([[8, 15, -9, 16, 0, 0, 0, 0]], dtype=torch.int32)
     packed = npu_convert_weight_to_int4pack(weight)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from panguq.kernels.ascend.vendor import ops as npu
-from tests.kernels.ascend.operands import (
+from panguq.selftest.operands import (
     BF16,
     BF16_NUMBER,
     FP16,
@@ -16,8 +16,9 @@ from tests.kernels.ascend.operands import (
     INT32,
     Arguments,
     Call,
-    codes,
-    floats,
+    int8s,
+    reals,
+    steps,
     words,
 )
 
@@ -45,7 +46,7 @@ def pairs(m: int) -> torch.Tensor:
 
 def full(*shape: int) -> torch.Tensor:
     """int64 scales whose low half is a float32."""
-    return floats(*shape, dtype=FP32).view(INT32).to(torch.int64)
+    return steps(*shape).view(INT32).to(torch.int64)
 
 
 def grouped(m: int, x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Arguments:
@@ -62,8 +63,8 @@ def grouped(m: int, x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> Argum
 
 
 def grouped_float(m: int, dtype: torch.dtype, **rest: Any) -> Arguments:
-    weight = floats(EXPERTS, INPUTS, OUTPUTS, dtype=dtype)
-    return grouped(m, floats(m, INPUTS, dtype=dtype), weight, **rest)
+    weight = reals(EXPERTS, INPUTS, OUTPUTS, dtype=dtype)
+    return grouped(m, reals(m, INPUTS, dtype=dtype), weight, **rest)
 
 
 def grouped_weight_only(
@@ -71,36 +72,36 @@ def grouped_weight_only(
 ) -> Arguments:
     return grouped(
         m,
-        floats(m, INPUTS, dtype=dtype),
+        reals(m, INPUTS, dtype=dtype),
         weight,
-        antiquant_scale=[floats(*scale, dtype=dtype)],
+        antiquant_scale=[reals(*scale, dtype=dtype)],
         antiquant_offset=[torch.zeros(scale, dtype=dtype)],
         **rest,
     )
 
 
 def grouped_int8(m: int, **rest: Any) -> Arguments:
-    return grouped(m, codes(m, INPUTS), codes(EXPERTS, INPUTS, OUTPUTS), **rest)
+    return grouped(m, int8s(m, INPUTS), int8s(EXPERTS, INPUTS, OUTPUTS), **rest)
 
 
 def grouped_w4a8(m: int, output_dtype: int, groups: int) -> Arguments:
     return grouped(
         m,
-        codes(m, INPUTS),
+        int8s(m, INPUTS),
         words(EXPERTS, INPUTS, OUTPUTS // 8),
         scale=[full(EXPERTS, groups, OUTPUTS)],
-        bias=[floats(EXPERTS, OUTPUTS, dtype=FP32)],
-        per_token_scale=[floats(m, dtype=FP32)],
+        bias=[reals(EXPERTS, OUTPUTS, dtype=FP32)],
+        per_token_scale=[reals(m, dtype=FP32)],
         output_dtype=output_dtype,
     )
 
 
 def swiglu_quant(m: int, weight: torch.Tensor, scale: torch.Tensor, **rest: Any) -> Arguments:
     return {
-        "x": codes(m, INPUTS),
+        "x": int8s(m, INPUTS),
         "weight": [weight],
         "weight_scale": [scale],
-        "x_scale": floats(m, dtype=FP32),
+        "x_scale": reals(m, dtype=FP32),
         "group_list": counts(m),
         "group_list_type": 1,
         **rest,
@@ -113,23 +114,26 @@ _bias = (EXPERTS, OUTPUTS)
 MOE: dict[str, Call] = {
     "gating_softmax": (
         npu.npu_moe_gating_top_k_softmax,
-        lambda m: {"x": floats(m, 16), "k": 2},
+        lambda m: {"x": reals(m, 16), "k": 2},
     ),
     "gating_softmax_finished": (
         npu.npu_moe_gating_top_k_softmax,
         lambda m: {
-            "x": floats(m, 3, 16, dtype=FP32),
+            "x": reals(m, 3, 16, dtype=FP32),
             "finished": torch.rand(m, 3) < 0.5,
             "k": 4,
         },
     ),
-    "gating": (npu.npu_moe_gating_top_k, lambda m: {"x": floats(m, 16), "k": 2, "out_flag": True}),
+    "gating": (
+        npu.npu_moe_gating_top_k,
+        lambda m: {"x": reals(m, 16), "k": 2, "out_flag": True},
+    ),
     "gating_groups": (
         npu.npu_moe_gating_top_k,
         lambda m: {
-            "x": floats(m, 32, dtype=FP32),
+            "x": reals(m, 32, dtype=FP32),
             "k": 4,
-            "bias": floats(32, dtype=FP32),
+            "bias": reals(32, dtype=FP32),
             "k_group": 2,
             "group_count": 4,
             "group_select_mode": 1,
@@ -140,7 +144,7 @@ MOE: dict[str, Call] = {
     "init_routing": (
         npu.npu_moe_init_routing_v2,
         lambda m: {
-            "x": floats(m, 64),
+            "x": reals(m, 64),
             "expert_idx": ids(m),
             "expert_num": EXPERTS,
             "expert_tokens_num_type": 1,
@@ -151,9 +155,9 @@ MOE: dict[str, Call] = {
     "init_routing_codes": (
         npu.npu_moe_init_routing_v2,
         lambda m: {
-            "x": codes(m, 64),
+            "x": int8s(m, 64),
             "expert_idx": ids(m),
-            "scale": floats(m, dtype=FP32),
+            "scale": reals(m, dtype=FP32),
             "expert_num": EXPERTS,
             "row_idx_type": 1,
             "active_expert_range": [0, EXPERTS],
@@ -162,9 +166,9 @@ MOE: dict[str, Call] = {
     "init_routing_quantizing": (
         npu.npu_moe_init_routing_v2,
         lambda m: {
-            "x": floats(m, 64),
+            "x": reals(m, 64),
             "expert_idx": ids(m),
-            "scale": floats(2, 64, dtype=FP32),
+            "scale": reals(2, 64, dtype=FP32),
             "expert_num": EXPERTS,
             "expert_tokens_num_type": 2,
             "expert_tokens_num_flag": True,
@@ -175,23 +179,26 @@ MOE: dict[str, Call] = {
     "unpermute": (
         npu.npu_moe_token_unpermute,
         lambda m: {
-            "permuted_tokens": floats(m, 64),
+            "permuted_tokens": reals(m, 64),
             "sorted_indices": places(m),
-            "probs": floats(m, 1, dtype=FP32),
+            "probs": reals(m, 1, dtype=FP32),
         },
     ),
     "unpermute_alone": (
         npu.npu_moe_token_unpermute,
-        lambda m: {"permuted_tokens": floats(m, 64, dtype=FP16), "sorted_indices": places(m)},
+        lambda m: {
+            "permuted_tokens": reals(m, 64, dtype=FP16),
+            "sorted_indices": places(m),
+        },
     ),
     "finalize_routing": (
         npu.npu_moe_finalize_routing,
         lambda m: {
-            "expanded_permuted_rows": floats(m, 64),
-            "skip1": floats(m, 64),
+            "expanded_permuted_rows": reals(m, 64),
+            "skip1": reals(m, 64),
             "skip2": None,
             "bias": None,
-            "scales": floats(m, 1, dtype=FP32),
+            "scales": reals(m, 1, dtype=FP32),
             "expanded_src_to_dst_row": places(m),
             "export_for_source_row": None,
             "drop_pad_mode": 2,
@@ -200,7 +207,7 @@ MOE: dict[str, Call] = {
     "finalize_routing_alone": (
         npu.npu_moe_finalize_routing,
         lambda m: {
-            "expanded_permuted_rows": floats(m, 64, dtype=FP16),
+            "expanded_permuted_rows": reals(m, 64, dtype=FP16),
             "skip1": None,
             "skip2": None,
             "bias": None,
@@ -211,9 +218,12 @@ MOE: dict[str, Call] = {
     ),
     "grouped_bfloat16": (
         _gmm,
-        lambda m: grouped_float(m, BF16, bias=[floats(*_bias, dtype=FP32)]),
+        lambda m: grouped_float(m, BF16, bias=[reals(*_bias, dtype=FP32)]),
     ),
-    "grouped_float16": (_gmm, lambda m: grouped_float(m, FP16, bias=[floats(*_bias, dtype=FP16)])),
+    "grouped_float16": (
+        _gmm,
+        lambda m: grouped_float(m, FP16, bias=[reals(*_bias, dtype=FP16)]),
+    ),
     "grouped_float32_ends": (
         _gmm,
         lambda m: grouped_float(m, FP32, group_list=counts(m).cumsum(0), group_list_type=0),
@@ -221,7 +231,7 @@ MOE: dict[str, Call] = {
     "grouped_w8a16": (
         _gmm,
         lambda m: grouped_weight_only(
-            m, codes(EXPERTS, INPUTS, OUTPUTS), BF16, (EXPERTS, OUTPUTS), split_item=3
+            m, int8s(EXPERTS, INPUTS, OUTPUTS), BF16, (EXPERTS, OUTPUTS), split_item=3
         ),
     ),
     "grouped_w4a16": (
@@ -237,15 +247,15 @@ MOE: dict[str, Call] = {
             words(EXPERTS, INPUTS, OUTPUTS // 8),
             BF16,
             (EXPERTS, 4, OUTPUTS),
-            bias=[floats(*_bias, dtype=FP32)],
+            bias=[reals(*_bias, dtype=FP32)],
         ),
     ),
     "grouped_w8a8_bfloat16": (
         _gmm,
         lambda m: grouped_int8(
             m,
-            scale=[floats(*_bias)],
-            per_token_scale=[floats(m, dtype=FP32)],
+            scale=[steps(*_bias, dtype=BF16)],
+            per_token_scale=[reals(m, dtype=FP32)],
             output_dtype=BF16_NUMBER,
         ),
     ),
@@ -253,9 +263,9 @@ MOE: dict[str, Call] = {
         _gmm,
         lambda m: grouped_int8(
             m,
-            scale=[floats(*_bias, dtype=FP32)],
-            per_token_scale=[floats(m, dtype=FP32)],
-            bias=[floats(*_bias)],
+            scale=[steps(*_bias)],
+            per_token_scale=[reals(m, dtype=FP32)],
+            bias=[reals(*_bias)],
             output_dtype=BF16_NUMBER,
         ),
     ),
@@ -263,7 +273,7 @@ MOE: dict[str, Call] = {
         _gmm,
         lambda m: grouped_int8(
             m,
-            scale=[floats(*_bias, dtype=FP32)],
+            scale=[steps(*_bias)],
             bias=[torch.randint(-9, 9, _bias, dtype=INT32)],
             output_dtype=FP16_NUMBER,
             group_list=pairs(m),
@@ -275,14 +285,14 @@ MOE: dict[str, Call] = {
     "grouped_w4a8_groups": (_gmm, lambda m: grouped_w4a8(m, FP16_NUMBER, 2)),
     "swiglu_quant": (
         npu.npu_grouped_matmul_swiglu_quant_v2,
-        lambda m: swiglu_quant(m, codes(EXPERTS, INPUTS, OUTPUTS), floats(*_bias, dtype=FP32)),
+        lambda m: swiglu_quant(m, int8s(EXPERTS, INPUTS, OUTPUTS), reals(*_bias, dtype=FP32)),
     ),
     "swiglu_quant_ends": (
         npu.npu_grouped_matmul_swiglu_quant_v2,
         lambda m: swiglu_quant(
             m,
-            codes(EXPERTS, INPUTS, OUTPUTS),
-            floats(*_bias),
+            int8s(EXPERTS, INPUTS, OUTPUTS),
+            reals(*_bias),
             group_list=counts(m).cumsum(0),
             group_list_type=0,
         ),
@@ -293,7 +303,7 @@ MOE: dict[str, Call] = {
             m,
             words(EXPERTS, INPUTS, OUTPUTS // 8),
             full(*_bias),
-            weight_assist_matrix=[floats(*_bias, dtype=FP32)],
+            weight_assist_matrix=[reals(*_bias, dtype=FP32)],
         ),
     ),
 }

@@ -20,11 +20,16 @@ BF16_NUMBER, FP16_NUMBER = dtype_number(BF16), dtype_number(FP16)
 QINT8, QUINT4X2 = dtype_number(torch.qint8), dtype_number(torch.quint4x2)
 
 
-def floats(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+def reals(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.rand(*shape).add_(0.01).to(dtype)
 
 
-def codes(*shape: int) -> torch.Tensor:
+def steps(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    """Small enough that sums of products of codes stay within float16."""
+    return torch.rand(*shape).add_(0.1).mul_(0.002).to(dtype)
+
+
+def int8s(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=INT8)
 
 
