@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 AT_ROOT = ("ir", "passes", "lowering", "kernels")
 ROOMS = (
     "panguq.cli",
-    "panguq",
     "panguq.selftest",
+    "panguq",
     "panguq.compiler",
     "panguq.compile_data panguq.compile_key panguq.calibration",
     "panguq.planning",

@@ -121,7 +121,7 @@ def time_call(
 
 def profile_call(run: Callable[[], Any]) -> list[dict[str, str]]:
     """The kernels of one call, each with the median of its times, in the columns of op_summary."""
-    import torch_npu
+    import torch_npu  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     profiler = torch_npu.profiler
     with tempfile.TemporaryDirectory() as folder:
