@@ -22,6 +22,7 @@ from panguq.errors import LoweringError
 from panguq.ir.number_format import Integer, NumberFormat
 from panguq.ir.quant_spec import Scheme
 from panguq.lowering.choice import DECODE_M, DECODE_STEPS, PREFILL_M, Choice, TokenMix
+from panguq.lowering.measured import Measured
 from panguq.lowering.options import AscendOptions
 from panguq.lowering.problem import Candidate, FormatOption, MatmulProblem, WeightFormat
 from panguq.passes.pipeline.base import Pass
@@ -91,12 +92,14 @@ class Target(ABC):
     """A machine to compile for. A subclass says at least `kind`, `candidates` and `calls`.
 
     `kernels` and `constants` are its numbers, plain data that a target file holds, too (see
-    `target_files.py`): one affine cost a kernel, or constants from which costs are computed.
+    `target_files.py`): one affine cost a kernel, or constants from which costs are computed;
+    `measured` are times of single calls, which are used as they are.
     """
 
     name: str
     kernels: Mapping[str, KernelCost] = field(default_factory=dict)
     constants: Mapping[str, Constant] = field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
 
     kernel_names: ClassVar[tuple[str, ...]] = ()
     """What `kernels` gives the cost of: all of them, and nothing else."""
@@ -268,6 +271,9 @@ def check_target(target: Target, source: str) -> Target:
                 f"{where}: has no source",
                 "say what the numbers were fitted to; panguq tune writes such a file",
             )
+    for place, row in enumerate(target.measured):
+        for size in ("m", "n", "k", "us"):
+            _check_number(getattr(row, size), f"{source}: measured[{place}].{size}")
     return target
 
 

@@ -13,10 +13,12 @@ from panguq.files.plain_yaml import check_plain, dump_yaml, read_yaml
 from panguq.files.strict_json import parse_json
 from panguq.files.whole_file import output_file, write_file
 from panguq.lowering.known_targets import first_of_kind
+from panguq.lowering.measured import Measured
+from panguq.lowering.problem import FLOAT_BYTES
 from panguq.lowering.target import Constant, KernelCost, Target, check_target
 from panguq.suggest import did_you_mean
 
-_KEYS = ("name", "kind", "constants", "kernels")
+_KEYS = ("name", "kind", "constants", "kernels", "measured")
 _HINT = "save_target(find_target('ascend910b1'), path) writes a file to start from"
 
 
@@ -50,7 +52,11 @@ def load_target(path: Path, reserved: Collection[str] = ()) -> Target:
         key: _kernel(entry, f"{path}: kernels.{key}")
         for key, entry in _mapping(data.get("kernels", {}), f"{path}: kernels").items()
     }
-    target = replace(first, name=name, kernels=kernels, constants=constants)
+    measured = tuple(
+        _measured(entry, f"{path}: measured[{place}]")
+        for place, entry in enumerate(_list(data.get("measured", []), f"{path}: measured"))
+    )
+    target = replace(first, name=name, kernels=kernels, constants=constants, measured=measured)
     return check_target(target, str(path))
 
 
@@ -65,6 +71,8 @@ def save_target(target: Target, path: Path) -> None:
         data["constants"] = {name: asdict(c) for name, c in target.constants.items()}
     if target.kernels:
         data["kernels"] = {name: asdict(cost) for name, cost in target.kernels.items()}
+    if target.measured:
+        data["measured"] = [asdict(row) for row in target.measured]
     with output_file(path, LoweringError) as file:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, [dump_yaml(data).encode()])
@@ -110,6 +118,31 @@ def _kernel(entry: object, where: str) -> KernelCost:
     if missing:
         raise LoweringError(f"{where}.{missing[0]}: is missing", _HINT)
     return KernelCost(**given)
+
+
+def _list(data: object, where: str) -> list[Any]:
+    if not isinstance(data, list):
+        raise LoweringError(f"{where}: is no list", _HINT)
+    return data
+
+
+def _measured(entry: object, where: str) -> Measured:
+    given = _mapping(entry, where)
+    names = [f.name for f in fields(Measured)]
+    _only(given, names, where, "keys")
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise LoweringError(f"{where}.{missing[0]}: is missing", _HINT)
+    for name in ("kernel", "scheme"):
+        if not isinstance(given[name], str):
+            raise LoweringError(f"{where}.{name}: is not text", _HINT)
+    for name, known in (("dtype", FLOAT_BYTES), ("weight_format", ("ND", "NZ"))):
+        if given[name] not in known:
+            raise LoweringError(f"{where}.{name}: {given[name]!r} is none of {', '.join(known)}")
+    for name in ("m", "n", "k"):
+        if isinstance(given[name], bool) or not isinstance(given[name], int):
+            raise LoweringError(f"{where}.{name}: {given[name]!r} is not a whole number")
+    return Measured(**given)
 
 
 def _only(

@@ -19,6 +19,7 @@ from panguq.lowering.ascend.cost.terms import (
     compiled,
 )
 from panguq.lowering.ascend.machine import AscendMachine
+from panguq.lowering.measured import corrected, how_known, measured_for
 from panguq.lowering.problem import Candidate, MatmulProblem
 from panguq.lowering.target import Cost, Floats
 
@@ -31,9 +32,16 @@ def cost(candidate: Candidate, problem: MatmulProblem, target: AscendMachine) ->
             "give m, or select a kernel over a mix of m",
         )
     found = [e for e in executions(candidate, problem, target) if _covers(e, problem.m)]
-    return min(
+    best = min(
         (execution_cost(e, problem, target) for e in found), key=lambda found: found.total_us
     )
+    how = how_known(measured_for(target.measured, candidate, problem), problem.m)
+    if not how:
+        return best
+    m = np.array([problem.m])
+    us = float(total_us([candidate], problem, target, m)[0, 0])
+    scaled = {name: term * us / best.total_us for name, term in best.terms.items()}
+    return Cost(us, scaled, f"{how}; predicted were {best.total_us:.1f} us", best.overlapped)
 
 
 def execution_cost(execution: Execution, problem: MatmulProblem, target: AscendMachine) -> Cost:
@@ -75,6 +83,14 @@ def total_us(
                 outside |= tokens > execution.last_m
             totals[position, outside] = np.inf
         np.minimum.at(result, rows, totals)
+    if target.measured and not problem.experts:
+        plain = replace(target, measured=())
+        for row, candidate in enumerate(candidates):
+            same = measured_for(target.measured, candidate, problem)
+            if same:
+                known = np.array([entry.m for entry in same])
+                at = total_us([candidate], problem, plain, known)[0]
+                result[row] = corrected(result[row], tokens.tolist(), same, at)
     return result
 
 

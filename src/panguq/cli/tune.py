@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from panguq.cli import tune_from
 from panguq.cli.command import Commands, add_command, add_json, print_json, whole
-from panguq.errors import LoweringError
+from panguq.errors import InputError, LoweringError
 
 _TEXT = """\
 Measure the matmul kernels of the cpu target on this machine and write their costs as a target file.
@@ -19,18 +20,40 @@ The costs decide which kernel a matmul gets, and from how many tokens on another
 they never change what a kernel computes. The file is YAML, for --target FILE and target="FILE".
 
 Takes about a minute (--quick: some seconds, less exact). Other work on the machine disturbs it;
-with one thread, --clock cpu counts this program's own time alone."""
+with one thread, --clock cpu counts this program's own time alone.
+
+With --from, fit an Ascend target to op times of your own NPU instead: op_summary of msprof, or
+kernel_details of torch_npu's profiler. What was measured is used as it is, between two numbers of
+tokens interpolated, and explain says so; everything else follows the fitted constants."""
+
+
+_EXAMPLES = """\
+example:
+  panguq tune --out my-cpu.yaml
+  panguq tune --from op_summary.csv --target ascend910b2 --out mine.yaml"""
 
 
 def add(commands: Commands) -> None:
     """Add the command to the command line."""
     command = add_command(commands, "tune", run, _TEXT, "panguq tune --out my-cpu.yaml")
+    command.epilog = _EXAMPLES
     command.add_argument(
         "--out",
         metavar="FILE",
         type=Path,
         default=Path("cpu-tuned.yaml"),
         help="the target file to write (default: cpu-tuned.yaml)",
+    )
+    command.add_argument(
+        "--from",
+        dest="table",
+        metavar="FILE.csv",
+        type=Path,
+        help="fit to this table of op times; nothing is measured here",
+    )
+    command.add_argument(
+        "--target",
+        help="with --from, the target whose constants to start from (default: ascend910b1)",
     )
     command.add_argument(
         "--threads",
@@ -42,7 +65,6 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--clock",
         choices=("wall", "cpu"),
-        default="wall",
         help="what to count (default: wall); cpu needs --threads 1",
     )
     add_json(command)
@@ -54,6 +76,11 @@ def run(options: argparse.Namespace) -> int:
     from panguq.lowering.target_files import save_target
 
     check_target_file(options.out)
+    if options.table is not None:
+        return tune_from.run(options)
+    if options.target is not None:
+        raise InputError("--target is for --from, where a target is started from", "leave it out")
+    options.clock = options.clock or "wall"
     threads = check_threads(options.threads, options.clock)
     grid = QUICK if options.quick else FULL
     found = tune(grid, threads, options.clock, _show_progress)
