@@ -17,6 +17,9 @@ AT_ROOT = ("ir", "passes", "lowering", "kernels")
 ROOMS = (
     "panguq.cli",
     "panguq.selftest",
+    "panguq.pages",
+    "panguq.accuracy_map",
+    "panguq.tasks",
     "panguq",
     "panguq.compiler",
     "panguq.compile_data panguq.compile_key panguq.calibration",

@@ -9,11 +9,14 @@ from panguq.errors import InputError, PanguqError
 # Module: the package that has it, and the extra of pyproject.toml that installs it.
 OPTIONAL = {
     "accelerate": ("accelerate", "gguf"),
+    "datasets": ("datasets", "eval"),
     "gguf": ("gguf", "gguf"),
+    "lm_eval": ("lm-eval", "eval"),
     "matplotlib": ("matplotlib", "plots"),
     "onnx": ("onnx", "onnx"),
     "onnxruntime": ("onnxruntime", "onnx"),
     "pyarrow": ("pyarrow", "data"),
+    "ray": ("ray", "ray"),
     "sentencepiece": ("sentencepiece", "openpangu"),
     "torch_npu": ("torch_npu", "npu"),
     "triton": ("triton-ascend", "npu"),

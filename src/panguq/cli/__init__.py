@@ -29,6 +29,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, from parsed arguments to an exit status."""
     from panguq.cli import (
+        accuracy_map,
         check,
         compile_model,
         dumps,
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     modules = (
         compile_model,
         evaluate_model,
+        accuracy_map,
         generate,
         check,
         explain,

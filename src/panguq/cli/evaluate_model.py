@@ -7,16 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from panguq.cli.accuracy_map import add_answers
 from panguq.cli.command import (
     Commands,
     add_command,
     add_json,
     counted,
     print_json,
-    quiet_transformers,
     text_windows,
     tokens,
 )
+from panguq.cli.evaluate_tasks import prepare_process, run_tasks
 from panguq.errors import InputError
 
 _TEXT = "text, or a .jsonl, .json or .parquet file of texts or conversations"
@@ -30,14 +31,19 @@ def add(commands: Commands) -> None:
         "eval",
         run,
         "Measure perplexity, and KL divergence and top-1 agreement with the float model. The text "
-        "is cut into windows that do not overlap; the first token of each is not scored.",
+        "is cut into windows that do not overlap; the first token of each is not scored. With "
+        "--tasks instead of --text it answers tasks, and --against gives the paired difference.",
         "panguq eval smollm2-w8a8 --against smollm2 --text book.txt --windows 16 --json",
     )
     command.add_argument("compiled", metavar="COMPILED_DIR", type=Path, help="a compiled model")
     command.add_argument(
-        "--against", metavar="MODEL_DIR", type=Path, required=True, help="the float model's folder"
+        "--against", metavar="MODEL_DIR", type=Path, help="the float model's folder"
     )
-    command.add_argument("--text", metavar="FILE", type=Path, required=True, help=_TEXT)
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", type=Path, help=_TEXT)
+    what.add_argument("--tasks", metavar="TASK", nargs="+", help="docs/map.md lists them")
+    command.add_argument("--data", metavar="DIR", type=Path, help="the sets that the tasks read")
+    add_answers(command)
     command.add_argument(
         "--chat",
         action="store_true",
@@ -52,7 +58,9 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print."""
-    quiet_transformers()
+    prepare_process()
+    if options.tasks is None and options.against is None:
+        raise InputError("--text is compared with the float model", "name its folder: --against")
     from panguq.compiled_model import load
     from panguq.models.hf import load_pretrained
 
@@ -64,6 +72,10 @@ def run(options: argparse.Namespace) -> int:
             "its report.json compares it with the float model (end_to_end)",
         )
     tokenizer = _tokenizer(options, compiled)
+    if options.tasks is not None:
+        if is_float:
+            raise InputError("--stage float has no tasks of its own", "--against answers them, too")
+        return run_tasks(options, compiled, tokenizer)
     what = "conversations" if options.chat else "a text"
     sizes = (options.window, options.windows)
     windows = text_windows(options.text, what, tokenizer, *sizes, options.chat)
@@ -116,6 +128,13 @@ def figures_of(compiled: Any, model: Any, windows: Any, is_float: bool = False) 
 def _tokenizer(options: argparse.Namespace, compiled: Any) -> Any:
     from panguq.models.hf import load_tokenizer
 
+    if options.against is None:
+        if compiled.tokenizer is None:
+            raise InputError(
+                f"{options.compiled}: the model was saved without a tokenizer",
+                "name the float model's folder, which has one: --against",
+            )
+        return compiled.tokenizer
     try:
         return load_tokenizer(options.against)
     except InputError:
