@@ -12,7 +12,7 @@ from panguq.tasks.task_list import TASKS, Task
 from panguq.tasks.verdict import SIGNIFICANT, compared
 
 
-def compare(first: MapFolder, second: MapFolder) -> list[dict[str, Any]]:
+def compare_maps(first: MapFolder, second: MapFolder) -> list[dict[str, Any]]:
     """A row for each cell of the same recipe, task and mode: both values and statuses, the
     difference with its interval, and `noise`, whether it is within that.
 

@@ -177,7 +177,7 @@ class MapFolder:
 
     def _write(self, path: Path, value: Any) -> None:
         with whole_file(path) as partial, open(partial, "x", encoding="utf-8") as file:
-            json.dump(plain(value), file, ensure_ascii=False, indent=1)
+            json.dump(json_plain(value), file, ensure_ascii=False, indent=1)
             file.flush()
             os.fsync(file.fileno())
 
@@ -195,17 +195,17 @@ class MapFolder:
 
 def listed(cell: Cell) -> Cell:
     """The line of a cell: what there is no figure for is null."""
-    return {field: plain(cell.get(field)) for field in FIELDS}
+    return {field: json_plain(cell.get(field)) for field in FIELDS}
 
 
-def plain(value: Any) -> Any:
+def json_plain(value: Any) -> Any:
     """JSON has no number for inf and nan."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: json_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_plain(item) for item in value]
     return value
 
 

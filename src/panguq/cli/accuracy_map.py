@@ -175,10 +175,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from panguq.accuracy_map.compare import compare, compare_text
+    from panguq.accuracy_map.compare import compare_maps, compare_text
     from panguq.accuracy_map.folder import MapFolder
 
-    rows = compare(*(MapFolder.existing(path) for path in options.compare))
+    rows = compare_maps(*(MapFolder.existing(path) for path in options.compare))
     if options.json:
         print_json(rows)
     else:

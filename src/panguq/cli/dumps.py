@@ -1,4 +1,4 @@
-"""`panguq show`, `panguq run`, `panguq bisect`: look into the dump of a compile."""
+"""`panguq show`, `run`, `bisect` and `report`: look into the dump of a compile."""
 
 from __future__ import annotations
 
@@ -62,6 +62,16 @@ def add(commands: Commands) -> None:
         help="the local SQNR that a matmul must keep; without it, the largest drop is looked for",
     )
     add_json(search)
+    page = add_command(
+        commands,
+        "report",
+        run_report,
+        "Draw a dump as a page, one file to open in a browser. It shows passes and their diffs, "
+        "each matmul's local SQNR, ranges of activations, and kernels.",
+        "panguq report dump --out report.html",
+    )
+    _add_dump(page)
+    page.add_argument("--out", metavar="FILE", type=Path, required=True, help="the page")
 
 
 def _add_dump(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +125,15 @@ def run_bisect(options: argparse.Namespace) -> int:
     from panguq.dumps.bisect import bisect
 
     return _print_result(options, bisect(_reader(options), options.floor))
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Draw the page."""
+    from panguq.pages.dump_page import write_dump_page
+
+    write_dump_page(_reader(options), options.out)
+    print(options.out)
+    return 0
 
 
 def _print(options: argparse.Namespace, found: dict[str, Any], shown: str) -> None:

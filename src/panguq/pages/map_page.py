@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from panguq.accuracy_map.folder import FIELDS, Cell, MapFolder, plain
+from panguq.accuracy_map.folder import FIELDS, Cell, MapFolder, json_plain
 from panguq.pages.page import write_page
 from panguq.pages.plots import scatter
 
@@ -24,7 +24,7 @@ def write_map_page(folder: MapFolder) -> None:
         "cells": [_cell(folder, cell, by_name.get(_column(cell))) for cell in cells],
         "plots": _plots(cells),
     }
-    write_page(folder.path / "index.html", "Accuracy map", "map.js", plain(data))
+    write_page(folder.path / "index.html", "Accuracy map", "map.js", json_plain(data))
 
 
 def _column(cell: Cell) -> tuple[Any, ...]:
