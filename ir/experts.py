@@ -7,6 +7,7 @@ are replaced where their kind is known and refused where it is not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +32,10 @@ def choose_experts(skeleton: nn.Module) -> None:
             config._experts_implementation = OWN_EXPERTS
             _check_top_k(path, int(module.num_experts), config)
         elif type(module).__name__ in _REPLACED:
-            _check_top_k(path, int(module.num_experts), module)
-            module.forward = _REPLACED[type(module).__name__].__get__(module)
+            if hasattr(module, "num_experts"):
+                _check_top_k(path, int(module.num_experts), module)
+            for name, method in _REPLACED[type(module).__name__].items():
+                setattr(module, name, method.__get__(module))
 
 
 def check_experts(skeleton: nn.Module) -> None:
@@ -108,7 +111,7 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """
     ops, experts = torch.ops.panguq, self.experts
     hidden_states = hidden_states.reshape(-1, self.hidden_dim)
-    router_logits = nn.functional.linear(hidden_states, self.router.weight)
+    router_logits = self.router(hidden_states)
     top, expert_ids = torch.topk(router_logits, self.top_k, dim=1)
     scores = torch.sigmoid(top.float()).to(top.dtype)
     order, counts = ops.route_tokens(expert_ids, self.num_experts)
@@ -121,6 +124,11 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     rows = ops.expert_linear(rows, experts.down_proj.transpose(1, 2), None, counts)
     routed = ops.combine_experts(rows, order, torch.ones_like(scores))
     return self.shared_expert(hidden_states) + routed, router_logits
+
+
+def _llama4_router(self: Any, hidden_states: Tensor) -> Tensor:
+    """The scores of all experts; `_llama4` chooses among them."""
+    return nn.functional.linear(hidden_states, self.weight)
 
 
 def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -138,4 +146,56 @@ def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     return combined.view(batch, -1, self.hidden_size)
 
 
-_REPLACED = {"DbrxExperts": _dbrx, "Llama4TextMoe": _llama4}
+def _jetmoe_router(self: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of rows, how many each expert has, and the weights `[t, top_k]`."""
+    logits = self.layer(tokens).float()
+    top, expert_ids = logits.topk(self.top_k, dim=1)
+    order, counts = torch.ops.panguq.route_tokens(expert_ids, self.num_experts)
+    return order, counts, torch.softmax(top, dim=1).type_as(tokens)
+
+
+def _jetmoe_linear(self: Any, rows: Tensor, counts: Tensor) -> Tensor:
+    result: Tensor = torch.ops.panguq.expert_linear(rows, self.weight, None, counts)
+    return result
+
+
+def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
+    """JetMoE's block of experts."""
+    ops, tokens = torch.ops.panguq, layer_input.reshape(-1, self.input_size)
+    order, counts, weights = self.router(tokens)
+    rows = ops.permute_tokens(tokens, order, self.router.top_k)
+    gate, up = self.input_linear(rows, counts).chunk(2, dim=-1)
+    rows = self.output_linear(self.activation(gate) * up, counts)
+    combined = ops.combine_experts(rows, order, weights).view(layer_input.shape)
+    return combined + self.bias
+
+
+def _jetmoe_queries(self: Any, layer_input: Tensor) -> tuple[Tensor, None, tuple[Tensor, ...]]:
+    """Queries `[batch, seq, top_k, hidden]` of JetMoE's attention, each by an expert of its own."""
+    batch, length, width = layer_input.shape
+    tokens = layer_input.reshape(-1, width)
+    order, counts, weights = self.router(tokens)
+    rows = torch.ops.panguq.permute_tokens(tokens, order, self.top_k)
+    queries = self.input_linear(rows, counts).index_select(0, order.argsort())
+    return queries.view(batch, length, self.top_k, -1), None, (order, counts, weights)
+
+
+def _jetmoe_output(self: Any, layer_input: Tensor, routed: tuple[Tensor, ...]) -> Tensor:
+    """The output projections that belong to these queries, added up."""
+    batch, length, _, width = layer_input.shape
+    order, counts, weights = routed
+    rows = layer_input.reshape(-1, width).index_select(0, order)
+    combined = torch.ops.panguq.combine_experts(self.output_linear(rows, counts), order, weights)
+    return combined.view(batch, length, self.input_size) + self.bias
+
+
+_REPLACED: dict[str, dict[str, Callable[..., Any]]] = {
+    "DbrxExperts": {"forward": _dbrx},
+    "JetMoeMoA": {"map": _jetmoe_queries, "reduce": _jetmoe_output},
+    "JetMoeMoE": {"forward": _jetmoe},
+    "JetMoeParallelExperts": {"forward": _jetmoe_linear},
+    "JetMoeTopKGating": {"forward": _jetmoe_router},
+    "Llama4Router": {"forward": _llama4_router},
+    "Llama4TextMoe": {"forward": _llama4},
+}
+"""Methods by the class whose own they replace."""

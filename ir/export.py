@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.export import ExportedProgram, default_decompositions
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from panguq.errors import TraceError, first_line
+from panguq.ir.expert_loops import loop_error, looped_experts, refuse_loops
 from panguq.ir.exported_graph import (
     WHAT_TO_DO,
     Stacks,
@@ -50,6 +52,7 @@ def fake_mode_of(model: nn.Module) -> FakeTensorMode | None:
     return None
 
 
+_PICKS_BY_VALUE = (DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _WHAT_IS_SERVED = (
     "panguq traces decoder-only transformers models, and any module given with example inputs"
 )
@@ -64,6 +67,7 @@ def export(
     with naming_the_module(source), torch.no_grad(), uncached:
         exported = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
         nodes = list(exported.graph_module.graph.nodes)
+        refuse_loops(nodes, source)
         if any(_writes(node) for node in nodes):
             exported = exported.run_decompositions({})  # writes in place become values
         if any(_is_unknown(node) for node in exported.graph_module.graph.nodes):
@@ -86,8 +90,13 @@ def naming_the_module(source: nn.Module) -> Iterator[None]:
                 f"limits them: {sizes[1]}",
                 f"one graph serves every size. {_WHAT_IS_SERVED}; {WHAT_TO_DO}",
             ) from error
+        path = _innermost_module(error, source)
+        module = source.get_submodule(path)
+        if isinstance(error, _PICKS_BY_VALUE) and looped_experts(module):
+            raise loop_error(path, module) from error
+        place = f"module {path} ({type(module).__name__})" if path else type(source).__name__
         raise TraceError(
-            f"cannot trace {_innermost_module(error, source)}: {first_line(error, typed=True)}",
+            f"cannot trace {place}: {first_line(error, typed=True)}",
             "the forward may depend on tensor values or fix a size; make it shape-polymorphic, "
             f"or compile the part of the model that is. {_WHAT_IS_SERVED}; {WHAT_TO_DO}",
         ) from error
@@ -125,14 +134,13 @@ def _copied(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _innermost_module(error: BaseException, root: nn.Module) -> str:
-    """The path of the deepest submodule on the traceback, found by its `self`."""
+    """The path of the deepest submodule on the traceback, found by its `self`; empty for none."""
     paths = {id(m): name for name, m in root.named_modules()}
-    found = type(root).__name__
+    found = ""
     frame = error.__traceback__
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and paths.get(id(owner)):
-            name = paths[id(owner)]
-            found = f"module {name} ({type(owner).__name__})"
+            found = paths[id(owner)]
         frame = frame.tb_next
     return found

@@ -175,6 +175,41 @@ class Loop(nn.Module):
         return self.experts[0](x) + self.experts[1](x)
 
 
+class Routed(nn.Module):
+    """A mixture of experts as it was once written: for each, the rows that it is to have."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.router = nn.Linear(128, 4, bias=False)
+        self.parts = nn.ModuleList(nn.Linear(128, 128) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 128)
+        weights, chosen = self.router(rows).softmax(-1).topk(2, -1)
+        total = torch.zeros_like(rows)
+        for expert, part in enumerate(self.parts):
+            token, place = torch.where(chosen == expert)
+            if self.how == "masks":
+                mask = (chosen == expert).any(-1)
+                total[mask] += part(rows[mask])
+            elif self.how == "picks" or len(token):
+                total.index_add_(0, token, part(rows[token]) * weights[token, place, None])
+        return total.view(x.shape)
+
+
+@pytest.mark.parametrize("how", ["picks", "branches", "masks"])
+def test_a_loop_over_experts_is_one_sentence(how: str) -> None:
+    said = r"module {} \(Routed\) loops over its list 'parts' and picks the rows"
+    other = make("qwen3_moe")
+    other.model.layers[1].mlp = Routed(how)
+    with pytest.raises(TraceError, match=said.format(r"model\.layers\.1\.mlp")):
+        panguq.compile(other, "float")
+    plain = nn.Sequential(nn.Linear(128, 128), Routed(how)).eval()
+    with pytest.raises(TraceError, match=said.format("1")):
+        panguq.compile(plain, "float", example_inputs=(torch.randn(6, 128),))
+
+
 def test_experts_of_an_unknown_kind_are_refused_by_name(model) -> None:
     other = make("qwen3_moe")
     other.model.layers[1].mlp = Loop()

@@ -129,6 +129,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": dict(**WINDOWED, num_local_experts=4, num_experts_per_tok=2),
     "granitemoe": dict(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "hunyuan_v1_moe": dict(**SIZED, num_experts=4, moe_topk=2),
+    "jetmoe": dict(
+        **IDS, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_key_value_heads=2,
+        kv_channels=32, max_position_embeddings=POSITIONS, num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
     "llama4_text": dict(
         **SIZED, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=256,
         moe_layers=[0, 1], attention_chunk_size=WINDOW,

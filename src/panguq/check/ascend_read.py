@@ -132,7 +132,7 @@ def load_ascend_v1(path: str | Path, dtype: torch.dtype | None = None) -> Any:
     config = read_config(folder.path)
     dtype = dtype or getattr(torch, folder.dtype or "float32")
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    names = hub_names(model)
+    names = hub_names(model).as_stored(folder.tensors)
     left = dict.fromkeys(folder.tensors)
     linears = {}
     for path_, kind in _linears(folder).items():

@@ -96,7 +96,8 @@ class CheckedFolder:
 
     @cached_property
     def _in_memory(self) -> ExpectedModel | None:
-        return None if self.config is None else expected_model(self.config)
+        found = None if self.config is None else expected_model(self.config)
+        return None if found is None else found.as_stored(self.tensors)
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,12 +52,20 @@ class ExpectedModel:
 
     def _experts(self) -> dict[str, tuple[int, int]]:
         """`(n, k)` of every linear that is part of a tensor in memory, by its published path."""
-        return {
-            part.name.removesuffix(".weight"): (part.end - part.start, self.parameters[name][-1])
-            for name, parts in self.names.merged.items()
-            for part in parts
-            if part.name.endswith(".weight")
-        }
+        found = {}
+        for name, parts in self.names.merged.items():
+            experts = len({part.expert for part in parts})
+            for part in parts:
+                # whichever way the one in memory lies
+                k = math.prod(self.parameters[name]) // experts // max(p.end for p in parts)
+                if part.name.endswith(".weight"):
+                    found[part.name.removesuffix(".weight")] = (part.end - part.start, k)
+        return found
+
+    def as_stored(self, stored: Iterable[str]) -> ExpectedModel:
+        """The same for a folder with tensors of these names: vLLM may know experts one by one that
+        are published as one tensor."""
+        return replace(self, names=self.names.as_stored(stored))
 
     def called_as_in_memory(self, stored: Iterable[str]) -> dict[str, str]:
         """Those of the stored tensors that are not called as they are published, with how."""

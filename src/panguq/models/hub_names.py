@@ -8,8 +8,8 @@ know the published names alone. What is asked here is transformers' own way back
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -36,10 +36,14 @@ class WeightPart:
 class HubNames:
     """`tensors`: by a tensor's name in memory, its published one, which may be the same. `merged`:
     by the name of one that is published in parts, such as a layer's experts, those parts; none
-    where it is published in another way."""
+    where it is published in another way. `one_by_one`: by the name of all experts' weights that are
+    published as one tensor, the parts by which vLLM knows single experts. `divided`: whether some
+    of these are `merged` here."""
 
     tensors: Mapping[str, str]
     merged: Mapping[str, tuple[WeightPart, ...]] = field(default_factory=dict)
+    one_by_one: Mapping[str, tuple[WeightPart, ...]] = field(default_factory=dict)
+    divided: bool = False
 
     @property
     def differ(self) -> bool:
@@ -64,6 +68,25 @@ class HubNames:
             if f"{path}.{leaf}" in self.in_memory:
                 return self.in_memory[f"{path}.{leaf}"].rpartition(".")[0]
         return path
+
+    def dividing(self, wanted: Iterable[str]) -> HubNames:
+        """The same, where these of the weights in `one_by_one` are stored in their parts."""
+        parts = {name: self.one_by_one[name] for name in wanted if name in self.one_by_one}
+        return replace(
+            self,
+            tensors={name: there for name, there in self.tensors.items() if name not in parts},
+            merged={**self.merged, **parts},
+            divided=self.divided or bool(parts),
+        )
+
+    def as_stored(self, stored: Iterable[str]) -> HubNames:
+        """The same for a checkpoint that holds tensors of these names."""
+        modules = {name.rpartition(".")[0] for name in stored}
+        return self.dividing(
+            name
+            for name, parts in self.one_by_one.items()
+            if parts[0].name.rpartition(".")[0] in modules
+        )
 
     def published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors by their published names; parts are views. Raises KeyError for one that is
@@ -104,9 +127,29 @@ def hub_names(model: nn.Module) -> HubNames:
             merged[name] = tuple(part for part in parts if part is not None)
             if len(merged[name]) < len(parts):
                 merged[name] = ()
-    return HubNames(
-        {name: published[id(t)] for name, t in here.items() if id(t) in published}, merged
-    )
+    tensors = {name: published[id(t)] for name, t in here.items() if id(t) in published}
+    return HubNames(tensors, merged, _one_by_one(model.config.model_type, here, tensors))
+
+
+def _one_by_one(
+    kind: str, here: Mapping[str, Tensor], names: Iterable[str]
+) -> dict[str, tuple[WeightPart, ...]]:
+    """Of a model of this type, the parts of every stacked weight that vLLM knows by its experts."""
+    if kind not in SERVED_EXPERTS:
+        return {}
+    leaves, axis = SERVED_EXPERTS[kind]
+    found = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in leaves or here[name].dim() != _STACKED:
+            continue
+        experts, rows = len(here[name]), here[name].shape[axis] // len(leaves[leaf])
+        found[name] = tuple(
+            WeightPart(f"{owner}.{expert}.{part}.weight", expert, at * rows, (at + 1) * rows)
+            for expert in range(experts)
+            for at, part in enumerate(leaves[leaf])
+        )
+    return found
 
 
 def _numbered(shape: Sequence[int]) -> Tensor:
@@ -131,3 +174,10 @@ def _part(name: str, rows: Tensor, whole: Sequence[int], form: Tensor | None) ->
 
 
 _STACKED = 3  # axes of a weight [experts, n, k]
+SERVED_EXPERTS: Mapping[str, tuple[Mapping[str, tuple[str, ...]], int]] = {
+    "granitemoe": ({"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}, 1),
+    "llama4_text": ({"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}, 2),
+}
+"""By model type, how vLLM calls the parts of single experts where they are published as one tensor
+(model_executor/models/granitemoe.py, llama4.py), and the axis of outputs in memory. vLLM reads
+quantized experts by these names alone, and transformers does not."""

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from panguq.errors import ExportError
-from panguq.formats.checkpoint.graph import check_modules
+from panguq.formats.checkpoint.graph import check_modules, parts_of_experts
 from panguq.formats.registry import LinearsCheck, find_format
 from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.lowering.stages import default_dtype
-from panguq.models.hub_names import hub_names
+from panguq.models.hub_names import HubNames, hub_names
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.outliers import Outliers
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
@@ -82,7 +82,11 @@ def check_format(
             name = f"{row.name} ({row.scheme})" if row.name in linears else row.name
             linears[name] = PlannedLinear.of(row)
     check_modules(model, (linear for linear in linears.values() if not linear.is_expert))
-    mixed = _mixed_experts(model, recipe, found)
+    names = hub_names(model)
+    for linear in linears.values():
+        if linear.is_expert:
+            parts_of_experts(linear.path, names)
+    mixed = _mixed_experts(names, recipe, found)
     of_experts = find_format(format).experts_check()
     computes_in = dtype or default_dtype(target) or next(model.parameters()).dtype
     warnings = _first_that_passes(_possible(linears, recipe, found), check, computes_in)
@@ -113,12 +117,12 @@ def _check_passes(recipe: Recipe) -> None:
             )
 
 
-def _mixed_experts(model: nn.Module, recipe: Recipe, found: Plan) -> dict[str, list[str]]:
+def _mixed_experts(names: HubNames, recipe: Recipe, found: Plan) -> dict[str, list[str]]:
     """The layers, as published, whose experts get several schemes; none where a later pass
     chooses among schemes."""
     if any(isinstance(step, MixedPrecision) for step in recipe.passes):
         return {}
-    merged = hub_names(model).merged
+    merged = names.merged
     said = {}
     for layer, kinds in mixed_layers(found.matmuls).items():
         inside = next((parts for name, parts in merged.items() if name.startswith(layer + ".")), ())

@@ -20,6 +20,7 @@ from panguq.formats.checkpoint.ascend_v1_tensors import unpack_rows
 from panguq.formats.checkpoint.graph import read_checkpoint_graph
 from panguq.ir.edit import get_tensor
 from panguq.models.hub_names import HubNames, hub_names
+from panguq.planning.format_check import check_format
 from tests.families.models import make
 
 RENAMED = ("exaone", "gpt_neox")
@@ -75,6 +76,46 @@ def test_an_experts_tensors_are_its_slice(family: str, tmp_path: Path) -> None:
     report = check_folder(tmp_path / "out")
     assert {finding.rule for finding in report.findings} == {"no-tokenizer"}
     assert report.types == {"group_0": 2 * (4 + 4 * 3)}
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("granitemoe", "block_sparse_moe.experts.3.{}:w1 w3 w2"),
+        ("llama4_text", "feed_forward.experts.3.{}:gate_proj up_proj down_proj"),
+    ],
+)
+def test_experts_that_are_published_as_one_tensor_are_served_one_by_one(
+    family: str, names: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _, leaves = names.partition(":")
+    compiled(family).save(tmp_path / "out", format="compressed-tensors")
+    assert "transformers will not load this checkpoint: it knows a layer's experts" in caplog.text
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    experts = make(family).get_submodule(f"model.layers.1.{path.partition('.3')[0]}")
+    turned = family == "llama4_text"  # which holds them as [experts, k, n]
+    both, down = (w[3].T if turned else w[3] for w in (experts.gate_up_proj, experts.down_proj))
+    for leaf, weight in zip(leaves.split(), (*both.chunk(2), down), strict=True):
+        name = f"model.layers.1.{path.format(leaf)}"
+        steps = weight.bfloat16().float() / found[f"{name}.weight_scale"]
+        assert (steps - found[f"{name}.weight"]).abs().max() <= 0.501
+    assert not any(name.endswith("gate_up_proj") for name in found)
+    report = check_folder(tmp_path / "out")
+    assert {finding.rule for finding in report.findings} == {"no-tokenizer"}
+
+
+def test_experts_that_no_server_reads_are_refused_before_anything_runs() -> None:
+    recipe = panguq.Recipe.of("w8a8-dynamic")
+    with pytest.raises(ExportError, match="gate_up_proj: this architecture's experts are publish"):
+        check_format("compressed-tensors", make("gpt_oss"), recipe)
+
+
+def test_served_experts_are_read_back_from_the_npu_format(tmp_path: Path) -> None:
+    compiled("granitemoe").save(tmp_path / "out", format="ascend")
+    assert {f.rule for f in check_folder(tmp_path / "out").findings} == {"no-tokenizer"}
+    found = load_ascend_v1(tmp_path / "out")(IDS).logits.float()
+    wanted = make("granitemoe")(IDS).logits
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_experts_in_the_npu_format_are_read_by_type(tmp_path: Path) -> None:

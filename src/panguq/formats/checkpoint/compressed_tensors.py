@@ -90,7 +90,13 @@ def save_compressed_tensors(
 def check_loaders(graph: CheckpointGraph) -> list[str]:
     """As `check_linears`, and raises for linears that are fused and differ in scheme, too."""
     _check_fused(graph)
-    return [*check_linears(graph.quantized), *check_expert_schemes(mixed_experts(graph))]
+    said = [*check_linears(graph.quantized), *check_expert_schemes(mixed_experts(graph))]
+    if graph.names.divided:
+        said.append(
+            "transformers will not load this checkpoint: it knows a layer's experts as one tensor "
+            "each, which has no form for codes; vLLM reads them one by one"
+        )
+    return said
 
 
 def check_expert_schemes(mixed: Mapping[str, list[str]]) -> list[str]:

@@ -30,7 +30,7 @@ from panguq.ir.analysis.choices import deciding_linears
 from panguq.ir.edit import get_tensor, label, module_path
 from panguq.ir.views import ExpertLinear, Linear
 from panguq.models.architectures import model_class
-from panguq.models.hub_names import HubNames, hub_names
+from panguq.models.hub_names import HubNames, WeightPart, hub_names
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
@@ -129,7 +129,7 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     stacked = {path for path, node in nodes.items() if node.target is EXPERTS}
     check_modules(skeleton, (q for path, (q, *_) in read.items() if path not in stacked))
     weights, tied = _float_weights(gm, skeleton, read)
-    names = hub_names(skeleton)
+    names = hub_names(skeleton).dividing(path for path in read if path in stacked)
     quantized: dict[str, QuantizedLinear] = {}
     for path, parts in read.items():
         if path not in stacked:
@@ -150,17 +150,26 @@ def read_checkpoint_graph(artifact: Artifact) -> CheckpointGraph:
     )
 
 
+def parts_of_experts(path: str, names: HubNames) -> tuple[WeightPart, ...]:
+    """The tensors of single experts that servers read for the weights in memory at `path`.
+
+    Raises ExportError where none reads any.
+    """
+    parts = names.merged.get(path) or names.one_by_one.get(path, ())
+    if not parts or not all(part.name.endswith(".weight") for part in parts):
+        raise ExportError(
+            f"{path}: this architecture's experts are published as one tensor, and loaders "
+            "take quantized experts one by one alone",
+            "leave the experts in float, or save in panguq's own format",
+        )
+    return parts
+
+
 def _experts(
     linear: QuantizedLinear, names: HubNames, members: Sequence[int]
 ) -> list[QuantizedLinear]:
     """A layer's experts one by one, by their published names; `members` are those of the linear."""
-    parts = names.merged.get(linear.path, ())
-    if not parts or not all(part.name.endswith(".weight") for part in parts):
-        raise ExportError(
-            f"{linear.path}: this architecture's experts are published as one tensor, and loaders "
-            "take quantized experts one by one alone",
-            "leave the experts in float, or save in panguq's own format",
-        )
+    parts = parts_of_experts(linear.path, names)
     places = {expert: place for place, expert in enumerate(members)}
     own = [replace(p, expert=places[p.expert]) for p in parts if p.expert in places]
     return expert_parts(linear, own)
