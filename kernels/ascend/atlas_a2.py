@@ -42,6 +42,10 @@ _W8A8_TILES: tuple[Tile, ...] = (
 _SPLIT_K_TIMINGS = (
     "fitted to the 8 published timings of CATLASS examples 12 and 52 (W8A8, 910B3, CANN 8.5.0)"
 )
+_CANN_BENCH = "fitted to {} of cann-bench's times of {} on 910B2 (hicann/cann-bench d59d44ca)"
+_W8A8 = _CANN_BENCH.format(9, "W8A8 matmuls")
+_W8A16 = _CANN_BENCH.format(9, "W8A16 matmuls")
+_FLOATS = "fitted to 12 published times of float16 and bfloat16 matmuls on 910B2"
 _COMMON: dict[str, Number] = {
     "l2_read_bytes_per_cycle": (110, "CANN 8.1 platform_config, l2_read_rate"),
     "l2_write_bytes_per_cycle": (86, "CANN 8.1 platform_config, l2_write_rate"),
@@ -77,6 +81,25 @@ _COMMON: dict[str, Number] = {
         "fitted to 2 published W4A16 timings (group 32, m = 1, 910B1, CANN 9.0.0-beta.2, "
         "GPTQModel's Ascend notes)",
     ),
+    "float_start_us": (12.2, _FLOATS),
+    "float_exposed": (0.7, _FLOATS),
+    "int8_start_us": (6.5, _W8A8),
+    "int8_load_start_us": (0.43, _W8A8),
+    "int8_exposed": (1.0, _W8A8),
+    "int8_load_bytes_per_cycle": (
+        60,
+        "128 x 256 8-bit blocks move at 54 (CATLASS example 12) to 61 (cann-bench, all cores busy)",
+    ),
+    "epilogue_cycles": (0.227, _W8A8),
+    "unaligned_cube": (
+        4.2,
+        "taken from a grouped matmul of 1023 inputs and 2047 outputs (cann-bench d59d44ca, 910B2)",
+    ),
+    "w8a16_start_us": (12.2, _W8A16),
+    "w8a16_load_start_us": (2.65, _W8A16),
+    "w8a16_dequantize_bytes_per_cycle": (10.5, _W8A16),
+    "w8a16_bfloat16_times": (1, "assumed: no timing bears on it"),
+    "w8a16_sum_cycles": (2.43, _W8A16),
 }
 
 
@@ -93,7 +116,14 @@ def _part(part: str, cores: int, clock_mhz: int, l2_mib: int, hbm: int) -> dict[
         "clock_mhz": (clock_mhz, file),
         "l2_mib": (l2_mib, file),
         "hbm_gb_per_s": (hbm, hbm_source),
+        "float_memory_gb_per_s": _memory(1530, hbm, _FLOATS),
+        "int8_memory_gb_per_s": _memory(882, hbm, _W8A8),
+        "w8a16_memory_gb_per_s": _memory(1650, hbm, _W8A16),
     }
+
+
+def _memory(rate: float, hbm: int, source: str) -> Number:
+    return rate * hbm / 1600, source if hbm == 1600 else f"{source}, in proportion to memory"
 
 
 ATLAS_A2 = Chip(

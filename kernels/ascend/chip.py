@@ -26,7 +26,10 @@ class Chip:
     vendor_blocks: the blocks (m, n) of the result that CANN's tuned tilings take. tiles: what each
     of panguq's own kernels tries, small ones first; what exceeds `memory` is left out.
     constants: numbers of all parts, by the names of `ASCEND_UNITS`; parts: the other ones, by the
-    names of targets. The rest of an op's limits stands in its contract.
+    names of targets. foreign_formats: what the cube multiplies and no kernel of panguq reads.
+    int4_refusal: why no kernel takes 4-bit integers; None: some do. splits_inputs: whether CANN's
+    weight-only matmul splits few inputs into integers instead of dequantizing the weight. The rest
+    of an op's limits stands in its contract.
     """
 
     name: str
@@ -41,6 +44,9 @@ class Chip:
     tiles: Mapping[str, tuple[Tile, ...]]
     constants: Mapping[str, Number]
     parts: Mapping[str, Mapping[str, Number]]
+    foreign_formats: tuple[str, ...] = ()
+    int4_refusal: str | None = None
+    splits_inputs: bool = True
 
     @property
     def cube_macs(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from panguq.kernels.ascend.ascend950 import ASCEND_950
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.chip import Chip
 
-CHIPS: dict[str, Chip] = {chip.kind: chip for chip in (ATLAS_A2,)}
+CHIPS: dict[str, Chip] = {chip.kind: chip for chip in (ATLAS_A2, ASCEND_950)}

@@ -30,6 +30,22 @@ ASCEND_UNITS: Mapping[str, str] = MappingProxyType(
         "launch_us": "us",
         "core_load_bytes_per_cycle": "B/cycle/cube core",
         "vendor_dequantize_bytes_per_cycle": "B/cycle/vector core",
+        "float_memory_gb_per_s": "GB/s",
+        "int8_memory_gb_per_s": "GB/s",
+        "float_start_us": "us",
+        "int8_start_us": "us",
+        "int8_load_start_us": "us/1024 of k",
+        "float_exposed": "share",
+        "int8_exposed": "share",
+        "int8_load_bytes_per_cycle": "B/cycle/cube core",
+        "epilogue_cycles": "cycles/output/vector core",
+        "unaligned_cube": "times",
+        "w8a16_start_us": "us",
+        "w8a16_load_start_us": "us/1024 of k",
+        "w8a16_memory_gb_per_s": "GB/s",
+        "w8a16_dequantize_bytes_per_cycle": "B/cycle/vector core",
+        "w8a16_bfloat16_times": "times",
+        "w8a16_sum_cycles": "cycles/output/vector core",
     }
 )
 """All constants of an Ascend target and their units. A target file must give every one."""

@@ -100,7 +100,7 @@ def _too_large(n: int, k: int, chip: Chip) -> str | None:
 Template = tuple[int, str]  # the largest m for which it is taken (0: no limit), and its name
 
 
-def weight_quant_templates(problem: MatmulProblem) -> list[Template]:
+def weight_quant_templates(problem: MatmulProblem, chip: Chip) -> list[Template]:
     """The kernels inside npu_weight_quant_batchmatmul, in the order in which CANN tries them.
 
     "msd" splits the input into 8-bit or 4-bit parts and multiplies integers; "nz_split_k"
@@ -111,6 +111,8 @@ def weight_quant_templates(problem: MatmulProblem) -> list[Template]:
     n, k, weight = problem.n, problem.k, problem.scheme.weight
     assert weight is not None
     last = [(0, "dequantize")]
+    if not chip.splits_inputs:
+        return last
     if weight.granularity == "per_group":
         group = problem.group_size
         if weight.format != INT4 or group not in (64, 128) or k > 13952 or k % group or n % 64:

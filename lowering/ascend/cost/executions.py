@@ -14,6 +14,7 @@ from panguq.lowering.ascend.rules import weight_quant_templates
 from panguq.lowering.problem import FLOAT_BYTES, Candidate, MatmulProblem
 
 _W4A8_SCALE_BYTES, _FLOAT32 = 8, 4
+_UNTIMED = {"load_start_us": 0.0, "exposed": 0.0, "scaling_cycles": 0.0, "cube_times": 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def executions(
     if candidate.schedule != "vendor":
         return [own_execution(candidate, problem, target)]
     first, found = 1, []
-    for last, template in _templates(candidate, problem):
+    for last, template in _templates(candidate, problem, target.chip):
         if last and last < first:
             continue
         if template == "nz_split_k":
@@ -80,9 +81,10 @@ def own_execution(
     form = Form("tiles", "kn", mixed=True, adding=adding)
     if problem.scheme.activation is None:
         form = replace(form, dequantize=dequantize)
-        numbers = _weight_only(problem, target.chip)
+        numbers = _weight_only(problem, target)
     else:
-        numbers = _int8(problem, target.chip)
+        # no better at hiding memory than CANN's kernel
+        numbers = _int8(problem, target) | {"exposed": target["int8_exposed"]}
     numbers |= {"splits": candidate.splits}
     numbers |= dict(zip(("block_m", "block_n", "block_k"), candidate.tile, strict=True))
     numbers |= {"grid_m": 1, "grid_n": 1, "tile_vector_cores": tile_vector_cores}
@@ -96,15 +98,15 @@ def scheme_numbers(problem: MatmulProblem, target: AscendMachine) -> dict[str, f
         return _float(problem, target)
     assert activation is not None
     if weight.format == INT8:
-        return _int8(problem, target.chip)
+        return _int8(problem, target)
     if activation.format == INT8:  # 8-bit inputs as two 4-bit halves
-        return _int4(problem, target.chip, 2, _W4A8_SCALE_BYTES / 256)
-    return _int4(problem, target.chip, 1, _FLOAT32 / problem.k)
+        return _int4(problem, target, 2, _W4A8_SCALE_BYTES / 256)
+    return _int4(problem, target, 1, _FLOAT32 / problem.k)
 
 
-def _templates(candidate: Candidate, problem: MatmulProblem) -> list[tuple[int, str]]:
+def _templates(candidate: Candidate, problem: MatmulProblem, chip: Chip) -> list[tuple[int, str]]:
     if candidate.kernel == "npu_weight_quant_batchmatmul":
-        return weight_quant_templates(problem)
+        return weight_quant_templates(problem, chip)
     if candidate.kernel == "npu_quant_matmul":
         weight, activation = problem.scheme.weight, problem.scheme.activation
         assert weight is not None and activation is not None
@@ -116,18 +118,53 @@ def _vendor_form(
     template: str, problem: MatmulProblem, target: AscendMachine
 ) -> tuple[Form, dict[str, float]]:
     if template == "float":
-        return Form("rectangles", "nk", mixed=False), _float(problem, target)
+        form = Form("rectangles", "nk", mixed=False, timed=problem.dtype != "float32")
+        return form, _float(problem, target) | _timed(problem, target, "float")
     layout: WeightLayout = "blocked" if problem.weight_format == "NZ" else "kn"
     form = Form("rectangles", layout, mixed=True)
+    weight = problem.scheme.weight
+    assert weight is not None
+    timed = weight.format == INT8 and weight.granularity == "per_channel"
+    plain = Form("rectangles", layout, mixed=False, timed=True)
     if problem.scheme.activation is not None:
-        return form, scheme_numbers(problem, target)
-    scale_bytes = _weight_only(problem, target.chip)["scale_bytes"]
+        numbers = scheme_numbers(problem, target)
+        return (plain, numbers | _timed(problem, target, "int8")) if timed else (form, numbers)
+    numbers = _weight_only(problem, target)
     if template == "msd":
-        weight = problem.scheme.weight
-        if weight is not None and weight.format == INT4:
-            return form, _int4(problem, target.chip, 3, scale_bytes)
-        return form, _int8(problem, target.chip) | {"x_parts": 2, "scale_bytes": scale_bytes}
-    return replace(form, dequantize="vendor"), _weight_only(problem, target.chip)
+        if weight.format == INT4:
+            return form, _int4(problem, target, 3, numbers["scale_bytes"])
+        parts = {"x_parts": 2, "scale_bytes": numbers["scale_bytes"]}
+        sums = {"scaling_cycles": target["w8a16_sum_cycles"]}
+        return plain, _int8(problem, target) | parts | _timed(problem, target, "w8a16") | sums
+    if timed:
+        vendor = replace(plain, dequantize="vendor")
+        return vendor, numbers | _timed(problem, target, "w8a16")
+    return replace(form, dequantize="vendor"), numbers
+
+
+def _timed(problem: MatmulProblem, target: AscendMachine, kind: str) -> dict[str, float]:
+    """The numbers of CANN's own kernel. Results that are bfloat16, or scaled by token, are scaled
+    on the vector cores; others on the way out of the cube."""
+    activation = problem.scheme.activation
+    per_token = activation is not None and activation.granularity == "per_token"
+    scaled = activation is not None and (per_token or problem.dtype == "bfloat16")
+    row_bytes = 2 if activation is None else 1
+    aligned = problem.k * row_bytes % 32 == 0 and problem.n * row_bytes % 32 == 0
+    found = {
+        "launch_us": target[f"{kind}_start_us"],
+        "load_start_us": 0.0 if kind == "float" else target[f"{kind}_load_start_us"],
+        "exposed": target["float_exposed" if kind == "float" else "int8_exposed"],
+        "scaling_cycles": target["epilogue_cycles"] if scaled else 0.0,
+        "cube_times": 1.0 if aligned else target["unaligned_cube"],
+        "memory_gb_per_s": target[f"{kind}_memory_gb_per_s"],
+    }
+    if kind == "int8":
+        found["core_load_bytes_per_cycle"] = target["int8_load_bytes_per_cycle"]
+    if kind == "w8a16":
+        slower = target["w8a16_bfloat16_times"] if problem.dtype == "bfloat16" else 1.0
+        rate = target["w8a16_dequantize_bytes_per_cycle"] / slower
+        found["vendor_dequantize_bytes_per_cycle"] = rate
+    return found
 
 
 def _nz_split_k(
@@ -141,7 +178,7 @@ def _nz_split_k(
     form = Form("tiles", "blocked", mixed=True, adding="all cores", dequantize="ring")
     blocks = {"block_m": 128, "block_n": 128, "block_k": 512, "splits": splits}
     grid = {"grid_m": 1, "grid_n": 1, "tile_vector_cores": 2}
-    numbers = _weight_only(problem, target.chip) | blocks | grid
+    numbers = _weight_only(problem, target) | blocks | grid
     return Execution(form, numbers, f"nz_split_k, {splits} splits", first_m, last_m)
 
 
@@ -168,41 +205,42 @@ def _float(problem: MatmulProblem, target: AscendMachine) -> dict[str, float]:
     size = FLOAT_BYTES[problem.dtype]
     chip = target.chip
     fractal_k = chip.fractal_k.get(size, target["float32_macs_per_cycle"] / chip.fractal**2)
-    return _scheme(1, size, size, size, 0, size, fractal_k)
+    memory = target["float_memory_gb_per_s"]
+    return _scheme((1, size, size, size, 0), size, fractal_k, memory)
 
 
-def _int8(problem: MatmulProblem, chip: Chip) -> dict[str, float]:
-    return _scheme(1, 1, 1, 1, _FLOAT32 / problem.k, 2, chip.fractal_k[1.0])
+def _int8(problem: MatmulProblem, target: AscendMachine) -> dict[str, float]:
+    bytes_ = (1, 1, 1, 1, _FLOAT32 / problem.k)
+    return _scheme(bytes_, 2, target.chip.fractal_k[1.0], target["int8_memory_gb_per_s"])
 
 
-def _int4(problem: MatmulProblem, chip: Chip, x_parts: int, scale_bytes: float) -> dict[str, float]:
-    return _scheme(x_parts, 0.5, 0.5, 0.5, scale_bytes, 2, chip.fractal_k[0.5])
+def _int4(
+    problem: MatmulProblem, target: AscendMachine, x_parts: int, scale_bytes: float
+) -> dict[str, float]:
+    bytes_ = (x_parts, 0.5, 0.5, 0.5, scale_bytes)
+    return _scheme(bytes_, 2, target.chip.fractal_k[0.5], target["hbm_gb_per_s"])
 
 
-def _weight_only(problem: MatmulProblem, chip: Chip) -> dict[str, float]:
+def _weight_only(problem: MatmulProblem, target: AscendMachine) -> dict[str, float]:
     """Weights that become 16-bit before the cube multiplies."""
     weight = problem.scheme.weight
     assert weight is not None
     per_group = FLOAT_BYTES[problem.dtype] * (1 if weight.symmetric else 2)
-    scale_bytes = per_group / problem.group_size
-    return _scheme(1, 2, weight.bits / 8, 2, scale_bytes, 2, chip.fractal_k[2.0])
+    bytes_ = (1, 2, weight.bits / 8, 2, per_group / problem.group_size)
+    return _scheme(bytes_, 2, target.chip.fractal_k[2.0], target["hbm_gb_per_s"])
 
 
 def _scheme(
-    x_parts: int,
-    x_bytes: float,
-    stored_bytes: float,
-    cube_bytes: float,
-    scale_bytes: float,
+    read: tuple[int, float, float, float, float],
     output_bytes: float,
     fractal_k: float,
+    memory_gb_per_s: float,
 ) -> dict[str, float]:
+    names = ("x_parts", "x_bytes", "stored_bytes", "cube_bytes", "scale_bytes")
     return {
-        "x_parts": x_parts,
-        "x_bytes": x_bytes,
-        "stored_bytes": stored_bytes,
-        "cube_bytes": cube_bytes,
-        "scale_bytes": scale_bytes,
+        **dict(zip(names, read, strict=True)),
         "output_bytes": output_bytes,
         "fractal_k": fractal_k,
+        "memory_gb_per_s": memory_gb_per_s,
+        **_UNTIMED,
     }

@@ -31,10 +31,7 @@ def cost(candidate: Candidate, problem: MatmulProblem, target: AscendMachine) ->
             "a cost needs a number of tokens, and m is symbolic",
             "give m, or select a kernel over a mix of m",
         )
-    found = [e for e in executions(candidate, problem, target) if _covers(e, problem.m)]
-    best = min(
-        (execution_cost(e, problem, target) for e in found), key=lambda found: found.total_us
-    )
+    best = _cheapest(candidate, problem, target)
     how = how_known(measured_for(target.measured, candidate, problem), problem.m)
     if not how:
         return best
@@ -42,6 +39,21 @@ def cost(candidate: Candidate, problem: MatmulProblem, target: AscendMachine) ->
     us = float(total_us([candidate], problem, target, m)[0, 0])
     scaled = {name: term * us / best.total_us for name, term in best.terms.items()}
     return Cost(us, scaled, f"{how}; predicted were {best.total_us:.1f} us", best.overlapped)
+
+
+def _cheapest(candidate: Candidate, problem: MatmulProblem, target: AscendMachine) -> Cost:
+    """The cheapest way to run a candidate, for the problem's m."""
+    assert problem.m is not None
+    by_form: dict[Form, list[Execution]] = defaultdict(list)
+    for execution in executions(candidate, problem, target):
+        if _covers(execution, problem.m):
+            by_form[execution.form].append(execution)
+    m = np.array([float(problem.m)])
+    best = []
+    for form, found in by_form.items():
+        named = dict(zip(TERMS, _term_arrays(form, found, problem, target, m), strict=True))
+        best.append(found[int(_totals(named).argmin())])
+    return min((execution_cost(e, problem, target) for e in best), key=lambda c: c.total_us)
 
 
 def execution_cost(execution: Execution, problem: MatmulProblem, target: AscendMachine) -> Cost:
@@ -74,9 +86,7 @@ def total_us(
                 TERMS, _term_arrays(form, found, problem, target, tokens.astype(float)), strict=True
             )
         )
-        serial = sum((named[name] for name in SERIAL), np.zeros((1, 1)))
-        overlapped = np.max(np.stack([named[name] for name in OVERLAPPED]), axis=0)
-        totals = serial + overlapped
+        totals = _totals(named)
         for position, execution in enumerate(found):
             outside = tokens < execution.first_m
             if execution.last_m is not None:
@@ -92,6 +102,13 @@ def total_us(
                 at = total_us([candidate], problem, plain, known)[0]
                 result[row] = corrected(result[row], tokens.tolist(), same, at)
     return result
+
+
+def _totals(named: dict[str, Floats]) -> Floats:
+    """The serial terms and the largest of the overlapped, of arrays of terms."""
+    overlapped = np.max(np.stack([named[name] for name in OVERLAPPED]), axis=0)
+    totals: Floats = sum((named[name] for name in SERIAL), np.zeros((1, 1))) + overlapped
+    return totals
 
 
 def _covers(execution: Execution, m: int) -> bool:

@@ -1,11 +1,14 @@
 """The cost of one matmul on an Ascend NPU as sympy expressions, one per term.
 
-    total = launch + vector_start + dequantize_phase
-            + max(cube, core_load, dequantize, vector_traffic, hbm, l2) + store + reduce
+    total = launch + load_start + vector_start + dequantize_phase
+            + max(cube, core_load, dequantize, vector_traffic, hbm, l2)
+            + exposed + store + reduce + epilogue
 
 The terms inside max() overlap: cores load the next blocks, and vector cores prepare the next
 weights, while the cube multiplies. The others follow one another. All are microseconds of the
-busiest core. Every term grows with m or stays, which `envelope.py` relies on.
+busiest core. CANN's own 8-bit and float matmuls are timed, not taken apart: `Form.timed` has few
+terms, fitted to those times, and what cube and memory do not hide of each other is `exposed`.
+Every term grows with m or stays, which `envelope.py` relies on.
 
 Symbols: m tokens, n outputs, k inputs; `Form` says which formulas apply; the rest are constants of
 the target (`machine.ASCEND_UNITS`), numbers of the scheme (`SCHEME_SYMBOLS`) and the schedule.
@@ -19,12 +22,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import sympy
-from sympy import Expr, Max, Min, Symbol, ceiling
+from sympy import Expr, Max, Min, Piecewise, Symbol, ceiling
 
 from panguq.lowering.ascend.machine import ASCEND_UNITS
 
 MEANING = {
     "launch": "starting kernels",
+    "load_start": "the first loads, the longer the deeper k is",
     "vector_start": "bringing in the vector cores, the more the more cores take part",
     "dequantize_phase": "dequantizing the whole weight first",
     "cube": "multiplying on the busiest cube core",
@@ -33,8 +37,10 @@ MEANING = {
     "vector_traffic": "moving weights through the vector cores",
     "hbm": "fetching from memory",
     "l2": "traffic through L2",
+    "exposed": "what multiplying and fetching do not hide of each other",
     "store": "writing the last block",
     "reduce": "adding partial sums",
+    "epilogue": "scaling results on the vector cores",
 }
 TERMS = tuple(MEANING)
 OVERLAPPED = ("cube", "core_load", "dequantize", "vector_traffic", "hbm", "l2")
@@ -64,8 +70,15 @@ SCHEME_SYMBOLS = (
     "scale_bytes",  # scales and offsets, per weight
     "output_bytes",
     "fractal_k",  # inputs that the cube multiplies in one cycle
+    "memory_gb_per_s",  # at which its weights come from memory
 )
-ARGUMENTS = ("m", "n", "k", *SCHEDULE_SYMBOLS, *SCHEME_SYMBOLS, *ASCEND_UNITS)
+TIMED_SYMBOLS = (  # of a `Form.timed`
+    "load_start_us",  # us/1024 of k
+    "exposed",  # share
+    "scaling_cycles",  # of a vector core for an output; 0: the cube's own output path scales
+    "cube_times",  # 1 where rows are aligned
+)
+ARGUMENTS = ("m", "n", "k", *SCHEDULE_SYMBOLS, *SCHEME_SYMBOLS, *TIMED_SYMBOLS, *ASCEND_UNITS)
 S: dict[str, Symbol] = {name: _symbol(name) for name in ARGUMENTS}
 
 Blocks = Literal["tiles", "rectangles"]
@@ -86,7 +99,7 @@ class Form:
     last of its tile.
     dequantize: "ring": vector cores hand each block over through a buffer that stays in L2;
     "workspace": first the whole weight, then the matmul; "vendor": as "ring", at the rate that
-    CANN's kernel was timed at.
+    CANN's kernel was timed at. timed: CANN's 8-bit and float matmuls, by their times alone.
     """
 
     blocks: Blocks
@@ -94,6 +107,7 @@ class Form:
     mixed: bool
     adding: Adding = "no one"
     dequantize: Dequantize = "never"
+    timed: bool = False
 
     @property
     def split(self) -> bool:
@@ -129,9 +143,10 @@ def terms(form: Form, fractal: int = 16) -> dict[str, Expr]:
         used = work.cores / S["cube_cores"]
         result["vector_start"] = S["vector_start_us"] + S["vector_start_per_wave_us"] * used
     result["cube"] = work.fractals / cycles_per_us
-    result["core_load"] = (work.x_bytes + work.weight_bytes) / (
-        S["core_load_bytes_per_cycle"] * cycles_per_us
-    )
+    loaded = work.x_bytes + work.weight_bytes
+    if form.timed and form.layout != "nk":  # of 8-bit operands L1 keeps the smaller
+        loaded = Max(work.x_bytes, work.weight_bytes)
+    result["core_load"] = loaded / (S["core_load_bytes_per_cycle"] * cycles_per_us)
     hbm_bytes = (
         N * K * (S["stored_bytes"] + S["scale_bytes"])
         + S["x_parts"] * M * K * S["x_bytes"]
@@ -154,12 +169,33 @@ def terms(form: Form, fractal: int = 16) -> dict[str, Expr]:
         result["dequantize_phase"], spilled = _whole_workspace(vector_rate)
         # Phase 2 reads the workspace instead of the codes.
         hbm_bytes += spilled - N * K * (S["stored_bytes"] + S["scale_bytes"])
-    result["hbm"] = hbm_bytes / (S["hbm_gb_per_s"] * 1000)
+    result["hbm"] = hbm_bytes / (S["memory_gb_per_s"] * 1000)
+    if form.timed:
+        return _timed(result)
     result["l2"] = l2_bytes / (S["l2_read_bytes_per_cycle"] * cycles_per_us * S["cube_cores"])
     result["store"] = work.result_bytes / (S["l2_write_bytes_per_cycle"] * cycles_per_us)
+    result["exposed"] = _exposed(result)
     if form.split:
         result["reduce"] = _adding(form, vector_rate)
     return {name: sympy.sympify(term) for name, term in result.items()}
+
+
+def _timed(result: dict[str, Expr]) -> dict[str, Expr]:
+    """The terms of a kernel of which only times are known."""
+    result["load_start"] = S["load_start_us"] * K / 1024
+    result["cube"] *= S["cube_times"]
+    result["exposed"] = _exposed(result)
+    scaling = S["scaling_cycles"] / (S["vector_cores"] * S["clock_mhz"])
+    result["epilogue"] = M * N * scaling
+    return {name: sympy.sympify(term) for name, term in result.items()}
+
+
+def _exposed(result: dict[str, Expr]) -> Expr:
+    """A share of the smaller of multiplying and fetching follows the larger, unless something else
+    takes longer than both; so that this and the largest together never fall as m grows."""
+    multiply, fetch = result["cube"], Max(result["hbm"], result["vector_traffic"])
+    both = Max(multiply, fetch) + S["exposed"] * Min(multiply, fetch)
+    return Max(0, both - Max(*(result[name] for name in OVERLAPPED)))
 
 
 @functools.cache
@@ -230,7 +266,12 @@ def _weight_bytes(form: Form, columns: Expr, block_k: Expr) -> Expr:
     if form.dequantize != "never" or form.layout == "blocked":
         return columns * block_k * S["cube_bytes"]
     if form.layout == "kn":
-        return block_k * _padded(columns * S["cube_bytes"])
+        row = columns * S["cube_bytes"]
+        whole = S["memory_unit_bytes"] / 2
+        if form.timed:  # by its times, rows of half a unit move as fast as whole ones
+            halves = whole * ceiling(row / whole)
+            return block_k * Piecewise((_padded(row), row < whole), (halves, True))
+        return block_k * _padded(row)
     return columns * _padded(block_k * S["cube_bytes"])
 
 
@@ -266,6 +307,6 @@ def _whole_workspace(vector_rate: Expr) -> tuple[Expr, Expr]:
     phase = Max(
         _instructions(N * K) / S["vector_cores"],
         (stored + written) / (S["vector_cores"] * vector_rate),
-        (stored + spilled) / (S["hbm_gb_per_s"] * 1000),
+        (stored + spilled) / (S["memory_gb_per_s"] * 1000),
     )
     return phase, spilled

@@ -18,6 +18,9 @@ Give a shape MxNxK, for example 128x256x2048: m tokens, n outputs, k inputs. The
 winner with every term of its cost in microseconds, the runner-up and why it lost, and the table
 over m that a compiled graph has, since m varies at run time.
 
+Or give --ops FILE.csv, a table of calls of CANN's ops (hw, op, shape, dtype, attrs, and us where a
+call was timed): every call's time by term, and the errors of timed ones by op.
+
 Or give a model folder (only config.json is read): predicted time of a prompt and of a decoding
 step on the device alone, weight bytes and the critical path, against the float model.
 
@@ -32,7 +35,8 @@ example:
   panguq explain 16x1536x6144 --scheme w8a8 --heat-map gain.png --csv candidates.csv
   panguq explain openpangu-7b --scheme w8a8 --prompt 2048
   panguq explain openpangu-7b --scheme w8a8 --target ascend910b2 --server vllm-ascend --batch 8
-  panguq explain 1x4096x4096 --scheme w4a16 --allow-float --target my-910b.yaml"""
+  panguq explain 1x4096x4096 --scheme w4a16 --allow-float --target my-910b.yaml
+  panguq explain --ops times.csv --target ascend910b2"""
 
 
 def add(commands: Commands) -> None:
@@ -40,7 +44,10 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "explain", run, _TEXT, "")
     command.epilog = _EXAMPLES
     command.add_argument(
-        "subject", metavar="MODEL_DIR|MxNxK", help="a local model folder, or a shape"
+        "subject", nargs="?", metavar="MODEL_DIR|MxNxK", help="a local model folder, or a shape"
+    )
+    command.add_argument(
+        "--ops", metavar="FILE.csv", type=Path, help="a table of op calls to price, in their place"
     )
     command.add_argument(
         "--scheme",
@@ -50,7 +57,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--target",
         default="ascend910b1",
-        help="cpu, ascend910b1 to b4, or a target file in YAML (default: ascend910b1)",
+        help="cpu, ascend910b1 to b4, ascend950pr, or a target file in YAML (default: ascend910b1)",
     )
     command.add_argument(
         "--dtype",
@@ -97,6 +104,11 @@ def run(options: argparse.Namespace) -> int:
     from panguq.lowering.targets import find_target
 
     scheme, target = explain_model.find_scheme(options.scheme), find_target(options.target)
+    if (options.ops is None) == (options.subject is None):
+        given = "both a subject and --ops" if options.ops else "neither a subject nor --ops"
+        raise LoweringError(f"explain was given {given}", "give MODEL_DIR, MxNxK or --ops FILE.csv")
+    if options.ops is not None:
+        return _run_ops(options, target)
     dtype = options.dtype or str(target.float_dtype or "torch.float32").removeprefix("torch.")
     if not Path(options.subject).exists() and looks_like_shape(options.subject):
         explain_model.refuse_for_shapes(options)
@@ -107,6 +119,17 @@ def run(options: argparse.Namespace) -> int:
             "panguq compile MODEL_DIR --recipe RECIPE --dry-run predicts a CPU's matmuls",
         )
     return explain_model.run(options, scheme, target, dtype)
+
+
+def _run_ops(options: argparse.Namespace, target: Any) -> int:
+    from panguq.explain.ops import price_table, render
+
+    found = price_table(options.ops, target)
+    if options.json:
+        print_json(found.as_json())
+    else:
+        print(render(found))
+    return 0
 
 
 def _run_shape(options: argparse.Namespace, scheme: Any, target: Any, dtype: Any) -> int:

@@ -26,6 +26,8 @@ TOKENIZER_BYTES = 256 * MIB
 TARGET_BYTES = 1 * MIB
 """A target file in JSON; recipes and target files in YAML have a bound of their own
 (`plain_yaml.MAX_BYTES`)."""
+TABLE_BYTES = 16 * MIB
+"""A table of ops' times. Huawei's largest published one has some hundred KB."""
 MANIFEST_BYTES = 16 * MIB
 """manifest.json of a saved model; a file of weights takes 120 bytes of it."""
 OWN_BYTES = 512 * MIB

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
+from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.own.tiles import legal_tiles
 from panguq.lowering.ascend.candidates import ascend_candidates, split_counts
 from panguq.lowering.ascend.rules import fallback_names, weight_quant_templates
@@ -196,7 +197,8 @@ def test_candidates_for_any_shape(n, k, scheme, dtype) -> None:
     ],
 )
 def test_which_kernel_cann_takes(n, k, scheme, weight_format, wanted) -> None:
-    assert weight_quant_templates(problem(n, k, scheme, weight_format=weight_format)) == wanted
+    given = problem(n, k, scheme, weight_format=weight_format)
+    assert weight_quant_templates(given, ATLAS_A2) == wanted
 
 
 # --- fallbacks ----------------------------------------------------------------------------------

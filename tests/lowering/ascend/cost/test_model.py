@@ -71,7 +71,7 @@ def test_w8a8_data_parallel_by_hand() -> None:
     loaded = 32 * (128 * 512 + 512 * 512)
     assert found["core_load"] == pytest.approx(loaded / (93.9 * 1800))
     stored = 256 * 16384 + 256 * 4 + 128 * 16384 + 128 * 256 * 2
-    assert found["hbm"] == pytest.approx(stored / 1.6e6)
+    assert found["hbm"] == pytest.approx(stored / 0.882e6)
     assert found["l2"] == pytest.approx(loaded / (110 * 1800 * 20))
     assert found["launch"] == 13.25
     assert found["vector_start"] == pytest.approx(1 + 7 / 20)
