@@ -25,20 +25,6 @@ def _as_a2(name: str) -> Number:
     return ATLAS_A2.constants[name][0], _AS_A2.format(name)
 
 
-_LIKE_A2 = (
-    "l2_read_bytes_per_cycle",
-    "l2_write_bytes_per_cycle",
-    "vector_bytes_per_cycle",
-    "vector_lanes",
-    "dequantize_instructions",
-    "memory_unit_bytes",
-    "float32_macs_per_cycle",
-    "vector_start_us",
-    "vector_start_per_wave_us",
-    "core_load_bytes_per_cycle",
-    "vendor_dequantize_bytes_per_cycle",
-)
-
 ASCEND_950 = Chip(
     name="Ascend 950",
     kind="ascend950",
@@ -52,7 +38,7 @@ ASCEND_950 = Chip(
     # None of panguq's own kernels was compiled for it.
     tiles=dict.fromkeys(ATLAS_A2.tiles, ()),
     constants={
-        **{name: _as_a2(name) for name in _LIKE_A2},
+        **{name: _as_a2(name) for name in ATLAS_A2.constants},
         "launch_us": (2.4, _ASSUMED),
         "float_memory_gb_per_s": (1600, _BOUNDS),
         "float_start_us": (2.4, _ASSUMED),

@@ -36,7 +36,7 @@ _FIRST: Mapping[str, float] = {
 
 
 @dataclass(frozen=True)
-class Work:
+class RowWork:
     """What a call moves: `rows` of `width` elements of the result, `moved` bytes in and out,
     `size` bytes of an element of the input."""
 
@@ -52,7 +52,7 @@ class Work:
 
 
 def vector_model(
-    work: Callable[[VendorCall], Work], extra: Mapping[str, float] = {}, sliced: bool = False
+    work: Callable[[VendorCall], RowWork], extra: Mapping[str, float] = {}, sliced: bool = False
 ) -> OpModel:
     """The model of an op whose work this is; `extra` names constants beyond those of all."""
 
@@ -67,7 +67,7 @@ def vector_model(
     return OpModel(price, first, {name: MEANING[name] for name in first})
 
 
-def row_terms(work: Work, machine: AscendMachine, c: Constants) -> dict[str, float]:
+def row_terms(work: RowWork, machine: AscendMachine, c: Constants) -> dict[str, float]:
     """The two terms that overlap: the busiest vector core, and memory."""
     cores = machine["vector_cores"]
     cut = work.rows < cores and work.width > 2**15  # few long rows are cut among the cores
@@ -91,58 +91,58 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1]
 
 
-def dynamic_quant_work(call: VendorCall) -> Work:
+def dynamic_quant_work(call: VendorCall) -> RowWork:
     """x `[..., w]` to int8 codes and a float32 scale a row."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return Work(rows, width, rows * (width * (size + 1) + 4), size)
+    return RowWork(rows, width, rows * (width * (size + 1) + 4), size)
 
 
-def rms_norm_work(call: VendorCall) -> Work:
+def rms_norm_work(call: VendorCall) -> RowWork:
     """x `[..., w]`, gamma `[w]`."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return Work(rows, width, rows * width * 2 * size, size)
+    return RowWork(rows, width, rows * width * 2 * size, size)
 
 
-def add_rms_norm_work(call: VendorCall) -> Work:
+def add_rms_norm_work(call: VendorCall) -> RowWork:
     """x1 + x2 `[..., w]`, kept and normalized."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return Work(rows, width, rows * width * 4 * size, size)
+    return RowWork(rows, width, rows * width * 4 * size, size)
 
 
-def add_rms_norm_quant_work(call: VendorCall) -> Work:
+def add_rms_norm_quant_work(call: VendorCall) -> RowWork:
     """x1 + x2 `[..., w]`, kept, and normalized to int8 codes."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return Work(rows, width, rows * (width * (3 * size + 1) + 4), size)
+    return RowWork(rows, width, rows * (width * (3 * size + 1) + 4), size)
 
 
-def swi_glu_work(call: VendorCall) -> Work:
+def swi_glu_work(call: VendorCall) -> RowWork:
     """x is halved along `dim`; each row of the result is one stretch of memory."""
     shape, size = call.shape(0), call.size(0)
     dim = int(call.attrs.get("dim", -1)) % len(shape)
     rows, width = prod(shape[:dim]), prod(shape[dim:]) // 2
-    return Work(rows, width, rows * width * 3 * size, size)
+    return RowWork(rows, width, rows * width * 3 * size, size)
 
 
-def dequant_swiglu_quant_work(call: VendorCall) -> Work:
+def dequant_swiglu_quant_work(call: VendorCall) -> RowWork:
     """x `[rows, 2 w]`, int32 sums with scales or floats, to int8 codes `[rows, w]`."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return Work(rows, width // 2, rows * (width * size + width // 2 + 4), size)
+    return RowWork(rows, width // 2, rows * (width * size + width // 2 + 4), size)
 
 
-def elementwise_work(call: VendorCall) -> Work:
+def elementwise_work(call: VendorCall) -> RowWork:
     """Every operand read and the first one's size written, as rows of its last dimension."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
     moved = sum(call.bytes(i) for i in range(len(call.shapes))) + rows * width * size
-    return Work(rows, width, moved, size)
+    return RowWork(rows, width, moved, size)
 
 
-def softmax_work(call: VendorCall) -> Work:
+def softmax_work(call: VendorCall) -> RowWork:
     """Along `dim`: elsewhere than along the last, rows are those of the last all the same."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return Work(rows, width, rows * width * 2 * size, size)
+    return RowWork(rows, width, rows * width * 2 * size, size)
 
 
-def moved_rows(call: VendorCall) -> Work:
+def moved_rows(call: VendorCall) -> RowWork:
     """Rows `[rows, w]` brought into another order."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return Work(rows, width, rows * width * 2 * size, size)
+    return RowWork(rows, width, rows * width * 2 * size, size)
