@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-model-cost bench-peers clean
+.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-model-cost bench-peers bench-runtime-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ bench-load: setup  ## serve a compiled SmolLM2: 500 calls, 8 threads, a fork; no
 
 bench-peers: setup  ## compare with other quantizers, each in an environment of its own (5 GB)
 	$(RUN) -m bench.peers $(ARGS)
+
+bench-runtime-peers: setup  ## compare speed with llama.cpp (compiled: minutes) and OpenVINO
+	$(RUN) -m bench.runtime_peers $(ARGS)
 
 bench-cost-model: setup  ## compare the cost model with published timings
 	$(RUN) -m bench.cost_model $(ARGS)

@@ -28,7 +28,7 @@ from demo.fetch import default_cache, fetch_calibration_text, fetch_model
 from panguq.data.calibration import token_windows
 
 RECIPES = ("float", "w8a8", "w8a8-dynamic", "w8a16", "w4a16")
-BUILT = ("w8a8-dynamic", "w4a16")
+BUILT = ("float", "w8a8-dynamic", "w4a16")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from panguq.ir.number_format import Integer
 from panguq.ir.quant_spec import Scheme
 
-Precision = Literal["bfloat16", "float32"]
+Precision = Literal["auto", "bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 KernelSchedule = Literal["vendor", "data_parallel", "split_k"]
 Storage = Literal["float", "int8", "int4"]

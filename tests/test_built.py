@@ -23,12 +23,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import panguq
 from panguq.built.bodies import bodies
 from panguq.built.build import example_inputs
-from panguq.built.built_graph import BuildPlan, _joined, find_build
+from panguq.built.built_graph import BuildPlan, _few, _joined, find_build
 from panguq.built.cache_folder import cache_folder, check_own, locked, make_cache_folder
 from panguq.built.compile_part import ValueLayout
+from panguq.built.int8_sums import LIBRARY, compile_int8_sums, int8_sums, load_int8_sums, sums_of
+from panguq.built.machine import cpu_features
 from panguq.built.parts import GraphPart, digest, part_module, stored_tensor
+from panguq.cli import main
 from panguq.decibels import sqnr_db
-from panguq.errors import StorageError
+from panguq.errors import LoweringError, StorageError
 from panguq.ir.ops.canonical import rotary
 from panguq.ir.ops.packing import pack_int4
 from panguq.kernels.cpu.dequantized_linear import dequantized_linear
@@ -43,17 +46,26 @@ SIZES = dict(
 )  # fmt: skip
 IDS = torch.arange(80).reshape(2, 40)
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
+HAS_VNNI = "avx512_vnni" in cpu_features()
+
+
+RECIPE = Recipe.of("w4a16").with_schemes(
+    {
+        "*.[qkv]_proj": "W8A8", "*.o_proj": "W8A16", "*.down_proj": "W8A8_DYNAMIC",
+        "lm_head": "W4A8",
+    }
+)  # fmt: skip
+
+
+def source(layers: int = 1) -> Any:
+    """A tiny Llama."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SIZES)).eval()
 
 
 def compiled(layers: int) -> Any:
-    """A tiny Llama with every kind of matmul of the CPU target."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SIZES)).eval()
-    schemes = {
-        "*.[qkv]_proj": "W8A8", "*.o_proj": "W8A16", "*.down_proj": "W8A8_DYNAMIC",
-        "lm_head": "W4A8",
-    }  # fmt: skip
-    return panguq.compile(model, Recipe.of("w4a16").with_schemes(schemes), calibration=[IDS])
+    """It with every kind of matmul of the CPU target."""
+    return panguq.compile(source(layers), RECIPE, calibration=[IDS])
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +85,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @given(
     m=st.integers(1, 3), n=st.integers(1, 20), k=st.integers(2, 2100), few=st.booleans(),
-    static=st.booleans(), seed=st.integers(0, 99),
+    own=st.booleans(), static=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_integer_sums_are_exact(m: int, n: int, k: int, few: bool, static: bool, seed: int) -> None:
+def test_integer_sums_are_exact(
+    m: int, n: int, k: int, few: bool, own: bool, static: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     extreme = torch.tensor([-128, -127, 0, 127], dtype=torch.int8)
     codes = extreme[torch.randint(0, 4, (m, k), generator=generator)]
@@ -86,7 +100,26 @@ def test_integer_sums_are_exact(m: int, n: int, k: int, few: bool, static: bool,
     call = (codes, act_scale, zero_point, weight, torch.ones(n), None, None, torch.float64)
     wanted = (codes.double() - (3 if static else 0)) @ weight.double().t()
     # Sums beyond 2^24 are rounded once, when they become float32, as in the op.
-    assert torch.equal(bodies(few)[int8_linear](*call), wanted.float().double())
+    assert torch.equal(bodies(few, own)[int8_linear](*call), wanted.float().double())
+
+
+@pytest.mark.skipif(not (HAS_COMPILER and HAS_VNNI), reason="no compiler, or no AVX512_VNNI")
+def test_the_library_of_integer_sums_is_exact(tmp_path: Path) -> None:
+    compile_int8_sums(tmp_path / LIBRARY)
+    loaded, generator = load_int8_sums(tmp_path / LIBRARY), torch.Generator().manual_seed(0)
+    for m, n, k in ((1, 1, 1), (1, 5, 63), (2, 8, 64), (3, 9, 2100)):
+        codes = torch.randint(-128, 128, (m, k), generator=generator).char()
+        weight = torch.randint(-128, 128, (n, k), generator=generator).char()
+        assert torch.equal(sums_of(loaded, codes, weight), int8_sums(codes, weight))
+
+
+def test_a_processor_without_vnni_has_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("panguq.built.int8_sums.cpu_features", lambda: ("avx2", "avx512f"))
+    with pytest.raises(LoweringError, match="has no avx512bw, avx512_vnni"):
+        compile_int8_sums(tmp_path / LIBRARY)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -128,6 +161,17 @@ def uncompiled(plan: BuildPlan, part: GraphPart) -> Any:
     module = part_module(part, lambda target: target)
     weights = [stored_tensor(plan.gm, node) for node in part.weights]
     return lambda *values: module(*values, *weights)
+
+
+def test_most_of_the_weights_say_up_to_how_many_tokens_are_few(model: Any) -> None:
+    """One where an integer matmul reads its weight row by row."""
+    assert BuildPlan.of(model.executable, model.interface).few == 1
+    graph = fx.Graph()
+    for limit, rows in ((9, 48), (30, 64), (80, 32), (0, 512)):
+        weight = graph.get_attr(f"weight_{rows}")
+        graph.call_function(int8_weight_linear, (weight, weight, weight, None, limit))
+    gm = fx.GraphModule({f"weight_{n}": torch.zeros(n, 4) for n in (48, 64, 32, 512)}, graph)
+    assert _few(gm) == 30
 
 
 def test_parts_joined_are_the_graph(model: Any) -> None:
@@ -262,7 +306,8 @@ def build(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
 
 def test_a_built_model_gives_the_numbers_of_its_graph(build: Any) -> None:
     model, report, _ = build
-    assert report.is_built and report.libraries == 4 and report.reasons == ()
+    assert report.is_built and report.reasons == ()
+    assert report.libraries == 4 + (report.folder / LIBRARY).exists()
     built, plan = model._running(), BuildPlan.of(model.executable, model.interface)
     assert plan.few == 1
     for sizes in ((1, 1, 6), (1, 1, 30), (1, 300, 0), (3, 120, 2), (2, 2, 3)):
@@ -294,10 +339,24 @@ def test_a_loaded_model_finds_its_code_in_the_cache_alone(build: Any, tmp_path: 
     again = loaded.build()
     assert again.folder == report.folder and again.libraries == 0 and again.seconds == 0.0
     assert {p.name.partition("-")[0] for p in report.folder.iterdir()} == {
-        "few", "many", "built.json",
+        "few", "many", "built.json", *({LIBRARY} if HAS_VNNI else ()),
     }  # fmt: skip
     written = [*place.glob("built/*"), *report.folder.iterdir()]
     assert all(path.stat().st_mode & 0o077 == 0 for path in written)
+
+
+def test_the_command_line_builds(build: Any, tmp_path: Path, capsys: Any) -> None:
+    """Into the same cache, where the code of an equal graph is found."""
+    _, report, place = build
+    source().save_pretrained(tmp_path / "source")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml(), encoding="utf-8")
+    given = ["compile", tmp_path / "source", "--recipe", tmp_path / "recipe.yaml", "--build"]
+    short = ["--window", "8", "--windows", "2"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PANGUQ_CACHE", str(place))
+        assert main([str(word) for word in (*given, *short, "--out", tmp_path / "made")]) == 0
+    assert f"built in {report.folder}: 0 s" in capsys.readouterr().out
+    assert not any(path.suffix == ".so" for path in (tmp_path / "made").rglob("*"))
 
 
 def test_damaged_code_is_not_run(build: Any) -> None:
@@ -330,24 +389,43 @@ def test_code_for_another_processor_is_not_run_and_it_is_said(
     assert "a processor with other features" in caplog.text and len(caplog.records) == 1
 
 
-def test_built_code_follows_the_number_of_threads(build: Any) -> None:
+def elsewhere(model: Any, place: Path, first: str, masks: dict[str, str]) -> tuple[float, str, str]:
+    """What a model gives in another process: the sum of logits, whether it is built, what it says.
+
+    The process computes in the types that tests do (tests/conftest.py)."""
     code = (
-        "import sys, torch, panguq; torch.set_num_threads(2); m = panguq.load(sys.argv[1]);"
+        "import sys, torch, panguq; from panguq.kernels.cpu import multiplying;"
+        "multiplying.bfloat16_is_faster = multiplying.float32_is_faster = lambda: False;"
+        f"{first}; m = panguq.load(sys.argv[1]);"
         "print(m(torch.arange(80).reshape(2, 40)).logits.double().sum().item(), bool(m._built))"
     )
-    model, _, place = build
-    model.save(place / "threads")
+    model.save(place)
     result = subprocess.run(
-        [sys.executable, "-c", code, str(place / "threads")],
-        capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code, str(place)],
+        capture_output=True, text=True, check=True, env={**os.environ, **masks},
     )  # fmt: skip
     total, found = result.stdout.split()
+    return float(total), found, result.stderr
+
+
+def test_with_features_masked_the_graph_runs_and_gives_the_same(build: Any) -> None:
+    """As on a processor without VNNI or bfloat16: other code is looked for, and is not there."""
+    model, _, place = build
+    masks = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    total, found, said = elsewhere(model, place / "masked", "pass", masks)
+    assert found == "False" and "a processor with other features" in said
+    assert total == pytest.approx(model(IDS).logits.double().sum().item(), rel=1e-2)
+
+
+def test_built_code_follows_the_number_of_threads(build: Any) -> None:
+    model, _, place = build
+    total, found, _ = elsewhere(model, place / "threads", "torch.set_num_threads(2)", {})
     assert found == "True"
-    assert float(total) == pytest.approx(model(IDS).logits.double().sum().item(), rel=1e-2)
+    assert total == pytest.approx(model(IDS).logits.double().sum().item(), rel=1e-2)
 
 
 def test_the_list_of_a_build_names_its_libraries(build: Any) -> None:
     _, report, _ = build
     entries = json.loads((report.folder / "built.json").read_text())
     used = {part["library"] for parts in entries["modes"].values() for part in parts}
-    assert used == set(entries["libraries"])
+    assert used == set(entries["libraries"]) - {LIBRARY}

@@ -13,6 +13,7 @@ from torch import Tensor
 from panguq.ir.ops.opset import define_op
 from panguq.ir.ops.packing import unpack_int4
 from panguq.ir.ops.quantize import dequantize_weight
+from panguq.kernels.cpu.multiplying import multiplying_dtype
 
 NAMESPACE = "panguq_cpu"
 # What is dequantized at a time: 1 MiB in float32. Smaller pieces spend more on starting ops.
@@ -41,7 +42,8 @@ def dequantized_linear(
     bias: Tensor | None,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """x @ ((codes - zero_point) * scale).T + bias, multiplied in `compute_dtype`.
+    """x @ ((codes - zero_point) * scale).T + bias, multiplied in `compute_dtype`, or
+    in float32 where that is bfloat16 and float32 is faster.
 
     x float [..., k]; codes int8 [n, k], or uint8 [n, k / 2] as `pack_int4` packs; scale float
     [n, k / group_size]; zero_point integer of the same shape or None; bias float [n] or None.
@@ -61,6 +63,7 @@ def dequantize_and_multiply(
 ) -> Tensor:
     """`dequantized_linear` as a plain function, for ops that do the same beyond a few tokens."""
     n, k = codes.shape[0], x.shape[-1]
+    compute_dtype = multiplying_dtype(compute_dtype)
     tokens, rows = x.to(compute_dtype), min(n, max(1, WEIGHTS_PER_PIECE // k))
     weight = torch.empty((rows, k), dtype=compute_dtype)
     result = x.new_empty((*x.shape[:-1], n))

@@ -2,7 +2,7 @@
 
 PyTorch's kernel for few tokens has a weight layout of its own, which depends on the machine's
 vector width: run the packing ops when a model is loaded, never save what they return. For many
-tokens, dequantizing the stored weight and multiplying in bfloat16 is faster.
+tokens, dequantizing the stored weight first is faster.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def int4_linear(
     Returns [..., n] in x's dtype. Up to `few_tokens` tokens the kernel runs, and the stored weight
     is not read, so that it may stay in its file; x, the scales and the result are rounded to
     bfloat16. Beyond, `dequantized_linear` reads the stored weight; x, the dequantized weight and
-    the result are rounded. All sums are float32.
+    the result are rounded, unless float32 is multiplied faster. All sums are float32.
     """
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.shape[0] > few_tokens:

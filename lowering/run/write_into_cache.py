@@ -11,6 +11,7 @@ from panguq.ir.edit import erase_unused
 from panguq.ir.interface import Interface
 from panguq.ir.ops import latent_attention  # noqa: F401  (registers the op)
 from panguq.ir.views import arguments, results_of
+from panguq.kernels.cpu.bfloat16_float import bfloat16_attention
 
 aten = torch.ops.aten
 PAST_LENGTH = "past_length"
@@ -20,6 +21,7 @@ _READERS = (
     aten.sym_size.int,
     aten.linear.default,
     torch.ops.panguq.attention.default,
+    bfloat16_attention,
     torch.ops.panguq.latent_attention.default,
     torch.ops.panguq.dequantize.default,
 )

@@ -22,10 +22,11 @@ from panguq.formats.registry import find_format
 from panguq.frozen_module import FrozenModule, asked_of_to
 from panguq.ir.edit import clone
 from panguq.kernels.ascend.device import require_device
+from panguq.lowering.run.multiply_in_bfloat16 import in_bfloat16, multiply_in_bfloat16
 from panguq.lowering.run.on_device import on_device
 from panguq.lowering.run.prepack import prepack
 from panguq.lowering.run.specialize import specialize
-from panguq.lowering.targets import find_target
+from panguq.lowering.targets import TARGETS, find_target
 
 _MAKING = threading.RLock()
 
@@ -68,9 +69,18 @@ class CompiledModule(Buildable, FrozenModule):
         with _MAKING:  # one thread makes it, the others wait
             if self._executable is None:
                 on_npu = self._device.type != "cpu"
-                made = prepack(self._as_run(clone(self.graph)), keep_formats=on_npu)
+                graph = self._as_run(clone(self.graph))
+                if self._multiplies_in_bfloat16():
+                    multiply_in_bfloat16(graph)
+                made = prepack(graph, keep_formats=on_npu)
                 self._executable = on_device(made, self._device) if on_npu else made
             return self._executable
+
+    def _multiplies_in_bfloat16(self) -> bool:
+        known = TARGETS.get(self.target)  # else a file's, which need not be there any more
+        if self.stage != LOWERED or self._device.type != "cpu" or (known and known.kind != "cpu"):
+            return False
+        return in_bfloat16(self.recipe.precision, self.interface)
 
     def _as_run(self, gm: fx.GraphModule) -> fx.GraphModule:
         """A subclass says how it calls the graph that runs, if not as the saved one."""

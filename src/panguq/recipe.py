@@ -138,9 +138,11 @@ class Recipe(BaseModel):
     """Schemes by module glob and passes in order. In Python, `passes` may hold Pass instances.
 
     `head` is the scheme of the matmul that gives the logits, unless a glob other than `*` names it.
-    `precision` is the least that lowered weight-only matmuls of a float32 model may multiply in on
-    a CPU; `ascend` holds the options of Ascend targets. A glob that matches no matmul of a model is
-    an error there, unless `allow_unmatched` is true or lists it.
+    `precision` is what a float32 model may multiply in on a CPU: `float32` keeps every product
+    exact; otherwise weight-only matmuls may be rounded to bfloat16, and float matmuls and attention
+    are with `bfloat16`, or with `auto` where that is faster on the machine. `ascend` holds the
+    options of Ascend targets. A glob that matches no matmul of a model is an error there, unless
+    `allow_unmatched` is true or lists it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -150,7 +152,7 @@ class Recipe(BaseModel):
     schemes: Annotated[dict[str, str], BeforeValidator(_check_schemes)] = Field(min_length=1)
     head: Annotated[str, BeforeValidator(_check_head)] = "FLOAT"
     passes: Annotated[tuple[InstanceOf[Pass], ...], BeforeValidator(_build_passes)] = ()
-    precision: Precision = "bfloat16"
+    precision: Precision = "auto"
     ascend: Annotated[AscendOptions, BeforeValidator(_ascend_options)] = AscendOptions()
     allow_unmatched: Annotated[AllowUnmatched, BeforeValidator(_as_tuple)] = False
 

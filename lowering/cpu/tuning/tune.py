@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from panguq.errors import LoweringError
+from panguq.kernels.cpu.multiplying import seconds_by_dtype
 from panguq.lowering.cpu.target import CPU, CpuTarget
 from panguq.lowering.cpu.tuning.calls import COLD_BYTES, KernelCalls, Shape
 from panguq.lowering.cpu.tuning.fit import KernelFit, fit_kernel, predict_us
@@ -56,11 +57,13 @@ TuningProgress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Tuning:
-    """A tuned target, the fit of each of its kernels, and the timings."""
+    """A tuned target, the fit of each of its kernels, the timings, and how many times as long as
+    in float32 a matmul of many tokens takes in bfloat16, which `precision: auto` goes by."""
 
     target: CpuTarget
     fits: dict[str, KernelFit]
     timings: tuple[Timing, ...]
+    bfloat16_ratio: float
 
 
 def tune(
@@ -81,11 +84,12 @@ def tune(
     try:
         with torch.no_grad():
             timings = _measure(grid, clock, progress)
+            seconds = seconds_by_dtype()
     finally:
         torch.set_num_threads(before)
     source = f"fitted to medians of panguq tune on {machine(threads)}, {clock} clock"
     target, fits = fit_target(timings, source)
-    return Tuning(target, fits, timings)
+    return Tuning(target, fits, timings, seconds[torch.bfloat16] / seconds[torch.float32])
 
 
 def fit_target(timings: Sequence[Timing], source: str) -> tuple[CpuTarget, dict[str, KernelFit]]:

@@ -14,29 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from panguq.built.int8_sums import int8_sums
 from panguq.ir.ops import canonical, quantize
 from panguq.ir.ops.opset import Body, body_of
 from panguq.kernels.cpu import (
+    bfloat16_float,
     dequantized_linear,
     int4_linear,
     int8_linear,
     int8_weight_linear,
 )
 from panguq.kernels.cpu.int8_linear import EXACT_FLOAT_K
+from panguq.kernels.cpu.multiplying import multiplying_dtype
 
 # Their own bodies fuse as they are.
 _AS_THEY_ARE = (
     canonical.rms_norm, canonical.layer_norm, canonical.swiglu, canonical.geglu,
     quantize.quantize_per_token, quantize.quantize_per_tensor, quantize.quantize_per_channel,
-    quantize.dequantize,
+    quantize.dequantize, bfloat16_float.bfloat16_linear,
 )  # fmt: skip
 
 
-def bodies(few: bool) -> Mapping[Any, Body]:
-    """The body of every op of panguq that may be compiled, for few or for many tokens."""
+def bodies(few: bool, own_sums: bool = False) -> Mapping[Any, Body]:
+    """The body of every op of panguq that may be compiled, for few or for many tokens; with
+    `own_sums` the library of `int8_sums` does the integer matmuls of few."""
     own: dict[Any, Body] = {op: body_of(op) for op in _AS_THEY_ARE}
     own[canonical.rotary] = _rotary
-    own[int8_linear.int8_linear] = _int8_of_few if few else _int8_of_many
+    int8_of_few = _int8_by_own_sums if own_sums else _int8_of_few
+    own[int8_linear.int8_linear] = int8_of_few if few else _int8_of_many
     own[int8_weight_linear.int8_weight_linear] = _int8_weight_of_few if few else _int8_weight
     own[int4_linear.int4_linear] = _int4_of_few if few else _int4_of_many
     own[dequantized_linear.dequantized_linear] = _dequantized
@@ -63,8 +68,8 @@ def _int8_of_few(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A fused sum reads the weight once, faster than `torch._int_mm`, which is wrong for one token
-    in compiled code on some machines. Each float32 sum is of so few products that it is exact."""
+    """A fused sum, since `torch._int_mm` is wrong for one token in compiled code on some machines.
+    Each float32 sum is of so few products that it is exact."""
     tokens = codes.reshape(-1, codes.shape[-1])
     totals = [
         (part.to(torch.float32).unsqueeze(1) * own.to(torch.float32)).sum(-1).to(torch.int32)
@@ -75,6 +80,22 @@ def _int8_of_few(
     total = totals[0]
     for more in totals[1:]:
         total = total + more
+    return _scaled_int32(
+        total, codes, act_scale, act_zero_point, weight, weight_scale, row_sums, bias, dtype
+    )
+
+
+def _int8_by_own_sums(
+    codes: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    row_sums: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    total = int8_sums(codes.reshape(-1, codes.shape[-1]).contiguous(), weight)
     return _scaled_int32(
         total, codes, act_scale, act_zero_point, weight, weight_scale, row_sums, bias, dtype
     )
@@ -123,8 +144,9 @@ def _scaled_int32(
 def _int8_weight(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, few_tokens: int
 ) -> Tensor:
-    tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    return _scaled(F.linear(tokens, weight.to(torch.bfloat16)), weight_scale, bias, x)
+    dtype = multiplying_dtype()
+    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+    return _scaled(F.linear(tokens, weight.to(dtype)), weight_scale, bias, x)
 
 
 def _int8_weight_of_few(
@@ -132,9 +154,9 @@ def _int8_weight_of_few(
 ) -> Tensor:
     if few_tokens == 0:
         return _int8_weight(x, weight, weight_scale, bias, few_tokens)
-    tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).to(torch.float32)
-    result = (tokens.unsqueeze(1) * weight.to(torch.float32)).sum(-1).to(torch.bfloat16)
-    return _scaled(result, weight_scale, bias, x)
+    tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
+    return _scaled(torch._weight_int8pack_mm(tokens, weight, ones), weight_scale, bias, x)
 
 
 def _scaled(result: Tensor, weight_scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -189,8 +211,11 @@ def _dequantized(
     bias: Tensor | None,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """Packed columns are multiplied as they lie, all even ones before all odd ones, and the input's
+    """`compute_dtype` is the least that is rounded to, as in the op.
+
+    Packed columns are multiplied as they lie, all even ones before all odd ones, and the input's
     are brought into that order: the compiler does not vectorize what interleaves them."""
+    compute_dtype = multiplying_dtype(compute_dtype)
     tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype)
     if codes.dtype == torch.uint8:
         tokens = torch.cat((tokens[:, 0::2], tokens[:, 1::2]), dim=1)

@@ -22,16 +22,20 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from panguq.built.bodies import bodies
-from panguq.built.built_graph import MODES, BuildPlan, BuiltGraph, find_build, loaded
+from panguq.built.built_graph import FORMAT, MODES, BuildPlan, BuiltGraph, find_build, loaded
 from panguq.built.cache_folder import locked, make_cache_folder
 from panguq.built.compile_part import CompilerError, ValueLayout, compile_part
+from panguq.built.int8_sums import LIBRARY, compile_int8_sums
 from panguq.built.parts import GraphPart, digest, part_module, stored_tensor
 from panguq.data.inputs import prepare
 from panguq.decibels import sqnr_db
 from panguq.errors import LoweringError, PanguqError
 from panguq.files.partial_folder import partial_folder
 from panguq.ir.interface import Interface
+from panguq.ir.ops.opset import Body, name_of
 from panguq.ir.run.sweep import Progress
+from panguq.kernels.cpu.int8_linear import int8_linear
+from panguq.kernels.cpu.int8_weight_linear import aligned
 from panguq.lowering.run.write_into_cache import written_into
 
 logger = logging.getLogger("panguq")
@@ -90,10 +94,10 @@ def _build(plan: BuildPlan, progress: Progress) -> tuple[Path, int, list[str]]:
         with partial_folder(target, False) as partial, _work_folder(cache) as work:
             os.chmod(partial, 0o700)
             made = _libraries(plan, work, partial, progress)
-            if not made.sums:
+            if not made.sums.keys() - {LIBRARY}:
                 reasons = "; ".join(dict.fromkeys(made.reasons))
                 raise LoweringError(reasons or "the graph has nothing to compile")
-            entries = {"format": 1, "modes": made.modes, "libraries": made.sums}
+            entries = {"format": FORMAT, "modes": made.modes, "libraries": made.sums}
             (partial / "built.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
             os.chmod(partial / "built.json", 0o600)  # whatever the user's umask is
         return target, len(made.sums), list(dict.fromkeys(made.reasons))
@@ -109,6 +113,7 @@ class _Made:
 def _libraries(plan: BuildPlan, work: Path, folder: Path, progress: Progress) -> _Made:
     """Compile every distinct part of every mode; what fails is left out, with the reason."""
     made = _Made({}, {}, [])
+    own_sums = _own_sums(plan, folder, made)
     probes = {mode: [_values(plan, size) for size in _sizes(plan, mode)] for mode in MODES}
     texts = {mode: [_text(plan, p, mode, probes[mode]) for p in plan.parts] for mode in MODES}
     total = sum(len(set(found)) for found in texts.values())
@@ -123,7 +128,8 @@ def _libraries(plan: BuildPlan, work: Path, folder: Path, progress: Progress) ->
             name = f"{mode}-{digest(text)}.so"
             layouts = _layouts(part, probes[mode])
             try:
-                library = _compiled(plan, part, mode, probes[mode], layouts, work / name)
+                body = bodies(few=mode == "few", own_sums=own_sums)
+                library = _compiled(plan, part, body, probes[mode], layouts, work / name)
             except CompilerError:
                 raise
             except LoweringError as error:
@@ -139,18 +145,33 @@ def _libraries(plan: BuildPlan, work: Path, folder: Path, progress: Progress) ->
     return made
 
 
+def _own_sums(plan: BuildPlan, folder: Path, made: _Made) -> bool:
+    """Whether integer matmuls of few tokens have the library that they call; made if they need one.
+    Without it they are fused, which is slower."""
+    if not any(name_of(node.target) == name_of(int8_linear) for node in plan.gm.graph.nodes):
+        return False
+    try:
+        compile_int8_sums(folder / LIBRARY)
+    except LoweringError as error:
+        (folder / LIBRARY).unlink(missing_ok=True)
+        logger.info("integer matmuls of one token are fused: %s", error.message)
+        return False
+    os.chmod(folder / LIBRARY, 0o600)
+    made.sums[LIBRARY] = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
+    return True
+
+
 def _compiled(
     plan: BuildPlan,
     part: GraphPart,
-    mode: str,
+    own: Mapping[Any, Body],
     probes: Sequence[Mapping[fx.Node, Tensor]],
     layouts: Sequence[ValueLayout],
     library: Path,
 ) -> Path:
     """The library of a part, compared with the part as it runs today."""
-    own = bodies(few=mode == "few")
     module = part_module(part, lambda target: own.get(target, target))
-    weights = [stored_tensor(plan.gm, node) for node in part.weights]
+    weights = [aligned(stored_tensor(plan.gm, node)) for node in part.weights]
     first, *_, last = probes
     values = [layout.bring(first[node]) for layout, node in zip(layouts, part.inputs, strict=True)]
     plain = [ValueLayout(tuple(range(w.dim())), ()) for w in weights]
@@ -190,7 +211,7 @@ def _sizes(plan: BuildPlan, mode: str) -> list[tuple[int, int, int]]:
     """Batch, sequence and past of two calls that differ in every size that is to stay free, and of
     one to compare."""
     if mode == "many":
-        return [(2, 5, 5), (3, 7, 7), (1, min(plan.many, _COMPARED_TOKENS), 0)]
+        return [(2, 5, 5), (3, 7, 7), (1, min(plan.few + 1, _COMPARED_TOKENS), 0)]
     if plan.few == 1:
         return [(1, 1, 5), (1, 1, 7), (1, 1, 6)]
     return [(2, 3, 5), (3, 5, 7), (1, 1, 6)]

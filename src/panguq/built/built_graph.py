@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from panguq.built.bodies import bodies
 from panguq.built.cache_folder import cache_folder, check_own
 from panguq.built.compile_part import ValueLayout
+from panguq.built.int8_sums import LIBRARY, load_int8_sums
 from panguq.built.machine import machine_text
 from panguq.built.parts import (
     GraphPart,
@@ -31,30 +32,30 @@ from panguq.data.inputs import takes_empty_mask
 from panguq.errors import PanguqError, StorageError
 from panguq.ir.interface import Interface
 from panguq.ir.ops.opset import name_of
-from panguq.ir.views import argument
+from panguq.ir.views import argument, operand
+from panguq.kernels.cpu.int8_weight_linear import aligned
 from panguq.lowering.run.write_into_cache import PAST_LENGTH
 
 logger = logging.getLogger("panguq")
 MODES = ("few", "many")
 """One code for decoding, and one for prompts."""
 _SWITCHING = ("panguq_cpu.int4_linear.default", "panguq_cpu.int8_weight_linear.default")
-_OF_ONE_TOKEN = ("panguq_cpu.int8_linear.default", "panguq_cpu.int8_weight_linear.default")
+_OF_ONE_TOKEN = "panguq_cpu.int8_linear.default"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class BuildPlan:
     """How a prepacked graph is cut, and what its build is called.
 
-    Calls of up to `few` tokens (batch times length) take the code for few, of `many` and more that
-    for many; in between the matmuls do not agree which kernel they take, and the graph runs as it
-    is.
+    Calls of up to `few` tokens (batch times length) take the code for few, longer ones that for
+    many. Where matmuls do not agree up to how many tokens are few, most of the weights decide.
     """
 
     gm: fx.GraphModule
     interface: Interface
     steps: tuple[GraphPart | fx.Node, ...]
     few: int
-    many: int
     empty_mask: bool
 
     @staticmethod
@@ -70,12 +71,7 @@ class BuildPlan:
                 return True
             return str(name_of(node.target)).startswith("panguq") and node.target not in own
 
-        named = [(name_of(node.target), node) for node in gm.graph.nodes]
-        limits = [int(argument(node, -1)) for name, node in named if name in _SWITCHING]
-        reads_rows = any(name in _OF_ONE_TOKEN for name, _ in named)
-        few = 1 if reads_rows else min([n for n in limits if n > 0], default=1)
-        many = max([1, *limits]) + 1
-        return BuildPlan(gm, interface, tuple(cut(gm, stays)), few, many, takes_empty_mask(gm))
+        return BuildPlan(gm, interface, tuple(cut(gm, stays)), _few(gm), takes_empty_mask(gm))
 
     @property
     def parts(self) -> list[GraphPart]:
@@ -104,6 +100,23 @@ class BuildPlan:
         return f"{self.graph_digest}-{digest(machine_text())}"
 
 
+def _few(gm: fx.GraphModule) -> int:
+    """Up to how many tokens are few: one where an integer matmul reads its weight row by row, else
+    the weighted median of the limits of all matmuls that have one."""
+    limits: list[tuple[int, int]] = []
+    for node in gm.graph.nodes:
+        if name_of(node.target) == _OF_ONE_TOKEN:
+            return 1
+        if name_of(node.target) in _SWITCHING and (limit := int(argument(node, -1))) > 0:
+            limits.append((limit, stored_tensor(gm, operand(node, 1)).numel()))
+    left = sum(weights for _, weights in limits) / 2
+    for limit, weights in sorted(limits):
+        left -= weights
+        if left <= 0:
+            return limit
+    return 1
+
+
 class BuiltGraph:
     """A graph in place of `plan.gm`, called in the same way."""
 
@@ -114,10 +127,8 @@ class BuiltGraph:
     @torch.compiler.disable
     def __call__(self, *inputs: Any) -> Any:
         """The graph's results, from the code for so many tokens if there is one."""
-        tokens = inputs[0].numel()
-        if tokens <= self.plan.few:
-            return self.graphs["few"](*inputs)
-        return self.graphs["many" if tokens >= self.plan.many else "graph"](*inputs)
+        few = inputs[0].numel() <= self.plan.few
+        return self.graphs["few" if few else "many"](*inputs)
 
 
 def look_up(gm: fx.GraphModule, interface: Interface) -> BuiltGraph | None:
@@ -168,7 +179,7 @@ def find_build(plan: BuildPlan) -> Path | None:
 def _entries(folder: Path) -> Any:
     check_own(folder / "built.json")
     entries = json.loads((folder / "built.json").read_text(encoding="utf-8"))
-    if entries["format"] != 1 or set(entries["modes"]) != set(MODES):
+    if entries["format"] != FORMAT or set(entries["modes"]) != set(MODES):
         raise ValueError("another format")
     return entries
 
@@ -178,14 +189,16 @@ def loaded(plan: BuildPlan, folder: Path) -> BuiltGraph:
     entries = _entries(folder)
     runners: dict[str, Callable[..., Any]] = {}
     try:
-        for name in entries["libraries"]:
+        if LIBRARY in entries["libraries"]:
+            load_int8_sums(folder / LIBRARY)
+        for name in entries["libraries"].keys() - {LIBRARY}:
             runners[name] = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / name), 1).run
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         line = str(error).strip().splitlines()[0][:200]
         raise StorageError(
             f"{folder} does not load: {line}", "delete it and build again"
         ) from error
-    graphs = {"graph": plan.gm}
+    graphs = {}
     for mode in MODES:
         calls = [
             _call(plan, part, entry, runners)
@@ -199,7 +212,7 @@ def _call(
     plan: BuildPlan, part: GraphPart, entry: Any, runners: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     """A function of the part's inputs alone, which returns its results."""
-    weights = [stored_tensor(plan.gm, node).contiguous() for node in part.weights]
+    weights = [aligned(stored_tensor(plan.gm, node)) for node in part.weights]
     if entry is None:
         module = part_module(part, lambda target: target)
         return lambda *values: module(*values, *weights)

@@ -16,11 +16,13 @@ from torch import Tensor, fx
 from torch._inductor.exc import CppCompileError, InductorError
 from torch.export import Dim
 
+from panguq.built.int8_sums import SHIMS
 from panguq.errors import LoweringError
 
 _OPTIONS = {
     "cpp.dynamic_threads": True,  # the number of threads of the day, not of the build
     "aot_inductor.compile_wrapper_opt_level": "O1",
+    "aot_inductor.custom_ops_to_c_shims": SHIMS,
 }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from panguq.kernels.cpu.multiplying import multiplying_dtype
+
 
 @functools.cache
 def cpu_features() -> tuple[str, ...]:
@@ -26,13 +28,15 @@ def machine_text() -> str:
     """The machine and the releases that code is built for, one a line."""
     capability = torch.backends.cpu.get_cpu_capability()
     releases = [f"{name} {version(name)}" for name in ("panguq", "torch")]
-    return "\n".join([platform.machine(), capability, *cpu_features(), *releases, _own_source()])
+    dtype = str(multiplying_dtype())
+    machine = [platform.machine(), capability, *cpu_features(), dtype]
+    return "\n".join([*machine, *releases, _own_source()])
 
 
 @functools.cache
 def _own_source() -> str:
     """A digest of the files of this folder, which say what code is made."""
     found = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.glob("*.[cp][py]*")):
         found.update(path.read_bytes())
     return found.hexdigest()

@@ -125,6 +125,11 @@ def _render(found: Any, path: Path) -> str:
             f"{kernel:32} {cost.launch_us:6.4g} us {cost.gb_per_s:6.4g} GB/s "
             f"{cost.gmac_per_s:6.4g} GMAC/s   {fit.mean_error:.1%}, {fit.worst_error:+.0%}"
         )
+    ratio = found.bfloat16_ratio
+    lines.append(
+        f"float matmuls of many tokens: bfloat16 takes {ratio:.2f} times as long as float32, so "
+        f"precision: auto means {'bfloat16' if ratio < 1 else 'float32'}"
+    )
     return "\n".join([*lines, f"written to {path}; use it as --target {path}"])
 
 
@@ -132,6 +137,7 @@ def _as_json(found: Any, path: Path) -> dict[str, Any]:
     return {
         "out": os.fspath(path),
         "target": found.target.name,
+        "bfloat16_ratio": found.bfloat16_ratio,
         "kernels": {
             kernel: {
                 **dataclasses.asdict(fit.cost),

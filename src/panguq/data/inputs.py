@@ -70,7 +70,7 @@ def check_input_dtypes(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
 def takes_empty_mask(gm: fx.GraphModule) -> bool:
     """Whether only attention ops read the mask, so that an empty one may say "plain causal"."""
     mask = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == "attention_mask")
-    attentions = ("panguq::attention", "panguq::latent_attention")
+    attentions = ("panguq::attention", "panguq::latent_attention", "panguq_cpu::bfloat16_attention")
     return all(any(calls(user, op) for op in attentions) for user in mask.users)
 
 

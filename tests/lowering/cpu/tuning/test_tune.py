@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -136,6 +137,7 @@ def test_the_command_writes_a_target_that_other_commands_take(tmp_path, capsys, 
     printed = capsys.readouterr()
     assert all(kernel in printed.out for kernel in CPU.kernels)
     assert f"--target {path}" in printed.out
+    assert re.search(r"bfloat16 takes \d+\.\d\d times as long as float32, so", printed.out)
     assert "3 of 3: n=48 k=96, about" in printed.err
     assert [p.name for p in path.parent.iterdir()] == ["mine.yaml"]
     assert find_target(path).name == "cpu-tuned"
@@ -150,6 +152,7 @@ def test_the_command_in_json(tmp_path, capsys, tiny_quick) -> None:
     data = json.loads(capsys.readouterr().out)
     assert (data["out"], data["target"]) == (str(path), "cpu-tuned")
     assert set(data["kernels"]) == set(CPU.kernels)
+    assert data["bfloat16_ratio"] > 0
     assert data["kernels"]["linear"]["gmac_per_s"] == find_target(path).kernels["linear"].gmac_per_s
     assert len(data["timings"]) == len(CPU.kernels) * 9
 
