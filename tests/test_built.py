@@ -277,7 +277,7 @@ def test_a_compiler_that_fails_is_quoted_and_the_graph_runs(
 ) -> None:
     broken = tmp_path / "g++"
     broken.write_text(
-        '#!/bin/sh\ncase "$*" in *" -c "*) echo "x.cpp:1: error: had enough" >&2; exit 1;; esac\n'
+        '#!/bin/sh\ncase "$*" in *.cpp*) echo "x.cpp:1: error: had enough" >&2; exit 1;; esac\n'
         'exec g++ "$@"\n'
     )
     broken.chmod(0o755)

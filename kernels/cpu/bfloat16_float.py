@@ -53,7 +53,7 @@ def bfloat16_attention(
     float32. Returns query's dtype, laid out as `panguq.attention` does.
     """
     if query.shape[2] <= FEW_QUERIES:
-        return body_of(attention)(query, key, value, mask, scale)  # type: ignore[no-any-return]
+        return body_of(attention)(query, key, value, mask, scale)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(torch.bfloat16)
     rounded = [tensor.to(torch.bfloat16) for tensor in (query, key, value)]
