@@ -17,7 +17,7 @@ from panguq.ir.node_meta import scheme_of
 from panguq.ir.views import ExpertLinear
 from panguq.passes.codes import expert_solver, gram
 from panguq.passes.pipeline.base import matmuls
-from panguq.tensors import nameless
+from panguq.tensors import nameless, spill
 from tests.families.models import make
 from tests.families.sweep import CALIBRATION, IDS
 from tests.shared_traces import shared_traces
@@ -119,6 +119,7 @@ def gptq_codes(model) -> dict[str, Tensor]:
         (expert_solver, "EXPERTS_AT_ONCE", 1),
         (expert_solver, "EXPERTS_AT_ONCE", 3),
         (nameless, "LARGE_BYTES", 1),  # all that is computed of weights lies in files
+        (spill, "SPILL_BYTES", 1),  # and so do the rows of experts that are shown all tokens
     ],
 )
 def test_how_many_experts_are_held_changes_no_bit(

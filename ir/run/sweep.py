@@ -200,11 +200,17 @@ class _Sweep:
     def _all_tokens(
         self, reroute: Reroute, known: Sequence[_Layered], experts: Sequence[int]
     ) -> dict[int, list[Tensor]]:
-        found: dict[int, list[Tensor]] = {expert: [] for expert in experts}
-        for values in known:
+        """These experts' rows of every batch; in files, where they would take too much memory."""
+        found: dict[int, dict[int, Tensor]] = {expert: {} for expert in experts}
+        held = 0
+        for batch, values in enumerate(known):
             for expert, _, rows in reroute.rows(self.gm, values, experts):
-                found[expert].append(rows)
-        return found
+                found[expert][batch] = rows
+                held += spill.held_bytes(rows)
+            if held > spill.SPILL_BYTES:
+                spill.to_files(found.values())
+                held = 0
+        return {expert: list(batches.values()) for expert, batches in found.items()}
 
     def _drop(self, node: fx.Node, environment: Values) -> None:
         for source in self.freed.get(node, ()):

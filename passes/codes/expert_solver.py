@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -134,7 +134,9 @@ class ExpertSolver:
         first = ExpertLinear.of(matmuls[0])
         for value in values:
             ensure_finite(label(first.input), value, "activation")
-        values, all_tokens = self._weighted(matmuls[0], values, all_tokens)
+        roots = self._roots(matmuls[0], values[0].dtype) if values else None
+        if roots is not None:
+            values = _times(values, self._sorted(matmuls[0], roots))
         counts = lengths[first.counts]
         rows = [value.split(count) for value, count in zip(values, counts, strict=True)]
         weights = [materialized(self._stored(matmul)) for matmul in matmuls]
@@ -147,7 +149,7 @@ class ExpertSolver:
                 readers[expert].append((weight[place], into))
         underfed = [e for e in self.tokens[matmuls[0]].underfed if e in readers]
         is_shared = reroute.is_shared(first.input)
-        everything = _everything(all_tokens, underfed, is_shared)
+        everything = _everything(all_tokens, underfed, is_shared, roots)
         for expert, own in sorted(readers.items()):
             if expert in underfed:
                 moments = next(everything)
@@ -158,27 +160,16 @@ class ExpertSolver:
         self.solved += stacked
         return {Linear.of(into.matmul).weight: into.weight for into in stacked}
 
-    def _weighted(
-        self, matmul: fx.Node, values: Sequence[Tensor], all_tokens: RowsOfAll
-    ) -> tuple[Sequence[Tensor], RowsOfAll]:
-        """The rows, each times the root of its token's weight where weigh-tokens gave it one."""
+    def _roots(self, matmul: fx.Node, dtype: torch.dtype) -> Sequence[Tensor] | None:
+        """The roots `[tokens, 1]` of each batch's weights, where weigh-tokens gave it some."""
         weights = meta_of(matmul).token_weights
-        if weights is None:
-            return values, all_tokens
+        return None if weights is None else [w.sqrt().to(dtype)[:, None] for w in weights]
+
+    def _sorted(self, matmul: fx.Node, roots: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The same for each row of the batches, sorted by expert as they are."""
         order, top_k = order_of(matmul)
-        roots = [weight.sqrt().to(values[0].dtype)[:, None] for weight in weights]
-        sorted_by_expert = [
-            value * root[at.div(top_k, rounding_mode="floor")]
-            for value, root, at in zip(values, roots, self._orders[order], strict=True)
-        ]
-
-        def weighted(experts: Sequence[int]) -> Mapping[int, list[Tensor]]:
-            return {
-                expert: [rows * root for rows, root in zip(batches, roots, strict=True)]
-                for expert, batches in all_tokens(experts).items()
-            }
-
-        return sorted_by_expert, weighted
+        for root, at in zip(roots, self._orders[order], strict=True):
+            yield root[at.div(top_k, rounding_mode="floor")]
 
     def _stored(self, matmul: fx.Node) -> Tensor:
         return get_tensor(self.gm, quantizer_of(matmul).weight_name)
@@ -220,18 +211,28 @@ ROWS_AT_ONCE = 2048
 
 
 def _everything(
-    all_tokens: RowsOfAll, experts: Sequence[int], is_shared: bool
+    all_tokens: RowsOfAll,
+    experts: Sequence[int],
+    is_shared: bool,
+    roots: Sequence[Tensor] | None,
 ) -> Iterator[InputMoments]:
-    """What these experts meet, one after the other, if all tokens go to each."""
+    """What these experts meet, one after the other, if all tokens go to each, times `roots`."""
     if is_shared and experts:
-        shared = InputMoments(_joined(all_tokens(experts[:1])[experts[0]]))
+        shared = InputMoments(_joined(_times(all_tokens(experts[:1])[experts[0]], roots)))
         yield from itertools.repeat(shared, len(experts))
         return
     for start in range(0, len(experts), EXPERTS_AT_ONCE):
         some = experts[start : start + EXPERTS_AT_ONCE]
         found = dict(all_tokens(some))
         for expert in some:
-            yield InputMoments(_joined(found.pop(expert)))
+            yield InputMoments(_joined(_times(found.pop(expert), roots)))
+
+
+def _times(batches: Sequence[Tensor], roots: Iterable[Tensor] | None) -> Sequence[Tensor]:
+    """The rows of every batch, each times its root; as they are where there are none."""
+    if roots is None:
+        return batches
+    return [rows * root for rows, root in zip(batches, roots, strict=True)]
 
 
 def _joined(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -244,4 +245,4 @@ def _joined(batches: Sequence[Tensor]) -> list[Tensor]:
             held = 0
         joined[-1].append(batch)
         held += len(batch)
-    return [torch.cat(some) for some in joined]
+    return [some[0] if len(some) == 1 else torch.cat(some) for some in joined]
