@@ -73,6 +73,11 @@ def test_what_collapsed_names_the_first_broken_matmul() -> None:
     assert "layers.3.down_proj" in judged("wikipedia", items(2, 2), items(5, 5))[1]
 
 
+def test_a_collapse_of_few_items_says_how_few_they_are() -> None:
+    status, reason = judged("piqa", items(*[1] * 8), items(*[1] * 6, 0, 0))
+    assert status == "collapsed" and "too few items to tell it from float, p = 0.5" in reason
+
+
 def test_an_op_that_makes_nan_is_named_whatever_the_value() -> None:
     status, reason = judged("arc_easy", items(1, 1), items(1, 1), broken="layers.0.mul")
     assert (status, reason) == ("non-finite", "NaN or Inf first at layers.0.mul")

@@ -8,6 +8,7 @@ from typing import Any
 from panguq.accuracy_map.folder import FIELDS, Cell, MapFolder, json_plain
 from panguq.pages.page import write_page
 from panguq.pages.plots import scatter
+from panguq.tasks.task_list import TASKS
 
 SHOWN = 3
 LETTERS = 1500
@@ -34,6 +35,7 @@ def _column(cell: Cell) -> tuple[Any, ...]:
 def _cell(folder: MapFolder, cell: Cell, floats: Cell | None) -> Cell:
     log = folder.log_file(cell["name"])
     more = {
+        "kind": _kind(cell),
         "log": log.read_text("utf-8", errors="replace")[-LETTERS:] if log.exists() else "",
         "shown": _answers(folder, cell, floats),
     }
@@ -69,7 +71,7 @@ def _plots(cells: Sequence[Cell]) -> list[dict[str, str]]:
         ("kl", "KL(float ‖ recipe), nats, mean over tasks", True),
         ("value", "accuracy, mean over tasks", False),
     ):
-        chosen = [c for c in cells if field == "kl" or not _is_perplexity(c)]
+        chosen = [c for c in cells if field == "kl" or _kind(c) != "perplexity"]
         points = _means(chosen, field)
         if len(points) > 1:
             svg = scatter(points, title, lower_is_better=lower, log=field == "kl")
@@ -78,8 +80,10 @@ def _plots(cells: Sequence[Cell]) -> list[dict[str, str]]:
     return found
 
 
-def _is_perplexity(cell: Cell) -> bool:
-    return cell.get("kind") == "perplexity"
+def _kind(cell: Cell) -> str:
+    """Of its task; a cell of another of lm-eval's says it itself, if it has figures."""
+    task = TASKS.get(cell["task"])
+    return task.kind if task else str(cell.get("kind", "choice"))
 
 
 def _means(cells: Sequence[Cell], field: str) -> dict[str, tuple[float, float]]:

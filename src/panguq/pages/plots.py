@@ -41,6 +41,7 @@ def scatter(points: Points, title: str, *, lower_is_better: bool, log: bool = Fa
         axes.annotate(name, (bits, value), textcoords="offset points", xytext=(5, 4), fontsize=7)
     if log and all(value > 0 for _, value in points.values()):
         axes.set_yscale("log")
+    axes.margins(x=0.15, y=0.1)  # room for the names
     axes.set_xlabel("bits a weight")
     axes.set_ylabel(title)
     axes.grid(alpha=0.3)

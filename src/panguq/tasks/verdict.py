@@ -113,7 +113,8 @@ def status_of(
         near = "" if cell.get("kl") is None else f": KL {cell['kl']:.3g}, top-1 {cell['top1']:.1%}"
         return "chance", f"float itself is at chance ({floats:.1%} of {cell['items']}){near}"
     if at_chance(task, value, cell["items"]):
-        return "collapsed", f"{value:.1%} is within two standard errors of chance{named}"
+        few = "" if significant else f"; too few items to tell it from float, p = {cell['p']:.2g}"
+        return "collapsed", f"{value:.1%} is within two standard errors of chance{few}{named}"
     if significant and value < floats:
         lost, won = cell["right_to_wrong"], cell["wrong_to_right"]
         return "degraded", f"{lost} right to wrong, {won} wrong to right, p = {cell['p']:.2g}"
