@@ -55,7 +55,8 @@ def test_the_table_is_complete_and_says_what_to_do() -> None:
 def test_every_scheme_has_a_verdict(server: str, form: str, scheme: str) -> None:
     found = support(server, form, scheme)
     assert found.takes or (found.reason and found.instead)
-    assert not found.takes or parse_scheme(scheme).weight.bits in (4, 8)
+    bits = (2, 3, 4, 8) if form == "gptq" else (4, 8)
+    assert not found.takes or parse_scheme(scheme).weight.bits in bits
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -74,7 +75,9 @@ def test_float_is_taken_by_all(server: str) -> None:
         ("mindie", "W4A8", "ascend", True),
         ("mindie", "W4A16", "ascend", False),
         ("vllm", "W4A16-g64", "compressed-tensors", True),
-        ("vllm", "W4A16_ASYM", "compressed-tensors", False),
+        ("vllm", "W4A16_ASYM", "compressed-tensors", True),
+        ("vllm", "W3A16", "gptq", True),
+        ("transformers", "W4A16_ASYM", "gptq", True),
         ("vllm", "W4A8", "compressed-tensors", False),
         ("transformers", "W4A8", "compressed-tensors", True),
         ("transformers", "W4A4", "compressed-tensors", False),

@@ -18,15 +18,17 @@ from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.limits import W4A8_GROUP
 
 Server: TypeAlias = Literal["vllm-ascend", "mindie", "vllm", "transformers"]
-ServedFormat: TypeAlias = Literal["ascend", "compressed-tensors"]
+ServedFormat: TypeAlias = Literal["ascend", "compressed-tensors", "gptq", "awq"]
 SERVERS: tuple[Server, ...] = ("vllm-ascend", "mindie", "vllm", "transformers")
 NPU_SERVERS: tuple[Server, ...] = ("vllm-ascend", "mindie")
 READS: dict[Server, tuple[ServedFormat, ...]] = {
     "vllm-ascend": ("ascend", "compressed-tensors"),
     "mindie": ("ascend",),
-    "vllm": ("compressed-tensors",),
-    "transformers": ("compressed-tensors",),
+    "vllm": ("compressed-tensors", "gptq", "awq"),
+    "transformers": ("compressed-tensors", "gptq", "awq"),
 }
+WEIGHT_ONLY: tuple[ServedFormat, ...] = ("gptq", "awq")
+"""These hold weights alone, with or without zero points."""
 # Modules that servers join into one matmul, by the last part of their names.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -46,7 +48,6 @@ _MODELSLIM = "vllm-ascend, quantization/modelslim_config.py and methods/"
 _ASCEND_CT = "vllm-ascend, quantization/compressed_tensors_config.py"
 _VLLM_CT = "vLLM, quantization/compressed_tensors/compressed_tensors.py"
 _MINDIE = "MindIE-LLM, examples/atb_models/atb_llm/utils/quantize/"
-_ASYMMETRIC = "it takes 4-bit weights without zero points only"
 _NOT_WRITTEN = "panguq writes no checkpoint of this scheme for it"
 
 
@@ -54,6 +55,7 @@ def _no(reason: str, instead: str, source: str = "") -> Support:
     return Support(False, reason, instead, source)
 
 
+_FEWER_BITS = {"W3A16": _YES, "W2A16": _YES}
 SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
     ("vllm-ascend", "ascend"): {
         "W8A8": _YES,
@@ -76,7 +78,9 @@ SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
         "W8A16": _no("no compressed-tensors scheme of it fits", "format='ascend'", _ASCEND_CT),
         "W4A8": _no("its W4A8 is for MoE models alone", "W8A8_DYNAMIC", _ASCEND_CT),
         "W4A16": _no("its W4A16 is for MoE models alone", "W8A16, format='ascend'", _ASCEND_CT),
-        "W4A16_ASYM": _no(_ASYMMETRIC, "W8A16, format='ascend'", _ASCEND_CT),
+        "W4A16_ASYM": _no(
+            "it takes 4-bit weights without zero points only", "W8A16, format='ascend'", _ASCEND_CT
+        ),
         "W4A4": _no(_NOT_WRITTEN, "W8A8_DYNAMIC", _ASCEND_CT),
     },
     ("mindie", "ascend"): {
@@ -101,7 +105,7 @@ SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
         "W8A8_DYNAMIC": _YES,
         "W8A16": _YES,
         "W4A16": _YES,
-        "W4A16_ASYM": _no(_ASYMMETRIC, "W4A16", _VLLM_CT),
+        "W4A16_ASYM": _YES,
         "W4A8": _no(
             "its only kernel for 4-bit weights with int8 inputs runs on CPUs",
             "W8A8_DYNAMIC",
@@ -115,13 +119,17 @@ SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
         "W8A16": _YES,
         "W4A16": _YES,
         "W4A16_ASYM": _no(
-            "packed zero points do not load: their shape is not the one it makes",
-            "W4A16",
-            "transformers 5.23 with compressed-tensors 0.20, run on a CPU",
+            "packed zero points load with CompressedTensorsConfig(dequantize=True) alone",
+            "W4A16, or format='gptq'",
+            "transformers 5.24 with compressed-tensors 0.20, run on a CPU",
         ),
         "W4A8": _YES,
         "W4A4": _no(_NOT_WRITTEN, "W4A8 or W8A8_DYNAMIC"),
     },
+    ("vllm", "gptq"): {"W4A16": _YES, "W4A16_ASYM": _YES, **_FEWER_BITS, "W8A16": _YES},
+    ("vllm", "awq"): {"W4A16": _YES, "W4A16_ASYM": _YES},
+    ("transformers", "gptq"): {"W4A16": _YES, "W4A16_ASYM": _YES, **_FEWER_BITS, "W8A16": _YES},
+    ("transformers", "awq"): {"W4A16": _YES, "W4A16_ASYM": _YES},
 }
 
 
@@ -178,6 +186,8 @@ def support(
     if form not in READS[server]:
         return _no(f"it does not read the format {form!r}", f"format={READS[server][0]!r}")
     entry = SUPPORT[server, form].get(base)
+    if form in WEIGHT_ONLY:
+        return entry or _no(f"the format has no {base}", "W4A16")
     if experts:
         entry = EXPERTS.get((server, form), {}).get(base, entry)
         if server == "vllm-ascend" and base in PER_CHANNEL_EXPERTS and group_size is not None:

@@ -183,3 +183,22 @@ def compressed(bits: int = 8, activation: str | None = "dynamic") -> Draft:
     }
     settings = config(False, "bfloat16", quantization_config=quantization)
     return Draft(settings, None, tensors, "model")
+
+
+def weight_only(method: str, bits: int = 4, group_size: int = 128) -> Draft:
+    """A one-layer Llama in GPTQ's or AWQ's format."""
+    tensors = float_weights(torch.bfloat16)
+    for name, (n, k) in SHAPES.items():
+        path, groups, wide = f"{LAYER}.{name}", k // group_size, n * bits // 32
+        shape = (k * bits // 32, n) if method == "gptq" else (k, wide)
+        tensors[f"{path}.qweight"] = torch.randint(0, 2**31 - 1, shape, dtype=torch.int32)
+        tensors[f"{path}.qzeros"] = torch.full((groups, wide), 0x77777777, dtype=torch.int32)
+        tensors[f"{path}.scales"] = (torch.rand(groups, n) + 1e-3).half()
+        if method == "gptq":
+            tensors[f"{path}.g_idx"] = torch.arange(k, dtype=torch.int32) // group_size
+    settings: dict[str, Any] = {"quant_method": method, "bits": bits, "group_size": group_size}
+    if method == "gptq":
+        settings |= {"sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+    else:
+        settings |= {"zero_point": True, "version": "gemm", "modules_to_not_convert": ["lm_head"]}
+    return Draft(config(False, "bfloat16", quantization_config=settings), None, tensors, "model")

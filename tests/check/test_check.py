@@ -259,7 +259,7 @@ BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [
 ]  # fmt: skip
 STATIC, PACKED = dict(activation="static"), dict(activation=None)
 BROKEN_COMPRESSED: list[tuple[str, str, dict[str, Any], Change, set[str]]] = [
-    ("unknown-method", "config.json", {}, setting(quant_method="gptq"), COMPRESSED_SERVERS),
+    ("unknown-method", "config.json", {}, setting(quant_method="bitsandbytes"), COMPRESSED_SERVERS),
     ("no-groups", "config.json", {}, setting(config_groups={}), COMPRESSED_SERVERS),
     ("no-scheme", "group_0", {"bits": 4}, lambda draft: None, {"vllm", "vllm-ascend"}),
     ("no-scheme", "group_0", PACKED, lambda draft: None, {"vllm-ascend"}),

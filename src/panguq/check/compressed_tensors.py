@@ -182,11 +182,12 @@ def _is_int8_input(group: ConfigGroup) -> bool:
 
 
 def _vllm_takes(group: ConfigGroup) -> bool:
-    if not group.symmetric:
-        return False
     if group.activation is None:
         packed = group.format == "pack-quantized"
-        return packed and group.bits in (4, 8) and group.strategy in ("group", "channel")
+        bits = (4, 8) if group.symmetric else (4,)
+        return packed and group.bits in bits and group.strategy in ("group", "channel")
+    if not group.symmetric:
+        return False
     return group.bits == 8 and group.strategy in ("tensor", "channel") and _is_int8_input(group)
 
 
@@ -218,7 +219,11 @@ def _activations_dropped(folder: CheckedFolder) -> Iterator[Hit]:
 def _asymmetric_packed(folder: CheckedFolder) -> Iterator[Hit]:
     for group in groups(folder):
         if not group.symmetric and group.format == "pack-quantized":
-            yield Hit(group.name, "packed zero points do not load: their shape is another one")
+            yield Hit(
+                group.name,
+                "packed zero points load with CompressedTensorsConfig(dequantize=True) alone: "
+                "without it their shape is another one",
+            )
 
 
 def _split_fused(folder: CheckedFolder) -> Iterator[Hit]:
@@ -256,7 +261,8 @@ def _mixed_precision(folder: CheckedFolder) -> Iterator[Hit]:
 def _parts(group: ConfigGroup) -> tuple[str, ...]:
     packed = group.format == "pack-quantized"
     weight = ("weight_packed", "weight_shape") if packed else ("weight",)
-    return (*weight, "weight_scale", *(("input_scale",) if group.is_static else ()))
+    zero = ("weight_zero_point",) if packed and not group.symmetric else ()
+    return (*weight, "weight_scale", *zero, *(("input_scale",) if group.is_static else ()))
 
 
 def _missing_part(folder: CheckedFolder) -> Iterator[Hit]:
@@ -287,6 +293,7 @@ def _wrong_form(folder: CheckedFolder) -> Iterator[Hit]:
             "weight_packed": (("I32",), [(n, words)]),
             "weight_shape": (("I32", "I64"), [(2,)]),
             "weight_scale": (_FLOATS, [(n, group.scales(k))]),
+            "weight_zero_point": (("I32",), [(-(-n * group.bits // 32), group.scales(k))]),
             "input_scale": (_FLOATS, [(1,), ()]),
         }
         for leaf in _parts(group):

@@ -265,7 +265,8 @@ def _missing_weight(folder: CheckedFolder) -> Iterator[Hit]:
         return
     for name in folder.model.parameters:
         path, _, leaf = name.rpartition(".")
-        stands_for = {name, f"{path}.weight_packed"} if leaf == "weight" else {name}
+        packed = {f"{path}.weight_packed", f"{path}.qweight"} if leaf == "weight" else set()
+        stands_for = {name, *packed}
         tied = folder.is_tied and name in folder.model.tied
         if not stands_for & folder.tensors.keys() and not tied:
             yield Hit(name, "missing, and the architecture has it")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from panguq.check import weight_only
 from panguq.check.ascend import ASCEND_RULES, tensor_types
 from panguq.check.compressed_tensors import COMPRESSED_TENSORS_RULES, quantized
 from panguq.check.files import FILE_RULES, CheckedFolder, Rule, open_folder
@@ -20,11 +21,13 @@ from panguq.files.checksums import CHECKSUMS
 from panguq.server_models import class_answer
 from panguq.servers import READS, SERVERS, Server, find_server
 
-FolderKind = Literal["ascend", "compressed-tensors", "float"]
+FolderKind = Literal["ascend", "compressed-tensors", "gptq", "awq", "float"]
 ServerAnswer = Literal["takes", "refuses", "not known", "does not read this format"]
 RULES: dict[FolderKind, tuple[Rule, ...]] = {
     "ascend": (*FILE_RULES, *UNCHANGED_RULES, *ASCEND_RULES),
     "compressed-tensors": (*FILE_RULES, *UNCHANGED_RULES, *COMPRESSED_TENSORS_RULES),
+    "gptq": (*FILE_RULES, *UNCHANGED_RULES, *weight_only.WEIGHT_ONLY_RULES),
+    "awq": (*FILE_RULES, *UNCHANGED_RULES, *weight_only.WEIGHT_ONLY_RULES),
     "float": (*FILE_RULES, *UNCHANGED_RULES),
 }
 _SHOWN = 5
@@ -124,7 +127,10 @@ def _kind(folder: CheckedFolder) -> FolderKind:
         folder.path.glob("quant_model_weight*")
     ):
         return "ascend"
-    return "compressed-tensors" if folder.quantization_config is not None else "float"
+    if folder.quantization_config is None:
+        return "float"
+    method = weight_only.method_of(folder)
+    return "gptq" if method == "gptq" else "awq" if method == "awq" else "compressed-tensors"
 
 
 def _reads(server: str, kind: FolderKind) -> bool:
@@ -158,6 +164,8 @@ def _types(folder: CheckedFolder, kind: FolderKind) -> dict[str, int]:
         listed = [what for name, what in types if name.endswith(".weight")]
     elif kind == "compressed-tensors":
         listed = [group.name for _, group, _ in quantized(folder)]
+    elif kind in weight_only.METHODS:
+        listed = [f"W{found.bits}A16" for _, found, _ in weight_only.quantized(folder)]
     else:
         listed = []
     for what in listed:

@@ -17,9 +17,9 @@ def add(commands: Commands) -> None:
         "check",
         run,
         "Check a quantized checkpoint against what servers' loaders want. AscendV1 folders "
-        "(msModelSlim's format) and compressed-tensors folders, whoever wrote them. Exit status 1 "
-        "if a server that reads the format would refuse it, or if the one asked for would, or it "
-        "is not known whether it has a class for the model.",
+        "(msModelSlim's format), compressed-tensors, GPTQ and AWQ folders, whoever wrote them. "
+        "Exit status 1 if a server that reads the format would refuse it, or if the one asked for "
+        "would, or it is not known whether it has a class for the model.",
         "panguq check smollm2-w8a8-ascend --server vllm-ascend",
     )
     command.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint's folder")

@@ -88,6 +88,20 @@ FORMATS: dict[str, Format] = {
             "panguq.formats.checkpoint.ascend_v1:check_linears",
             "panguq.formats.checkpoint.ascend_v1:check_expert_types",
         ),
+        Format(
+            "gptq",
+            "GPTQModel, transformers, vLLM and SGLang",
+            "panguq.formats.checkpoint.gptq:save_gptq",
+            _CHECKPOINT_PLACE,
+            "panguq.formats.checkpoint.gptq:check_linears",
+        ),
+        Format(
+            "awq",
+            "transformers, vLLM, SGLang and lmdeploy",
+            "panguq.formats.checkpoint.awq:save_awq",
+            _CHECKPOINT_PLACE,
+            "panguq.formats.checkpoint.awq:check_linears",
+        ),
     )
 }
 

@@ -309,12 +309,11 @@ def refusal(model: Any, path: Path) -> ExportError:
     return caught.value
 
 
-def test_zero_points_of_four_bit_weights(tmp_path: Path) -> None:
-    error = refusal(compiled("W4A16_ASYM-g32"), tmp_path)
+def test_weights_of_three_bits(tmp_path: Path) -> None:
+    error = refusal(compiled("W3A16-g32"), tmp_path)
     for server in ("transformers: ", "vllm: ", "vllm-ascend: "):
         assert server in error.message
-    assert "packed zero points do not load" in error.message
-    assert f"{ATTENTION}.q_proj and 13 more (W4A16_ASYM-g32)" in error.message
+    assert f"{ATTENTION}.q_proj and 13 more (W3A16-g32)" in error.message
 
 
 def test_four_bit_activations(tmp_path: Path) -> None:
@@ -376,6 +375,27 @@ def test_static_activations_have_zero_points_that_vllm_ascend_refuses(
     said = warnings_of(compiled("W8A8", "calibrate"), tmp_path, caplog)
     assert "vllm-ascend will not load" in said and "without zero points" in said
     assert "vllm will" not in said
+
+
+def test_zero_points_of_four_bit_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Packed along the outputs; what a reader dequantizes is what the graph multiplies by."""
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    model = compiled("W4A16_ASYM-g32")
+    said = warnings_of(model, tmp_path, caplog)
+    assert "transformers will not load this checkpoint" in said and "vllm will" not in said
+    (group,) = config_of(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    assert not group["weights"]["symmetric"]
+    tensors = tensors_of(tmp_path / "out")
+    for path, linear in read_checkpoint_graph(model.artifact).quantized.items():
+        n, k = linear.shape
+        packed = tensors[f"{path}.weight_packed"]
+        codes = helpers.unpack_from_int32(packed, 4, torch.Size([n, k]))
+        zeros = helpers.unpack_from_int32(
+            tensors[f"{path}.weight_zero_point"], 4, torch.Size([n, k // 32]), packed_dim=0
+        )
+        scale = tensors[f"{path}.weight_scale"].float().repeat_interleave(32, dim=1)
+        read = (codes.int() - zeros.int().repeat_interleave(32, dim=1)) * scale
+        assert torch.equal(read, linear.dequantized(torch.float32)), path
 
 
 def test_a_quantized_head_is_refused_by_servers_alone(

@@ -11,6 +11,7 @@ For a quantized linear P of the source model, weight `[n, k]`, g inputs a scale:
       P.weight_packed    int32 [n, k * bits / 32], code + 2^(bits - 1), lowest bits first
       P.weight_scale     [n, 1] or [n, k / g]
       P.weight_shape     int64 [2]
+      P.weight_zero_point  int32 [n * bits / 32, k / g], packed along n; only where there are any
 
 Scales of 8-bit codes are float32; those of 4-bit codes, bfloat16 in panguq, have the model's dtype
 where that holds them exactly. Everything else is written as the source model has it and in
@@ -25,7 +26,6 @@ checkpoint of that name would load there without code of its own.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from panguq.artifact import Artifact
-from panguq.errors import ExportError
 from panguq.files.strict_json import json_text
 from panguq.formats.checkpoint.compressed_tensors_config import group_of, quantization_config
 from panguq.formats.checkpoint.folder import CONFIG, SHARD_BYTES, Output, marked, write_checkpoint
@@ -46,9 +45,11 @@ from panguq.formats.checkpoint.graph import (
     read_checkpoint_graph,
 )
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
+from panguq.formats.checkpoint.loaders import check_fused, check_loaders
 from panguq.formats.checkpoint.served_files import config_of, served_files
+from panguq.formats.checkpoint.word_packing import packed_words
 from panguq.server_models import missing_classes
-from panguq.servers import ServedFormat, Server, support
+from panguq.servers import ServedFormat, Server
 
 logger = logging.getLogger("panguq")
 
@@ -69,13 +70,19 @@ def save_compressed_tensors(
     are converted one at a time. A server that will not take it, where another does, is named in
     a warning.
 
-    Raises ExportError, saying which loader refuses what and why, for a model that transformers
-    itself cannot load in this format (4-bit weights with zero points, split outlier channels,
-    GPT-2's Conv1D), or where nothing is quantized; StorageError for a place that is taken or
+    Raises ExportError, saying which loader refuses what and why, for a model that no loader takes
+    (weights of 3 bits, split outlier channels, GPT-2's Conv1D), or where nothing is quantized;
+    StorageError for a place that is taken or
     cannot be written.
     """
     graph = read_checkpoint_graph(artifact).published()
-    warnings = check_loaders(graph)
+    check_fused(graph)
+    warnings = [*check_linears(graph.quantized), *check_expert_schemes(mixed_experts(graph))]
+    if graph.names.divided:
+        warnings.append(
+            "transformers will not load this checkpoint: it knows a layer's experts as one tensor "
+            "each, which has no form for codes; vLLM reads them one by one"
+        )
     config = marked(_config(artifact, graph), artifact.recipe.name)
     for warning in (*warnings, *missing_classes(LOADERS, config)):
         logger.warning(warning)
@@ -85,18 +92,6 @@ def save_compressed_tensors(
         **served_files(artifact),
     }
     write_checkpoint(path, files, tensors, overwrite, shard_bytes=shard_bytes)
-
-
-def check_loaders(graph: CheckpointGraph) -> list[str]:
-    """As `check_linears`, and raises for linears that are fused and differ in scheme, too."""
-    _check_fused(graph)
-    said = [*check_linears(graph.quantized), *check_expert_schemes(mixed_experts(graph))]
-    if graph.names.divided:
-        said.append(
-            "transformers will not load this checkpoint: it knows a layer's experts as one tensor "
-            "each, which has no form for codes; vLLM reads them one by one"
-        )
-    return said
 
 
 def check_expert_schemes(mixed: Mapping[str, list[str]]) -> list[str]:
@@ -111,56 +106,11 @@ def check_expert_schemes(mixed: Mapping[str, list[str]]) -> list[str]:
 
 
 def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype | None = None) -> list[str]:
-    """A sentence for each loader that will not take these linears, though transformers does.
+    """A sentence for each loader that will not take these linears, though another does.
 
-    Raises ExportError if transformers does not, or nothing is quantized. Any dtype will do.
+    Raises ExportError if none does, or nothing is quantized. Any dtype will do.
     """
-    if not linears:
-        raise ExportError("nothing in this model is quantized", "serve the source model's folder")
-    refusals = {loader: _refusals(linears, loader) for loader in LOADERS}
-    if refusals["transformers"]:
-        listed = "; ".join(f"{loader}: {'; '.join(why)}" for loader, why in refusals.items() if why)
-        raise ExportError(
-            f"no loader takes this model as {FORMAT}: {listed}",
-            "compile with the scheme that is named, or save in panguq's own format",
-        )
-    return [
-        f"{loader} will not load this checkpoint: {'; '.join(why)}"
-        for loader, why in refusals.items()
-        if why
-    ]
-
-
-def _refusals(linears: Mapping[str, LinearForm], loader: Server) -> list[str]:
-    paths: dict[tuple[str, int | None, bool], list[str]] = defaultdict(list)
-    for linear in linears.values():
-        group = None if linear.group_size == linear.shape[1] else linear.group_size
-        paths[linear.scheme.name, group, linear.is_expert].append(linear.path)
-    found = []
-    for (scheme, group, is_expert), same in paths.items():
-        entry = support(loader, FORMAT, scheme, group, is_expert)
-        if not entry.takes:
-            more = f" and {len(same) - 1} more" if len(same) > 1 else ""
-            found.append(f"{same[0]}{more} ({scheme}): {entry.reason}; choose {entry.instead}")
-    heads = [path for path in linears if path.rpartition(".")[2] == "lm_head"]
-    if heads and loader != "transformers":
-        found.append(
-            f"{heads[0]}: it has quantized linears only, and this is its LM head; keep it FLOAT"
-        )
-    return found
-
-
-def _check_fused(graph: CheckpointGraph) -> None:
-    """Servers make one matmul of linears that read one tensor, and want one scheme for it."""
-    for paths in graph.fused:
-        linears = [graph.quantized.get(path) for path in paths]
-        kinds = {None if q is None else (q.scheme.weight, q.scheme.activation) for q in linears}
-        if len(kinds) > 1:
-            raise ExportError(
-                f"{', '.join(paths)} read one tensor and differ in scheme: vLLM and vllm-ascend "
-                "fuse them and refuse that",
-                "let one glob of the recipe name them all",
-            )
+    return check_loaders(linears, FORMAT, LOADERS)
 
 
 # --- tensors -----------------------------------------------------------------------------------
@@ -189,6 +139,10 @@ def _linear_tensors(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Ou
     words = -(-k * group.bits // 32)
     outputs["weight_packed"] = Output(torch.int32, (n, words), partial(packed, linear.stored))
     outputs["weight_shape"] = Output.of(torch.tensor([n, k]))
+    if linear.weight_zero_point is not None:
+        shape = (-(-n * group.bits // 32), linear.weight_zero_point.shape[1])
+        zeros = partial(packed_zero_points, linear.weight_zero_point, group.bits)
+        outputs["weight_zero_point"] = Output(torch.int32, shape, zeros)
     return outputs
 
 
@@ -201,6 +155,16 @@ def packed(stored: Tensor) -> Tensor:
     """
     flipped = stored.view(torch.uint8) ^ (0x88 if stored.dtype == torch.uint8 else 0x80)
     return functional.pad(flipped, (0, -flipped.shape[1] % 4)).view(torch.int32)
+
+
+def packed_zero_points(zeros: Tensor, bits: int) -> Tensor:
+    """int8 `[n, groups]` as pack-quantized has them, int32 `[ceil(n * bits / 32), groups]`."""
+    count = 32 // bits
+    padded = functional.pad(zeros, (0, 0, 0, -zeros.shape[0] % count))
+    unsigned = padded.to(torch.int16) + 2 ** (bits - 1)
+    if padded.shape[0] != zeros.shape[0]:
+        unsigned[zeros.shape[0] :] = 0
+    return packed_words(unsigned.T.contiguous(), bits).T.contiguous()
 
 
 def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,7 @@ class Group:
     bits: int
     group_size: int | None
     activation: QuantSpec | None
+    symmetric: bool = True
 
     @property
     def format(self) -> CodesFormat:
@@ -44,22 +45,25 @@ class Group:
         return {
             "targets": list(targets),
             "format": self.format,
-            "weights": _arguments(self.bits, strategy, self.group_size),
+            "weights": _arguments(self.bits, strategy, self.group_size, self.symmetric),
             "input_activations": _activation(self.activation),
             "output_activations": None,
         }
 
 
 def group_of(linear: QuantizedLinear) -> Group:
-    """The scheme of a linear. Raises ExportError for weights with zero points or of other bits."""
+    """The scheme of a linear. Raises ExportError for weights of other bits, and for zero points
+    where inputs are quantized, too."""
     weight = linear.scheme.weight
-    if weight is None or weight.format not in (INT4, INT8) or not weight.symmetric:
+    packs = linear.scheme.activation is None
+    if weight is None or weight.format not in (INT4, INT8) or not (weight.symmetric or packs):
         raise ExportError(
             f"{linear.path}: compressed-tensors loaders take no weights of {linear.scheme.name}",
             "choose another scheme in the recipe",
         )
     by_group = weight.granularity == "per_group"
-    return Group(weight.bits, linear.group_size if by_group else None, linear.scheme.activation)
+    size = linear.group_size if by_group else None
+    return Group(weight.bits, size, linear.scheme.activation, weight.symmetric)
 
 
 def quantization_config(

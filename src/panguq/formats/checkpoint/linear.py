@@ -15,7 +15,7 @@ from panguq.ir.node_meta import meta_of
 from panguq.ir.number_format import INT4
 from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.quant_spec import SCHEMES, Scheme
-from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
+from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput, calls, operand
 from panguq.models.hub_names import WeightPart
 from panguq.passes.patterns.matching import through_casts
 
@@ -55,7 +55,8 @@ class QuantizedLinear:
     path: str
     scheme: Scheme
     stored: Tensor
-    """As the graph has them: int8 `[n, k]`, or two 4-bit codes a byte, uint8 `[n, k / 2]`."""
+    """As the graph has them: int8 `[n, k]`, two 4-bit codes a byte, uint8 `[n, k / 2]`, or codes of
+    2, 3, 5, 6 or 7 bits one after the other, uint8 (`pack_codes`)."""
     weight_scale: Tensor
     """Float32, or bfloat16 for 4-bit codes, `[n, k / group_size]`."""
     weight_zero_point: Tensor | None
@@ -70,8 +71,8 @@ class QuantizedLinear:
     @property
     def shape(self) -> tuple[int, int]:
         """[n, k] of the weight."""
-        n, width = self.stored.shape
-        return n, width * 2 if self.stored.dtype == torch.uint8 else width
+        n, groups = self.weight_scale.shape[-2:]
+        return n, groups * self.group_size
 
     @property
     def has_bias(self) -> bool:
@@ -84,8 +85,13 @@ class QuantizedLinear:
         return self.weight_zero_point is not None
 
     def codes(self) -> Tensor:
-        """The weight's codes, int8 `[n, k]`; a new tensor where they are stored in pairs."""
-        return panguq.unpack_int4(self.stored) if self.stored.dtype == torch.uint8 else self.stored
+        """The weight's codes, int8 `[n, k]`; a new tensor where they are stored packed."""
+        if self.stored.dtype != torch.uint8:
+            return self.stored
+        weight = self.scheme.weight
+        if weight is None or weight.format == INT4:
+            return panguq.unpack_int4(self.stored)
+        return panguq.unpack_codes(self.stored, weight.bits, self.shape[1])
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that panguq computes with, `[n, k]` in the model's dtype (or another)."""
@@ -136,9 +142,12 @@ def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear
     weight = DequantizedWeight.match(matmul.weight)
     if weight is None:
         raise _unknown(path, matmul.weight)
-    if weight.packed.op != "get_attr":
+    stored = weight.packed
+    if calls(stored, "panguq::unpack_codes"):
+        stored = operand(stored, 0)
+    if stored.op != "get_attr":
         if weight.quantizer is None:
-            raise _unknown(path, weight.packed)
+            raise _unknown(path, stored)
         raise ExportError(
             f"{path}: its weight is not stored as codes yet",
             "put quantize-weights at the end of the recipe's passes",
@@ -147,7 +156,7 @@ def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear
     linear = QuantizedLinear(
         path=path,
         scheme=meta_of(node).scheme or SCHEMES["FLOAT"],
-        stored=_stored(gm, weight.packed),
+        stored=_stored(gm, stored),
         weight_scale=_stored(gm, weight.scale),
         weight_zero_point=None if weight.zero_point is None else _stored(gm, weight.zero_point),
         group_size=weight.group_size,
@@ -180,7 +189,7 @@ def _check_scheme(linear: QuantizedLinear, quantized: QuantizedInput | None) -> 
     weight, activation = linear.scheme.weight, linear.scheme.activation
     agrees = (
         weight is not None
-        and (weight.format == INT4) == (linear.stored.dtype == torch.uint8)
+        and (weight.bits < 8) == (linear.stored.dtype == torch.uint8)
         and weight.symmetric == (linear.weight_zero_point is None)
         and (activation is None) == (quantized is None)
         and (activation is None or activation.dynamic == (linear.input_scale is None))
