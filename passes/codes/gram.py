@@ -13,11 +13,38 @@ from panguq.errors import NumericsError
 
 DAMPING_TRIES = 8  # each ten times the one before
 INVERTED_AT_ONCE = 256  # columns; fewer cost more in calls than they save in arithmetic
+PANEL = 128  # rows of X^T X; fewer cost more in calls than they save in arithmetic
+TOKENS_AT_ONCE = 512  # over more, a BLAS may split the sum as its number of threads has it
 
 
 def gram(inputs: Iterable[Tensor]) -> Tensor:
-    """X^T X over all tokens of all batches `[..., k]`, float64 `[k, k]`, see `cross_gram`."""
-    return cross_gram((batch, batch) for batch in inputs)
+    """X^T X over all tokens of all batches `[..., k]`, float64 `[k, k]`, exactly symmetric.
+
+    Products are float32 over `TOKENS_AT_ONCE` tokens, in which their error (2^-24 of the diagonal)
+    is far below any damping; sums are float64, those of batches in their order. Only the upper half
+    is computed, in panels of rows, which takes little more than half the time.
+    """
+    total: Tensor | None = None
+    for batch in inputs:
+        pieces = batch.reshape(-1, batch.shape[-1]).float().split(TOKENS_AT_ONCE)
+        k = batch.shape[-1]
+        total = torch.zeros(k, k, dtype=torch.float64) if total is None else total
+        # A batch's sum is its own, wherever the sums of the others are computed.
+        own = total if len(pieces) == 1 else torch.zeros_like(total)
+        for rows in pieces:
+            for start in range(0, k, PANEL):
+                panel = slice(start, start + PANEL)
+                own[panel, start:] += rows[:, panel].T @ rows[:, start:]
+        if own is not total:
+            total += own
+    if total is None:
+        raise _no_input()
+    for start in range(0, len(total), PANEL):
+        stop = start + PANEL
+        square = total[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def cross_gram(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -33,8 +60,12 @@ def cross_gram(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         product = rows.T @ columns
         total = product.double() if total is None else total.add_(product)
     if total is None:
-        raise NumericsError("there is no input to take second moments of", "give calibration data")
+        raise _no_input()
     return total
+
+
+def _no_input() -> NumericsError:
+    return NumericsError("there is no input to take second moments of", "give calibration data")
 
 
 class InverseFactor(NamedTuple):
@@ -64,7 +95,7 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
 
     Raises NumericsError if no damping helps, or the matrix is not finite.
     """
-    if not hessian.isfinite().all():
+    if not hessian.sum().isfinite():  # without a matrix of answers
         raise NumericsError(
             "the second moments of a matmul's input are not finite",
             "the model overflows on the calibration data",

@@ -144,7 +144,7 @@ class SolveWeights(Pass):
             start = 0
             for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
                 stop = start + len(tensor)
-                solved.append((quantizer.node, solution.rows(start, stop)))
+                solved.append((quantizer.node, solution.rows(slice(start, stop))))
                 chosen[Linear.of(matmul).weight] = weight[start:stop].contiguous()
                 sqnr_db = weight_sqnr_db(tensor, weight[start:stop])
                 rows.append(

@@ -51,13 +51,11 @@ class Solution:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str | int | float | None, ...] = ()
 
-    def rows(self, start: int, stop: int) -> Solution:
+    def rows(self, which: slice) -> Solution:
         """The solution for these rows alone."""
-        zero = None if self.zero_point is None else self.zero_point[start:stop]
-        extra = {name: tensor[start:stop] for name, tensor in self.extra.items()}
-        return Solution(
-            self.codes[start:stop], self.scale[start:stop], zero, extra, self.shared, self.notes
-        )
+        zero = None if self.zero_point is None else self.zero_point[which]
+        extra = {name: tensor[which] for name, tensor in self.extra.items()}
+        return Solution(self.codes[which], self.scale[which], zero, extra, self.shared, self.notes)
 
 
 def quantizer_of(matmul: fx.Node) -> QuantizedWeight:

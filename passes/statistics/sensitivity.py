@@ -160,12 +160,24 @@ class SampledLabels:
         rows = output.reshape(-1, output.shape[-1])
         self.total += len(rows)
         probabilities = rows.float().softmax(-1)
-        # Gumbel's trick, or the smallest exponential: multinomial() refuses large vocabularies.
-        noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
-        labels = noise.div_(probabilities).argmin(-1, keepdim=True)
+        labels = drawn(probabilities, self.generator)
         gradient = probabilities.neg_()
         gradient.scatter_add_(1, labels, torch.ones_like(labels, dtype=gradient.dtype))
         return gradient.view(output.shape).to(output.dtype)
+
+
+def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index for each row of `[rows, n]`, drawn by its probabilities; int64 `[rows, 1]`.
+
+    Where the sum of a row's first ones exceeds a random share of all. multinomial() refuses large
+    vocabularies, and a random number for each element costs more than a matmul that gives logits.
+    """
+    share = torch.rand(len(probabilities), 1, generator=generator, dtype=torch.float64)
+    labels = []
+    for some in row_slices(probabilities):
+        sums = probabilities[some].cumsum(-1, dtype=torch.float64)
+        labels.append(torch.searchsorted(sums, share[some] * sums[:, -1:], right=True))
+    return torch.cat(labels).clamp_max_(probabilities.shape[1] - 1)
 
 
 def scored_batch(batch: dict[str, Tensor], gm: fx.GraphModule) -> dict[str, Tensor]:

@@ -28,6 +28,20 @@ def test_sixteen_bit_inputs_are_multiplied_in_float32() -> None:
     torch.testing.assert_close(gram([half]), half.double().T @ half.double(), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "k"), [(30, 129), (1100, 5), (600, 300)])
+def test_gram_is_exactly_symmetric_beyond_a_panel_and_a_piece(tokens, k) -> None:
+    (x,) = batches((tokens, k))
+    found = gram([x])
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, x.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+
+
+def test_the_sum_of_a_batch_does_not_depend_on_the_batches_before_it() -> None:
+    """So that parts of a calibration may be computed elsewhere and added in their order."""
+    first, second = batches((1100, 40), (700, 40))
+    assert torch.equal(gram([first, second]), gram([first]) + gram([second]))
+
+
 def test_cross_gram_is_not_symmetric_and_knows_left_from_right() -> None:
     left, right = batches((9, 4), (9, 4))
     found = cross_gram([(left[:5], right[:5]), (left[5:], right[5:])])

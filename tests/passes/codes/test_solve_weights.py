@@ -207,12 +207,12 @@ def test_rows_of_a_solution() -> None:
         torch.arange(12, dtype=torch.int8).view(4, 3), torch.rand(4, 1), torch.ones(4, 1),
         {"flags": torch.arange(4)}, {"order": torch.arange(3)}, (7,),
     )  # fmt: skip
-    part = whole.rows(1, 3)
+    part = whole.rows(slice(1, 3))
     assert torch.equal(part.codes, whole.codes[1:3]) and torch.equal(part.scale, whole.scale[1:3])
     assert part.zero_point is not None and len(part.zero_point) == 2
     assert part.extra["flags"].tolist() == [1, 2]
     assert part.shared["order"].tolist() == [0, 1, 2] and part.notes == (7,)
-    assert replace(whole, zero_point=None).rows(0, 1).zero_point is None
+    assert replace(whole, zero_point=None).rows(slice(0, 1)).zero_point is None
 
 
 def test_the_table_names_every_weight() -> None:

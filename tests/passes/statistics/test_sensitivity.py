@@ -16,7 +16,7 @@ from panguq.ir.run.interpret import run, values
 from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.codes.weight_scales import min_max_scale, quantize_groups
 from panguq.passes.pipeline.base import PassContext, linears
-from panguq.passes.statistics.sensitivity import measure, quantize_activation
+from panguq.passes.statistics.sensitivity import drawn, measure, quantize_activation
 from tests.model_shelf import canonical, family_context, tiny_context, trace_tiny
 
 NO_SEARCH = (1.0,)
@@ -231,3 +231,13 @@ def test_without_data_and_with_broken_weights() -> None:
     set_tensor(gm, "model.layers.1.mlp.up_proj.weight", broken)
     with pytest.raises(NumericsError, match=r"up_proj\.weight"):
         estimates(gm, ctx, "W4A16")
+
+
+def test_labels_are_drawn_by_their_probabilities() -> None:
+    share = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    labels = drawn(share.expand(40_000, -1), torch.Generator().manual_seed(0))
+    assert labels.shape == (40_000, 1)
+    found = labels.flatten().bincount(minlength=6) / 40_000
+    torch.testing.assert_close(found, share, rtol=0, atol=4 * (0.25 / 40_000) ** 0.5)
+    assert not found[share == 0].any()
+    assert torch.equal(labels, drawn(share.expand(40_000, -1), torch.Generator().manual_seed(0)))
