@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, fx
 
 from panguq.errors import RecipeError
-from panguq.ir.edit import get_tensor, label
+from panguq.ir.edit import label
 from panguq.ir.input_statistics import InputStatistics, fill_state, state_of
-from panguq.ir.node_meta import annotate, is_quantized, scheme_of
+from panguq.ir.node_meta import annotate, is_quantized
 from panguq.ir.properties import Property
-from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.run.sweep import sweep
-from panguq.ir.views import ExpertLinear, Linear, by_input
+from panguq.ir.views import ExpertLinear, by_input
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table, matmuls
 from panguq.passes.statistics.expert_tokens import (
     FEW_TOKENS,
@@ -24,6 +23,7 @@ from panguq.passes.statistics.expert_tokens import (
     routing_values,
     tokens_table,
 )
+from panguq.passes.statistics.input_values import static_spec, statistics_for
 from panguq.passes.statistics.observers import OBSERVERS, range_sqnr_db
 from panguq.tensors.work_folder import Finished
 
@@ -37,6 +37,7 @@ class Calibrate(Pass):
     `observer`: `minmax`; `percentile` of all values; `mse`, the clipped range of least mean
     squared error; `histogram`, the clipped range of least KL divergence. All look at plain tokens
     only (see `InputStatistics`), and count each channel by the weights that it meets.
+    What the pass before has left of its own sweep (`ctx.statistics`) is taken in place of another.
     Experts that fewer than `least_tokens` calibration tokens reach see all of them instead; what
     their gates give is as it was. 0 follows the router alone.
     """
@@ -62,12 +63,7 @@ class Calibrate(Pass):
         readers = by_input(filter(is_quantized, matmuls(gm)))
         if readers:
             ctx.require_batches()
-        statistics = {
-            value: InputStatistics(
-                int(value.meta["val"].shape[-1]), _column_energy(gm, nodes), _experts(nodes)
-            )
-            for value, nodes in readers.items()
-        }
+        statistics = {value: statistics_for(gm, value, nodes) for value, nodes in readers.items()}
         tokens = count_tokens(gm, ctx, filter(is_quantized, matmuls(gm)), self.least_tokens)
         counts = {ExpertLinear.of(node).counts for node in tokens}
         latest: dict[fx.Node, list[int]] = {}
@@ -91,12 +87,15 @@ class Calibrate(Pass):
         def observe_all(expert: int, node: fx.Node, rows: Tensor) -> None:
             statistics[node].add_of_expert(expert, rows)
 
+        left = ctx.statistics or {}
+
         def compute() -> Finished:
+            if all(label(value) in left for value in statistics):
+                return _finished({label(value): left[label(value)] for value in statistics})
             watched = {*readers, *counts, *(routing_values(gm) if tokens else ())}
             again = reroutes(tokens, observe_all)
             sweep(gm, ctx.batches, watched, observe, ctx.progress, again)
-            states = (state_of(seen, label(value)) for value, seen in statistics.items())
-            return Finished({name: tensor for state in states for name, tensor in state.items()})
+            return _finished({label(value): seen for value, seen in statistics.items()})
 
         observed = ctx.once("statistics", compute).tensors
         for value, seen in statistics.items():
@@ -136,25 +135,6 @@ class Calibrate(Pass):
         return result
 
 
-def _column_energy(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor | None:
-    """What an error in each input channel costs its static readers: sum of w^2, `[k]`."""
-    if static_spec(nodes) is None:
-        return None
-    weights = [get_tensor(gm, Linear.of(n).weight_name) for n in nodes]
-    matrices = [m for w in weights for m in (w if w.dim() == 3 else (w,))]
-    energy = torch.stack([m.float().square().sum(0) for m in matrices]).sum(0)
-    return energy if energy.any() else torch.ones_like(energy)
-
-
-def _experts(nodes: list[fx.Node]) -> int | None:
-    """How many experts read the value; None where a matmul alone does."""
-    return next((e.experts for e in map(ExpertLinear.match, nodes) if e is not None), None)
-
-
-def static_spec(nodes: list[fx.Node]) -> QuantSpec | None:
-    """The static activation that these readers of one value share, if they have one."""
-    for node in nodes:
-        activation = scheme_of(node).activation
-        if activation is not None and not activation.dynamic:
-            return activation
-    return None
+def _finished(statistics: Mapping[str, InputStatistics]) -> Finished:
+    states = (state_of(seen, name) for name, seen in statistics.items())
+    return Finished({name: tensor for state in states for name, tensor in state.items()})

@@ -14,7 +14,6 @@ from panguq.ir.node_meta import annotate, meta_of, range_of, scheme_of, statisti
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import SCHEMES
 from panguq.ir.views import ExpertLinear, Linear, by_input
-from panguq.passes.calibrate import static_spec
 from panguq.passes.pipeline.base import (
     Pass,
     PassContext,
@@ -24,6 +23,7 @@ from panguq.passes.pipeline.base import (
     linears,
     matmuls,
 )
+from panguq.passes.statistics.input_values import static_spec
 from panguq.passes.statistics.observers import range_sqnr_db
 
 aten = torch.ops.aten

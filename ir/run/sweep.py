@@ -7,7 +7,7 @@ layer after layer, in the order in which data flows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -83,18 +83,26 @@ def solving_sweep(
     pauses: Mapping[fx.Node, Pause | ExpertPause],
     progress: Progress,
     beside_float: bool = False,
+    watch: Collection[fx.Node] = (),
+    observe: Observe = lambda node, value: None,
 ) -> None:
     """Stop at each of these values, in graph order, once it is computed for all batches.
 
     What a pause returns replaces the values of nodes that depend only on stored tensors, such as
     a dequantized weight; everything after it is computed with them. `beside_float` runs the float
     model along: quantize/dequantize pairs of the graph count as nothing there, and weights as they
-    were before they were quantized. Raises as `sweep`.
+    were before they were quantized. `observe(node, value)` is called for each batch of what is
+    watched besides. Raises as `sweep`.
     """
-    run = _Sweep(gm, batches, progress, set(pauses), lambda node, value: None)
+
+    def show(node: fx.Node, value: Tensor) -> None:
+        if node not in pauses:
+            observe(node, value)
+
+    run = _Sweep(gm, batches, progress, {*pauses, *watch}, show)
     run.pauses = pauses
     run.beside_float = beside_float
-    run.run(set(pauses))
+    run.run(run.watch)
 
 
 @dataclass

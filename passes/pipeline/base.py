@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from panguq.errors import InputError
 from panguq.ir.edit import label
+from panguq.ir.input_statistics import InputStatistics
 from panguq.ir.interface import Interface
 from panguq.ir.probe_sizes import SITE_PROBE_SIZES
 from panguq.ir.properties import Property as Property
@@ -108,7 +109,9 @@ class PassContext:
     target, if there is one. `pass_label` names the pass that is running, by its place in the
     pipeline. `reference` is the float model's graph, which no pass changes. `allow_unmatched` says
     which globs over module paths may match nothing (`module_globs.py`). `expert_tokens` are how
-    many tokens of calibration each expert met, by the label of the matmul.
+    many tokens of calibration each expert met, by the label of the matmul. `following` is the pass
+    that comes next. `statistics` of the values that matmuls read, by label, are what the pass
+    before saw of the graph as it is now: a pass that has a sweep anyway may leave them here.
     """
 
     interface: Interface
@@ -122,6 +125,8 @@ class PassContext:
     reference: fx.GraphModule | None = None
     allow_unmatched: bool | tuple[str, ...] = False
     expert_tokens: dict[str, ExpertTokens] = field(default_factory=dict)
+    following: Pass | None = None
+    statistics: Mapping[str, InputStatistics] | None = None
 
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
         """What `compute` yields for this unit of the running pass, its tensors in the store.

@@ -113,7 +113,11 @@ class Runner:
     def run(self, gm: fx.GraphModule, passes: Sequence[Pass]) -> list[PassRecord]:
         """A record of every pass. Raises RecipeError, before any has run, if the order is wrong."""
         check_order(passes, self.held)
-        return [self._run_one(gm, step) for step in passes]
+        records = []
+        for step, following in zip(passes, (*passes[1:], None), strict=True):
+            self.ctx.following = following
+            records.append(self._run_one(gm, step))
+        return records
 
     def _run_one(self, gm: fx.GraphModule, step: Pass) -> PassRecord:
         index = self.next_index
@@ -138,7 +142,10 @@ class Runner:
         self.ctx.pass_label = f"{index:02d}_{step.name}"
         before = clone(gm) if step.exact and self.prove else None
         started = time.perf_counter()
+        seen = self.ctx.statistics
         result = step.run(gm, self.ctx)
+        if self.ctx.statistics is seen:  # of the graph as it was before this pass
+            self.ctx.statistics = None
         finish(gm)
         proved = None if before is None else _prove(before, gm, result, self.ctx)
         holds = (self.held - step.breaks) | step.establishes

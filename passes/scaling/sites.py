@@ -28,6 +28,7 @@ from panguq.passes.scaling.folding import (
     storable_factors,
 )
 from panguq.passes.scaling.search import SeenInput, look_at
+from panguq.passes.scaling.seen_behind import SeenBehind
 from panguq.tensors.work_folder import Finished
 
 REASON = "reason"
@@ -89,7 +90,7 @@ class ScaleSites(Pass):
         result = PassResult()
         sites = choose_sites(gm, ctx, result, self.sites, self.refuse)
         factors: Factors = {}
-        changed: list[ScaleSite] = []
+        scales: dict[ScaleSite, Tensor] = {}
         rows: list[tuple[object, ...]] = []
 
         def decide(site: ScaleSite, seen: Mapping[fx.Node, SeenInput]) -> None:
@@ -98,16 +99,18 @@ class ScaleSites(Pass):
             if REASON in done.facts:
                 result.skip(site.source, str(done.facts[REASON]))
                 return
-            add_factors(site, storable_factors(gm, site, done.tensors["scale"]), factors)
-            changed.append(site)
+            scales[site] = storable_factors(gm, site, done.tensors["scale"])
+            add_factors(site, scales[site], factors)
             row = (done.facts[column] for column in self.columns())
             rows.append((site.name, site.kind, site.channels, *row))
 
         if sites:
-            _visit(gm, ctx, sites, decide, self.samples())
+            behind = SeenBehind.wanted(gm, ctx, sites)
+            _visit(gm, ctx, sites, decide, self.samples(), scales, behind)
             fold(gm, ctx, factors, self.name)
-            result.changed = len(changed)
-            result.sites = regions(gm, changed)
+            ctx.statistics = None if behind is None else behind.found()
+            result.changed = len(scales)
+            result.sites = regions(gm, list(scales))
             columns = ("site", "kind", "channels", *self.columns())
             result.tables["scales"] = Table(columns, tuple(rows))
         return result
@@ -119,8 +122,12 @@ def _visit(
     sites: Sequence[ScaleSite],
     decide: Callable[[ScaleSite, Mapping[fx.Node, SeenInput]], None],
     samples: bool,
+    scales: Mapping[ScaleSite, Tensor],
+    behind: SeenBehind | None,
 ) -> None:
     """Call `decide(site, seen)` for each site when all that its linears read has been seen.
+
+    `scales` are those of the sites that were decided so far, with which `behind` sees the values.
 
     Raises InputError where there are no calibration tokens, NumericsError for values that are not
     finite.
@@ -146,8 +153,16 @@ def _visit(
             waiting[site].discard(node)
             if not waiting[site]:
                 decide(site, seen)
+        if behind is not None:
+            behind.complete &= not any(waiting[site] for site in readers[node])
+            behind.add_divided(node, values, scales)
         for done in [v for v in seen if not any(waiting[site] for site in readers[v])]:
             del seen[done]
         return {}
 
-    solving_sweep(gm, ctx.batches, {n: partial(pause, n) for n in readers}, ctx.progress)
+    pauses = {n: partial(pause, n) for n in readers}
+    if behind is None:
+        solving_sweep(gm, ctx.batches, pauses, ctx.progress)
+    else:
+        watch = [value for value in behind.statistics if value not in readers]
+        solving_sweep(gm, ctx.batches, pauses, ctx.progress, watch=watch, observe=behind.add)
