@@ -85,19 +85,22 @@ class InputStatistics:
         tokens = x.reshape(-1, x.shape[-1]).float()
         magnitude = tokens.abs()
         plain = plain_tokens(magnitude.amax(1))
-        outliers, kept = tokens[~plain], tokens if bool(plain.all()) else tokens[plain]
-        kept_amax = magnitude.amax(0) if not len(outliers) else kept.abs().amax(0)
-        self.plain_amax = torch.maximum(self.plain_amax, kept_amax)
+        which, massive = (mask.nonzero().flatten() for mask in (plain, ~plain))
+        of_massive = magnitude.index_select(0, massive)
+        if len(massive):
+            magnitude = magnitude.index_select(0, which)
+        self.plain_amax = torch.maximum(self.plain_amax, magnitude.amax(0))
         self.channel_amax = torch.maximum(self.channel_amax, self.plain_amax)
-        squares = kept.square().sum(0)
+        squares = magnitude.square_().sum(0)  # in place: copies cost as much as the sums
         self.plain_square_sum += squares
         self.square_sum += squares
-        if len(outliers):
-            self.channel_amax = torch.maximum(self.channel_amax, outliers.abs().amax(0))
-            self.square_sum += outliers.square().sum(0)
-        self.tokens += tokens.shape[0]
-        self.plain_tokens += kept.shape[0]
+        if len(massive):
+            self.channel_amax = torch.maximum(self.channel_amax, of_massive.amax(0))
+            self.square_sum += of_massive.square_().sum(0)
+        self.tokens += len(tokens)
+        self.plain_tokens += len(which)
         if self.column_energy is not None:
+            kept = tokens.index_select(0, which) if len(massive) else tokens
             self.histogram.add(kept, self.column_energy)
 
     def add_of_expert(self, expert: int, rows: Tensor) -> None:

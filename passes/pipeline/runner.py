@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 from torch import fx
@@ -114,7 +115,7 @@ class Runner:
         """A record of every pass. Raises RecipeError, before any has run, if the order is wrong."""
         check_order(passes, self.held)
         records = []
-        for step, following in zip(passes, (*passes[1:], None), strict=True):
+        for step, following in zip_longest(passes, passes[1:]):
             self.ctx.following = following
             records.append(self._run_one(gm, step))
         return records

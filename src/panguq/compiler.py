@@ -32,7 +32,7 @@ from panguq.report.progress import terminal_progress
 from panguq.report.quality import Quality
 from panguq.report.smoothing import nowhere_to_smooth, smoothing_sites
 from panguq.schedule import Schedule
-from panguq.tensors.memory import return_large_blocks
+from panguq.tensors.memory import new_garbage_alone, return_large_blocks
 from panguq.tensors.weight_store import WeightStore
 from panguq.tensors.work_folder import WorkFolder
 from panguq.tracing import in_dtype, trace
@@ -106,7 +106,7 @@ def compile(
     data = CompileData.read(model, calibration, sampled, tokenizer, example_inputs, calibrated)
     found = find_target(target)
     rules = TargetRules(found, recipe.precision, recipe.ascend)
-    with held_units(work_dir) as units:
+    with new_garbage_alone(), held_units(work_dir) as units:
         gm, interface = trace(model, example_inputs, dtype)
         ctx = PassContext(
             interface,

@@ -113,6 +113,23 @@ def test_statistics_are_those_of_the_graph_as_it_is(sweeps) -> None:
     assert len(sweeps) == 1
 
 
+def test_every_pass_knows_which_one_follows() -> None:
+    gm, _ = canonical("llama")
+    seen: list[Pass | None] = []
+
+    class Asks(Other):
+        def run(self, gm, ctx):
+            seen.append(ctx.following)
+            return PassResult()
+
+    runner = Runner(family_context("llama"))
+    assert runner.run(gm, ()) == []
+    last = Other()
+    runner.run(gm, (Asks(), last))
+    runner.run(gm, (Asks(),))
+    assert seen == [last, None]
+
+
 def test_nothing_is_gathered_for_nobody() -> None:
     gm, _ = canonical("llama")
     ctx: PassContext = replace(family_context("llama"))
