@@ -12,6 +12,8 @@ from panguq.cli import main
 from panguq.errors import LoweringError
 from panguq.explain.op_rows import read_rows
 from panguq.explain.ops import price_table, render
+from panguq.lowering.ascend.op_times.call import VendorCall
+from panguq.lowering.ascend.op_times.price import price, source_of
 from panguq.lowering.targets import find_target
 
 EVEN = Path(__file__).parents[2] / "bench" / "data" / "cann_bench_even.csv"
@@ -189,3 +191,23 @@ def test_explain_takes_a_subject_or_a_table(capsys) -> None:
     assert "neither a subject nor --ops" in capsys.readouterr().err
     assert main(["explain", "8x8x8", "--ops", str(EVEN)]) == 1
     assert "both a subject and --ops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("op", "other", "shapes", "same"),
+    [
+        ("moe_gating_top_k", "moe_gating_top_k_softmax", ((64, 8),), ((64, 8),)),
+        ("moe_init_routing_v2", "moe_re_routing", ((128, 512), (128, 8)), ((1024, 512),)),
+    ],
+)
+def test_an_op_of_mixtures_without_published_times_is_priced_as_its_kin(
+    op, other, shapes, same
+) -> None:
+    dtypes = ("float16", "int32")
+    found, kin = (
+        price(VendorCall(name, of, dtypes[: len(of)], {"k": 2}), B2).total_us
+        for name, of in ((op, shapes), (other, same))
+    )
+    assert found == kin
+    assert f"published times of {other}" in source_of(op, B2)
+    assert "published times of the op" in source_of(other, B2)

@@ -54,6 +54,9 @@ def source_of(op: str, machine: AscendMachine) -> str:
     if op in MATMULS:
         return MATMULS[op] + f": constants of target {machine.name}"
     rows = ROWS[machine.kind][_FAMILY.get(op, op)]
-    text = f"fitted to {rows} published times of the op on {part} (hicann/cann-bench d59d44ca)"
+    family = _FAMILY.get(op, op)
+    own = family == op or family not in MODELS
+    of = "the op" if own else f"{family}, which does the same to rows"
+    text = f"fitted to {rows} published times of {of} on {part} (hicann/cann-bench d59d44ca)"
     same = machine.name == part
     return text if same else f"{text}, carried over by cores, clock and memory"

@@ -146,3 +146,11 @@ def moved_rows(call: VendorCall) -> RowWork:
     """Rows `[rows, w]` brought into another order."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
     return RowWork(rows, width, rows * width * 2 * size, size)
+
+
+def routed_rows(call: VendorCall) -> RowWork:
+    """Tokens `[t, w]`, each brought to the experts of its row of ids `[t, k]`; the sort of the
+    ids, which no published row has, is missing."""
+    (tokens, width), (_, chosen), size = call.shape(0), call.shape(1), call.size(0)
+    rows = tokens * chosen
+    return RowWork(rows, width, rows * width * 2 * size, size)
