@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from bench.timings import with_constants
-from panguq.explain.op_rows import CallRow, read_rows
+from panguq.explain.op_rows import TableRow, read_rows
 from panguq.lowering.ascend.op_times.call import OpModel
 from panguq.lowering.ascend.op_times.models import FAMILIES, MODELS
 from panguq.lowering.ascend.op_times.price import price
@@ -37,7 +37,7 @@ NEAR = 0.03  # how much a constant's distance from its first value (in e-folds) 
 OUTLIER = 0.15  # errors beyond count less than their square
 
 Constants = dict[str, float]
-Predict = Callable[[CallRow, Mapping[str, float]], float]
+Predict = Callable[[TableRow, Mapping[str, float]], float]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Fitted:
     """An op's rows on a chip, a fit to all of them, and each row's prediction left out."""
 
     op: str
-    rows: tuple[CallRow, ...]
+    rows: tuple[TableRow, ...]
     constants: Constants
     predicted: tuple[float, ...]
     left_out: tuple[float, ...]
@@ -56,16 +56,16 @@ class Fitted:
         return [us / row.us - 1 for us, row in zip(found, self.rows, strict=True) if row.us]
 
 
-def rows_of(target: Target) -> dict[str, list[CallRow]]:
+def rows_of(target: Target) -> dict[str, list[TableRow]]:
     """The published rows of a target's part, by family of ops."""
-    found: dict[str, list[CallRow]] = {}
+    found: dict[str, list[TableRow]] = {}
     names = {op: family for family, ops in FAMILIES.items() for op in ops}
     for row in read_rows(DATA, target.name).rows:
         found.setdefault(names.get(row.call.op, row.call.op), []).append(row)
     return found
 
 
-def fit(rows: Sequence[CallRow], first: Mapping[str, float], predict: Predict) -> Constants:
+def fit(rows: Sequence[TableRow], first: Mapping[str, float], predict: Predict) -> Constants:
     """Least squares of log errors over the constants' logarithms, outliers damped."""
     names = [name for name in first if name not in FIXED]
     start = np.log([first[name] for name in names])
@@ -84,7 +84,7 @@ def fit(rows: Sequence[CallRow], first: Mapping[str, float], predict: Predict) -
 
 
 def fitted(
-    op: str, rows: Sequence[CallRow], first: Mapping[str, float], predict: Predict
+    op: str, rows: Sequence[TableRow], first: Mapping[str, float], predict: Predict
 ) -> Fitted:
     """The fit to all rows, and to all but each."""
     constants = fit(rows, first, predict)
@@ -109,7 +109,7 @@ def all_fits(target: Target, only: str | None = None) -> list[Fitted]:
         if model is None or only not in (None, op):
             continue
 
-        def predict(row: CallRow, c: Mapping[str, float], model: OpModel = model) -> float:
+        def predict(row: TableRow, c: Mapping[str, float], model: OpModel = model) -> float:
             return model.price(row.call, target, c).total_us  # type: ignore[arg-type]
 
         first = dict(model.first) | FIRST.get((target.name, op), {})
@@ -158,7 +158,7 @@ def matmul_fits(target: Target, only: str | None = None) -> list[Fitted]:
         if only not in (None, kind.op):
             continue
 
-        def predict(row: CallRow, c: Mapping[str, float]) -> float:
+        def predict(row: TableRow, c: Mapping[str, float]) -> float:
             return price(row.call, with_constants(target, **c)).total_us  # type: ignore[arg-type]
 
         fitted_here = (n for n in kind.names if target.constants[n].fitted)

@@ -67,6 +67,7 @@ ASCEND_950 = Chip(
         },
     },
     splits_inputs=False,
+    lists_operators=False,
     foreign_formats=("MXFP8", "MXFP4", "HiF8", "FP8"),
     int4_refusal="no kernel of 4-bit integers is known on Ascend 950, whose 4-bit format is MXFP4",
 )

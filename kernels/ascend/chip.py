@@ -28,8 +28,9 @@ class Chip:
     constants: numbers of all parts, by the names of `ASCEND_UNITS`; parts: the other ones, by the
     names of targets. foreign_formats: what the cube multiplies and no kernel of panguq reads.
     int4_refusal: why no kernel takes 4-bit integers; None: some do. splits_inputs: whether CANN's
-    weight-only matmul splits few inputs into integers instead of dequantizing the weight. The rest
-    of an op's limits stands in its contract.
+    weight-only matmul splits few inputs into integers instead of dequantizing the weight.
+    lists_operators: whether `vendor/operators.py` is of this chip. The rest of an op's limits
+    stands in its contract.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Chip:
     foreign_formats: tuple[str, ...] = ()
     int4_refusal: str | None = None
     splits_inputs: bool = True
+    lists_operators: bool = True
 
     @property
     def cube_macs(self) -> int:

@@ -28,8 +28,8 @@ def ascend_candidates(
     weight, activation = problem.scheme.weight, problem.scheme.activation
     if weight is None:
         return [Candidate(FLOAT_OP)]
-    if problem.foreign is not None:
-        return [Candidate("none", problem.foreign)]
+    if (refusal := _format_refusal(problem, target.chip)) is not None:
+        return [Candidate("none", refusal)]
     try:
         _ = problem.group_size
     except ValueError as error:
@@ -58,6 +58,16 @@ def ascend_candidates(
                 found += _own(problem, target, "w4a16", storage)
     off = f"the scheme is {problem.scheme.name}, and allow_float is off"
     return [*found, Candidate(FLOAT_OP, None if allow_float else off)]
+
+
+def _format_refusal(problem: MatmulProblem, chip: Chip) -> str | None:
+    """Why no kernel of the chip reads the scheme's formats; None if some may."""
+    if problem.foreign is not None:
+        if not chip.foreign_formats:
+            return problem.foreign
+        known = ", ".join(chip.foreign_formats)
+        return f"{problem.foreign}; {chip.name} multiplies {known}, panguq has no kernel of them"
+    return chip.int4_refusal if INT4 in problem.scheme.formats else None
 
 
 def _grouped(problem: MatmulProblem, target: AscendMachine) -> Candidate:

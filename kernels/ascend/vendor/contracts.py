@@ -22,6 +22,7 @@ from panguq.errors import LoweringError
 from panguq.ir.ops.opset import bind, read_by
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.chip import Chip
+from panguq.kernels.ascend.vendor.operators import SOURCE, unlisted
 from panguq.tensors.dtypes import dtype_name
 
 Size = int | torch.SymInt
@@ -129,8 +130,19 @@ def violations(
     except TypeError as error:
         return [Violation(str(op), f"the arguments must fit the schema: {error}", str(op._schema))]
     limits = {"chip": chip} if "chip" in inspect.signature(contract).parameters else {}
-    found = contract(**read_by(contract, given | limits))
+    found = list(contract(**read_by(contract, given | limits)))
+    if not found and chip.lists_operators:
+        found = list(_unlisted(op, given))
     return [Violation(str(op), rule, source) for rule, source in found]
+
+
+def _unlisted(op: OpOverload, given: Mapping[str, Any]) -> Iterator[Broken]:
+    """Finds a call for which CANN has no operator of these dtypes."""
+    first = {n: v[0] if isinstance(v, list | tuple) and v else v for n, v in given.items()}
+    dtypes = {n: dtype_name(v.dtype) for n, v in first.items() if isinstance(v, Tensor)}
+    reason = unlisted(op._schema.name.partition("::")[2], dtypes)
+    if reason is not None:
+        yield Broken(reason, SOURCE)
 
 
 def check_call(

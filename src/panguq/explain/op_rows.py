@@ -27,7 +27,7 @@ _LARGEST = 2**40
 
 
 @dataclass(frozen=True)
-class CallRow:
+class TableRow:
     """A call; `case` is its name in the table, or the line; `us` its time, None if not given."""
 
     call: VendorCall
@@ -39,7 +39,7 @@ class CallRow:
 class OpTable:
     """The rows of one part, and how many rows there are of others."""
 
-    rows: tuple[CallRow, ...]
+    rows: tuple[TableRow, ...]
     others: Mapping[str, int]
 
 
@@ -110,7 +110,7 @@ def _check_columns(path: Path, names: Any) -> None:
         )
 
 
-def _row(cells: Mapping[str, str], where: str, line: str) -> CallRow:
+def _row(cells: Mapping[str, str], where: str, line: str) -> TableRow:
     op = cells["op"].strip()
     if not op:
         raise LoweringError(f"{where}: op: is empty", _FORM)
@@ -124,7 +124,7 @@ def _row(cells: Mapping[str, str], where: str, line: str) -> CallRow:
     if not isinstance(attrs, dict):
         raise LoweringError(f"{where}: attrs: {text!r:.60} is no JSON object", _FORM)
     case = (cells.get("case") or "").strip() or line
-    return CallRow(VendorCall(op, shapes, dtypes, attrs), case, _us(cells.get("us"), where))
+    return TableRow(VendorCall(op, shapes, dtypes, attrs), case, _us(cells.get("us"), where))
 
 
 def _us(text: str | None, where: str) -> float | None:

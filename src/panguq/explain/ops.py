@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from panguq.errors import LoweringError
-from panguq.explain.op_rows import CallRow, read_rows
+from panguq.explain.op_rows import TableRow, read_rows
 from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.ascend.op_times.price import price, source_of
 from panguq.lowering.target import Cost, Target
@@ -20,7 +20,7 @@ from panguq.lowering.target import Cost, Target
 class PricedRow:
     """A row with its cost, or the reason why it has none."""
 
-    row: CallRow
+    row: TableRow
     cost: Cost | None
     source: str
 
@@ -91,7 +91,7 @@ def price_table(path: Path, target: Target) -> OpTimes:
     return OpTimes(target.name, rows, table.others)
 
 
-def _priced(row: CallRow, target: AscendMachine) -> PricedRow:
+def _priced(row: TableRow, target: AscendMachine) -> PricedRow:
     try:
         found = price(row.call, target)
     except LoweringError as error:

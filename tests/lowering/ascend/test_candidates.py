@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panguq.ir.number_format import INT4, INT8
+from panguq.ir.number_format import FLOAT8_E4M3, INT4, INT8
 from panguq.ir.quant_spec import SCHEMES, QuantSpec, Scheme, parse_scheme
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.own.tiles import legal_tiles
@@ -239,3 +240,28 @@ def test_one_bit_weights_have_neither_kernel_nor_fallback() -> None:
 def test_w8a8_needs_no_quantized_fallback(n, k) -> None:
     both = [scheme_refusal(problem(n, k, s), B1) is None for s in ("W8A8", "W8A8_DYNAMIC")]
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A8", "W4A4"])
+def test_ascend_950_takes_no_4_bit_integers_and_falls_back(scheme) -> None:
+    target = find_target("ascend950pr")
+    (found,) = ascend_candidates(problem(4096, 4096, scheme), target)
+    assert found.refusal == (
+        "no kernel of 4-bit integers is known on Ascend 950, whose 4-bit format is MXFP4"
+    )
+    assert target.fallbacks(SCHEMES[scheme])[0].name in ("W8A16", "W8A8_DYNAMIC")
+
+
+def test_ascend_950_has_cann_s_8_bit_kernels_and_none_of_panguq_s() -> None:
+    found = ascend_candidates(problem(4096, 4096, "W8A8"), find_target("ascend950pr"))
+    assert [c.kernel for c in found if c.refusal is None] == ["npu_quant_matmul"]
+
+
+def test_formats_that_a_chip_multiplies_and_panguq_does_not_are_named() -> None:
+    eight = replace(SCHEMES["W8A8"].weight, format=FLOAT8_E4M3)
+    given = replace(problem(64, 64, "W8A8"), scheme=replace(SCHEMES["W8A8"], weight=eight))
+    (found,) = ascend_candidates(given, find_target("ascend950pr"))
+    assert "Ascend 950 multiplies MXFP8, MXFP4" in found.refusal
+    assert "panguq has no kernel of them" in found.refusal
+    (found,) = ascend_candidates(given, find_target("ascend910b1"))
+    assert found.refusal == "no kernel reads float8_e4m3fn"
