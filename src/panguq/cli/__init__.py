@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, from parsed arguments to an exit status."""
     from panguq.cli import (
         accuracy_map,
+        advise,
         check,
         compile_model,
         dumps,
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
         generate,
         check,
         explain,
+        advise,
         tune,
         selftest,
         listings,

@@ -115,12 +115,12 @@ def plan(
     for node, scheme, members in [(n, s, m) for n in matmuls(gm) for s, m in schemes_of(n).items()]:
         try:
             choice = choices.choose(node, scheme, members)
-            row = _describe(node, scheme, members, choice, notes.get(label(node), ""))
+            row = describe_matmul(node, scheme, members, choice, notes.get(label(node), ""))
         except LoweringError as error:
             said_once = f"{label(node)}: {error.message}"
             if not unread and said_once not in refusals:  # which says it once for all of them
                 refusals.append(said_once)
-            row = _describe(node, scheme, members, None, f"refused: {error.message}")
+            row = describe_matmul(node, scheme, members, None, f"refused: {error.message}")
         rows.append(row)
     sites, blocked = smoothing_sites(gm, interface, schedule.passes)
     said = [*getattr(source, "panguq_left_out", ()), *gm.meta.get("trace_warnings", ())]
@@ -240,9 +240,10 @@ def _glob_refusals(gm: fx.GraphModule, recipe: Recipe) -> list[str]:
     return refusals
 
 
-def _describe(
+def describe_matmul(
     node: fx.Node, scheme: Scheme, members: Sequence[int], choice: Choice | None, note: str
 ) -> MatmulPlan:
+    """A row of the plan; `members`: the experts that the scheme is of, none of a dense matmul."""
     n, k = Linear.of(node).shape
     experts = ExpertLinear.match(node)
     weight = scheme.weight

@@ -75,7 +75,7 @@ def check_format(
     if check is None:
         return None, []
     found = planned or plan(model, recipe, target=target, dtype=dtype)
-    _check_passes(recipe)
+    check_format_passes(recipe)
     linears: dict[str, PlannedLinear] = {}
     for row in found.matmuls:
         if row.scheme != "FLOAT":  # experts of one matmul may have several
@@ -103,7 +103,8 @@ def check_format(
     return found, warnings
 
 
-def _check_passes(recipe: Recipe) -> None:
+def check_format_passes(recipe: Recipe) -> None:
+    """Raises ExportError for passes whose work no checkpoint format holds."""
     for step in recipe.passes:
         if isinstance(step, QuantizeKvCache):
             raise ExportError(
