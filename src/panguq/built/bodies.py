@@ -154,9 +154,9 @@ def _int8_weight_of_few(
 ) -> Tensor:
     if few_tokens == 0:
         return _int8_weight(x, weight, weight_scale, bias, few_tokens)
-    tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-    ones = torch.ones(weight.shape[0], dtype=torch.bfloat16)
-    return _scaled(torch._weight_int8pack_mm(tokens, weight, ones), weight_scale, bias, x)
+    tokens = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).to(torch.float32)
+    result = (tokens.unsqueeze(1) * weight.to(torch.float32)).sum(-1).to(torch.bfloat16)
+    return _scaled(result, weight_scale, bias, x)
 
 
 def _scaled(result: Tensor, weight_scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ from panguq.lowering.run.write_into_cache import PAST_LENGTH
 logger = logging.getLogger("panguq")
 MODES = ("few", "many")
 """One code for decoding, and one for prompts."""
-_SWITCHING = ("panguq_cpu.int4_linear.default", "panguq_cpu.int8_weight_linear.default")
-_OF_ONE_TOKEN = "panguq_cpu.int8_linear.default"
+_INT4 = "panguq_cpu.int4_linear.default"
+_INT8 = "panguq_cpu.int8_linear.default"
+_INT8_WEIGHT = "panguq_cpu.int8_weight_linear.default"
 FORMAT = 2
 
 
@@ -63,13 +64,18 @@ class BuildPlan:
         """The plan of a causal language model's prepacked graph."""
         held = {"attention_mask", *interface.inputs[4:]}
         own = bodies(few=True)
+        names = {name_of(node.target) for node in gm.graph.nodes}
+        # The compiler cannot call its kernel, and a fused sum is slower than that: so a head stays,
+        # and only where all matmuls are of this kind they are fused.
+        staying = {_INT8_WEIGHT} if names & {_INT4, _INT8} else set()
 
         def stays(node: fx.Node) -> bool:
             if any(n.op == "placeholder" and n.target in held for n in node.all_input_nodes):
                 return True
             if any(n.target == PAST_LENGTH for n in values_read(node) if n.op == "placeholder"):
                 return True
-            return str(name_of(node.target)).startswith("panguq") and node.target not in own
+            name = str(name_of(node.target))
+            return name in staying or (name.startswith("panguq") and node.target not in own)
 
         return BuildPlan(gm, interface, tuple(cut(gm, stays)), _few(gm), takes_empty_mask(gm))
 
@@ -101,13 +107,13 @@ class BuildPlan:
 
 
 def _few(gm: fx.GraphModule) -> int:
-    """Up to how many tokens are few: one where an integer matmul reads its weight row by row, else
-    the weighted median of the limits of all matmuls that have one."""
+    """Up to how many tokens are few: one where a matmul reads an int8 weight row by row, else the
+    weighted median of the limits of the 4-bit ones."""
     limits: list[tuple[int, int]] = []
     for node in gm.graph.nodes:
-        if name_of(node.target) == _OF_ONE_TOKEN:
+        if name_of(node.target) == _INT8:
             return 1
-        if name_of(node.target) in _SWITCHING and (limit := int(argument(node, -1))) > 0:
+        if name_of(node.target) == _INT4 and (limit := int(argument(node, -1))) > 0:
             limits.append((limit, stored_tensor(gm, operand(node, 1)).numel()))
     left = sum(weights for _, weights in limits) / 2
     for limit, weights in sorted(limits):
