@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import panguq
-from panguq.errors import RecipeError
+from panguq.errors import LoweringError, RecipeError
 from panguq.ir.edit import find_label, get_tensor, label, module_path, set_tensor
 from panguq.ir.node_meta import scheme_of, statistics_of
 from panguq.ir.views import ExpertLinear, Linear
+from panguq.lowering.cpu.target import CPU, CpuTarget
+from panguq.lowering.lower_matmuls import check_lowerable
 from panguq.passes.assign_schemes import AssignSchemes, gives_logits
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.mixed_precision import MixedPrecision, stored_bits
@@ -82,3 +84,17 @@ def test_a_method_that_cannot_take_a_matmul_says_so_before_any_data_is_read(
     with pytest.raises(RecipeError, match=said):
         panguq.compile(shared_model(family), recipe, calibration=token_ids(1, 8))
     assert any(said in refusal for refusal in panguq.plan(shared_model(family), recipe).refusals)
+
+
+class NoExperts(CpuTarget):
+    """A CPU without kernels for experts."""
+
+    takes_experts = False
+
+
+def test_a_target_without_kernels_for_experts_says_so() -> None:
+    gm, _ = canonical(EXPERTS)
+    AssignSchemes(schemes=(("*", "W8A8_DYNAMIC"),)).run(gm, family_context(EXPERTS))
+    with pytest.raises(LoweringError, match=r"experts.*has no kernels for matmuls of experts") as e:
+        check_lowerable(gm, NoExperts("bare", kernels=CPU.kernels), "bfloat16")
+    assert "leave them in float" in e.value.hint
