@@ -32,7 +32,7 @@ from panguq.lowering.targets import find_target
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "bench" / "data" / "cann_bench_even.csv"
 TARGETS = ("ascend910b2", "ascend950pr")
-FIXED = ("mask_block",)  # a size, chosen; not fitted
+FIXED = ("mask_block", "row_block")  # a size, chosen; not fitted
 NEAR = 0.03  # how much a constant's distance from its first value (in e-folds) counts as an error
 OUTLIER = 0.15  # errors beyond count less than their square
 
@@ -168,13 +168,18 @@ def matmul_fits(target: Target, only: str | None = None) -> list[Fitted]:
 
 
 # What fits start from where the chip is known to differ: its vector ops start sooner.
-_SOON = {"start_us": 3.0}
+_SOON = {"start_us": 3.0, "row_cycles": 25.0}
 FIRST: Mapping[tuple[str, str], Mapping[str, float]] = {
-    ("ascend910b2", "attention"): {"mask_block": 512, "start_us": 25},
+    ("ascend910b2", "attention"): {"mask_block": 512, "start_us": 25, "head_us": 2.9},
     ("ascend910b2", "mla"): {"mask_block": 512},
-    **{("ascend950pr", op): _SOON for op in MODELS},
+    ("ascend910b2", "grouped_matmul_swiglu_quant"): {"start_us": 8, "layout_spill_gb_per_s": 260},
+    **{
+        ("ascend950pr", op): {k: v for k, v in _SOON.items() if k in m.first}
+        for op, m in MODELS.items()
+    },
+    ("ascend950pr", "grouped_matmul_swiglu_quant"): {},
     ("ascend950pr", "attention"): {"start_us": 10.0},
-    ("ascend950pr", "mla"): {},
+    ("ascend950pr", "mla"): {"row_block": 64, "start_us": 50, "score_cycles": 70},
     ("ascend950pr", "mla_prolog"): {},
 }
 

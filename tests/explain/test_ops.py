@@ -197,7 +197,7 @@ def test_explain_takes_a_subject_or_a_table(capsys) -> None:
     ("op", "other", "shapes", "same"),
     [
         ("moe_gating_top_k", "moe_gating_top_k_softmax", ((64, 8),), ((64, 8),)),
-        ("moe_init_routing_v2", "moe_re_routing", ((128, 512), (128, 8)), ((1024, 512),)),
+        ("moe_init_routing_v2", "moe_re_routing", ((128, 512), (128, 8)), ((1024, 512), (2, 11))),
     ],
 )
 def test_an_op_of_mixtures_without_published_times_is_priced_as_its_kin(

@@ -19,6 +19,7 @@ _MEANING: Mapping[str, str] = {
     "mask_us": "us more where a causal mask cuts a prompt",
     "score_cycles": "cycles of a cube core for 128 scores of heads of 128, softmax included",
     "head_us": "us of a core for one head of one sequence, however short",
+    "row_block": "rows of scores (heads times queries) that a core makes together",
     "mask_block": "rows and columns of scores that a causal mask leaves out together",
     "l2_gb_per_s": "GB/s of a cache that fits L2",
     "memory_gb_per_s": "GB/s of one that does not",
@@ -74,10 +75,19 @@ def _latent(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     q, k = list(call.shape(0)), list(call.shape(2))
     if call.attrs.get("inputLayout") == "BNSD":
         q[1], q[2], k[1], k[2] = q[2], q[1], k[2], k[1]
-    batch, queries, heads, width = q
-    sizes = (queries, k[1], bool(call.attrs.get("is_causal")))
-    cache = call.bytes(2) + call.bytes(3) + 2 * call.bytes(0) + call.bytes(1)
-    return _attention(batch * heads * queries * k[1], width, 0, cache, sizes, machine, c)
+    batch, queries, heads, _ = q
+    keys = k[1]
+    block = int(c["row_block"])
+    tiles = ceil(batch * ceil(heads * queries / block) / machine["cube_cores"])
+    serial = {"start": c["start_us"]}
+    seen = 1.0
+    if call.attrs.get("is_causal") and queries > 16:
+        serial["mask"] = c["mask_us"]
+        seen = _visible(queries, keys, int(c["mask_block"]))
+    cycles = tiles * block * keys * seen / 128 * c["score_cycles"]
+    moved = call.bytes(2) + call.bytes(3) + 2 * call.bytes(0) + call.bytes(1)
+    overlapped = {"scores": cycles / machine["clock_mhz"], "memory": memory_us(moved, machine, c)}
+    return combined(serial, overlapped)
 
 
 def _latent_prolog(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
@@ -112,9 +122,10 @@ ATTENTION = _model(
 LATENT_ATTENTION = _model(
     _latent,
     {
-        "start_us": 40,
+        "start_us": 60,
         "mask_us": 5,
-        "score_cycles": 100,
+        "score_cycles": 60,
+        "row_block": 128,
         "mask_block": 128,
         "l2_gb_per_s": 800,
         "memory_gb_per_s": 800,

@@ -8,7 +8,9 @@ from panguq.lowering.ascend.op_times import attention, rotary, routed, vector
 from panguq.lowering.ascend.op_times.call import OpModel
 
 MODELS: Mapping[str, OpModel] = {
-    "add_rms_norm_dynamic_quant": vector.vector_model(vector.add_rms_norm_quant_work),
+    "add_rms_norm_dynamic_quant": vector.vector_model(
+        vector.add_rms_norm_quant_work, {"memory_gb_per_s": 650, "element_cycles": 0.6}
+    ),
     "apply_rotary_pos_emb": rotary.ROTARY,
     "dequant_swiglu_quant": vector.vector_model(vector.dequant_swiglu_quant_work, {"wide": 2}),
     "dynamic_quant": vector.vector_model(vector.dynamic_quant_work, {"unaligned": 1.5}),
@@ -21,9 +23,11 @@ MODELS: Mapping[str, OpModel] = {
     "moe_finalize_routing": routed.FINALIZE,
     "moe_gating_top_k": routed.GATING,
     "moe_gating_top_k_softmax": routed.GATING,
-    "moe_init_routing_v2": vector.vector_model(vector.routed_rows),
-    "moe_re_routing": vector.vector_model(vector.moved_rows),
-    "rms_norm": vector.vector_model(vector.rms_norm_work, {"unaligned": 1.5}),
+    "moe_init_routing_v2": routed.INIT_ROUTING,
+    "moe_re_routing": routed.RE_ROUTING,
+    "rms_norm": vector.vector_model(
+        vector.rms_norm_work, {"unaligned": 1.8, "row_cycles": 6, "element_cycles": 0.34}
+    ),
     "softmax": vector.vector_model(vector.softmax_work, {"unaligned": 1.5}),
     "swi_glu": vector.vector_model(
         vector.swi_glu_work, {"wide": 2, "unaligned": 1.2, "slice_us": 8}, sliced=True

@@ -47,7 +47,7 @@ ROTARY = OpModel(
         "l2_gb_per_s": 2500,
         "memory_gb_per_s": 2500,
         "transposed_row_cycles": 25,
-        "repeat_cycles": 2000,
+        "repeat_cycles": 3,
     },
     _MEANING,
 )

@@ -19,6 +19,7 @@ _MEANING: Mapping[str, str] = {
     "start_us": "us until the first rows are there, and after the last",
     "row_cycles": "cycles of a vector core for a row that is read",
     "element_cycles": "cycles of a vector core for an element of a row",
+    "run_us": "us of a rank's rows for an expert, which lie together",
     "choice_cycles": "cycles of a vector core for a token's choice of one expert",
     "l2_gb_per_s": "GB/s of what fits L2",
     "memory_gb_per_s": "GB/s of what does not",
@@ -122,6 +123,22 @@ def _finalize(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     )
 
 
+def _re_routing(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
+    """Rows `[rows, w]` that lie by rank and expert `[ranks, experts]` moved to lie by expert."""
+    memory = memory_us(2 * call.bytes(0), machine, c)
+    runs = call.elements(1) * c["run_us"]
+    return combined({"start": c["start_us"], "runs": runs, "memory": memory})
+
+
+def _init_routing(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
+    """Tokens `[t, w]`, each brought to the experts of its row of ids `[t, k]`: every row moves by
+    itself, the cores sharing them; the sort of the ids, which no published row has, is missing."""
+    rows = call.shape(0)[0] * call.shape(1)[1]
+    memory = memory_us(2 * call.bytes(0) * call.shape(1)[1], machine, c)
+    moving = ceil(rows / machine["vector_cores"]) * c["run_us"]
+    return combined({"start": c["start_us"], "rows": moving, "memory": memory})
+
+
 def _gating(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     """Logits `[tokens, experts]`: softmax, then the best k one after another."""
     tokens, experts = call.shape(0)
@@ -138,18 +155,20 @@ def _model(price: Price, first: Mapping[str, float]) -> OpModel:
 _RATES = {"l2_gb_per_s": 2000.0, "memory_gb_per_s": 1200.0}
 GROUPED = _model(
     _grouped,
-    {"start_us": 6, "load_bytes_per_cycle": 90, "exposed": 0.5, "unaligned": 2.5, **_RATES},
+    {"start_us": 6, "load_bytes_per_cycle": 110, "exposed": 1.5, "unaligned": 3, **_RATES},
 )
 GROUPED_SWIGLU = _model(
     _grouped_swiglu,
     {
-        "start_us": 12,
-        "load_bytes_per_cycle": 90,
+        "start_us": 15,
+        "load_bytes_per_cycle": 120,
         "exposed": 0.5,
-        "layout_gb_per_s": 1000,
-        "layout_spill_gb_per_s": 600,
+        "layout_gb_per_s": 2600,
+        "layout_spill_gb_per_s": 2600,
         **_RATES,
     },
 )
 FINALIZE = _model(_finalize, {"start_us": 6, "row_cycles": 200, "element_cycles": 0.3, **_RATES})
+RE_ROUTING = _model(_re_routing, {"start_us": 3, "run_us": 0.04, **_RATES})
+INIT_ROUTING = _model(_init_routing, {"start_us": 3, "run_us": 0.04, **_RATES})
 GATING = _model(_gating, {"start_us": 5, "choice_cycles": 50, "element_cycles": 1})

@@ -38,17 +38,18 @@ _FIRST: Mapping[str, float] = {
 @dataclass(frozen=True)
 class RowWork:
     """What a call moves: `rows` of `width` elements of the result, `moved` bytes in and out,
-    `size` bytes of an element of the input."""
+    `size` bytes of an element of the input; widened: short elements are widened row by row."""
 
     rows: float
     width: float
     moved: float
     size: int
+    widened: bool = False
 
     @property
     def aligned(self) -> bool:
         """Whether rows of the input begin at multiples of 32 bytes."""
-        return self.width * self.size % 32 == 0
+        return self.width * self.size % 32 == 0 or (self.widened and self.size < 4)
 
 
 def vector_model(
@@ -100,7 +101,7 @@ def dynamic_quant_work(call: VendorCall) -> RowWork:
 def rms_norm_work(call: VendorCall) -> RowWork:
     """x `[..., w]`, gamma `[w]`."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return RowWork(rows, width, rows * width * 2 * size, size)
+    return RowWork(rows, width, rows * width * 2 * size, size, widened=True)
 
 
 def add_rms_norm_work(call: VendorCall) -> RowWork:
@@ -139,18 +140,4 @@ def elementwise_work(call: VendorCall) -> RowWork:
 def softmax_work(call: VendorCall) -> RowWork:
     """Along `dim`: elsewhere than along the last, rows are those of the last all the same."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return RowWork(rows, width, rows * width * 2 * size, size)
-
-
-def moved_rows(call: VendorCall) -> RowWork:
-    """Rows `[rows, w]` brought into another order."""
-    (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return RowWork(rows, width, rows * width * 2 * size, size)
-
-
-def routed_rows(call: VendorCall) -> RowWork:
-    """Tokens `[t, w]`, each brought to the experts of its row of ids `[t, k]`; the sort of the
-    ids, which no published row has, is missing."""
-    (tokens, width), (_, chosen), size = call.shape(0), call.shape(1), call.size(0)
-    rows = tokens * chosen
     return RowWork(rows, width, rows * width * 2 * size, size)
