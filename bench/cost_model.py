@@ -228,9 +228,10 @@ def gain_section() -> list[str]:
         "### Predicted gain of W4A16 kernels, 910B1, group 128, float16",
         "",
         "Minimum / median / maximum over `bench/data/w4a16_grid.csv`, m = 1, 4, 16, 64. Nothing is "
-        "fitted to these; no timing of either kernel is used. panguq's kernel takes about 10 "
-        "vector instructions to unpack; Ascend C casts int4 to float16 in one, so 3 would do "
-        "(cast, offset, scale).",
+        "fitted to these; no timing of either kernel is used. panguq's kernel takes 3 vector "
+        "instructions for a vector of weights in float16, counted in what the NPU's compiler makes "
+        "of it; Ascend C casts int4 to float16 in one, so 3 would do for the other, too (cast, "
+        "offset, scale).",
         "",
         *table(("kernel", "shapes", "Split-K over data-parallel", "over float16"), rows),
         "| published (He et al., arXiv 2601.16536) | K >> N | 1.01 to 1.74 | at most 1.48 |",

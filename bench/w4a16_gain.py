@@ -4,7 +4,8 @@
 multiply, and Split-K's partial sums are added in the same launch. The abstract of He et al., "W4A16
 Mixed-Precision Matrix Multiplication on Decoupled Architecture" (arXiv 2601.16536), names these
 steps; whether its phases overlap it does not say. "panguq's": vector cores hand each tile over
-through a buffer, one vector core a tile; of a Split-K tile, the program that arrives last adds.
+through a buffer and scale its sums, both of a pair, or one with Split-K, where the program that
+arrives last adds.
 """
 
 from __future__ import annotations

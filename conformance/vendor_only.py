@@ -1,10 +1,12 @@
 """A lowered graph with CANN's kernels alone, for torchair, which has no converter for panguq's.
 
-Own kernels read the same stored bytes as CANN's, so each can be replaced by the vendor's call.
+Own kernels read the same stored weight as CANN's, so each can be replaced by the vendor's call;
+4-bit codes are then laid out for that.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -25,6 +27,10 @@ def vendor_only(gm: fx.GraphModule) -> fx.GraphModule:
         if given is not None:
             weight_only = given.x.meta["val"].dtype != torch.int8
             name = "npu_weight_quant_batchmatmul" if weight_only else "npu_quant_matmul"
+            if given.weight.target is own.int4_quarters.default:
+                layout, packed = own.int4_weight.default, given.weight.args
+                laid_out = call(given.weight, layout, packed, origin=node, suffix=".words")
+                given = dataclasses.replace(given, weight=laid_out)
             op, args, named = kernel_call(parse_kernel(name), given)
             replace(node, call(node, op, args, named, origin=node, suffix=".vendor"))
     finish(result)

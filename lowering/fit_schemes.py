@@ -75,8 +75,9 @@ class FitSchemes(Pass):
             choice = select_format(
                 problem, target, options.weight_format, options.tokens, allow_float=True
             )
-            for storage, cost_us in choice.storage_us:
-                totals[storage == "float"] += cost_us
+            costs = dict(choice.storage_us)
+            totals[0] += min(us for storage, us in costs.items() if storage != "float")
+            totals[1] += costs["float"]
         return totals[0], totals[1]
 
 

@@ -11,7 +11,7 @@ from panguq.ir.quant_spec import Scheme
 Precision = Literal["auto", "bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 KernelSchedule = Literal["vendor", "data_parallel", "split_k"]
-Storage = Literal["float", "int8", "int4"]
+Storage = Literal["float", "int8", "int4", "int4_quarters"]
 Tile = tuple[int, int, int]
 WeightFormat = Literal["ND", "NZ"]
 FormatOption = Literal["auto", "ND", "NZ"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from panguq.kernels.ascend.own.w4a16 import BIAS_DTYPE, dequantized_weight
+from panguq.kernels.ascend.own.int4_weight import QUARTERS, codes_of_quarters
+from panguq.kernels.ascend.own.w4a16 import BIAS_DTYPE
 
 FLOAT32_ROUNDOFF = 2.0**-24
 
@@ -20,7 +21,7 @@ def w4a16_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Random x, weight, scale, offset, bias as the W4A16 ops take them."""
     groups = -(-k // group_size)
-    words = torch.randint(-(2**31), 2**31, (k, n // 8), dtype=torch.int64).to(torch.int32)
+    words = torch.randint(-(2**15), 2**15, (k, n // QUARTERS), dtype=torch.int16)
     return (
         torch.randn(m, k).to(dtype),
         words,
@@ -41,10 +42,17 @@ def assert_within_bound(
     additions: int,
 ) -> None:
     """The result is the float64 one up to `additions` float32 additions and its own rounding."""
-    values = dequantized_weight(weight, scale, offset, group_size).to(torch.float64)
+    codes, scales = (
+        codes_of_quarters(weight).double(),
+        _each_row(scale, weight.shape[0], group_size),
+    )
+    offsets = torch.zeros_like(scales)
+    if offset is not None:
+        offsets = _each_row(offset, weight.shape[0], group_size)
     tokens = x.to(torch.float64)
-    exact = tokens @ values
-    magnitude = tokens.abs() @ values.abs()
+    exact = tokens @ ((codes + offsets) * scales)
+    # Offsets are added to the sums.
+    magnitude = tokens.abs() @ ((codes.abs() + offsets.abs()) * scales.abs())
     if bias is not None:
         exact += bias
         magnitude += bias.abs()
@@ -54,3 +62,8 @@ def assert_within_bound(
     # Rounding to nearest: half the distance of two neighbours, also where numbers are subnormal.
     rounded = details.eps / 2 * (exact.abs() + summed) + details.tiny * details.eps / 2
     assert bool(((result.to(torch.float64) - exact).abs() <= summed + rounded).all())
+
+
+def _each_row(values: Tensor, k: int, group_size: int) -> Tensor:
+    """One row of [groups, n] for each input, in float64."""
+    return values.double().reshape(-1, values.shape[-1]).repeat_interleave(group_size, 0)[:k]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 _CALL = re.compile(r"call @(\w+)\(([^)]*)\)")
 _VALUE = re.compile(r"\s*(%\w+)(?::\d+)? = ([\w.]+) ?(.*)")
-_LOOP = re.compile(r"scf\.for .* = (%\w+) to (%\w+) step")
 _MOVES = ("load_", "store_", "copy_ubuf", "nd2nz", "fixpipe")
 SUB_BLOCK = "{limit_sub_block_id0}"
 
@@ -94,6 +93,14 @@ def split_k_faults(text: str, pointers: dict[str, int]) -> list[str]:
         for n, what in enumerate(before)
         if what.startswith("sync_block_wait[<VECTOR>, <PIPE_FIX>")
     ]
+    stored = [
+        n
+        for n, it in enumerate(steps[:raised])
+        if it.what.startswith("store_") and it.argument == pointers["partials"]
+    ]
+    if stored:  # by the vector cores themselves: their own stores must have ended
+        ended = "wait_flag[<PIPE_MTE3>, <PIPE_MTE2>"
+        waited = [n for n in range(stored[-1], raised) if before[n].startswith(ended)]
     own_sum = _first(steps, "load_", pointers["partials"], waited[0]) if waited else len(steps)
     if own_sum > raised:
         faults.append("a flag may be raised before the sums are stored")
@@ -102,7 +109,7 @@ def split_k_faults(text: str, pointers: dict[str, int]) -> list[str]:
         faults.append("flags may be read before the program's own is raised")
     if _first(steps, "load_", pointers["partials"], raised) < read:
         faults.append("sums of other programs may be read before their flags")
-    for name in ("flags", "result"):
+    for name in ("flags", "result", *(["partials"] if stored else [])):
         stores = [
             it for it in steps if it.what.startswith("store_") and it.argument == pointers[name]
         ]
@@ -119,3 +126,35 @@ def _first(steps: list[Event], what: str, argument: int, start: int) -> int:
         if steps[place].what.startswith(what) and steps[place].argument == argument:
             return place
     return len(steps)
+
+
+_BITS = {"i8": 8, "i16": 16, "f16": 16, "bf16": 16, "i32": 32, "f32": 32}
+VECTOR_BITS = 256 * 8  # of a vector instruction's operand
+
+
+def vector_instructions(text: str) -> dict[str, float]:
+    """Vector instructions of both vector cores in one round of the loop over k, by their names.
+
+    An operand's size is that of the buffer that a call's last operand was cast from.
+    """
+    sizes: dict[str, float] = {}
+    found: dict[str, float] = {}
+    cores = 1 if SUB_BLOCK in text else 2
+    regions: list[bool] = []  # open ones; is it a loop?
+    for line in vector_function(text)[1:]:
+        cast = re.search(r"(%\w+) = memref\.cast %\w+ : memref<([\dx]+)x([a-z]+\d+)[,>]", line)
+        if cast:
+            count = 1
+            for side in cast[2].split("x"):
+                count *= int(side)
+            sizes[cast[1]] = count * _BITS[cast[3]] / VECTOR_BITS
+        call = _CALL.search(line)
+        if call and any(regions) and not call[1].startswith((*_MOVES, "broadcast")):
+            known = [sizes[name] for name in re.findall(r"%\w+", call[2]) if name in sizes]
+            if known:
+                found[call[1]] = found.get(call[1], 0.0) + cores * max(known)
+        if line.rstrip().endswith("{"):
+            regions.append("scf.for" in line)
+        elif line.strip().startswith("}") and regions:
+            regions.pop()
+    return found

@@ -87,7 +87,7 @@ def variant(
         workspace = {"partials": "fp32" if is_w4a16 else "i32", "flags": "i32"}
         sizes += ("splits",)
     if is_w4a16:
-        inputs = {"x": dtype, "weight": "u8", "scale": dtype, "offset": dtype if offset else None}
+        inputs = {"x": dtype, "weight": "i16", "scale": dtype, "offset": dtype if offset else None}
         inputs["bias"] = BIAS_TYPE[dtype] if bias else None
         constants |= {"HAS_OFFSET": offset, "HAS_BIAS": bias is not None}
     else:

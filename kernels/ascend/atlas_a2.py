@@ -9,20 +9,18 @@ from panguq.kernels.ascend.chip import Chip, Number, Tile
 
 KIB = 1024
 
-# Wide in n where m is small, since there the weight is what is read; near the largest sum that L0C
-# holds where m is large. block_k 32, 64 and 128 divide the group sizes in use.
+# For few tokens, for which 4-bit weights are: wide in n, since there the weight is what is read.
+# block_k 32, 64 and 128 divide the group sizes in use; a group in one block is scaled once.
 _W4A16_TILES: tuple[Tile, ...] = (
-    (16, 64, 128),
     (16, 128, 64),
+    (16, 128, 128),
     (16, 256, 32),
+    (16, 256, 64),
+    (16, 256, 128),
     (32, 128, 64),
+    (32, 128, 128),
     (32, 256, 32),
-    (64, 64, 128),
     (64, 128, 64),
-    (64, 256, 32),
-    (128, 128, 64),
-    (128, 256, 32),
-    (256, 128, 64),
 )
 _W8A8_TILES: tuple[Tile, ...] = (
     (16, 64, 512),
@@ -53,7 +51,8 @@ _COMMON: dict[str, Number] = {
     "vector_lanes": (128, "CANN 8.1 platform_config, vec_calc_size"),
     "dequantize_instructions": (
         10,
-        "counted in panguq's W4A16 kernel: 3 shifts, interleave, 2 casts, multiply in float32",
+        "counted in an earlier W4A16 kernel of panguq: 3 shifts, interleave, 2 casts, multiply in "
+        "float32; for kernels that dequantize whole weights",
     ),
     "arrival_cycles": (
         3143,

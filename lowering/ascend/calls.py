@@ -67,7 +67,7 @@ class AscendCalls:
         dtype = node.meta["val"].dtype
         late_bias = None
         if scheme.activation is None:
-            given = self._weight_only(node, rows, dtype)
+            given = self._weight_only(node, rows, dtype, table[0][1].storage == "int4_quarters")
         elif scheme.weight is not None and scheme.weight.format == INT4:
             result = self._int4_codes(node, scheme, rows, dtype)
             return self._finish(node, source, result, self._bias(node, rows), rows)
@@ -98,7 +98,10 @@ class AscendCalls:
 
     # --- operands -------------------------------------------------------------------------------
 
-    def _weight_only(self, node: fx.Node, rows: slice, dtype: torch.dtype) -> Operands:
+    def _weight_only(
+        self, node: fx.Node, rows: slice, dtype: torch.dtype, quarters: bool
+    ) -> Operands:
+        """`quarters`: 4-bit weights in the layout of panguq's own kernels."""
         linear = Linear.of(node)
         weight = DequantizedWeight.of(linear.weight)
         scales = self._rows(weight.scale, rows)
@@ -112,7 +115,7 @@ class AscendCalls:
         bias = self._bias(node, rows, torch.float32 if dtype == torch.bfloat16 else dtype)
         return Operands(
             self.inputs.flat(node, linear.input),
-            self._weight(node, weight, rows),
+            self._weight(node, weight, rows, quarters=quarters),
             self.inputs.small(node, f"{stem}antiquant_scale{_row_name(rows)}", stored),
             offset,
             None,
@@ -231,6 +234,7 @@ class AscendCalls:
         weight: DequantizedWeight,
         rows: slice,
         weight_format: WeightFormat = "ND",
+        quarters: bool = False,
     ) -> fx.Node:
         """The stored codes `[n, k]` as the kernels read them."""
         stored, part = weight.packed, _part(rows)
@@ -241,7 +245,8 @@ class AscendCalls:
         if rows.start is not None:
             stored = make(aten.slice.Tensor, (stored, 0, rows.start, rows.stop), ".weight_rows")
         if weight.is_packed:
-            return make(own.int4_weight.default, (stored,), ".kernel_weight")
+            layout = own.int4_quarters.default if quarters else own.int4_weight.default
+            return make(layout, (stored,), ".kernel_weight")
         turned = make(aten.t.default, (stored,), ".turned")
         laid_out = make(
             aten.clone.default, (turned,), ".kernel_weight", memory_format=torch.contiguous_format

@@ -55,7 +55,7 @@ def ascend_candidates(
             refusal = weight_quant_refusal(problem, target.chip)
             found = [Candidate("npu_weight_quant_batchmatmul", refusal, storage=storage)]
             if weight.format == INT4:
-                found += _own(problem, target, "w4a16", storage)
+                found += _own(problem, target, "w4a16", "int4_quarters")
     off = f"the scheme is {problem.scheme.name}, and allow_float is off"
     return [*found, Candidate(FLOAT_OP, None if allow_float else off)]
 

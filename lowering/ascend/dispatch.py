@@ -17,7 +17,9 @@ from torch._ops import OpOverload
 
 from panguq.errors import LoweringError
 from panguq.ir.ops.opset import define_op
+from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.own import w4a16, w8a8  # noqa: F401  (ops that tables name)
+from panguq.kernels.ascend.own.int4_weight import QUARTERS
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (ops that tables name)
 from panguq.kernels.ascend.vendor.dtypes import dtype_number
 from panguq.lowering.problem import Candidate
@@ -25,6 +27,8 @@ from panguq.lowering.problem import Candidate
 npu = torch.ops.npu
 own = torch.ops.panguq_npu
 NO_LIMIT = 2**31 - 1
+CODES_OF_WORD = {torch.int32: CODES_PER_WORD, torch.int16: QUARTERS}
+"""4-bit codes in a word, by the dtype of words."""
 
 
 _SPELLING = re.compile(
@@ -53,9 +57,9 @@ class Operands:
     """What the kernels of a table read: nodes while a graph is built, tensors when it runs.
 
     x `[m, k]`: int8 codes, or 16-bit floats for weight-only matmuls. weight: int8 `[k, n]`, or
-    int32 `[k, n / 8]` of 4-bit codes. scale `[n]` or `[k / group_size, n]`; offset (weight-only)
-    of the same shape, added to the codes; pertoken_scale float32 `[m]`; bias `[n]`; `group_size`
-    is 0 per channel.
+    int32 `[k, n / 8]` or int16 `[k, n / 4]` of 4-bit codes. scale `[n]` or `[k / group_size, n]`;
+    offset (weight-only) of the same shape, added to the codes; pertoken_scale float32 `[m]`; bias
+    `[n]`; `group_size` is 0 per channel.
     """
 
     x: Any
@@ -117,7 +121,7 @@ def row_for(last_m: list[int], m: int) -> int:
 
 
 def _fake_dispatch_matmul(x: Tensor, weight: Tensor, output_dtype: torch.dtype) -> Tensor:
-    n = weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
+    n = weight.shape[1] * CODES_OF_WORD.get(weight.dtype, 1)
     return x.new_empty((x.shape[0], n), dtype=output_dtype)
 
 

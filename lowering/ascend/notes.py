@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
-import torch
 from torch import fx
 
 from panguq.ir.edit import op_name
 from panguq.ir.ops.opset import name_of
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.views import argument, operand
-from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.lowering.ascend.cost.model import cost
-from panguq.lowering.ascend.dispatch import NO_LIMIT, parse_kernel, row_for
+from panguq.lowering.ascend.dispatch import CODES_OF_WORD, NO_LIMIT, parse_kernel, row_for
 from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.choice import NOTED_TOKENS
 from panguq.lowering.problem import Candidate, Dtype, MatmulProblem
@@ -88,7 +86,7 @@ def _kernel_notes(table: list[tuple[int, Candidate]]) -> dict[str, str]:
 def _problem(node: fx.Node, scheme: Scheme) -> MatmulProblem:
     weight = operand(node, 1).meta["val"]
     k, n = (int(size) for size in weight.shape)
-    n *= CODES_PER_WORD if weight.dtype == torch.int32 else 1
+    n *= CODES_OF_WORD.get(weight.dtype, 1)
     dtype = cast(Dtype, dtype_name(node.meta["val"].dtype))
     return MatmulProblem(None, n, k, scheme, dtype=dtype)
 

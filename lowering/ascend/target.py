@@ -16,7 +16,7 @@ from panguq.ir.number_format import INT8
 from panguq.ir.quant_spec import SCHEMES, Scheme
 from panguq.ir.views import ExpertLinear
 from panguq.kernels.ascend.chip import Chip, Number
-from panguq.kernels.ascend.own.int4_weight import int4_weight
+from panguq.kernels.ascend.own.int4_weight import int4_quarters, int4_weight
 from panguq.lowering.ascend.calls import AscendCalls
 from panguq.lowering.ascend.candidates import ascend_candidates
 from panguq.lowering.ascend.cost.model import cost, total_us
@@ -52,7 +52,7 @@ class AscendTarget(AscendMachine):
     takes_empty_masks = False  # the fused attention reads its mask in full
     takes_experts = True
     fits_schemes = True
-    prepacking = (int4_weight,)
+    prepacking = (int4_weight, int4_quarters)
     terms = MEANING
     overlapped = OVERLAPPED
 

@@ -15,15 +15,13 @@ bytes for each element of the cube's inputs (2 for W4A16, 1 for W8A8):
     L0B   2 * 32 block_n                               least; two buffers
     L0C   4 block_m block_n                            one buffer: the sum stays until k ends
 
-UB of W4A16, in units of P = block_k block_n / 2, the packed bytes of one weight tile. All of a tile
-is unpacked by one vector core. It is fullest while the nibbles are put next to each other, which
-the vector core does in 16-bit numbers:
+UB of W4A16, with P = block_k block_n / 2, the packed bytes of one weight tile; the four nibbles of
+a word become four tiles of P bytes each:
 
-    packed, two buffers 2 P + even and odd columns 4 P + both together 4 P + workspace 36 P = 46 P
-
-The workspace is what AscendNPU IR reserves to interleave: 18 numbers for each pair, transposes of
-16 rows and their tails. The later float32 weights fit into it.
-Scales and offsets add 2 vectors of block_n, 16-bit in two buffers and float32 in one: 16 block_n.
+    packed in two buffers, and the tile that is being made 13 P / 2
+    sums: kept, arriving, scaled 16 block_m block_n
+    x for its sums, 16-bit in two buffers and float32 8 block_m block_k
+    scales, 16-bit in two buffers and float32, and offsets alike 16 block_n
 
 UB at the end of a data-parallel kernel: the sums, 4 bytes each, are scaled and rounded where they
 lie, half of the rows in each vector core, beside 3 float32 vectors at most:
@@ -42,9 +40,9 @@ block_m and block_n are multiples of 16, the cube's fractal; int8 fractals hold 
 weight is [k, n], 32 of n; rows of packed int4 are whole 32-byte blocks of UB, so block_n is a
 multiple of 64.
 
-The workspaces of W4A16 and `dynamic_quant` are not known but from plans of AscendNPU IR's compiler:
-some 40 tiles chosen by hand were looked at before the rule was written. It was then compared with
-the compiler on random tiles within 25 % of each limit, and not changed by what came out
+What W4A16 and `dynamic_quant` need is not known but from plans of AscendNPU IR's compiler, of which
+some were looked at before the rule was written. It was then compared with the compiler on random
+tiles within 25 % of each limit, and not changed by what came out
 (conformance/triton/tile_rule.py, conformance/results). What it accepts, the compiler accepts with
 double buffering. It refuses some that the compiler accepts: L0B never binds there, since the
 compiler divides n too, and `dynamic_quant` needs 16 bytes a number where its input has 16 bits.
@@ -96,7 +94,10 @@ def tile_memory(kernel: str, tile: Tile, chip: Chip = ATLAS_A2) -> TileMemory:
     if kernel == "dynamic_quant":
         return TileMemory(ub=18 * block_k + KIB)
     is_w4a16 = kernel.startswith("w4a16")
-    ub = 46 * block_k * block_n // 2 + 16 * block_n if is_w4a16 else 0
+    ub = 0
+    if is_w4a16:
+        packed = block_k * block_n // 2
+        ub = 13 * packed // 2 + 16 * block_m * block_n + 8 * block_m * block_k + 16 * block_n
     if kernel.endswith("data_parallel"):
         ub = max(ub, 2 * block_m * block_n + 8 * block_n + 4 * block_m)
     if kernel.endswith("split_k"):

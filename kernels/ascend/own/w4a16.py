@@ -1,9 +1,9 @@
 """W4A16 by panguq's own kernel: 16-bit activations times 4-bit weights with one scale per group.
 
-A vector core turns codes into 16-bit weights, the cube core multiplies. With one split
-(data-parallel) each core computes whole outputs; with more, k is divided, too (Split-K), for shapes
-with too few outputs to keep every core busy. The body here is what the Triton kernels in
-`triton/w4a16.py` compute.
+Vector cores turn codes into 16-bit integers, the cube core multiplies, and the sums of a block of k
+are scaled, not the weights: a block lies in one group. With one split (data-parallel) each core
+computes whole outputs; with more, k is divided, too (Split-K), for shapes with too few outputs to
+keep every core busy. The body here is what the Triton kernels in `triton/w4a16.py` compute.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from panguq.errors import LoweringError
 from panguq.ir.ops.opset import define_op
-from panguq.ir.ops.packing import unpack_int4
 from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.limits import CODES_PER_WORD
+from panguq.kernels.ascend.own.int4_weight import QUARTERS, codes_of_quarters
 from panguq.kernels.ascend.own.tiles import split_bounds, tile_refusal
 from panguq.kernels.ascend.own.triton.launch import NAMESPACE, launch_w4a16
 
@@ -37,7 +37,7 @@ def refusal(
     `chip`: the one that has room for it; None: any that is known.
     """
     if n % CODES_PER_WORD:
-        return f"n={n} is not a multiple of {CODES_PER_WORD}: the weight is stored 8 codes a word"
+        return f"n={n} is not a multiple of {CODES_PER_WORD}, as 4-bit weights need"
     if group_size < 0:
         return f"group size {group_size} is negative"
     if splits < 1:
@@ -70,9 +70,9 @@ def _check(
             raise LoweringError(f"{NAMESPACE}.w4a16: {message}")
 
     require(x.dtype in BIAS_DTYPE, f"x is {x.dtype}, not float16 or bfloat16")
-    require(weight.dtype == torch.int32, f"weight is {weight.dtype}, not int32")
+    require(weight.dtype == torch.int16, f"weight is {weight.dtype}, not int16")
     require(weight.dim() == 2, f"weight has {weight.dim()} dimensions, not 2")
-    k, n = weight.shape[0], weight.shape[1] * CODES_PER_WORD
+    k, n = weight.shape[0], weight.shape[1] * QUARTERS
     require(x.shape[-1] == k, f"x has {x.shape[-1]} inputs, weight {k}")
     require(len(tile) == 3, f"tile {tile} is not (block_m, block_n, block_k)")
     reason = refusal(None, n, k, group_size, splits, (tile[0], tile[1], tile[2]))
@@ -92,27 +92,8 @@ def _check(
         require(tuple(bias.shape) == (n,), f"bias is {list(bias.shape)}, not [{n}]")
 
 
-def dequantized_weight(
-    weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int
-) -> Tensor:
-    """(code + offset) * scale in float32, rounded once to scale's dtype: [k, n].
-
-    weight int32 [k, n / 8]; scale and offset float16 or bfloat16 [ceil(k / group_size), n], or
-    [n] with `group_size` 0.
-    """
-    values = unpack_int4(weight.contiguous().view(torch.uint8)).to(torch.float32)
-    groups = values.split(group_size) if group_size else (values,)
-    scales = scale.to(torch.float32).reshape(len(groups), -1)
-    offsets = None if offset is None else offset.to(torch.float32).reshape(len(groups), -1)
-    for number, rows in enumerate(groups):  # views of `values`, changed in place
-        if offsets is not None:
-            rows.add_(offsets[number])
-        rows.mul_(scales[number])
-    return values.to(scale.dtype)
-
-
 def _fake(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[1] * CODES_PER_WORD))
+    return x.new_empty((*x.shape[:-1], weight.shape[1] * QUARTERS))
 
 
 @define_op(
@@ -135,21 +116,31 @@ def w4a16(
 ) -> Tensor:
     """x @ ((code + offset) * scale) + bias: float16 or bfloat16 [..., n].
 
-    x float16 or bfloat16 [..., k]; weight int32 [k, n / 8], 8 codes of [-8, 7] in a word, the
-    lowest nibble first; scale and offset [ceil(k / group_size), n] in x's dtype, or [n] with
-    `group_size` 0; bias [n], float32 for bfloat16 and float16 for float16. Weights are rounded to
-    x's dtype, sums are float32, the result is rounded once. With `splits` above 1, k is divided
-    into so many parts of whole blocks, whose sums are added in the order of k, so that the same
-    input gives the same bits in every run. Raises LoweringError.
+    x float16 or bfloat16 [..., k]; weight int16 [k, n / 4] as `int4_quarters` packs; scale and
+    offset [ceil(k / group_size), n] in x's dtype, or [n] with `group_size` 0; bias [n], float32 for
+    bfloat16 and float16 for float16. Of each group (of each part, if that is smaller) x and codes
+    are multiplied and summed, then scaled; all is float32, and the result is rounded once. With
+    `splits` above 1, k is divided into so many parts of whole blocks, whose sums are added in the
+    order of k, so that the same input gives the same bits in every run. Raises LoweringError.
     """
-    values = dequantized_weight(weight, scale, offset, group_size).to(torch.float32)
-    tokens = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    if splits == 1:
-        total = tokens @ values
-    else:
-        total = tokens.new_zeros((tokens.shape[0], values.shape[1]))
-        for start, stop in split_bounds(x.shape[-1], tile[2], splits):
-            total += tokens[:, start:stop] @ values[start:stop]
+    codes = codes_of_quarters(weight).to(torch.float32)
+    k, n = codes.shape
+    tokens = x.reshape(-1, k).to(torch.float32)
+    scales = scale.to(torch.float32).reshape(-1, n)
+    offsets = None if offset is None else offset.to(torch.float32).reshape(-1, n)
+    total = tokens.new_zeros((tokens.shape[0], n))
+    for first, last in split_bounds(k, tile[2], splits):
+        partial = torch.zeros_like(total) if splits > 1 else total
+        while first < last:  # a part may begin within a group
+            group = first // group_size if group_size else 0
+            stop = min(last, (group + 1) * group_size) if group_size else last
+            values = codes[first:stop]
+            if offsets is not None:
+                values = values + offsets[group]
+            partial.add_((tokens[:, first:stop] @ values).mul_(scales[group]))
+            first = stop
+        if splits > 1:
+            total.add_(partial)
     if bias is not None:
         total.add_(bias)
-    return total.to(x.dtype).view(*x.shape[:-1], total.shape[1])
+    return total.to(x.dtype).view(*x.shape[:-1], n)

@@ -11,10 +11,21 @@ from panguq.kernels.ascend.chip import Chip
 from panguq.lowering.ascend.cost.terms import ARGUMENTS, Adding, Form, WeightLayout
 from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.ascend.rules import weight_quant_templates
-from panguq.lowering.problem import FLOAT_BYTES, Candidate, MatmulProblem
+from panguq.lowering.problem import FLOAT_BYTES, Candidate, MatmulProblem, Tile
 
 _W4A8_SCALE_BYTES, _FLOAT32 = 8, 4
-_UNTIMED = {"load_start_us": 0.0, "exposed": 0.0, "scaling_cycles": 0.0, "cube_times": 1.0}
+_UNTIMED = {
+    "load_start_us": 0.0,
+    "exposed": 0.0,
+    "scaling_cycles": 0.0,
+    "cube_times": 1.0,
+    "sum_bytes": 0.0,
+}
+# Counted in what AscendNPU IR's compiler makes of the W4A16 kernel (conformance/triton/hivm.py), in
+# vectors of 128 16-bit numbers: to turn a vector of codes into numbers, and to scale and add one of
+# float32 sums, which is two of them.
+_UNPACK = {"float16": 2.5, "bfloat16": 5.5}
+_SCALE_SUMS = 2 * 2
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,11 @@ def own_execution(
     problem: MatmulProblem,
     target: AscendMachine,
     dequantize: Literal["ring", "workspace"] = "ring",
-    tile_vector_cores: int = 1,
+    tile_vector_cores: int | None = None,
     all_add: bool = False,
 ) -> Execution:
-    """A kernel with tiles of its own. In panguq's, one vector core unpacks a whole tile of a 4-bit
-    weight, and one that of the program that arrives last adds the partial sums of Split-K.
+    """A kernel with tiles of its own. In panguq's, both vector cores of a pair unpack a tile of a
+    4-bit weight; with Split-K, one does, and adds the partial sums of the tile that it finishes.
 
     `dequantize`, `tile_vector_cores` and `all_add` describe other people's kernels, to compare.
     """
@@ -82,12 +93,15 @@ def own_execution(
     if problem.scheme.activation is None:
         form = replace(form, dequantize=dequantize)
         numbers = _weight_only(problem, target)
+        if dequantize == "ring":
+            numbers |= _scaled_sums(problem, candidate.tile)
     else:
         # no better at hiding memory than CANN's kernel
         numbers = _int8(problem, target) | {"exposed": target["int8_exposed"]}
+    cores = tile_vector_cores or (1 if split else 2)
     numbers |= {"splits": candidate.splits}
     numbers |= dict(zip(("block_m", "block_n", "block_k"), candidate.tile, strict=True))
-    numbers |= {"grid_m": 1, "grid_n": 1, "tile_vector_cores": tile_vector_cores}
+    numbers |= {"grid_m": 1, "grid_n": 1, "tile_vector_cores": cores}
     return Execution(form, numbers, str(candidate))
 
 
@@ -228,6 +242,19 @@ def _weight_only(problem: MatmulProblem, target: AscendMachine) -> dict[str, flo
     per_group = FLOAT_BYTES[problem.dtype] * (1 if weight.symmetric else 2)
     bytes_ = (1, 2, weight.bits / 8, 2, per_group / problem.group_size)
     return _scheme(bytes_, 2, target.chip.fractal_k[2.0], target["hbm_gb_per_s"])
+
+
+def _scaled_sums(problem: MatmulProblem, tile: Tile) -> dict[str, float]:
+    """What panguq's W4A16 does on vector cores per weight: it unpacks codes, and scales the sums of
+    each block of k."""
+    weight = problem.scheme.weight
+    assert weight is not None
+    sums = tile[0] / tile[2]  # for each weight
+    instructions = _SCALE_SUMS + (0 if weight.symmetric else 2 * 2)
+    return {
+        "dequantize_instructions": _UNPACK[problem.dtype] + instructions * sums,
+        "sum_bytes": _FLOAT32 * sums,
+    }
 
 
 def _scheme(

@@ -61,6 +61,7 @@ SCHEDULE_SYMBOLS = (
     "grid_m",
     "grid_n",
     "tile_vector_cores",  # that dequantize a tile together
+    "sum_bytes",  # of sums that vector cores read and scale, per weight
 )
 SCHEME_SYMBOLS = (
     "x_parts",  # matrices that x is decomposed into (1: none)
@@ -156,7 +157,7 @@ def terms(form: Form, fractal: int = 16) -> dict[str, Expr]:
     vector_rate = S["vector_bytes_per_cycle"] * cycles_per_us
     if form.dequantize == "ring":
         read = work.inputs * _padded(work.columns * S["stored_bytes"]) + weights * S["scale_bytes"]
-        moved = read + weights * S["cube_bytes"]
+        moved = read + weights * (S["cube_bytes"] + S["sum_bytes"])
         result["dequantize"] = _instructions(weights) / sharing
         result["vector_traffic"] = moved / (sharing * vector_rate)
         l2_bytes += moved * work.all_blocks

@@ -177,7 +177,7 @@ def best_tile(
 
 def _own_call(scheme: str, m: int, n: int, k: int) -> tuple[Any, dict[str, Any]]:
     if scheme == "W4A16":
-        words = torch.randint(-(2**31), 2**31, (k, n // 8), dtype=torch.int64).to(torch.int32)
+        words = torch.randint(-(2**15), 2**15, (k, n // 4), dtype=torch.int16)
         scale = (torch.rand(-(-k // 128), n) * 0.01 + 0.001).bfloat16()
         x = torch.randn(m, k).bfloat16()
         given: dict[str, Any] = {"x": x, "weight": words, "scale": scale, "offset": None}

@@ -97,10 +97,14 @@ def launch_w4a16(
     w4a16 = _kernels("w4a16")
     k = x.shape[-1]
     tokens = x.reshape(-1, k).contiguous()
-    packed = weight.contiguous().view(torch.uint8)
-    m, n = tokens.shape[0], 2 * packed.shape[1]
+    m, n = tokens.shape[0], 4 * weight.shape[1]
     result = tokens.new_empty((m, n))
-    inputs = (tokens, packed, scale.contiguous(), None if offset is None else offset.contiguous())
+    inputs = (
+        tokens,
+        weight.contiguous(),
+        scale.contiguous(),
+        None if offset is None else offset.contiguous(),
+    )
     # One scale per output is one group that holds all of k.
     sizes = (m, n, k, group_size or k)
     constants = {

@@ -22,26 +22,27 @@ import triton.language as tl
 def arrives_last(
     partials_ptr,
     flags_ptr,
+    first_column,
+    columns,
     m,
     n,
     split,
     splits,
     FLAGS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     LANES: tl.constexpr = 8,
 ):
     """Whether all partial sums of this program's tile are stored, its own included.
 
     flags int32 [tiles, splits, LANES], FLAGS at least splits * LANES. A flag is 32 bytes wide, the
-    least that moves at a time.
+    least that moves at a time. The tile begins at `first_column` of so many `columns`.
     """
     lanes = tl.arange(0, LANES)
-    columns = tl.program_id(1) * BLOCK_N + lanes
+    places = first_column + lanes
     place = (split * m + tl.program_id(0) * BLOCK_M) * n
     # The flag is made of a sum that was just stored, so that it cannot overtake the sums: the
     # compiler lets vector cores wait for the cube core where they read what it stored.
-    stored = tl.load(partials_ptr + place + columns, mask=columns < n, other=0)
+    stored = tl.load(partials_ptr + place + places, mask=places < columns, other=0)
     one = (stored.to(tl.int32, bitcast=True) | 1) & 1
     tile = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * splits
     tl.store(flags_ptr + (tile + split) * LANES + lanes, one)

@@ -143,7 +143,8 @@ def w8a8_split_k(
     """Grid (blocks of m, blocks of n, splits): result [m, n] by way of int32 [splits, m, n]."""
     first_row = tl.program_id(0) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = tl.program_id(1) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     blocks = tl.cdiv(k, BLOCK_K)
     # The same partition as panguq.kernels.ascend.own.tiles.split_bounds.
@@ -156,7 +157,7 @@ def w8a8_split_k(
         total,
         mask=(rows[:, None] < m) & (columns[None, :] < n),
     )
-    if arrives_last(partials_ptr, flags_ptr, m, n, split, splits, FLAGS, BLOCK_M, BLOCK_N):
+    if arrives_last(partials_ptr, flags_ptr, first_column, n, m, n, split, splits, FLAGS, BLOCK_M):
         for part in range(0, BLOCK_M, ROWS):
             some = first_row + part + tl.arange(0, ROWS)
             places = some[:, None] * n + columns[None, :]

@@ -18,7 +18,9 @@ from panguq.formats.onnx.blocks import normalize
 from panguq.formats.onnx.builder import Value
 from panguq.formats.onnx.quantize import packed_pairs, token_codes
 from panguq.formats.onnx.step import Emitter, Step
+from panguq.ir.ops.packing import pack_int4
 from panguq.kernels.ascend.limits import CODES_PER_WORD, W4A8_GROUP
+from panguq.kernels.ascend.own.int4_weight import QUARTERS, codes_of_quarters
 from panguq.kernels.ascend.vendor.dtypes import dtype_number, dtype_of
 from panguq.kernels.ascend.vendor.quant_matmul import SHIFT
 from panguq.kernels.ascend.vendor.trans_quant_param import scale_bits, scale_of
@@ -186,6 +188,9 @@ def _weight_only(
     if weight.meta["val"].dtype == torch.int32:
         n, elem_type = columns * CODES_PER_WORD, TensorProto.INT4
         codes = _int4(step, weight, (k, n))
+    elif weight.meta["val"].dtype == torch.int16:
+        n, elem_type = columns * QUARTERS, TensorProto.INT4
+        codes = _int4_quarters(step, weight, (k, n))
     else:
         n, elem_type = columns, TensorProto.INT8
         codes = step.read(weight)
@@ -228,6 +233,15 @@ def _int4(step: Step, weight: fx.Node, shape: tuple[int, ...]) -> str:
     name = f"{step.label}.codes"
     return step.builder.add_weight(
         name, TensorProto.INT4, shape, lambda: lazy().contiguous().view(torch.uint8)
+    )
+
+
+def _int4_quarters(step: Step, weight: fx.Node, shape: tuple[int, ...]) -> str:
+    """A weight of four codes a word, each of another quarter of n, as int4."""
+    lazy = step.lazy(weight)
+    name = f"{step.label}.codes"
+    return step.builder.add_weight(
+        name, TensorProto.INT4, shape, lambda: pack_int4(codes_of_quarters(lazy()))
     )
 
 
@@ -309,6 +323,7 @@ EMITTERS: dict[str, Emitter] = {
     "npu.npu_quantize.default": _npu_quantize,
     "npu.npu_weight_quant_batchmatmul.default": _weight_quant_matmul,
     "panguq.dispatch_matmul.default": _dispatch,
+    "panguq_npu.int4_quarters.default": _in_kernel_layout,
     "panguq_npu.int4_weight.default": _in_kernel_layout,
     "panguq_npu.w4a16.default": _own_w4a16,
     "panguq_npu.w8a8.default": _own_w8a8,

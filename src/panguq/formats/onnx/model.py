@@ -51,9 +51,9 @@ EMITTERS: dict[str, Emitter] = {
 _LAYOUTS = (
     "aten.cat.default", "aten.clone.default", "aten.contiguous.default", "aten.slice.Tensor",
     "aten.t.default", "aten.transpose.int", "aten.view.default", "npu.npu_format_cast.default",
-    "panguq_npu.int4_weight.default",
+    "panguq_npu.int4_quarters.default", "panguq_npu.int4_weight.default",
 )  # fmt: skip
-_INTEGERS = (torch.int8, torch.uint8, torch.int32)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 Notes = Callable[[fx.Node], Mapping[str, str]]
 """What to write beside a node, for people: the kernel it runs and why."""

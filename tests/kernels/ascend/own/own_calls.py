@@ -138,7 +138,7 @@ def int4(m: int, dtype: torch.dtype) -> dict[str, Any]:
 def own_w4a16(m: int, splits: int = 1) -> dict[str, Any]:
     return {
         "x": floats(2, m, K, dtype=BF16),
-        "weight": words(K, N // 8),
+        "weight": words(K, N // 8).view(torch.int16),
         "scale": scales(K // GROUP, N, dtype=BF16),
         "offset": floats(K // GROUP, N, dtype=BF16),
         "bias": floats(N),
@@ -396,6 +396,10 @@ OWN: dict[str, Call] = {
     ),
     "int4_weight": (
         int4_weight.int4_weight,
+        lambda m: {"packed": pack_int4(codes(N, K, bits=4))},
+    ),
+    "int4_quarters": (
+        int4_weight.int4_quarters,
         lambda m: {"packed": pack_int4(codes(N, K, bits=4))},
     ),
     "dynamic_quant": (own_dynamic_quant.dynamic_quant, lambda m: {"x": floats(2, m, K)}),
