@@ -76,8 +76,8 @@ class FitSchemes(Pass):
                 problem, target, options.weight_format, options.tokens, allow_float=True
             )
             costs = dict(choice.storage_us)
-            totals[0] += min(us for storage, us in costs.items() if storage != "float")
-            totals[1] += costs["float"]
+            totals[1] += costs.pop("float", 0.0)
+            totals[0] += min(costs.values(), default=0.0)
         return totals[0], totals[1]
 
 

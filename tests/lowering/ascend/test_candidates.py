@@ -62,7 +62,10 @@ def test_the_ops_of_a_scheme(scheme, vendor, storage, own) -> None:
     assert first.refusal is None
     ops = {c.kernel for c in found[1:] if c.kernel != "linear"}
     assert own <= ops and bool(own) == bool(ops)
-    assert all(c.storage == storage for c in found if c.kernel != "linear")
+    quarters = [c.kernel for c in found if c.storage == "int4_quarters"]
+    assert set(quarters) == {kernel for kernel in ops if kernel.startswith("w4a16")}
+    others = [c for c in found if c.kernel not in ("linear", *quarters)]
+    assert all(c.storage == storage for c in others)
 
 
 def test_own_kernels_come_with_every_tile_and_number_of_splits() -> None:

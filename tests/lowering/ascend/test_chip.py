@@ -50,11 +50,12 @@ def w8a8(n: int, k: int, m: int | None = None) -> MatmulProblem:
 
 
 def test_tiles_that_exceed_a_memory_are_left_out() -> None:
-    assert (128, 256, 32) in legal_tiles("w4a16_split_k")
-    small = legal_tiles("w4a16_split_k", SMALL)
-    assert small == tuple(t for t in legal_tiles("w4a16_split_k") if 4 * t[0] * t[1] <= 64 * 1024)
-    reason = tile_refusal("w4a16_split_k", (128, 256, 32), SMALL)
-    assert reason == "tile (128, 256, 32) needs 131072 bytes of L0C, which has 65536"
+    name = "w8a8_data_parallel"
+    assert (128, 256, 256) in legal_tiles(name)
+    small = legal_tiles(name, SMALL)
+    assert small == tuple(t for t in legal_tiles(name) if 4 * t[0] * t[1] <= 64 * 1024)
+    reason = tile_refusal(name, (128, 256, 256), SMALL)
+    assert reason == "tile (128, 256, 256) needs 131072 bytes of L0C, which has 65536"
     assert multiples("w8a8_split_k", SMALL) == (16, 64, 64)
 
 

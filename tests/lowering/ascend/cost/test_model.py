@@ -102,14 +102,19 @@ def test_partial_sums_are_added_on_one_core_a_tile_or_on_all() -> None:
 
 
 def test_w4a16_by_hand() -> None:
-    """4 tiles, 64 steps of 64 along k; one of two vector cores unpacks a tile."""
+    """4 tiles, 64 steps of 64 along k; two vector cores unpack a tile, and scale its sums."""
     candidate = own("data_parallel", 1, (16, 128, 64), "w4a16")
     found = cost(candidate, problem(1, 512, 4096, "W4A16"), B1).terms
     weights = 64 * 64 * 128  # of one tile
-    assert found["dequantize"] == pytest.approx(weights * 10 / (128 * 1850))
+    sums = 16 / 64  # for each weight, of which 2 instructions multiply and 2 add a vector
+    unpack = {"float16": 2.5, "bfloat16": 5.5}[problem(1, 512, 4096, "W4A16").dtype]
+    assert found["dequantize"] == pytest.approx(weights * (unpack + 4 * sums) / (2 * 128 * 1850))
     codes = 64 * 64 * 512  # rows of 64 bytes, each as dear as 512
-    moved = codes + weights * (2 / 128) + weights * 2
-    assert found["vector_traffic"] == pytest.approx(moved / (64 * 1850))
+    moved = codes + weights * (2 / 128) + weights * 2 + weights * 4 * sums
+    assert found["vector_traffic"] == pytest.approx(moved / (2 * 64 * 1850))
+    split = cost(own("split_k", 4, (16, 128, 64), "w4a16"), problem(1, 512, 4096, "W4A16"), B1)
+    # A quarter of k, on one vector core.
+    assert split.terms["dequantize"] == pytest.approx(found["dequantize"] / 4 * 2)
     loaded = 64 * (1 * 512) + weights * 2  # one row of x; float16 weights without gaps
     assert found["core_load"] == pytest.approx(loaded / (93.9 * 1850))
 
