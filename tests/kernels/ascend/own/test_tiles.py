@@ -54,7 +54,7 @@ def test_memory_of_a_tile():
         ("w8a8_split_k", (128, 288, 256), "needs 147456 bytes of L0C, which has 131072"),
         ("w8a8_split_k", (128, 256, 704), "needs 540672 bytes of L1, which has 524288"),
         ("w8a8_data_parallel", (16, 1056, 32), "L0B"),
-        ("w4a16_split_k", (16, 128, 80), "needs 237568 bytes of UB, which has 196608"),
+        ("w4a16_split_k", (32, 256, 64), "needs 204800 bytes of UB, which has 196608"),
         ("w8a8_split_k", (16, 1024, 32), "UB"),
         ("dynamic_quant", (1, 1, 16384), "UB"),
         ("w8a8_data_parallel", (8, 256, 256), "block_m=8 is not a positive multiple of 16"),
