@@ -111,6 +111,8 @@ class Target(ABC):
     """What a model is cast to unless the user says; None: it keeps its own."""
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """Where compiled models run. On a CPU all do: every op has a body there."""
+    float_follows_machine: ClassVar[bool] = False
+    """Whether float matmuls run in the type that the machine at hand multiplies fastest."""
     takes_empty_masks: ClassVar[bool] = True
     """Whether the lowered graph takes a mask without elements for plain causal attention."""
     takes_experts: ClassVar[bool] = False

@@ -35,6 +35,7 @@ class CpuTarget(Target):
     kind = "cpu"
     takes_experts = True
     takes_mixed_experts = True
+    float_follows_machine = True
     kernel_names = (
         "linear",
         "int8_linear",

@@ -78,7 +78,9 @@ class CompiledModule(Buildable, FrozenModule):
 
     def _multiplies_in_bfloat16(self) -> bool:
         known = TARGETS.get(self.target)  # else a file's, which need not be there any more
-        if self.stage != LOWERED or self._device.type != "cpu" or (known and known.kind != "cpu"):
+        if self.stage != LOWERED or self._device.type != "cpu":
+            return False
+        if known is not None and not known.float_follows_machine:
             return False
         return in_bfloat16(self.recipe.precision, self.interface)
 

@@ -10,9 +10,18 @@ from panguq.lowering.ascend.op_times.call import VendorCall
 from panguq.lowering.ascend.op_times.fitted import FITTED, REFERENCE, ROWS
 from panguq.lowering.ascend.op_times.matmul import MATMULS, matmul_cost
 from panguq.lowering.ascend.op_times.models import FAMILIES, MODELS, UNMODELLED
-from panguq.lowering.target import Cost
+from panguq.lowering.target import Cost, Target
 
 _FAMILY = {op: family for family, ops in FAMILIES.items() for op in ops}
+
+
+def machine_of(target: Target) -> AscendMachine:
+    """The target, if it is one whose ops have prices. Raises LoweringError for another."""
+    if not isinstance(target, AscendMachine):
+        raise LoweringError(
+            f"target {target.name} has no times of ops", "choose an Ascend target, as ascend910b2"
+        )
+    return target
 
 
 def price(call: VendorCall, machine: AscendMachine) -> Cost:

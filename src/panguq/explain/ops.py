@@ -12,7 +12,7 @@ import numpy as np
 from panguq.errors import LoweringError
 from panguq.explain.op_rows import TableRow, read_rows
 from panguq.lowering.ascend.machine import AscendMachine
-from panguq.lowering.ascend.op_times.price import price, source_of
+from panguq.lowering.ascend.op_times.price import machine_of, price, source_of
 from panguq.lowering.target import Cost, Target
 
 
@@ -82,12 +82,9 @@ def price_table(path: Path, target: Target) -> OpTimes:
     Raises LoweringError for a target that is no NPU, and as `read_rows` does. An op without a model
     is no error: its rows say why they have no price.
     """
-    if not isinstance(target, AscendMachine):
-        raise LoweringError(
-            f"target {target.name} has no times of ops", "choose an Ascend target, as ascend910b2"
-        )
+    machine = machine_of(target)
     table = read_rows(path, target.name)
-    rows = tuple(_priced(row, target) for row in table.rows)
+    rows = tuple(_priced(row, machine) for row in table.rows)
     return OpTimes(target.name, rows, table.others)
 
 
