@@ -10,7 +10,7 @@ is not enough: there the proof measures what a step of each rewritten weight doe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ TOLERANCE_IN_EPSILONS = 16
 TOLERANCE_IN_STEPS = 2  # rounding moves a subnormal weight by half a step at most
 ROUTE_TOKENS = "panguq::route_tokens"
 Weights = Callable[[fx.GraphModule, str], Tensor]
+Once = Callable[[str, Sequence[fx.GraphModule], Callable[..., float]], float]
+"""`once(what, graphs, check)` is what `check(*graphs)` returns, or did in an earlier run."""
 
 
 def _lift(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import fx
 from panguq.errors import NumericsError, RecipeError
 from panguq.ir.edit import clone, finish, weights_of
 from panguq.ir.properties import TRACED, Property
-from panguq.ir.run.equivalence import prove_site, prove_whole
+from panguq.ir.run.equivalence import Once, prove_site, prove_whole
 from panguq.ir.text.printer import print_graph
 from panguq.ir.verify import verify
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult
@@ -94,7 +94,7 @@ class Runner:
 
     `held` are the properties that hold and `next_index` is the next pass's place; a run goes on
     where the one before it stopped. Without `prove` no exact pass is proved: a proof reads weights,
-    which a skeleton has not.
+    which a skeleton has not. `once` may know a proof's result from an earlier run.
     """
 
     def __init__(
@@ -104,12 +104,14 @@ class Runner:
         held: frozenset[Property] = TRACED,
         first_index: int = 1,
         prove: bool = True,
+        once: Once = lambda what, graphs, check: check(*graphs),
     ) -> None:
         self.ctx = ctx
         self.instruments = instruments
         self.held = held
         self.next_index = first_index
         self.prove = prove
+        self.once = once
 
     def run(self, gm: fx.GraphModule, passes: Sequence[Pass]) -> list[PassRecord]:
         """A record of every pass. Raises RecipeError, before any has run, if the order is wrong."""
@@ -148,12 +150,18 @@ class Runner:
         if self.ctx.statistics is seen:  # of the graph as it was before this pass
             self.ctx.statistics = None
         finish(gm)
-        proved = None if before is None else _prove(before, gm, result, self.ctx)
+        proved = None if before is None else self._proved(before, gm, result)
         holds = (self.held - step.breaks) | step.establishes
         verify(gm, holds, after=f"pass {index:02d} {step.name}")
         if sum(t.nbytes for t in weights_of(gm).values()) >= WORTH_RELEASING_BYTES:
             release_free_memory()
         return PassRecord(index, step, result, time.perf_counter() - started, proved)
+
+    def _proved(self, before: fx.GraphModule, after: fx.GraphModule, result: PassResult) -> float:
+        def prove(before: fx.GraphModule, after: fx.GraphModule) -> float:
+            return _prove(before, after, result, self.ctx)
+
+        return self.once(self.ctx.pass_label, (before, after), prove)
 
 
 def _prove(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
-from panguq.ir.edit import weights_of
+from panguq.ir.edit import clone, weights_of
 from panguq.ir.text.printer import content_hash, print_graph
 from panguq.recipe import Recipe
 from panguq.tensors.work_folder import WorkFolder
@@ -63,6 +64,49 @@ def _model_hash(gm: fx.GraphModule) -> str:
         steps = tuple(slice(None, None, max(size // SAMPLED_PER_AXIS, 1)) for size in tensor.shape)
         digest.update(f"{name}{content_hash(tensor[steps])}".encode())
     return digest.hexdigest()
+
+
+class PassedChecks:
+    """Checks of graphs that an earlier run of this compile has passed, and that it need not repeat.
+
+    Each reads all weights: of a model larger than memory, a compile that goes on would read them
+    from disk again and again before it does anything new. The key, which tells whether the earlier
+    run was of this very compile, is known only after them. So they are put off, and `settle` makes
+    them if it was not.
+    """
+
+    def __init__(self, units: WorkFolder | None) -> None:
+        self._units = units
+        self._known = {} if units is None else units.passed_checks
+        self._passed: dict[str, float] = {}
+        self._put_off: list[Callable[[], float]] = []
+        self._is_settled = units is None
+
+    def once(
+        self, what: str, graphs: Sequence[fx.GraphModule], check: Callable[..., float]
+    ) -> float:
+        """What `check(*graphs)` returns, or did when it was passed for graphs of the same text."""
+        if self._is_settled:
+            return check(*graphs)
+        text = "\n".join([what, version("transformers"), *(print_graph(gm) for gm in graphs)])
+        name = f"{what.partition(' ')[0]} {hashlib.sha256(text.encode()).hexdigest()}"
+        if name in self._known:
+            self._put_off.append(partial(check, *(clone(gm) for gm in graphs)))
+            self._passed[name] = self._known[name]
+        else:
+            self._passed[name] = check(*graphs)
+        return self._passed[name]
+
+    def settle(self) -> None:
+        """The folder now belongs to this compile: if it was another's, make what was put off."""
+        self._is_settled = True
+        if self._units is None:
+            return
+        if not self._units.passed_checks:
+            for check in self._put_off:
+                check()
+        self._put_off.clear()
+        self._units.note_checks(self._passed)
 
 
 @contextmanager

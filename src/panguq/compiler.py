@@ -10,7 +10,7 @@ from torch import nn
 
 from panguq.artifact import FAKE_QUANT, LOWERED, Artifact
 from panguq.compile_data import CompileData
-from panguq.compile_key import held_units, open_units
+from panguq.compile_key import PassedChecks, held_units, open_units
 from panguq.compiled_model import compiled_model
 from panguq.compiled_module import CompiledModule
 from panguq.data.calibration import probe_of
@@ -107,7 +107,8 @@ def compile(
     found = find_target(target)
     rules = TargetRules(found, recipe.precision, recipe.ascend)
     with new_garbage_alone(), held_units(work_dir) as units:
-        gm, interface = trace(model, example_inputs, dtype)
+        checks = PassedChecks(units)
+        gm, interface = trace(model, example_inputs, dtype, once=checks.once)
         ctx = PassContext(
             interface,
             WeightStore(units=units),
@@ -120,7 +121,7 @@ def compile(
         quality.warn(gm.meta.pop("trace_warnings", ()))
         quality.warn(getattr(model, "panguq_left_out", ()))
         dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries, (gm, model))
-        runner = Runner(ctx, [quality, *([dump] if dump else [])])
+        runner = Runner(ctx, [quality, *([dump] if dump else [])], once=checks.once)
 
         records = runner.run(gm, schedule.described)
         schedule.check_described(gm, ctx.allow_unmatched)
@@ -132,6 +133,7 @@ def compile(
 
         data.prepare(gm, ctx, target)
         open_units(units, gm, data.batches, data.sampled, recipe, target, seed)
+        checks.settle()
         ctx.batches = data.sample(gm, ctx, target)
         ctx.probe = probe_of(ctx.batches, interface)
         runner.run(gm, schedule.calibrated)

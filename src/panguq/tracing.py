@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from panguq.errors import InputError, TraceError
 from panguq.ir.causal_lm import MaskForm, makes_its_own_mask
 from panguq.ir.encoder import Examples, is_encoder, trace_encoder
 from panguq.ir.interface import Interface
+from panguq.ir.run.equivalence import Once
 from panguq.ir.trace import trace_module
 from panguq.ir.trace_causal_lm import is_causal_lm, trace_causal_lm
 from panguq.trace_check import check_causal_lm, check_encoder, check_module, has_weights
@@ -22,14 +23,20 @@ from panguq.trace_check import check_causal_lm, check_encoder, check_module, has
 logger = logging.getLogger("panguq")
 
 
+def _now(what: str, graphs: Sequence[fx.GraphModule], check: Callable[..., float]) -> float:
+    return check(*graphs)
+
+
 def trace(
     model: nn.Module,
     example_inputs: Examples,
     dtype: torch.dtype | None,
     compare: bool = True,
+    once: Once = _now,
 ) -> tuple[fx.GraphModule, Interface]:
     """The model's graph, by default compared with the model itself, and its interface.
 
+    A language model's comparison is left to `once`, which may know that it was passed before.
     Raises InputError for what is no model, TraceError for one whose graph would not be the model.
     """
     if not isinstance(model, nn.Module):
@@ -41,7 +48,7 @@ def trace(
         model = _cast(model, dtype, keep_buffers=is_causal_lm(model) or is_encoder(model))
     compare = compare and has_weights(model)
     if is_causal_lm(model):
-        return _trace_causal_lm(model, compare)
+        return _trace_causal_lm(model, compare, once)
     if is_encoder(model):
         gm, interface = trace_encoder(model, example_inputs)
         if compare:
@@ -58,23 +65,25 @@ def trace(
     return gm, interface
 
 
-def _trace_causal_lm(model: nn.Module, compare: bool) -> tuple[fx.GraphModule, Interface]:
+def _trace_causal_lm(
+    model: nn.Module, compare: bool, once: Once
+) -> tuple[fx.GraphModule, Interface]:
     """With the mask of the graph itself, and where that is not right, with the one that users
     give, if the model makes its own of it."""
     try:
-        return _checked(model, "attended", compare)
+        return _checked(model, "attended", compare, once)
     except TraceError:
         if not makes_its_own_mask(model):
             raise
         try:
-            return _checked(model, "real_tokens", compare)
+            return _checked(model, "real_tokens", compare, once)
         except TraceError:
             pass  # the first error is the one to know of
         raise
 
 
 def _checked(
-    model: nn.Module, mask_form: MaskForm, compare: bool
+    model: nn.Module, mask_form: MaskForm, compare: bool, once: Once
 ) -> tuple[fx.GraphModule, Interface]:
     """Of layers that are equal, two are traced, if the graph can then be compared with them all."""
     short = short_model(model) if compare else None
@@ -82,14 +91,22 @@ def _checked(
         try:
             gm, interface = trace_causal_lm(short.model, mask_form)
             interface = short.with_weights(gm, interface, model)
-            check_causal_lm(model, gm, interface)
+            _compare(model, gm, interface, once)
             return _warned(model, gm), interface
         except (NotEqualError, TraceError) as error:
             logger.info("every layer is traced: %s", error)
     gm, interface = trace_causal_lm(model, mask_form)
     if compare:
-        check_causal_lm(model, gm, interface)
+        _compare(model, gm, interface, once)
     return _warned(model, gm), interface
+
+
+def _compare(model: nn.Module, gm: fx.GraphModule, interface: Interface, once: Once) -> None:
+    def check(traced: fx.GraphModule) -> float:
+        check_causal_lm(model, traced, interface)
+        return 0.0
+
+    once(f"trace of {type(model).__module__}.{type(model).__qualname__}", (gm,), check)
 
 
 def _warned(model: nn.Module, gm: fx.GraphModule) -> fx.GraphModule:

@@ -2,6 +2,7 @@
 
     PANGUQ_WORK                           says that the folder is panguq's (`claimed_folder.py`)
     compile.json                          what is compiled, how, and from which data
+    checks.json                           checks of its graphs that were passed, and what they found
     units/<pass>/<unit>/facts.json        a finished unit: written last, so whole if it is there
     units/<pass>/<unit>/<n>.safetensors   its n-th large tensor
     units/<pass>/<unit>/small.safetensors its other tensors
@@ -34,11 +35,12 @@ from panguq.files.whole_file import whole_file, write_file
 from panguq.tensors.safetensors_files import ALONE_BYTES, read_alone, read_mapped, write_tensors
 
 KEY = "compile.json"
+CHECKS = "checks.json"
 FACTS = "facts.json"
 SMALL = "small.safetensors"
 UNITS = "units"
 TEMPORARY = "temporary"
-OWN = frozenset({KEY, UNITS, TEMPORARY})
+OWN = frozenset({KEY, CHECKS, UNITS, TEMPORARY})
 LONGEST_NAME = 200  # bytes of a file's name; most systems take 255
 _READ_BYTES = 8 << 20
 logger = logging.getLogger("panguq")
@@ -82,12 +84,24 @@ class WorkFolder:
             if not old or changed:
                 # The key first: units without one are no one's, and are dropped the next time.
                 (self.path / KEY).unlink(missing_ok=True)
+                (self.path / CHECKS).unlink(missing_ok=True)
                 shutil.rmtree(self.path / UNITS, ignore_errors=True)
                 write_file(self.path / KEY, [text.encode()])
                 sync(self.path)
             delete(self.temporary)
             self.temporary.mkdir()
         return changed
+
+    @property
+    def passed_checks(self) -> dict[str, float]:
+        """What the passed checks found; nothing where that is damaged, so they are made again."""
+        return _read_key(self.path / CHECKS) or {}
+
+    def note_checks(self, passed: Mapping[str, float]) -> None:
+        """Keep what checks have found, as long as the key stays the same."""
+        with writing(self.path):
+            (self.path / CHECKS).unlink(missing_ok=True)
+            write_file(self.path / CHECKS, [_signed(passed).encode()])
 
     def find(self, unit: str) -> Finished | None:
         """A unit that was kept, its tensors mapped; None if it was not finished, or is damaged."""
@@ -214,11 +228,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_key(path: Path) -> dict[str, str] | None:
+def _read_key(path: Path) -> dict[str, Any] | None:
     """The key that was written; none of it where there is no file, None for a damaged one."""
     try:
         text = path.read_text(encoding="utf-8")
-        found: dict[str, str] = json.loads(text)
+        found: dict[str, Any] = json.loads(text)
         del found["sha256"]
         return found if _signed(found) == text else None
     except FileNotFoundError:
