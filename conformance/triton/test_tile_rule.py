@@ -7,7 +7,14 @@ import json
 import pytest
 
 from conformance.triton.npu_compiler import compiler_path
-from conformance.triton.tile_rule import RESULT, SEED, TILES_OF_EACH, compare_all, report
+from conformance.triton.tile_rule import (
+    RESULT,
+    SEED,
+    TILES_OF_EACH,
+    compare_all,
+    random_tiles,
+    report,
+)
 
 if compiler_path() is None:
     pytest.skip("ascendnpu-ir is not installed: run python -m conformance.triton", True)
@@ -24,8 +31,14 @@ def test_every_accepted_tile_compiles_with_double_buffering(comparisons):
 
 def test_both_verdicts_are_tried(comparisons):
     assert len(comparisons) >= 60
-    assert sum(it.compiles for it in comparisons) >= 20
-    assert sum(not it.compiles for it in comparisons) >= 20
+    assert sum(it.double_buffered for it in comparisons) >= 20
+    assert sum(not it.double_buffered for it in comparisons) >= 20
+
+
+def test_a_memory_that_another_one_always_exceeds_ends_the_search():
+    tiles = random_tiles("w4a16_data_parallel", "l0c", (16, 64, 16), (512, 512, 64), SEED)
+    with pytest.raises(ValueError, match="w4a16_data_parallel has 0 tiles near the limit of l0c"):
+        next(tiles)
 
 
 def test_the_confusion_matrix_is_the_one_on_file(comparisons):

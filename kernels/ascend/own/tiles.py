@@ -45,7 +45,8 @@ some were looked at before the rule was written. It was then compared with the c
 tiles within 25 % of each limit, and not changed by what came out
 (conformance/triton/tile_rule.py, conformance/results). What it accepts, the compiler accepts with
 double buffering. It refuses some that the compiler accepts: L0B never binds there, since the
-compiler divides n too, and `dynamic_quant` needs 16 bytes a number where its input has 16 bits.
+compiler divides n too; of a W4A16 tile without Split-K each vector core holds a part; the end of
+W8A8's Split-K takes less; `dynamic_quant` needs 16 bytes a number where its input has 16 bits.
 """
 
 from __future__ import annotations
