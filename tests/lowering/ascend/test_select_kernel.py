@@ -28,6 +28,7 @@ from panguq.lowering.targets import find_target
 
 B1 = find_target("ascend910b1")
 COUNTS = ("cube_cores", "vector_cores", "vector_lanes")
+INT4_STORAGES = ("int4", "int4_quarters")
 QUANTIZED = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16")
 LAST = 300  # the tests' largest m: brute force looks at every one
 
@@ -76,7 +77,7 @@ def entry(choice: Choice, m: int) -> Candidate:
 def test_the_table_is_the_argmin_for_every_m(problem, target, hysteresis) -> None:
     choice = select_kernel(problem, target, hysteresis=hysteresis)
     tokens = np.arange(1, LAST + 1)
-    found = legal(problem, target)
+    found = [c for c in legal(problem, target) if c.storage == choice.storage]
     costs = total_us(found, problem, target, tokens)
     chosen = [costs[found.index(entry(choice, m)), m - 1] for m in tokens]
     assert (np.array(chosen) <= (1 + hysteresis) * costs.min(axis=0)).all()
@@ -156,16 +157,17 @@ def test_a_deep_matmul_with_few_outputs_is_split() -> None:
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
 @pytest.mark.parametrize("constant", sorted(ASCEND_UNITS))
-def test_a_cost_ten_times_off_changes_no_storage_and_nothing_illegal(constant, factor) -> None:
+def test_a_cost_ten_times_off_changes_no_width_and_takes_nothing_illegal(constant, factor) -> None:
+    """It may change which of two layouts of 4-bit weights is stored."""
     target = changed(B1, **{constant: factor})
     for name in QUANTIZED:
         for n, k in ((1024, 4096), (4096, 12800)):
             problem = MatmulProblem(None, n, k, SCHEMES[name])
-            usual, choice = select_kernel(problem, B1), select_kernel(problem, target)
-            assert choice.storage == usual.storage == ("int4" if name == "W4A16" else "int8")
+            choice = select_kernel(problem, target)
+            assert choice.storage in (INT4_STORAGES if name == "W4A16" else ("int8",))
             taken = {e.candidate for e in choice.table}
             assert taken <= set(legal(problem, target))
-            assert {c.storage for c in taken} == {usual.storage}
+            assert {c.storage for c in taken} == {choice.storage}
             assert scheme_refusal(problem, target) is None
 
 
