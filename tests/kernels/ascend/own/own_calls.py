@@ -25,6 +25,7 @@ from panguq.kernels.ascend.own import dynamic_quant as own_dynamic_quant
 from panguq.kernels.ascend.own import int4_weight, w4a16, w8a8
 from panguq.kernels.ascend.own import latent_attention as own_latent_attention
 from panguq.kernels.cpu import (
+    bfloat16_float,
     binary_linear,
     dequantized_linear,
     int4_linear,
@@ -227,6 +228,18 @@ OWN: dict[str, Call] = {
     "attention_causal_past": (
         canonical.attention,
         lambda m: attention(m, m + 3, 4, torch.empty(0, dtype=torch.bool), value_dim=8),
+    ),
+    "bfloat16_linear": (
+        bfloat16_float.bfloat16_linear,
+        lambda m: {"x": floats(2, m, K), "weight": floats(N, K).bfloat16(), "bias": floats(N)},
+    ),
+    "bfloat16_attention_few": (
+        bfloat16_float.bfloat16_attention,
+        lambda m: attention(m, m + 3, 4, torch.zeros(1, 1, m, m + 3), value_dim=8),
+    ),
+    "bfloat16_attention": (
+        bfloat16_float.bfloat16_attention,
+        lambda m: attention(m + 16, m + 16, 4, torch.empty(0, dtype=torch.bool), value_dim=8),
     ),
     "latent_attention_absorbed": (
         latent_attention.latent_attention,
