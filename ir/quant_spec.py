@@ -140,6 +140,7 @@ def parse_scheme(text: str) -> Scheme:
     base, *options = text.upper().split("-")
     base = base.strip()
     if base not in SCHEMES:
+        _refuse_microscaling(text, base)
         near = difflib.get_close_matches(base, SCHEMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise RecipeError(
@@ -156,6 +157,19 @@ def parse_scheme(text: str) -> Scheme:
         return scheme
     return replace(scheme, name="-".join([scheme.name, *(o.lower() for o in options)]),
                    weight=weight)  # fmt: skip
+
+
+def _refuse_microscaling(text: str, base: str) -> None:
+    """Raises RecipeError for an MX format, which has a power of two as the scale of 32 numbers."""
+    found = re.fullmatch(r"(W[468]A(?:[468]|16)[-_]?)?MX_?(FP|INT)([468])(_?E\dM\d)?", base)
+    if found is None:
+        return
+    name = f"MX{found[2]}{found[3]}"
+    instead = "W8A8_DYNAMIC" if found[3] == "8" else "W4A8 or W4A16"
+    raise RecipeError(
+        f"scheme {text!r:.80}: panguq has no kernel of {name}, on no target",
+        f"choose {instead} instead; Ascend 950 multiplies microscaling formats, Atlas A2 does not",
+    )
 
 
 _SYMMETRY = ("SYM", "ASYM")

@@ -31,6 +31,7 @@ from panguq.lowering.ascend.dispatch import (
     Operands,
     kernel_call,
 )
+from panguq.lowering.ascend.formats import formats_of
 from panguq.lowering.ascend.inputs import AscendInputs
 from panguq.lowering.problem import Candidate, WeightFormat
 from panguq.tensors.dtypes import dtype_name
@@ -88,7 +89,10 @@ class AscendCalls:
         for _, kernel in table:
             op, args, named = kernel_call(kernel, given)
             if op.namespace == "npu":
-                check_call(op, value_types(args), value_types(named), label(node), self.chip)
+                formats = formats_of(op, args, named)
+                check_call(
+                    op, value_types(args), value_types(named), label(node), self.chip, formats
+                )
         if len(table) > 1:
             args = (given.x, given.weight, given.scale, given.offset, given.pertoken_scale)
             args += (given.bias, given.group_size, given.output_dtype)
@@ -216,7 +220,8 @@ class AscendCalls:
             }
         args = (x, weight, stored)
         matmul = npu.npu_quant_matmul.default
-        check_call(matmul, value_types(args), value_types(named), label(node), self.chip)
+        formats = formats_of(matmul, args, named)
+        check_call(matmul, value_types(args), value_types(named), label(node), self.chip, formats)
         return call(
             node,
             npu.npu_quant_matmul.default,

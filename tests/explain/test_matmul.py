@@ -144,6 +144,7 @@ def test_shapes_that_cannot_be(capsys, shape, message) -> None:
         (["no-such-folder"], "no such folder"),
         (["1x8x8", "--target", "ascend910b9"], "unknown target 'ascend910b9'"),
         (["1x8x8", "--scheme", "w9a9"], "unknown scheme 'w9a9'"),
+        (["1x8x8", "--scheme", "mxfp8"], "panguq has no kernel of MXFP8"),
         (["1x65536x8", "--scheme", "w8a16"], "n=65536 is more than 65535"),
         (["1x8x8", "--csv", "/no/such/folder/x.csv"], "cannot be written"),
         (["1x8x8", "--dtype", "float32"], "the model is float32"),

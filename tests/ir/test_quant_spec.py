@@ -39,6 +39,10 @@ def test_options(text, name, bits, group_size, symmetric) -> None:
     ("text", "message", "hint"),
     [
         ("W4A17", "unknown scheme 'W4A17'", "did you mean W4A1"),
+        ("mxfp8", "'mxfp8': panguq has no kernel of MXFP8", "choose W8A8_DYNAMIC"),
+        ("MXFP4", "'MXFP4': panguq has no kernel of MXFP4", "choose W4A8"),
+        ("W4A8_MXFP4", "panguq has no kernel of MXFP4", "choose W4A8"),
+        ("MXFP5", "unknown scheme 'MXFP5'", "The schemes are"),
         ("W4A16-g48", "unknown option 'G48'", "write -g32"),
         ("W8A8-g64", "has no groups", "write W8A8"),
         ("FLOAT-g64", "has no groups", "write FLOAT"),

@@ -113,11 +113,16 @@ def register_contract(op: OpOverload, contract: Contract) -> None:
 
 
 def violations(
-    op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], chip: Chip = ATLAS_A2
+    op: OpOverload,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    chip: Chip = ATLAS_A2,
+    formats: Mapping[str, str] | None = None,
 ) -> list[Violation]:
     """Every rule that this call breaks on the chip; an empty list for a legal one.
 
-    Tensors may be real, fake or on the meta device, sizes symbolic. Raises LoweringError for an op
+    Tensors may be real, fake or on the meta device, sizes symbolic. `formats` names the operands
+    that are "NZ", all others being ND; None: formats are not known. Raises LoweringError for an op
     that has no contract.
     """
     contract = _contracts.get(op)
@@ -132,15 +137,17 @@ def violations(
     limits = {"chip": chip} if "chip" in inspect.signature(contract).parameters else {}
     found = list(contract(**read_by(contract, given | limits)))
     if not found and chip.lists_operators:
-        found = list(_unlisted(op, given))
+        found = list(_unlisted(op, given, formats))
     return [Violation(str(op), rule, source) for rule, source in found]
 
 
-def _unlisted(op: OpOverload, given: Mapping[str, Any]) -> Iterator[Broken]:
-    """Finds a call for which CANN has no operator of these dtypes."""
+def _unlisted(
+    op: OpOverload, given: Mapping[str, Any], formats: Mapping[str, str] | None
+) -> Iterator[Broken]:
+    """Finds a call for which CANN has no operator of these dtypes and formats."""
     first = {n: v[0] if isinstance(v, list | tuple) and v else v for n, v in given.items()}
     dtypes = {n: dtype_name(v.dtype) for n, v in first.items() if isinstance(v, Tensor)}
-    reason = unlisted(op._schema.name.partition("::")[2], dtypes)
+    reason = unlisted(op._schema.name.partition("::")[2], dtypes, formats)
     if reason is not None:
         yield Broken(reason, SOURCE)
 
@@ -151,9 +158,10 @@ def check_call(
     kwargs: Mapping[str, Any],
     where: str,
     chip: Chip = ATLAS_A2,
+    formats: Mapping[str, str] | None = None,
 ) -> None:
     """Raises LoweringError that names `where` and each broken rule with its source."""
-    if broken := violations(op, args, kwargs, chip):
+    if broken := violations(op, args, kwargs, chip, formats):
         rules = "; ".join(f"{violation.rule} ({violation.source})" for violation in broken)
         raise LoweringError(
             f"{where}: an Ascend NPU cannot run {op}: {rules}",

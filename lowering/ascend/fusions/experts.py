@@ -20,6 +20,7 @@ from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (register
 from panguq.kernels.ascend.vendor.contracts import check_call
 from panguq.kernels.ascend.vendor.grouped_matmul_rules import BY_ROWS, CUMULATIVE
 from panguq.kernels.ascend.vendor.moe_combine import ROWS
+from panguq.lowering.ascend.formats import formats_of
 from panguq.lowering.ascend.fusions.gating import lower_gating
 from panguq.lowering.ascend.fusions.shared import refusal
 from panguq.passes.pipeline.base import PassResult
@@ -183,7 +184,8 @@ def checked(
     chip: Chip = ATLAS_A2,
 ) -> fx.Node:
     """A call in front of `node`. Raises LoweringError for one that the op's contract excludes."""
-    check_call(op, value_types(args), value_types(dict(named)), label(node), chip)
+    formats = formats_of(op, args, named)
+    check_call(op, value_types(args), value_types(dict(named)), label(node), chip, formats)
     return call(node, op, args, named, origin=node, suffix=suffix)
 
 

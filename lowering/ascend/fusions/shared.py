@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 
 from panguq.ir.edit import call, erase_unused, value_types
 from panguq.kernels.ascend.vendor.contracts import violations
+from panguq.lowering.ascend.formats import formats_of
 from panguq.passes.pipeline.base import PassResult
 
 
@@ -46,7 +47,9 @@ def refusal(
     op: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> str | None:
     """What the op's contract says against this call of nodes, with its source; None if legal."""
-    broken = violations(op, value_types(args), value_types(dict(kwargs or {})))
+    named = dict(kwargs or {})
+    formats = formats_of(op, args, named)
+    broken = violations(op, value_types(args), value_types(named), formats=formats)
     return "; ".join(str(violation) for violation in broken) or None
 
 

@@ -20,6 +20,7 @@ from panguq.ir.run.interpret import run, values
 from panguq.ir.verify import verify
 from panguq.ir.views import Linear
 from panguq.kernels.ascend.vendor.contracts import violations
+from panguq.kernels.ascend.vendor.operators import OPERATORS_910B
 from panguq.kernels.cpu.int8_linear import int32_matmul
 from panguq.lowering.ascend import dispatch
 from panguq.lowering.ascend.calls import AscendCalls
@@ -199,6 +200,15 @@ def test_a_recipe_may_want_the_vendors_kernels_alone(scheme) -> None:
         assert (None in own) == allowed
     gm = lowered(64, 256, scheme, own_kernels=False)[1]
     assert op_name(find_label(gm, "fc:linear.kernel")).startswith("npu_")
+
+
+def test_a_compile_asks_which_format_an_operator_takes(monkeypatch) -> None:
+    listed = OPERATORS_910B["npu_quant_matmul"]
+    plain = replace(listed, rows=tuple(row for row in listed.rows if "NZ" not in row))
+    monkeypatch.setitem(OPERATORS_910B, "npu_quant_matmul", plain)
+    lowered(64, 256, "W8A8", weight_format="ND")
+    with pytest.raises(LoweringError, match=r"fc:linear: .* takes no x1 int8, x2 int8 in NZ"):
+        lowered(64, 256, "W8A8", weight_format="NZ")
 
 
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16", "W4A8"])

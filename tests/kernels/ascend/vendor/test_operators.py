@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from panguq.errors import LoweringError
 from panguq.kernels.ascend.vendor import ops
-from panguq.kernels.ascend.vendor.contracts import violations
+from panguq.kernels.ascend.vendor.contracts import check_call, violations
+from panguq.kernels.ascend.vendor.dtypes import dtype_number
 from panguq.kernels.ascend.vendor.operators import OPERATORS_910B, unlisted
 
 
@@ -59,3 +61,16 @@ def test_a_compile_time_check_says_so() -> None:
     x = torch.ones(2, 64, dtype=torch.float16)
     found = violations(ops.npu_rms_norm, (x, torch.ones(64, dtype=torch.bfloat16)), {})
     assert found and all("gamma" in str(one) for one in found)
+
+
+def test_formats_are_asked_where_they_are_known() -> None:
+    """aclnn takes int8 inputs in NZ only beside weights in NZ."""
+    x = torch.ones(16, 64, dtype=torch.int8)
+    call = (ops.npu_quant_matmul, (x, torch.ones(64, 64, dtype=torch.int8), torch.ones(64)))
+    named = {"output_dtype": dtype_number(torch.bfloat16)}
+    assert violations(*call, named, formats={"x1": "NZ", "x2": "NZ"}) == []
+    (broken,) = violations(*call, named, formats={"x1": "NZ"})
+    assert "takes no x1 int8 in NZ, x2 int8: it takes" in broken.rule
+    check_call(*call, named, "q_proj")  # formats unknown
+    with pytest.raises(LoweringError, match=r"q_proj: an Ascend NPU cannot run .*x1 int8 in NZ"):
+        check_call(*call, named, "q_proj", formats={"x1": "NZ"})
