@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-model-cost bench-peers bench-runtime-peers clean
+.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints conformance-gpu bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-model-cost bench-peers bench-runtime-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ conformance: setup  ## check with a real model, and against real parts of the As
 	$(RUN) -m pytest -n auto --dist loadfile -m real_model tests
 	$(RUN) -m conformance --environment .venv-npu --torch '$(TORCH)'
 	$(RUN) -m conformance.triton --environment .venv-triton --torch '$(TORCH)'
+
+conformance-gpu: setup  ## run the Triton kernels on a CUDA GPU, if there is one (5 minutes)
+	$(RUN) -m conformance.gpu $(ARGS)
 
 conformance-checkpoints: setup  ## check saved checkpoints with other releases and tools (3 GB)
 	$(RUN) -m conformance.compressed_tensors --environment .venv-ct13

@@ -144,6 +144,23 @@ def test_a_launch_leaves_its_flags_lowered_and_the_next_one_shares_them():
     assert flags is launch._flags(torch.device("cpu"), flags.numel())
 
 
+@pytest.mark.parametrize("order", range(4))
+def test_a_gpu_s_count_of_arrivals_gives_what_flags_give(order, monkeypatch):
+    def results() -> tuple[torch.Tensor, torch.Tensor]:
+        with programs_in_random_order(order):
+            return (
+                launch_w8a8(*integers, torch.ones(70), None, None, torch.float32, 3, W8A8_TILE),
+                launch_w4a16(*floats, 32, 3, W4A16_TILE),
+            )
+
+    integers = random_int8(19, 200), random_int8(200, 70)
+    floats = w4a16_inputs(19, 72, 100, 32, torch.float16, True, True)
+    by_flags = results()
+    monkeypatch.setattr(launch, "_counts", lambda device: True)
+    assert all(map(torch.equal, results(), by_flags))
+    assert not launch._flags(torch.device("cpu"), 1).any()
+
+
 @given(
     m=st.integers(1, 3),
     k=st.integers(1, 5000),

@@ -84,6 +84,7 @@ def variant(
         sizes += ("group_size",)
     if kernel.endswith("split_k"):
         constants |= {"FLAGS": FLAG_WORDS << (splits - 1).bit_length(), "ROWS": SUMMED_ROWS}
+        constants["COUNTED"] = False
         workspace = {"partials": "fp32" if is_w4a16 else "i32", "flags": "i32"}
         sizes += ("splits",)
     if is_w4a16:

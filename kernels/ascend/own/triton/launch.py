@@ -2,6 +2,7 @@
 
 It needs triton-ascend, torch_npu and a device, and has not been run on one: the kernels it launches
 are checked by the Triton interpreter, by the vendor's compiler and as native code (conformance).
+Tensors of device "cuda" serve to check the kernels on a GPU (`make conformance-gpu`).
 Arguments are those of the ops in `panguq.kernels.ascend`, which check them first.
 """
 
@@ -61,8 +62,22 @@ def _split_k(tokens: Tensor, grid: tuple[int, int, int], n: int, dtype: torch.dt
     """The workspace of a Split-K launch: partial sums [splits, m, n], flags, and their sizes."""
     splits, words = grid[2], grid[0] * grid[1] * grid[2] * FLAG_WORDS
     partials = tokens.new_empty((splits, tokens.shape[0], n), dtype=dtype)
-    largest = FLAG_WORDS << (splits - 1).bit_length()
-    return partials, _flags(tokens.device, words), {"FLAGS": largest, "ROWS": SUMMED_ROWS}
+    constants = {
+        "FLAGS": FLAG_WORDS << (splits - 1).bit_length(),
+        "COUNTED": _counts(tokens.device),
+        "ROWS": SUMMED_ROWS,
+    }
+    return partials, _flags(tokens.device, words), constants
+
+
+def _counts(device: torch.device) -> bool:
+    """Whether programs count arrivals by atomics instead of raising flags (`split_k.py`)."""
+    return device.type == "cuda"
+
+
+def _options(device: torch.device) -> dict[str, bool]:
+    """Options of the compiler: a GPU's would round once where the kernels say to round twice."""
+    return {"enable_fp_fusion": False} if device.type == "cuda" else {}
 
 
 def _flags(device: torch.device, words: int) -> Tensor:
@@ -113,6 +128,7 @@ def launch_w4a16(
         "BLOCK_M": tile[0],
         "BLOCK_N": tile[1],
         "BLOCK_K": tile[2],
+        **_options(tokens.device),
     }
     grid = grid_of(m, n, tile, splits)
     if m == 0:
@@ -152,6 +168,7 @@ def launch_w8a8(
         "BLOCK_M": tile[0],
         "BLOCK_N": tile[1],
         "BLOCK_K": tile[2],
+        **_options(tokens.device),
     }
     grid = grid_of(m, n, tile, splits)
     if m == 0:
@@ -177,5 +194,7 @@ def launch_dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     if m > 0:
         block_k = legal_tiles("dynamic_quant")[0][2]
         # Each program takes every LARGEST_GRID-th token, so that any m will do.
-        dynamic_quant[(min(m, LARGEST_GRID),)](tokens, codes, scale, m, k, BLOCK_K=block_k)
+        grid = (min(m, LARGEST_GRID),)
+        options = _options(tokens.device)
+        dynamic_quant[grid](tokens, codes, scale, m, k, BLOCK_K=block_k, **options)
     return codes.view(x.shape), scale.view(x.shape[:-1])

@@ -176,6 +176,7 @@ def w4a16_split_k(
     HAS_OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FLAGS: tl.constexpr,
+    COUNTED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -218,7 +219,7 @@ def w4a16_split_k(
     tl.store(own + quarter, total1, mask=within)
     tl.store(own, total0, mask=within)
     if arrives_last(
-        partials_ptr, flags_ptr, first_column, quarter, m, n, split, splits, FLAGS, BLOCK_M
+        partials_ptr, flags_ptr, first_column, quarter, m, n, split, splits, FLAGS, COUNTED, BLOCK_M
     ):
         for part in range(0, BLOCK_M, ROWS):
             some = first_row + part + tl.arange(0, ROWS)

@@ -135,6 +135,7 @@ def w8a8_split_k(
     HAS_INT32_BIAS: tl.constexpr,
     HAS_FLOAT_BIAS: tl.constexpr,
     FLAGS: tl.constexpr,
+    COUNTED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -157,7 +158,9 @@ def w8a8_split_k(
         total,
         mask=(rows[:, None] < m) & (columns[None, :] < n),
     )
-    if arrives_last(partials_ptr, flags_ptr, first_column, n, m, n, split, splits, FLAGS, BLOCK_M):
+    if arrives_last(
+        partials_ptr, flags_ptr, first_column, n, m, n, split, splits, FLAGS, COUNTED, BLOCK_M
+    ):
         for part in range(0, BLOCK_M, ROWS):
             some = first_row + part + tl.arange(0, ROWS)
             places = some[:, None] * n + columns[None, :]
