@@ -44,9 +44,10 @@ What W4A16 and `dynamic_quant` need is not known but from plans of AscendNPU IR'
 some were looked at before the rule was written. It was then compared with the compiler on random
 tiles within 25 % of each limit, and not changed by what came out
 (conformance/triton/tile_rule.py, conformance/results). What it accepts, the compiler accepts with
-double buffering. It refuses some that the compiler accepts: L0B never binds there, since the
-compiler divides n too; of a W4A16 tile without Split-K each vector core holds a part; the end of
-W8A8's Split-K takes less; `dynamic_quant` needs 16 bytes a number where its input has 16 bits.
+double buffering, but for one known tile, W4A16's 64 x 128 x 64 with Split-K, which no chip's
+`tiles` has. It refuses some that the compiler accepts: L0B never binds there, since the compiler
+divides n too; of a W4A16 tile without Split-K each vector core holds a part; the end of W8A8's
+Split-K takes less; `dynamic_quant` needs 16 bytes a number where its input has 16 bits.
 """
 
 from __future__ import annotations
