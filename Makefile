@@ -95,6 +95,7 @@ conformance-gpu: setup  ## run the Triton kernels on a CUDA GPU, if there is one
 conformance-checkpoints: setup  ## check saved checkpoints with other releases and tools (3 GB)
 	$(RUN) -m conformance.compressed_tensors --environment .venv-ct13
 	$(RUN) -m conformance.msmodelslim --environment .venv-msmodelslim
+	$(RUN) -m conformance.gptqmodel --environment .venv-gptqmodel
 
 bench: setup  ## measure speed on this machine
 	$(RUN) -m bench.run $(ARGS)

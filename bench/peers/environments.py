@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conformance.environment import ROOT, TORCH
+from conformance.gptqmodel import environment as gptqmodel
 from conformance.msmodelslim import environment as msmodelslim
 from conformance.msmodelslim.environment import run
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A quantizer: what pip installs, with dependencies and then without, and how it is run.
+    """A quantizer: what pip installs, and how it is run.
 
     `variables` are added to the process's environment. `folder` is the environment's name.
     """
@@ -23,27 +24,16 @@ class Peer:
     script: str
     folder: str = ""
     packages: tuple[str, ...] = ()
-    without_dependencies: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
 
 
 PANGUQ = Peer("panguq", "quantize_panguq")
-# Its metadata asks for the newest torch, with CUDA, and for packages that only other methods
-# import; it is a pure Python package and runs on the torch that is there.
 GPTQMODEL = Peer(
     "GPTQModel",
     "quantize_gptqmodel",
     ".venv-gptqmodel",
-    (
-        "transformers==5.23.0", "accelerate", "safetensors", "numpy", "threadpoolctl", "packaging",
-        "protobuf", "pillow", "requests", "datasets", "pyarrow", "dill", "jinja2",
-    ),
-    (
-        "gptqmodel==7.7.0", "device-smi==0.5.7", "pypcre==0.6.4", "tokenicer==0.0.14",
-        "logbar==0.4.15", "defuser==0.0.28", "torchao==0.18.0",
-    ),
-    (("GPTQMODEL_CPU_WORKERS", "2"),),
-)  # fmt: skip
+    variables=(("GPTQMODEL_CPU_WORKERS", "2"),),
+)
 LLM_COMPRESSOR = Peer(
     "llm-compressor", "quantize_llm_compressor", ".venv-llmcompressor", ("llmcompressor==0.14.0.1",)
 )
@@ -59,10 +49,12 @@ def make_environment(peer: Peer, root: Path = ROOT, torch: str = TORCH) -> Path:
     if peer is PANGUQ:
         return Path(sys.executable)
     folder = (root / peer.folder).absolute()
+    if peer is GPTQMODEL:
+        return gptqmodel.make_environment(folder, torch)
     if peer is MSMODELSLIM:
         return msmodelslim.make_environment(folder, torch).python
     python, ready = folder / "bin" / "python", folder / ".ready"
-    wanted = "\n".join((torch, *peer.packages, *peer.without_dependencies))
+    wanted = "\n".join((torch, *peer.packages))
     if ready.exists() and ready.read_text(encoding="utf-8") == wanted:
         return python
     print(f"making {folder} with {torch} and {peer.name}", flush=True)
@@ -71,7 +63,5 @@ def make_environment(peer: Peer, root: Path = ROOT, torch: str = TORCH) -> Path:
     pip = (str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check")
     run(f"installing {torch}", *pip, *torch.split())
     run(f"installing what {peer.name} needs", *pip, *peer.packages)
-    if peer.without_dependencies:
-        run(f"installing {peer.name}", *pip, "--no-deps", *peer.without_dependencies)
     ready.write_text(wanted, encoding="utf-8")
     return python

@@ -182,13 +182,17 @@ def _own_w4a16(step: Step) -> str:
 def _weight_only(
     step: Step, x: fx.Node, weight: fx.Node, scale: Any, offset: Any, bias: Any, group_size: int
 ) -> str:
-    """x @ ((codes + offset) * scale rounded to x's dtype) + bias; weight `[k, n]` in ONNX."""
+    """x @ ((codes + offset) * scale rounded to x's dtype) + bias; weight `[k, n]` in ONNX.
+
+    panguq's own kernel scales sums, not weights, so that these are not rounded; its layout tells.
+    """
     dtype = x.meta["val"].dtype
     k, columns = (int(size) for size in weight.meta["val"].shape)
+    is_own = weight.meta["val"].dtype == torch.int16
     if weight.meta["val"].dtype == torch.int32:
         n, elem_type = columns * CODES_PER_WORD, TensorProto.INT4
         codes = _int4(step, weight, (k, n))
-    elif weight.meta["val"].dtype == torch.int16:
+    elif is_own:
         n, elem_type = columns * QUARTERS, TensorProto.INT4
         codes = _int4_quarters(step, weight, (k, n))
     else:
@@ -205,11 +209,11 @@ def _weight_only(
     if group_size:
         attributes = {"axis": 0, "block_size": group_size}
     wide = step.add("DequantizeLinear", *inputs, suffix="weight", **attributes)
-    rounded = step.round_to(wide, dtype, "weight_rounded")
+    values = wide if is_own else step.round_to(wide, dtype, "weight_rounded")
     tokens = step.read(x)
     if bias is None:
-        return step.finish("MatMul", tokens, rounded)
-    product = step.add("MatMul", tokens, rounded, suffix="product")
+        return step.finish("MatMul", tokens, values)
+    product = step.add("MatMul", tokens, values, suffix="product")
     return step.finish("Add", product, step.read(bias, torch.float32))
 
 
@@ -246,7 +250,8 @@ def _int4_quarters(step: Step, weight: fx.Node, shape: tuple[int, ...]) -> str:
 
 
 def _dispatch(step: Step) -> str:
-    """All kernels of a table compute the same: the plain matmul. The table is in the metadata."""
+    """All kernels of a table read one layout and compute the same: the plain matmul. The table is
+    in the metadata."""
     given = step.arguments()
     fields = ("x", "weight", "scale", "offset", "pertoken_scale", "bias", "group_size")
     operands = Operands(**{name: given[name] for name in (*fields, "output_dtype")})

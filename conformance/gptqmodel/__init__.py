@@ -1,0 +1,4 @@
+"""panguq's GPTQ and AWQ checkpoints as GPTQModel and, through it, transformers load them.
+
+python -m conformance.gptqmodel [--environment DIR]
+"""
