@@ -18,10 +18,12 @@ def shared_traces() -> Iterator[None]:
     made: dict[Any, Any] = {}
     original = compiler.trace
 
-    def trace(model: Any, examples: Any, dtype: torch.dtype | None, compare: bool = True) -> Any:
+    def trace(
+        model: Any, examples: Any, dtype: torch.dtype | None, compare: bool = True, **once: Any
+    ) -> Any:
         key = id(model), id(examples), dtype, compare
         if key not in made:
-            made[key] = model, examples, original(model, examples, dtype, compare)
+            made[key] = model, examples, original(model, examples, dtype, compare, **once)
         gm, interface = made[key][-1]
         return clone(gm), interface
 
