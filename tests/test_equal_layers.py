@@ -12,6 +12,7 @@ from torch import fx
 
 from panguq import tracing
 from panguq.equal_layers import NotEqualError, Pattern, pattern_of, short_model
+from panguq.forecast import graph
 from panguq.ir.edit import module_path, weights_of
 from panguq.planning import dry_run
 from panguq.planning.report import MatmulPlan, Plan
@@ -48,7 +49,7 @@ def test_the_plan_is_that_of_all_layers(
     short = short_model(deep(family))
     assert short is not None and short.pattern.kept == traced
     found = planned(family)
-    monkeypatch.setattr(dry_run, "short_model", lambda *given: None)
+    monkeypatch.setattr(graph, "short_model", lambda *given: None)
     whole = dry_run.plan(deep(family), "w8a8")
     assert figures(found) == figures(whole)
     layers = len([name for name in found.inputs if name.startswith("past_key_")])

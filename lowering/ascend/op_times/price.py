@@ -36,7 +36,7 @@ def price(call: VendorCall, machine: AscendMachine) -> Cost:
         constants = constants_of(call.op, machine)
         return MODELS[call.op].price(call, machine, constants)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise LoweringError(f"{call.op}: its operands or attributes do not fit: {what}") from None
 
 

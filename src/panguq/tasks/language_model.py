@@ -55,11 +55,11 @@ def language_model(
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             """One text for each request, in order."""
-            prompts = list(dict.fromkeys(request.args[0] for request in requests))
-            stops = list(requests[0].args[1].get("until", []))
+            prompts = list(dict.fromkeys(request.arguments[0] for request in requests))
+            stops = list(requests[0].arguments[1].get("until", []))
             found = generated(model, tokenizer, prompts, stops, decoding, progress)
             self.answers = dict(zip(prompts, found, strict=True))
-            return [self.answers[request.args[0]][0].text for request in requests]
+            return [self.answers[request.arguments[0]][0].text for request in requests]
 
     length = min(longest_sequence(model) or LONGEST, LONGEST)
     with quiet():

@@ -256,8 +256,8 @@ def _code_prompts(prepared: Prepared) -> tuple[list[str], list[str]]:
         for part in prepared.rows:
             made = make(prepared.task, part)
             made.build_all_requests()
-            prompts += [str(instance.args[0]) for instance in made.instances]
-            stops = list(made.instances[0].args[1].get("until", []))
+            prompts += [str(instance.arguments[0]) for instance in made.instances]
+            stops = list(made.instances[0].arguments[1].get("until", []))
     return prompts, stops
 
 

@@ -32,7 +32,7 @@ def weight_gradients(
     found: dict[fx.Node, Tensor] = {}
 
     def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
-        for node, (x, at_output, _) in seen.items():
+        for node, (x, at_output, *_) in seen.items():
             product = at_output.flatten(0, -2).T @ x.flatten(0, -2)
             found[node] = found.get(node, 0) + product
 
@@ -123,7 +123,7 @@ def test_a_rounded_activation_passes_its_gradient_on(scheme: str) -> None:
     inputs: dict[fx.Node, Tensor] = {}
 
     def observe(seen: dict[fx.Node, tuple[Tensor, Tensor]]) -> None:
-        for node, (value, gradient, _) in seen.items():
+        for node, (value, gradient, *_) in seen.items():
             inputs[node], gradients[node] = value, gradient
 
     watch = [first, second]

@@ -41,7 +41,7 @@ def gradients(family: str) -> Seen:
     found: Seen = {}
 
     def observe(seen: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for node, (_, gradient, _) in seen.items():
+        for node, (_, gradient, *_) in seen.items():
             found[node.name, len(found)] = gradient.clone()
 
     batches = family_context(family).batches
