@@ -47,7 +47,7 @@ def _on_meta(*shape: int) -> Tensor:
 
 # The legal call, the arguments that break one rule, and how the rule begins.
 ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
-    ("int4pack", {"weight": codes(4, 16)}, "weight must be int32 or float32, not int8"),
+    ("int4pack", {"weight": codes(4, 16)}, "weight must be int32, not int8"),
     ("int4pack", {"weight": words(16)}, "weight must have 2 dimensions, not 1"),
     ("int4pack", {"weight": words(4, 12)}, "weight's last size 12 must be a multiple of 8"),
     ("int4pack", {"weight": words(16, 8).t()}, "weight must be contiguous"),
