@@ -9,12 +9,11 @@ are fitted anew and compared with those of the targets.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from bench.openpangu import CONFIGS, PROMPTS, prefill_gains
+from bench.page import print_or_write
 from bench.timings import (
     Timing,
     Tuned,
@@ -303,18 +302,7 @@ def figures() -> str:
 
 def main() -> None:
     """Print, or write into the page."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--docs", type=Path, help="the page whose figures to replace")
-    options = parser.parse_args()
-    text = figures()
-    if options.docs is None:
-        print(text)
-        return
-    page = options.docs.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    options.docs.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    print(f"wrote {options.docs}")
+    print_or_write(__doc__.split("\n")[0], figures, BEGIN, END)
 
 
 if __name__ == "__main__":

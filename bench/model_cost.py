@@ -9,7 +9,6 @@ layer, of a second sequence, and of each further one. Everything else is publish
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import tempfile
@@ -23,6 +22,7 @@ from scipy.optimize import least_squares
 
 from bench.openpangu import FULL_LAYERS
 from bench.openpangu import config as openpangu_config
+from bench.page import print_or_write
 from bench.timings import read
 from panguq.cli.command import quiet_transformers
 from panguq.forecast.forecast import Request, forecast
@@ -199,18 +199,7 @@ def _gain_lines(rows: Sequence[Latency], has: Mapping[str, float]) -> list[str]:
 
 def main() -> None:
     """Print, or write into the page."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--docs", type=Path, help="the page whose figures to replace")
-    options = parser.parse_args()
-    text = figures()
-    if options.docs is None:
-        print(text)
-        return
-    page = options.docs.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    options.docs.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    print(f"wrote {options.docs}")
+    print_or_write(__doc__.split("\n")[0], figures, BEGIN, END)
 
 
 if __name__ == "__main__":

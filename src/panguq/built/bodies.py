@@ -6,7 +6,7 @@ Where an op runs another kernel for few tokens than for many, the body is for on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -40,8 +40,8 @@ def bodies(few: bool, own_sums: bool = False) -> Mapping[Any, Body]:
     `own_sums` the library of `int8_sums` does the integer matmuls of few."""
     own: dict[Any, Body] = {op: body_of(op) for op in _AS_THEY_ARE}
     own[canonical.rotary] = _rotary
-    int8_of_few = _int8_by_own_sums if own_sums else _int8_of_few
-    own[int8_linear.int8_linear] = int8_of_few if few else _int8_of_many
+    of_few = _own_sums if own_sums else _fused_sums
+    own[int8_linear.int8_linear] = _int8(of_few if few else _matmul_sums)
     own[int8_weight_linear.int8_weight_linear] = _int8_weight_of_few if few else _int8_weight
     own[int4_linear.int4_linear] = _int4_of_few if few else _int4_of_many
     own[dequantized_linear.dequantized_linear] = _dequantized
@@ -58,87 +58,54 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> T
     return x * cos + turned * sin
 
 
-def _int8_of_few(
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    row_sums: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """A fused sum, since `torch._int_mm` is wrong for one token in compiled code on some machines.
-    Each float32 sum is of so few products that it is exact."""
-    tokens = codes.reshape(-1, codes.shape[-1])
-    totals = [
+def _int8(sums: Callable[[Tensor, Tensor], Tensor]) -> Body:
+    """The op's body by its exact sums: of codes `[m, k]` and weights `[n, k]`, int32 `[m, n]`."""
+
+    def body(
+        codes: Tensor,
+        act_scale: Tensor,
+        act_zero_point: Tensor | None,
+        weight: Tensor,
+        weight_scale: Tensor,
+        row_sums: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        total = sums(codes.reshape(-1, codes.shape[-1]), weight)
+        if act_zero_point is not None:
+            rows = weight.sum(dim=-1, dtype=torch.int32) if row_sums is None else row_sums
+            total = total - rows * act_zero_point
+        weight_scale = weight_scale.reshape(-1)
+        if act_scale.numel() == 1 and act_scale.dim() == 1:
+            result = total.to(torch.float32) * (weight_scale * act_scale)
+        else:
+            result = total.to(torch.float32) * weight_scale * act_scale.reshape(-1, 1)
+        if bias is not None:
+            result = result + bias
+        return result.to(dtype).reshape(*codes.shape[:-1], weight.shape[0])
+
+    return body
+
+
+def _fused_sums(codes: Tensor, weight: Tensor) -> Tensor:
+    """For few tokens, since `torch._int_mm` is wrong for one token in compiled code on some
+    machines. Each float32 sum is of so few products that it is exact."""
+    parts = zip(codes.split(EXACT_FLOAT_K, dim=1), weight.split(EXACT_FLOAT_K, dim=1), strict=True)
+    first, *others = [
         (part.to(torch.float32).unsqueeze(1) * own.to(torch.float32)).sum(-1).to(torch.int32)
-        for part, own in zip(
-            tokens.split(EXACT_FLOAT_K, dim=1), weight.split(EXACT_FLOAT_K, dim=1), strict=True
-        )
+        for part, own in parts
     ]
-    total = totals[0]
-    for more in totals[1:]:
-        total = total + more
-    return _scaled_int32(
-        total, codes, act_scale, act_zero_point, weight, weight_scale, row_sums, bias, dtype
-    )
+    for more in others:
+        first = first + more
+    return first
 
 
-def _int8_by_own_sums(
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    row_sums: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    total = int8_sums(codes.reshape(-1, codes.shape[-1]).contiguous(), weight)
-    return _scaled_int32(
-        total, codes, act_scale, act_zero_point, weight, weight_scale, row_sums, bias, dtype
-    )
+def _own_sums(codes: Tensor, weight: Tensor) -> Tensor:
+    return int8_sums(codes.contiguous(), weight)
 
 
-def _int8_of_many(
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    row_sums: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    total = torch._int_mm(codes.reshape(-1, codes.shape[-1]), weight.t())
-    return _scaled_int32(
-        total, codes, act_scale, act_zero_point, weight, weight_scale, row_sums, bias, dtype
-    )
-
-
-def _scaled_int32(
-    total: Tensor,
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    row_sums: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    if act_zero_point is not None:
-        sums = weight.sum(dim=-1, dtype=torch.int32) if row_sums is None else row_sums
-        total = total - sums * act_zero_point
-    weight_scale = weight_scale.reshape(-1)
-    if act_scale.numel() == 1 and act_scale.dim() == 1:
-        result = total.to(torch.float32) * (weight_scale * act_scale)
-    else:
-        result = total.to(torch.float32) * weight_scale * act_scale.reshape(-1, 1)
-    if bias is not None:
-        result = result + bias
-    return result.to(dtype).reshape(*codes.shape[:-1], weight.shape[0])
+def _matmul_sums(codes: Tensor, weight: Tensor) -> Tensor:
+    return torch._int_mm(codes, weight.t())
 
 
 def _int8_weight(

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from panguq.check import weight_only
 from panguq.check.ascend import ASCEND_RULES, tensor_types
-from panguq.check.compressed_tensors import COMPRESSED_TENSORS_RULES, quantized
+from panguq.check.compressed_tensors import COMPRESSED_TENSORS_RULES
+from panguq.check.config_groups import quantized
 from panguq.check.files import FILE_RULES, CheckedFolder, Rule, open_folder
 from panguq.check.unchanged import UNCHANGED, UNCHANGED_RULES, UNKNOWN
 from panguq.files.checksums import CHECKSUMS

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from panguq.errors import ExportError
-from panguq.formats.checkpoint.graph import check_modules, parts_of_experts
+from panguq.formats.checkpoint.architecture import check_modules
+from panguq.formats.checkpoint.graph import parts_of_experts
 from panguq.formats.registry import LinearsCheck, find_format
 from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.lowering.stages import default_dtype
