@@ -18,21 +18,10 @@ from panguq.ir.node_meta import annotate, scheme_of
 from panguq.ir.quant_spec import parse_scheme
 from panguq.lowering.targets import find_target
 from panguq.passes.pipeline.base import linears
+from tests.config_folders import MIXTURE, PANGU, config_folder
 
-SIZES = {
-    "model_type": "PanguEmbedded",
-    "architectures": ["PanguEmbeddedForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
+SIZES = PANGU | {
     "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "bias": True,
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
 }
@@ -41,9 +30,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A model folder with nothing but a config."""
-    path = tmp_path_factory.mktemp("pangu")
-    (path / "config.json").write_text(json.dumps(SIZES))
-    return path
+    return config_folder(tmp_path_factory.mktemp("pangu"), SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -171,24 +158,9 @@ def test_a_model_on_a_cpu_is_planned_not_explained(folder, capsys) -> None:
     assert "--dry-run" in capsys.readouterr().err
 
 
-EXPERTS = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 512,
-    "moe_intermediate_size": 256,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
-
-
 def test_experts_read_the_weights_of_those_that_have_rows(tmp_path, capsys) -> None:
     """One token reads 2 of 16 experts, a prompt of 512 all; all are stored."""
-    (tmp_path / "config.json").write_text(json.dumps(EXPERTS))
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
     assert (
         main(["explain", str(tmp_path), "--scheme", "w8a8_dynamic", "--json", "--prompt", "512"])
         == 0

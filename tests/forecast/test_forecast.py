@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,25 +15,9 @@ from panguq.forecast.launch_paths import LAUNCH_PATHS, find_launch_path
 from panguq.forecast.parallel import Cards
 from panguq.forecast.text import render, verdict
 from panguq.lowering.targets import find_target
+from tests.config_folders import MIXTURE, PANGU, config_folder
 
-SIZES = {
-    "model_type": "PanguEmbedded",
-    "architectures": ["PanguEmbeddedForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-5,
-    "bias": True,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-ONE_B = SIZES | {
+ONE_B = PANGU | {
     "vocab_size": 153376,
     "hidden_size": 1536,
     "intermediate_size": 6144,
@@ -43,34 +26,16 @@ ONE_B = SIZES | {
     "num_key_value_heads": 6,
     "head_dim": 128,
 }
-EXPERTS = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 512,
-    "moe_intermediate_size": 256,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-}
-
-
-def folder(path: Path, sizes: dict) -> Path:
-    (path / "config.json").write_text(json.dumps(sizes))
-    return path
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return graph_of(folder(tmp_path_factory.mktemp("small"), SIZES), "W8A8", "bfloat16")
+    return graph_of(config_folder(tmp_path_factory.mktemp("small"), PANGU), "W8A8", "bfloat16")
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    path = folder(tmp_path_factory.mktemp("mixture"), EXPERTS)
+    path = config_folder(tmp_path_factory.mktemp("mixture"), MIXTURE)
     return graph_of(path, "W8A8_DYNAMIC", "bfloat16")
 
 
@@ -130,7 +95,7 @@ def test_memory_of_a_card(small) -> None:
 
 def test_the_logs_loss_is_predicted(tmp_path) -> None:
     """openPangu-Embedded-1B, W8A8, 4096 + 32 tokens: 0.91 and 0.95 of bfloat16's speed."""
-    graph = graph_of(folder(tmp_path, ONE_B), "W8A8", "bfloat16")
+    graph = graph_of(config_folder(tmp_path, ONE_B), "W8A8", "bfloat16")
     result = found(graph, Request(1, 4096, 32))
     assert result.gain < 0.97
     assert result.float_times.request_s == pytest.approx(0.4234, rel=0.1)  # the mean of two runs
@@ -215,7 +180,7 @@ def test_a_request_longer_than_the_model_reads(small) -> None:
 
 
 def test_the_command(tmp_path, capsys) -> None:
-    path = str(folder(tmp_path, SIZES))
+    path = str(config_folder(tmp_path, PANGU))
     asked = ["explain", path, "--scheme", "W8A8-dynamic", "--target", "ascend910b2", "--json"]
     assert main([*asked, "--server", "vllm-ascend==0.9.2", "--mode", "eager", "--batch", "2"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -234,11 +199,11 @@ def test_the_command(tmp_path, capsys) -> None:
     ],
 )
 def test_options_that_do_not_fit(tmp_path, capsys, options, said) -> None:
-    assert main(["explain", str(folder(tmp_path, SIZES)), *options]) == 1
+    assert main(["explain", str(config_folder(tmp_path, PANGU)), *options]) == 1
     assert said in capsys.readouterr().err
 
 
 def test_a_scheme_that_the_server_does_not_take_says_so(tmp_path, capsys) -> None:
-    asked = ["explain", str(folder(tmp_path, SIZES)), "--scheme", "w4a16", "--server"]
+    asked = ["explain", str(config_folder(tmp_path, PANGU)), "--scheme", "w4a16", "--server"]
     assert main([*asked, "vllm-ascend"]) == 0
     assert "note: vllm-ascend takes no dense W4A16" in capsys.readouterr().out

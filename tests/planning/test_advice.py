@@ -11,31 +11,13 @@ import pytest
 from panguq.cli import main
 from panguq.planning.advice import RecipeRow, _choose, losses
 from panguq.recipe import preset_names
-
-SIZES = {
-    "model_type": "PanguEmbedded",
-    "architectures": ["PanguEmbeddedForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "bias": True,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
+from tests.config_folders import PANGU, config_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pangu")
-    (path / "config.json").write_text(json.dumps(SIZES))
-    return path
+    config = PANGU | {"num_hidden_layers": 1, "max_position_embeddings": 4096}
+    return config_folder(tmp_path_factory.mktemp("pangu"), config)
 
 
 def test_every_recipe_is_weighed(folder, capsys) -> None:
