@@ -6,7 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conformance.triton.hivm import SUB_BLOCK, split_k_faults
+from conformance.triton.hivm import (
+    SUB_BLOCK,
+    VECTOR_BITS,
+    split_k_faults,
+    vector_instructions,
+)
 from conformance.triton.linalg import TARGETS, linalg_of
 from conformance.triton.npu_compiler import compile_linalg, compiler_path
 from conformance.triton.variants import KERNELS, Variant, pointers_of, variant
@@ -72,6 +77,19 @@ def test_a_split_k_program_whose_steps_are_out_of_order_is_found(tmp_path):
         (text.replace(SUB_BLOCK, ""), "both vector cores"),
     ):
         assert any(said in fault for fault in split_k_faults(broken, pointers)), said
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset", "most"),
+    [("fp16", False, 3.1), ("fp16", True, 3.9), ("bf16", False, 6.1), ("bf16", True, 6.9)],
+)
+def test_few_vector_instructions_unpack_and_scale(dtype, offset, most, tmp_path):
+    """For each vector of 16-bit weights, in a round of the loop over k."""
+    tile = (16, 256, 128)
+    text = linalg_of(variant("w4a16_data_parallel", tile, dtype=dtype, offset=offset, bias=None))
+    lowered = compile_linalg(text, TARGETS[0], tmp_path, "kernel").lowered
+    vectors = tile[1] * tile[2] * 16 / VECTOR_BITS
+    assert 0 < sum(vector_instructions(lowered).values()) / vectors <= most
 
 
 @pytest.mark.parametrize("at_tile", OPTIONAL_ARGUMENTS, ids=lambda it: it.name)

@@ -104,12 +104,6 @@ def rms_norm_work(call: VendorCall) -> RowWork:
     return RowWork(rows, width, rows * width * 2 * size, size, widened=True)
 
 
-def add_rms_norm_work(call: VendorCall) -> RowWork:
-    """x1 + x2 `[..., w]`, kept and normalized."""
-    (rows, width), size = _rows(call.shape(0)), call.size(0)
-    return RowWork(rows, width, rows * width * 4 * size, size)
-
-
 def add_rms_norm_quant_work(call: VendorCall) -> RowWork:
     """x1 + x2 `[..., w]`, kept, and normalized to int8 codes."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
@@ -128,13 +122,6 @@ def dequant_swiglu_quant_work(call: VendorCall) -> RowWork:
     """x `[rows, 2 w]`, int32 sums with scales or floats, to int8 codes `[rows, w]`."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
     return RowWork(rows, width // 2, rows * (width * size + width // 2 + 4), size)
-
-
-def elementwise_work(call: VendorCall) -> RowWork:
-    """Every operand read and the first one's size written, as rows of its last dimension."""
-    (rows, width), size = _rows(call.shape(0)), call.size(0)
-    moved = sum(call.bytes(i) for i in range(len(call.shapes))) + rows * width * size
-    return RowWork(rows, width, moved, size)
 
 
 def softmax_work(call: VendorCall) -> RowWork:

@@ -17,7 +17,7 @@ import panguq
 from panguq.errors import ExportError
 from panguq.formats.checkpoint.graph import read_checkpoint_graph
 from panguq.formats.checkpoint.linear import QuantizedLinear
-from panguq.formats.checkpoint.word_packing import from_awq_words, unpacked_words
+from tests.formats.checkpoint.read_words import from_awq_words, unpacked_words
 from tests.model_shelf import shared_model, token_ids
 
 PASSES = ["insert-fake-quant", "quantize-weights"]

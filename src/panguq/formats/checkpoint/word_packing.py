@@ -31,34 +31,11 @@ def packed_words(values: Tensor, bits: int) -> Tensor:
     return _as_int32(words).reshape(rows, -1)
 
 
-def unpacked_words(words: Tensor, bits: int) -> Tensor:
-    """The integers that `packed_words` packed: uint8 `[r, c]` out of int32 `[r, c * bits / 32]`."""
-    count, width = _period(bits)
-    rows, columns = words.shape
-    blocks = words.reshape(rows, columns // width, width).to(torch.int64) & 0xFFFFFFFF
-    values = torch.empty(rows, columns // width, count, dtype=torch.uint8)
-    for index in range(count):
-        word, shift = divmod(index * bits, WORD)
-        value = blocks[..., word] >> shift
-        if shift + bits > WORD:
-            value = value | (blocks[..., word + 1] << (WORD - shift))
-        values[..., index] = (value & (2**bits - 1)).to(torch.uint8)
-    return values.reshape(rows, -1)
-
-
 def awq_words(values: Tensor) -> Tensor:
     """Integers from 0 to 15, `[r, c]`, eight columns a word in AWQ's order: int32 `[r, c / 8]`."""
     rows, columns = values.shape
     ordered = values.reshape(rows, columns // 8, 8)[..., list(AWQ_ORDER)]
     return packed_words(ordered.reshape(rows, columns), 4)
-
-
-def from_awq_words(words: Tensor) -> Tensor:
-    """The integers that `awq_words` packed: uint8 `[r, c]` out of int32 `[r, c / 8]`."""
-    values = unpacked_words(words, 4)
-    rows, columns = values.shape
-    back = [AWQ_ORDER.index(column) for column in range(8)]
-    return values.reshape(rows, columns // 8, 8)[..., back].reshape(rows, columns)
 
 
 def _period(bits: int) -> tuple[int, int]:
