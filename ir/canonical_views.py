@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from panguq.ir.views import View, argument, arguments, operand, optional_operand
+from panguq.ir.call_arguments import argument, arguments, operand, optional_operand
+from panguq.ir.views import View
 
 
 class RmsNorm(View):

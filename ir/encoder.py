@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from panguq.errors import InputError, TraceError
+from panguq.ir.call_arguments import arguments
 from panguq.ir.experts import check_experts
 from panguq.ir.export import fake_mode_of, skeleton_of
 from panguq.ir.interface import Interface
 from panguq.ir.length_limits import keep_rotary_frequencies, reset_rotary_frequencies
 from panguq.ir.trace import trace_module
 from panguq.ir.trace_causal_lm import BATCH, SEQ, encoder_decoder, is_causal_lm
-from panguq.ir.views import arguments
 
 IDS = "input_ids"
 OF_TOKENS = ("attention_mask", "token_type_ids")

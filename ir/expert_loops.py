@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from panguq.errors import TraceError
-from panguq.ir.views import argument, calls
+from panguq.ir.call_arguments import argument, calls
 
 PICKS_ROWS = ("aten::nonzero", "aten::nonzero_numpy", "aten::where", "aten::masked_select")
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments, operand, operands_at
 from panguq.ir.canonical_views import Attention
 from panguq.ir.edit import call, label, replace
 from panguq.ir.node_meta import annotate, meta_of
@@ -15,7 +16,7 @@ from panguq.ir.ops import latent_attention as latent_ops  # noqa: F401  (registe
 from panguq.ir.probe_sizes import PROBE_SIZES
 from panguq.ir.properties import Property
 from panguq.ir.run.equivalence import probe_value, probed_sizes, run_in_float64
-from panguq.ir.views import Item, Linear, arguments, operand, operands_at
+from panguq.ir.views import Item, Linear
 from panguq.passes.patterns.matching import is_call
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Region, Table
 

@@ -8,8 +8,9 @@ from typing import cast
 
 from torch import fx
 
+from panguq.ir.call_arguments import operand
 from panguq.ir.quant_spec import Scheme
-from panguq.ir.views import DequantizedWeight, ExpertLinear, Item, Linear, operand
+from panguq.ir.views import DequantizedWeight, ExpertLinear, Item, Linear
 from panguq.lowering.problem import Dtype, MatmulProblem, Precision
 from panguq.tensors.dtypes import dtype_name
 

@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from panguq.errors import TraceError
+from panguq.ir.call_arguments import arguments, operand
 from panguq.ir.edit import (
     assign_labels,
     call,
@@ -31,7 +32,7 @@ from panguq.ir.ops import experts as expert_ops  # noqa: F401
 from panguq.ir.ops.opset import is_allowed
 from panguq.ir.plain_names import weight_name
 from panguq.ir.run.interpret import ensure_finite
-from panguq.ir.views import ExpertLinear, arguments, operand
+from panguq.ir.views import ExpertLinear
 from panguq.passes.patterns.gated import to_gated_activation
 from panguq.passes.patterns.matching import is_call, pair, type_of
 from panguq.passes.patterns.norms import (

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import InputError
+from panguq.ir.call_arguments import arguments
 from panguq.ir.edit import call, erase_unused, fake_mode, label, tensor_node
 from panguq.ir.node_meta import meta_of
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.properties import Property
 from panguq.ir.run.sweep import sweep
-from panguq.ir.views import arguments, results_of
+from panguq.ir.views import results_of
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 
 aten = torch.ops.aten

@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from panguq.ir.analysis.walk import first_arguments, uncast
+from panguq.ir.call_arguments import argument, arguments, operand
 from panguq.ir.edit import label
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.ops import experts as expert_ops  # noqa: F401
-from panguq.ir.views import ExpertLinear, Item, argument, arguments, operand
+from panguq.ir.views import ExpertLinear, Item
 
 if TYPE_CHECKING:
     from panguq.ir.analysis.rotations import RotationWalk

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import NumericsError
+from panguq.ir.call_arguments import argument, calls, operand
 from panguq.ir.edit import ancestors, find_label, get_tensor, label, weights_of
 from panguq.ir.probe_sizes import PROBE_SIZES, SITE_PROBE_SIZES, Sizes, probe_size
 from panguq.ir.run.interpret import Values, ensure_finite, last_uses
-from panguq.ir.views import ExpertLinear, Item, Linear, argument, calls, operand, results_of
+from panguq.ir.views import ExpertLinear, Item, Linear, results_of
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.row_slices import ELEMENTS_AT_ONCE, row_slices
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.call_arguments import argument, operand
 from panguq.ir.edit import ancestors
 from panguq.ir.ops.experts import route_tokens
 from panguq.ir.run.interpret import compute
-from panguq.ir.views import ExpertLinear, Item, QuantizedInput, argument, operand
+from panguq.ir.views import ExpertLinear, Item, QuantizedInput
 
 
 def routing_of(linear: fx.Node) -> fx.Node:

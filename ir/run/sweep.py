@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.analysis.blocks import blocks
+from panguq.ir.call_arguments import operand
 from panguq.ir.edit import ancestors, label
 from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.run.interpret import Values, compute, ensure_finite, last_uses, without_inputs
 from panguq.ir.run.reroute import Reroute
-from panguq.ir.views import DequantizedWeight, Item, QuantizedInput, operand
+from panguq.ir.views import DequantizedWeight, Item, QuantizedInput
 from panguq.tensors import spill
 from panguq.tensors.memory import return_free_pages
 

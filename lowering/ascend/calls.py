@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.call_arguments import calls, operand
 from panguq.ir.edit import call, get_tensor, label, value_types
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.number_format import INT4, INT8
 from panguq.ir.quant_spec import Scheme
-from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput, calls, operand
+from panguq.ir.views import DequantizedWeight, Linear, QuantizedInput
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.limits import W4A8_GROUP

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.call_arguments import calls, operand
 from panguq.ir.edit import call, get_tensor
 from panguq.ir.node_meta import scheme_of
 from panguq.ir.number_format import INT4, INT8
-from panguq.ir.views import DequantizedWeight, ExpertLinear, calls, operand
+from panguq.ir.views import DequantizedWeight, ExpertLinear
 from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.limits import CODES_PER_WORD
 from panguq.kernels.ascend.own import int4_weight  # noqa: F401  (registers the ops)

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from panguq.ir.call_arguments import operand
 from panguq.ir.edit import op_name, replace
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.properties import Property
-from panguq.ir.views import operand
 from panguq.lowering.ascend.fusions.aten import SPELLINGS
 from panguq.lowering.ascend.fusions.attention import fuse_attention, fuse_rotary
 from panguq.lowering.ascend.fusions.cache import (

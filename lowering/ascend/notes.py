@@ -7,10 +7,10 @@ from typing import cast
 
 from torch import fx
 
+from panguq.ir.call_arguments import argument, operand
 from panguq.ir.edit import op_name
 from panguq.ir.ops.opset import name_of
 from panguq.ir.quant_spec import Scheme
-from panguq.ir.views import argument, operand
 from panguq.lowering.ascend.cost.model import cost
 from panguq.lowering.ascend.dispatch import CODES_OF_WORD, NO_LIMIT, parse_kernel, row_for
 from panguq.lowering.ascend.machine import AscendMachine

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from panguq.ir.call_arguments import argument, operand
 from panguq.ir.edit import op_name
 from panguq.ir.ops.opset import name_of
 from panguq.ir.quant_spec import Scheme
-from panguq.ir.views import argument, operand
 from panguq.lowering.choice import NOTED_TOKENS
 from panguq.lowering.cpu.cost import MANY_TOKENS, M, cost_us, cpu_cost_name
 from panguq.lowering.problem import MatmulProblem

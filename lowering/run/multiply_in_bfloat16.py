@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.call_arguments import arguments
 from panguq.ir.edit import erase_unused, get_tensor, tensor_node
 from panguq.ir.interface import Interface
 from panguq.ir.ops.canonical import attention
-from panguq.ir.views import arguments
 from panguq.kernels.cpu import multiplying
 from panguq.kernels.cpu.bfloat16_float import bfloat16_attention, bfloat16_linear
 from panguq.lowering.problem import Precision

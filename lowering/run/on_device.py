@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.call_arguments import operand
 from panguq.ir.edit import replace
-from panguq.ir.views import operand
 from panguq.lowering.run.prepack import FORMAT_CAST
 
 

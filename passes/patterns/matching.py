@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from panguq.ir.views import arguments, operand
+from panguq.ir.call_arguments import arguments, operand
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments, operand
 from panguq.ir.edit import call
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
-from panguq.ir.views import arguments, operand
 from panguq.passes.patterns.matching import (
     both_orders,
     is_call,

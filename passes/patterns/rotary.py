@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments, operand, operands_at
 from panguq.ir.edit import call
 from panguq.ir.ops import canonical as canonical_ops  # noqa: F401  (registers torch.ops.panguq.*)
-from panguq.ir.views import arguments, operand, operands_at
 from panguq.passes.patterns.matching import is_call, pair, through_wider_casts, type_of
 
 aten = torch.ops.aten

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments, operand
 from panguq.ir.edit import call
-from panguq.ir.views import arguments, operand
 
 aten = torch.ops.aten
 _EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.analysis.rotations import RotationSite
+from panguq.ir.call_arguments import operand
 from panguq.ir.edit import ancestors, call, tensor_node
 from panguq.ir.node_meta import is_quantized
-from panguq.ir.views import Linear, operand
+from panguq.ir.views import Linear
 from panguq.passes.pipeline.base import PassResult, matmuls
 from panguq.passes.rotation.matrices import Rotation, random_rotation
 

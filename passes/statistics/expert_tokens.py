@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
+from panguq.ir.call_arguments import operand
 from panguq.ir.edit import label, module_path
 from panguq.ir.expert_groups import whole_label
 from panguq.ir.run.reroute import Reroute, routing_of
 from panguq.ir.run.sweep import AllTokens, sweep
-from panguq.ir.views import ExpertLinear, Linear, operand
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.passes.pipeline.base import ExpertTokens, PassContext, Table
 from panguq.tensors.work_folder import Finished
 

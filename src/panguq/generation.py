@@ -14,10 +14,11 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.models.auto import modeling_auto
 
 from panguq.errors import InputError, PanguqError
+from panguq.ir.call_arguments import operand
 from panguq.ir.edit import get_tensor
 from panguq.ir.interface import Interface
 from panguq.ir.kv_cache import CACHE_NAME, check_cache
-from panguq.ir.views import Linear, operand, results_of
+from panguq.ir.views import Linear, results_of
 
 NO_PART_OF_A_GRAPH = (
     "output_attentions", "output_hidden_states", "inputs_embeds", "assistant_early_exit",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from panguq.ir.call_arguments import arguments, operand, operands_at, optional_operand
 from panguq.ir.edit import find_label, label
 from panguq.ir.number_format import FLOAT8_E4M3, INT4, INT8, Integer, NumberFormat
 from panguq.ir.views import (
@@ -17,12 +18,8 @@ from panguq.ir.views import (
     Linear,
     QuantizedInput,
     QuantizedWeight,
-    arguments,
     by_input,
     matmul_of,
-    operand,
-    operands_at,
-    optional_operand,
     results_of,
 )
 from panguq.passes.billm import BiLlm

@@ -7,9 +7,9 @@ import operator
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments, operand, operands_at
 from panguq.ir.canonical_views import Attention, Rotary
 from panguq.ir.edit import call, get_tensor, label
-from panguq.ir.views import arguments, operand, operands_at
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.lowering.ascend.fusions.masks import hidden_mask
 from panguq.lowering.ascend.fusions.shared import FusionState, refusal

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import argument, arguments, operand
 from panguq.ir.edit import call
 from panguq.ir.ops.quantize import SMALLEST_AMAX
-from panguq.ir.views import Item, QuantizedInput, argument, arguments, operand
+from panguq.ir.views import Item, QuantizedInput
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.kernels.ascend.vendor.dtypes import dtype_number
 from panguq.lowering.ascend.fusions.shared import FusionState, refusal

@@ -11,9 +11,10 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from panguq.ir.call_arguments import arguments, operand
 from panguq.ir.edit import call, erase_unused, label, op_name, replace, value_types
 from panguq.ir.ops import experts as expert_ops  # noqa: F401  (registers torch.ops.panguq.*)
-from panguq.ir.views import ExpertLinear, Item, arguments, operand
+from panguq.ir.views import ExpertLinear, Item
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.kernels.ascend.chip import Chip
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)

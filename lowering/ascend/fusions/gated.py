@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments
 from panguq.ir.canonical_views import GeGlu, SwiGlu
 from panguq.ir.edit import call, label
-from panguq.ir.views import Item, arguments
+from panguq.ir.views import Item
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.lowering.ascend.fusions.shared import FusionState, refusal
 

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from panguq.ir.call_arguments import arguments, operand
 from panguq.ir.edit import call, erase_unused, op_name, replace
-from panguq.ir.views import Item, arguments, operand
+from panguq.ir.views import Item
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.kernels.ascend.vendor.moe_gating import LARGEST, SIGMOID, SOFTMAX, TWO_LARGEST
 from panguq.lowering.ascend.fusions.shared import refusal

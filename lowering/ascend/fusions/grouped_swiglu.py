@@ -7,8 +7,9 @@ import operator
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments, operand
 from panguq.ir.edit import call, label, read_instead, replace
-from panguq.ir.views import Item, arguments, operand
+from panguq.ir.views import Item
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.lowering.ascend.fusions.shared import refusal
 

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments, operand, optional_operand
 from panguq.ir.canonical_views import RmsNorm
 from panguq.ir.edit import (
     call,
@@ -19,7 +20,7 @@ from panguq.ir.edit import (
     replace,
     tensor_node,
 )
-from panguq.ir.views import Item, arguments, operand, optional_operand
+from panguq.ir.views import Item
 from panguq.kernels.ascend.vendor import ops as npu_ops  # noqa: F401  (registers torch.ops.npu.*)
 from panguq.lowering.ascend.fusions.shared import FusionState, refusal, same_shape
 from panguq.tensors.dtypes import dtype_name

@@ -30,9 +30,9 @@ from panguq.built.parts import (
 )
 from panguq.data.inputs import takes_empty_mask
 from panguq.errors import PanguqError, StorageError
+from panguq.ir.call_arguments import argument, operand
 from panguq.ir.interface import Interface
 from panguq.ir.ops.opset import name_of
-from panguq.ir.views import argument, operand
 from panguq.kernels.cpu.int8_weight_linear import aligned
 from panguq.lowering.run.write_into_cache import PAST_LENGTH
 

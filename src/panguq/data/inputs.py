@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import InputError
+from panguq.ir.call_arguments import calls
 from panguq.ir.interface import Interface
 from panguq.ir.node_meta import meta_of
 from panguq.ir.text.size_expression import evaluate_size, names_in
 from panguq.ir.text.value_types import DTYPES
-from panguq.ir.views import calls
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

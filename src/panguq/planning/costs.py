@@ -11,10 +11,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import fx
 
+from panguq.ir.call_arguments import arguments
 from panguq.ir.edit import module_path
 from panguq.ir.node_meta import is_quantized, scheme_of, weight_spec_of
 from panguq.ir.run.reroute import routing_of
-from panguq.ir.views import ExpertLinear, Linear, arguments
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.lowering.cpu.target import CPU
 from panguq.passes.codes.solve_weights import SolveWeights
 from panguq.passes.pipeline.base import Pass, matmuls

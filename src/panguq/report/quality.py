@@ -19,10 +19,11 @@ from panguq.compile_report import (
 from panguq.decibels import finite_db
 from panguq.errors import PanguqError
 from panguq.evaluation import POOR_DB
+from panguq.ir.call_arguments import operands_at
 from panguq.ir.edit import ancestors, get_tensor, label
 from panguq.ir.expert_groups import expert_path, whole_label
 from panguq.ir.node_meta import meta_of, scheme_of
-from panguq.ir.views import ExpertLinear, Linear, operands_at
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.passes.assign_schemes import gives_logits
 from panguq.passes.pipeline.base import ExpertTokens, Pass, PassContext
 from panguq.passes.pipeline.runner import PassRecord

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import linear, silu
 
+from panguq.ir.call_arguments import operand
 from panguq.ir.edit import get_tensor
 from panguq.ir.run.reroute import Reroute, routing_of
 from panguq.ir.run.sweep import AllTokens, sweep
-from panguq.ir.views import ExpertLinear, Linear, operand
+from panguq.ir.views import ExpertLinear, Linear
 from panguq.passes.pipeline.base import matmuls, no_progress
 from tests.model_shelf import EXPERTS, canonical, family_context
 

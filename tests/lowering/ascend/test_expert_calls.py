@@ -9,8 +9,8 @@ import torch
 
 import panguq
 from panguq.decibels import sqnr_db
+from panguq.ir.call_arguments import arguments
 from panguq.ir.quant_spec import SCHEMES
-from panguq.ir.views import arguments
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.lowering.ascend.expert_rules import grouped_matmul_refusal
 from panguq.lowering.problem import MatmulProblem

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from panguq.errors import LoweringError
+from panguq.ir.call_arguments import arguments
 from panguq.ir.edit import clone, weights_of
 from panguq.ir.run.interpret import run
 from panguq.ir.text.serialize import from_text, to_text
-from panguq.ir.views import arguments
 from tests.lowering.ascend.test_fuse_ascend import fuse, normals, ops, reasons, unit
 from tests.model_shelf import trace_tiny
 

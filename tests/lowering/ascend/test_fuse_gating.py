@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from panguq.ir.call_arguments import arguments
 from panguq.ir.run.interpret import run
-from panguq.ir.views import arguments
 from tests.lowering.ascend.test_fuse_ascend import fuse, normals, ops, reasons
 from tests.model_shelf import trace_tiny
 

@@ -11,7 +11,7 @@ from torch import fx
 
 import panguq
 from panguq.decibels import sqnr_db
-from panguq.ir.views import arguments
+from panguq.ir.call_arguments import arguments
 from tests.lowering.ascend.test_expert_calls import PASSES, Wide, compiled, same_numbers
 from tests.lowering.ascend.test_fuse_ascend import normals, ops
 

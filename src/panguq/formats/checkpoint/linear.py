@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import ExportError
+from panguq.ir.call_arguments import calls, operand
 from panguq.ir.edit import get_tensor
 from panguq.ir.node_meta import meta_of
 from panguq.ir.number_format import INT4
 from panguq.ir.ops import packing, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.quant_spec import SCHEMES, Scheme
-from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput, calls, operand
+from panguq.ir.views import DequantizedWeight, Item, Linear, QuantizedInput
 from panguq.models.hub_names import WeightPart
 from panguq.passes.patterns.matching import through_casts
 

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 from panguq.errors import ExportError
 from panguq.formats.onnx.builder import Builder, Value
 from panguq.formats.onnx.types import NARROW, carried, carried_type, stored_type
+from panguq.ir.call_arguments import argument, arguments
 from panguq.ir.edit import label, module_path
 from panguq.ir.ops.opset import name_of
-from panguq.ir.views import Item, argument, arguments
+from panguq.ir.views import Item
 
 _TURNING = (
     "aten.linear.default", "panguq_cpu.dequantized_linear.default",
