@@ -113,11 +113,11 @@ def _prepare(folder: Path) -> Case:
         wanted = model(ids).logits
     traced: dict[Any, Any] = {}
 
-    def trace(*given: Any) -> Any:
+    def trace(*given: Any, **options: Any) -> Any:
         """The graph of one trace: tracing takes most of the time of a compile as small as these."""
         key = given[2]
         if key not in traced:
-            traced[key] = original(*given)
+            traced[key] = original(*given, **options)
         graph, interface = traced[key]
         return clone(graph), interface
 

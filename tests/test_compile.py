@@ -387,13 +387,13 @@ def test_a_weight_that_is_not_finite_is_named(preset, bad) -> None:
 
 
 def test_an_activation_that_overflows_is_named() -> None:
-    """Finite weights whose products are not: the value is named, and the pass that saw it."""
+    """Finite weights whose products are not: the value is named, and the first pass that ran it."""
     model = make_model("openpangu")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
     with pytest.raises(NumericsError, match=r"activation .*layers\.1.* NaN or Inf") as caught:
         panguq.compile(model, "w8a8", calibration=token_ids(4, 16))
-    assert "first seen by pass 04 calibrate" in caught.value.message
+    assert "first seen by pass 03 smoothquant" in caught.value.message
 
 
 def test_a_sliding_window_is_part_of_the_mask() -> None:

@@ -17,12 +17,20 @@ from torch.utils import _pytree as pytree
 
 import panguq.kernels
 import panguq.lowering
+from panguq.built.int8_sums import int8_sums
 from panguq.ir.ops.opset import allowed_ops, define_op, resolve
 from panguq.selftest.npu_calls import LEGAL
 from tests.kernels.ascend.own.own_calls import OWN
 from tests.kernels.expert_calls import EXPERT_CALLS
 
-CALLS = {**OWN, **EXPERT_CALLS, **{f"npu.{name}": call for name, call in LEGAL.items()}}
+
+def of_built_code(m: int) -> dict[str, Tensor]:
+    codes = torch.randint(-128, 128, (m + 5, 64), dtype=torch.int8)
+    return {"codes": codes[:m], "weight": codes[m:]}
+
+
+BUILT = {"built.int8_sums": (int8_sums, of_built_code)}
+CALLS = {**BUILT, **OWN, **EXPERT_CALLS, **{f"npu.{name}": call for name, call in LEGAL.items()}}
 
 
 def as_is(tensor: Tensor) -> Tensor:
