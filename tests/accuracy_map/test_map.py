@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -88,6 +89,45 @@ def test_what_is_missing_is_made_again_and_nothing_else(
     after = {path.name: path.stat().st_mtime_ns for path in (copy / "cells").iterdir()}
     assert {name for name in before if after[name] != before[name]} == {lost}
     assert json.loads((copy / "cells" / lost).read_text())["value"] == cell["value"]
+
+
+def test_cells_that_failed_are_made_again_when_asked(
+    made: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "map"
+    shutil.copytree(made, copy)
+    path = next((copy / "cells").glob("float.wikipedia*"))
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, "status": "failed", "reason": "its machine was in use"}))
+    before = {cell.name: cell.stat().st_mtime_ns for cell in (copy / "cells").iterdir()}
+    assert main([*arguments, "--out", str(copy)]) == 0
+    assert json.loads(path.read_text())["status"] == "failed"
+    assert main([*arguments, "--out", str(copy), "--retry"]) == 0
+    assert json.loads(path.read_text())["value"] == whole["value"]
+    after = {cell.name: cell.stat().st_mtime_ns for cell in (copy / "cells").iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {path.name}
+
+
+def test_a_full_disk_is_one_sentence_and_the_map_goes_on(
+    made: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "map"
+    shutil.copytree(made, copy)
+    kept = {path.name: path.read_bytes() for path in (copy / "cells").iterdir()}
+    lost = next(name for name in kept if name.startswith("float.arc_easy"))
+    (copy / "cells" / lost).unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        assert main([*arguments, "--out", str(copy)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert f"{copy}: cannot be written: File too large" in said and "Traceback" not in said
+    left = {path.name: path.read_bytes() for path in (copy / "cells").iterdir()}
+    assert left == {name: text for name, text in kept.items() if name != lost}
+    assert main([*arguments, "--out", str(copy)]) == 0
+    assert (copy / "cells" / lost).exists()
 
 
 def test_a_requirement_that_is_missed_is_a_sentence_and_status_1(

@@ -114,6 +114,14 @@ class MapFolder:
             self._write(self.path / "cells" / f"{name}.json", cell)
             self.forget_attempts(name)
 
+    def drop_failed(self, jobs: Sequence[Job]) -> None:
+        """Delete those of these cells that an error ended, so that they are made again."""
+        for job in jobs:
+            with self.lock(job.name) as held, self.writing():
+                if held and self.has(job) and self.cell(job)["status"] == "failed":
+                    (self.path / "cells" / f"{job.name}.json").unlink()
+                    self.log_file(job.name).unlink(missing_ok=True)
+
     def list_cells(self) -> None:
         """Write cells.jsonl anew."""
         lines = [json.dumps(listed(cell), ensure_ascii=False) + "\n" for cell in self.cells()]

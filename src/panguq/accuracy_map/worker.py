@@ -45,15 +45,20 @@ def work(
                     folder.list_cells()
                     told(cell)
                     done += 1
-            _drop_if_last(folder, job, jobs, keep)
+            if not keep:
+                drop_if_last(folder, job, jobs)
         pending = [job for job in pending if not folder.has(job)]
         if pending and not done:
             time.sleep(0.5)
 
 
-def _drop_if_last(folder: MapFolder, job: Job, jobs: Sequence[Job], keep: bool) -> None:
+def drop_if_last(folder: MapFolder, job: Job, jobs: Sequence[Job]) -> None:
+    """Delete the recipe's compiled model if all of its cells are done and nobody uses it.
+
+    Whoever made its last cell may have been stopped before this; so it is called at the end, too.
+    """
     same = [other for other in jobs if other.recipe_key == job.recipe_key]
-    if keep or job.is_float or not all(folder.has(other) for other in same):
+    if job.is_float or not all(folder.has(other) for other in same):
         return
     with folder.lock(f"compiled-{job.recipe_key}") as held:
         if held:

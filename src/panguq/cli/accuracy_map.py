@@ -55,6 +55,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--window", type=tokens, default=512, help="tokens in each of them")
     command.add_argument("--sampled", type=whole(0, 2**14), default=0, help="as of panguq compile")
     add_answers(command)
+    command.add_argument("--retry", action="store_true", help="make cells that failed anew, too")
     command.add_argument("--keep", action="store_true", help="keep the compiled models")
     command.add_argument("--on", choices=("local", "ray"), default="local", help="what computes")
     command.add_argument("--processes", type=whole(1, 1024), help="of --on local (default: as many "
@@ -110,6 +111,8 @@ def run(options: argparse.Namespace) -> int:
         command,
     )  # fmt: skip
     folder = MapFolder.of_model(options.out, str(options.model), jobs[0].model_sha256)
+    if options.retry:
+        folder.drop_failed(jobs)
     _fill(folder, jobs, options)
     folder.list_cells()
     _draw(folder)
@@ -124,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fill(folder: Any, jobs: Any, options: argparse.Namespace) -> None:
+    from panguq.accuracy_map.worker import drop_if_last
+
     told = _teller(sum(not folder.has(job) for job in jobs))
     try:
         if options.on == "ray":
@@ -134,8 +139,10 @@ def _fill(folder: Any, jobs: Any, options: argparse.Namespace) -> None:
             from panguq.accuracy_map.local import run_local
 
             run_local(folder, jobs, keep=options.keep, processes=options.processes, told=told)
+        for job in [] if options.keep else jobs:
+            drop_if_last(folder, job, jobs)
     except KeyboardInterrupt as error:
-        error.add_note(f" finished cells are in {folder.path}, the same command goes on")
+        error.add_note(f"finished cells are in {folder.path}, the same command goes on")
         raise
 
 

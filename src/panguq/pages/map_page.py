@@ -7,7 +7,7 @@ from typing import Any
 
 from panguq.accuracy_map.folder import FIELDS, Cell, MapFolder, json_plain
 from panguq.pages.page import write_page
-from panguq.pages.plots import scatter
+from panguq.pages.plots import grouped, scatter
 from panguq.tasks.task_list import TASKS
 
 SHOWN = 3
@@ -77,6 +77,19 @@ def _plots(cells: Sequence[Cell]) -> list[dict[str, str]]:
             svg = scatter(points, title, lower_is_better=lower, log=field == "kl")
             if svg is not None:
                 found.append({"title": title, "svg": svg})
+    title = "tokens an answer, over float's"
+    inflation = _inflation(cells)
+    svg = grouped(inflation, title) if inflation else None
+    return [*found, {"title": title, "svg": svg}] if svg is not None else found
+
+
+def _inflation(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """By recipe and task, in each mode of thinking, how much longer answers are than float's."""
+    found: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        if cell.get("inflation") is not None:
+            modes = found.setdefault(f"{cell['recipe']}, {cell['task']}", {})
+            modes[cell.get("thinking") or "as asked"] = cell["inflation"]
     return found
 
 

@@ -49,6 +49,31 @@ def scatter(points: Points, title: str, *, lower_is_better: bool, log: bool = Fa
     return _svg(figure)
 
 
+def grouped(rows: Mapping[str, Mapping[str, float]], title: str) -> str | None:
+    """A bar for every row's every part, a colour for each part, and a line at 1; SVG in base64.
+
+    None where matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
+    figure = Figure(figsize=(6, 1 + 0.2 * len(rows) * (len(names) + 1)), layout="constrained")
+    axes = figure.add_subplot()
+    height = 0.8 / len(names)
+    for place, name in enumerate(names):
+        found = [(y, parts[name]) for y, parts in enumerate(rows.values()) if name in parts]
+        at = [y + (place - (len(names) - 1) / 2) * height for y, _ in found]
+        axes.barh(at, [value for _, value in found], height=height, label=name)
+    axes.axvline(1, color="#34495e", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(title)
+    axes.legend(fontsize=7)
+    return _svg(figure)
+
+
 def stacked(rows: Sequence[tuple[str, Mapping[str, float]]], title: str) -> str | None:
     """A bar a row, its parts stacked by name; SVG in base64, None without matplotlib."""
     if find_spec("matplotlib") is None:
