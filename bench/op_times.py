@@ -79,7 +79,8 @@ def fit(rows: Sequence[TableRow], first: Mapping[str, float], predict: Predict) 
         ]
         return np.array([*damped, *(NEAR * (x - start))])
 
-    solved = least_squares(residuals, start, diff_step=1e-3, max_nfev=60)
+    largest = [0.0 if name.endswith("exposed") else np.inf for name in names]  # log of a share
+    solved = least_squares(residuals, start, diff_step=1e-3, max_nfev=60, bounds=(-np.inf, largest))
     return dict(first) | dict(zip(names, map(float, np.exp(solved.x)), strict=True))
 
 

@@ -119,6 +119,19 @@ def test_what_cannot_be_joined_is_refused_as_ever() -> None:
             torch.stack([wide, narrow])
 
 
+def test_stacks_that_are_joined_are_copied_once() -> None:
+    parts = [torch.full((64, 64), float(value)) for value in range(6)]
+    with MergedInFiles(WeightStore()):
+        gate, up, down = (torch.stack(parts[at : at + 2]) for at in (0, 2, 4))
+        assert torch.equal(gate, torch.stack(parts[:2]))  # read, so filled
+        gate, up = torch.stack(parts[:2]), torch.stack(parts[2:4])
+        both = torch.cat([gate, up], dim=1)
+        parameter = torch.nn.Parameter(torch.stack(parts[4:]))
+    assert both[1].mean(1).tolist() == [1.0] * 64 + [3.0] * 64
+    assert up.data_ptr() == both[:, 64:].data_ptr() and torch.equal(up, both[:, 64:])
+    assert torch.equal(parameter, down) and down[1].mean() == 5
+
+
 def test_an_adapter_alone_or_beside_the_weights(folder: Path, tmp_path: Path) -> None:
     both = with_config(folder, tmp_path / "both")
     for path in (both, tmp_path / "alone"):

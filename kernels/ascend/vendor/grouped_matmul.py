@@ -102,7 +102,9 @@ def npu_grouped_matmul(
       groups, n]. For much of large matrices CANN splits x into two int8 parts instead.
     - int8 x int8: (x @ weight + int32 bias) * scale * per_token_scale [rows] + bfloat16 bias;
       int32 output is the sum and the bias alone.
-    - int8 x int4: `int8_by_int4`.
+    - int8 x int4: `int8_by_int4`, scale [experts, groups, n]. vllm-ascend, where it does not call
+      the fused op, gives [experts, n], which this body reads as one group and the contract refuses:
+      CANN's tiling takes groups from dimension 1 and n from dimension 2.
 
     Integer sums are exact, the rest is float32 with one rounding at the end. Formulas and tables:
     op-plugin's page and aclnnGroupedMatmulV5.
@@ -179,8 +181,8 @@ def int8_by_int4(
 ) -> Tensor:
     """(sum over groups ((x - 8) @ weight) * scale + bias) * per_token, float32 `[m, n]`.
 
-    x int8 [m, k]; weight int32 [k, n / 8]; scale int64 [groups, n], a float32 in the low half of
-    each; bias float32 [n] = 8 * sum_k weight * scale; per_token float32 [m].
+    x int8 [m, k]; weight int32 [k, n / 8]; scale int64 [groups, n], or [n] for one group, a float32
+    in the low half of each; bias float32 [n] = 8 * sum_k weight * scale; per_token float32 [m].
 
     The cube core multiplies int4 only: CANN's kernel splits x into 16 * high + low + 8, and `bias`
     gives the 8 back; a wrong bias is a wrong result. Not modelled: that kernel keeps both halves'
@@ -188,7 +190,7 @@ def int8_by_int4(
     runs, which widens the weight to int8, reads no bias, and for bfloat16 results rounds the scale
     down to bfloat16. Both agree where the bias is that sum and the scale a bfloat16 number.
     """
-    codes = unpack_words(weight)
+    codes, scale = unpack_words(weight), scale.reshape(-1, scale.shape[-1])
     group = codes.shape[0] // scale.shape[0]
     shift = torch.full((1, group), 8, dtype=torch.int8)
     total = torch.zeros((x.shape[0], codes.shape[1]), dtype=torch.float32)

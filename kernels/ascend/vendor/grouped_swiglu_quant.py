@@ -176,7 +176,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
         own, scale = weight[0][expert], weight_scale[0][expert]
         if weight_assist_matrix is not None:
             assist = weight_assist_matrix[0][expert]
-            both = int8_by_int4(x[rows], own, scale.unsqueeze(0), assist, x_scale[rows])
+            both = int8_by_int4(x[rows], own, scale, assist, x_scale[rows])
         else:
             both = int32_matmul(x[rows], own.t()).to(torch.float32)
             both.mul_(x_scale[rows].unsqueeze(-1)).mul_(scale.to(torch.float32))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 from panguq.lowering.ascend.machine import AscendMachine
@@ -39,22 +40,57 @@ def group_rows(group_list: Sequence[int]) -> list[int]:
     return rows
 
 
+@dataclass(frozen=True)
+class GroupedWork:
+    """Every expert's matmul `[rows, k] x [k, n]`: bytes of an element as memory holds it and as a
+    core loads it, and the depth of the cube's block."""
+
+    n: int
+    k: int
+    x_bytes: float
+    stored_bytes: float
+    """Of a weight in memory, its share of the scales included."""
+    loaded_bytes: float
+    """Of a weight as the cube multiplies it."""
+    output_bytes: float
+    fractal_k: float
+    x_parts: float = 1
+    """How many codes an element of x is multiplied as."""
+
+
+def grouped_cost(
+    rows: Sequence[int], work: GroupedWork, machine: AscendMachine, c: Constants
+) -> Cost:
+    """`start + max(core, memory) + exposed x the smaller one` for the rows of each expert; weights
+    of experts without rows are not read."""
+    core = grouped_us(rows, work, machine, c)
+    if work.k * work.x_bytes % 32 or work.n * work.loaded_bytes % 32:
+        core *= c["unaligned"]
+    active = sum(count > 0 for count in rows)
+    moved = active * work.n * work.k * work.stored_bytes
+    moved += sum(rows) * (work.k * work.x_bytes * work.x_parts + work.n * work.output_bytes)
+    terms = {"cube": core, "memory": memory_us(moved, machine, c)}
+    return combined({"start": c["start_us"]}, terms, c["exposed"])
+
+
 def grouped_us(
-    rows: Sequence[int], n: int, k: int, size: int, machine: AscendMachine, c: Constants
+    rows: Sequence[int], work: GroupedWork, machine: AscendMachine, c: Constants
 ) -> float:
     """The busiest core's microseconds; the best of the vendor's blocks and their halves counts."""
     cores, clock, chip = int(machine["cube_cores"]), machine["clock_mhz"], machine.chip
-    steps = -(-k // chip.fractal_k.get(size, 4))
+    steps = -(-work.k // work.fractal_k) * work.x_parts
     best = float("inf")
     for block_m, block_n in chip.vendor_blocks:
         for share in (1, 2, 4):
             tall, wide = block_m, max(chip.fractal, block_n // share)
-            across, times = -(-n // wide), list[tuple[float, int]]()
+            across, times = -(-work.n // wide), list[tuple[float, int]]()
             for height, count in _heights(rows, tall).items():
-                columns = min(wide, n)
+                columns = min(wide, work.n)
                 cube = steps * -(-height // chip.fractal) * -(-columns // chip.fractal)
-                load = k * size * (height + columns) / c["load_bytes_per_cycle"]
-                times.append((max(cube, load) / clock, count * across))
+                loaded = work.k * (height * work.x_bytes + columns * work.loaded_bytes)
+                times.append(
+                    (max(cube, loaded / c["load_bytes_per_cycle"]) / clock, count * across)
+                )
             best = min(best, _longest(times, cores))
     return best
 
@@ -81,24 +117,21 @@ def _longest(times: list[tuple[float, int]], cores: int) -> float:
 
 def _grouped(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     """x `[rows, k]`, weights `[experts, k, n]`, or `[experts, n, k]` with transpose_weight."""
-    (total, k), weight, size = call.shape(0), call.shape(1), call.size(0)
+    weight = call.shape(1)
     n = weight[1] if call.attrs.get("transpose_weight") else weight[2]
-    rows = group_rows(call.attrs["group_list"])
-    core = grouped_us(rows, n, k, size, machine, c)
-    if k * size % 32 or n * size % 32:
-        core *= c["unaligned"]
-    active = sum(count > 0 for count in rows)
-    moved = active * n * k * call.size(1) + total * (k + n) * size
-    memory = memory_us(moved, machine, c)
-    serial = {"start": c["start_us"]}
-    return combined(serial, {"cube": core, "memory": memory}, c["exposed"])
+    return grouped_cost(group_rows(call.attrs["group_list"]), _work(call, n, machine), machine, c)
+
+
+def _work(call: VendorCall, n: int, machine: AscendMachine) -> GroupedWork:
+    size, weight = call.size(0), call.size(1)
+    depth = machine.chip.fractal_k.get(size, 4)
+    return GroupedWork(n, call.shape(0)[1], size, weight, size, size, depth)
 
 
 def _grouped_swiglu(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     """x int8 `[rows, k]`, weights int8 `[experts, k, n]` to codes `[rows, n / 2]`."""
     (total, k), (experts, _, n) = call.shape(0), call.shape(1)
-    rows = group_rows(call.attrs["group_list"])
-    core = grouped_us(rows, n, k, 1, machine, c)
+    core = grouped_us(group_rows(call.attrs["group_list"]), _work(call, n, machine), machine, c)
     weight = experts * n * k
     spilled = max(0.0, 1 - machine["l2_mib"] * 2**20 / (2 * weight)) * weight
     layout = (weight - spilled) / c["layout_gb_per_s"] + spilled / c["layout_spill_gb_per_s"]
@@ -155,7 +188,7 @@ def _model(price: Price, first: Mapping[str, float]) -> OpModel:
 _RATES = {"l2_gb_per_s": 2000.0, "memory_gb_per_s": 1200.0}
 GROUPED = _model(
     _grouped,
-    {"start_us": 6, "load_bytes_per_cycle": 110, "exposed": 1.5, "unaligned": 3, **_RATES},
+    {"start_us": 6, "load_bytes_per_cycle": 110, "exposed": 0.9, "unaligned": 3, **_RATES},
 )
 GROUPED_SWIGLU = _model(
     _grouped_swiglu,
