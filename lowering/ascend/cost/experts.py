@@ -75,7 +75,7 @@ def grouped_cost(rows: Sequence[int], problem: MatmulProblem, target: AscendMach
         x_parts=numbers["x_parts"],
     )
     constants = constants_of("grouped_matmul", target)
-    found = routed.grouped_cost(rows, work, target, constants)
+    found = routed.rows_cost(rows, work, target, constants)
     if not weight_only:
         return found
     active = sum(count > 0 for count in rows)

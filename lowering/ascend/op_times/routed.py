@@ -58,9 +58,7 @@ class GroupedWork:
     """How many codes an element of x is multiplied as."""
 
 
-def grouped_cost(
-    rows: Sequence[int], work: GroupedWork, machine: AscendMachine, c: Constants
-) -> Cost:
+def rows_cost(rows: Sequence[int], work: GroupedWork, machine: AscendMachine, c: Constants) -> Cost:
     """`start + max(core, memory) + exposed x the smaller one` for the rows of each expert; weights
     of experts without rows are not read."""
     core = grouped_us(rows, work, machine, c)
@@ -119,7 +117,7 @@ def _grouped(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     """x `[rows, k]`, weights `[experts, k, n]`, or `[experts, n, k]` with transpose_weight."""
     weight = call.shape(1)
     n = weight[1] if call.attrs.get("transpose_weight") else weight[2]
-    return grouped_cost(group_rows(call.attrs["group_list"]), _work(call, n, machine), machine, c)
+    return rows_cost(group_rows(call.attrs["group_list"]), _work(call, n, machine), machine, c)
 
 
 def _work(call: VendorCall, n: int, machine: AscendMachine) -> GroupedWork:
