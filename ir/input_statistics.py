@@ -27,15 +27,31 @@ class Histogram:
         """
         low, high = (float(v) for v in torch.aminmax(tokens))
         self.low, self.high = min(self.low, low), max(self.high, high)
-        while max(-low, high) > self.limit:
-            merged = self.counts.reshape(-1, 2).sum(1)
-            self.counts.zero_()
-            self.counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
-            self.limit *= 2
+        limit = self.limit
+        while max(-low, high) > limit:
+            limit *= 2
+        self.counts, self.limit = self._within(limit), limit
         sample = tokens[::4]
         bins = sample.add(self.limit).mul_(BINS / (2 * self.limit)).long().clamp_(0, BINS - 1)
         each = weights.expand_as(sample).reshape(-1)
         self.counts += torch.bincount(bins.reshape(-1), weights=each, minlength=BINS)
+
+    def merge(self, other: Histogram) -> None:
+        """Count what another one has counted, too."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        limit = max(self.limit, other.limit)
+        self.counts = self._within(limit) + other._within(limit)
+        self.limit = limit
+
+    def _within(self, limit: float) -> Tensor:
+        """The counts in bins up to a limit that is its own, doubled some times."""
+        counts, own = self.counts, self.limit
+        while own < limit:
+            merged = counts.reshape(-1, 2).sum(1)
+            counts = torch.zeros_like(counts)
+            counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
+            own *= 2
+        return counts
 
     @property
     def centers(self) -> Tensor:
@@ -80,8 +96,33 @@ class InputStatistics:
         self.tokens = 0
         self.plain_tokens = 0
 
+    def of(self, x: Tensor) -> InputStatistics:
+        """Those of one batch alone, to be merged."""
+        experts = None if self.expert_tokens is None else len(self.expert_tokens)
+        found = InputStatistics(x.shape[-1], self.column_energy, experts)
+        found._observe(x)
+        return found
+
+    def merge(self, other: InputStatistics) -> None:
+        """Take in what another one has seen, after all that was merged before it."""
+        self.plain_amax = torch.maximum(self.plain_amax, other.plain_amax)
+        self.channel_amax = torch.maximum(self.channel_amax, other.channel_amax)
+        self.plain_square_sum += other.plain_square_sum
+        self.square_sum += other.square_sum
+        self.tokens += other.tokens
+        self.plain_tokens += other.plain_tokens
+        if self.column_energy is not None:
+            self.histogram.merge(other.histogram)
+        if self.expert_tokens is not None and self.expert_square_sum is not None:
+            assert other.expert_tokens is not None and other.expert_square_sum is not None
+            self.expert_tokens += other.expert_tokens
+            self.expert_square_sum += other.expert_square_sum
+
     def add(self, x: Tensor) -> None:
         """Observe one batch."""
+        self.merge(self.of(x))
+
+    def _observe(self, x: Tensor) -> None:
         tokens = x.reshape(-1, x.shape[-1]).float()
         magnitude = tokens.abs()
         plain = plain_tokens(magnitude.amax(1))

@@ -70,7 +70,7 @@ class Awq(ScaleSites):
         size = _mean_abs(site, seen)
         powers = [step / self.steps for step in range(self.steps)]
         scales = [awq_scale(size, power) for power in powers]
-        errors = [error(scale) for scale in scales]
+        errors = error.of_all(scales)
         best = errors.index(min(errors))
         if best == 0:
             return left_alone("no power lowers the error of the matmuls behind it")

@@ -23,8 +23,10 @@ from panguq.passes.statistics.expert_tokens import (
     routing_values,
     tokens_table,
 )
+from panguq.passes.statistics.in_order import InOrder
 from panguq.passes.statistics.input_values import static_spec, statistics_for
 from panguq.passes.statistics.observers import OBSERVERS, range_sqnr_db
+from panguq.ranks import ranks
 from panguq.tensors.work_folder import Finished
 
 
@@ -51,6 +53,7 @@ class Calibrate(Pass):
     )
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
+    divided: ClassVar[bool] = True
     observer: Literal["minmax", "percentile", "mse", "histogram"] = "minmax"
     percentile: float = 99.999
     least_tokens: int = FEW_TOKENS
@@ -66,8 +69,9 @@ class Calibrate(Pass):
         statistics = {value: statistics_for(gm, value, nodes) for value, nodes in readers.items()}
         tokens = count_tokens(gm, ctx, filter(is_quantized, matmuls(gm)), self.least_tokens)
         counts = {ExpertLinear.of(node).counts for node in tokens}
+        seen = InOrder(statistics)
         latest: dict[fx.Node, list[int]] = {}
-        unfed = {node: set(seen.underfed) for node, seen in tokens.items()}
+        unfed = {node: set(of.underfed) for node, of in tokens.items()}
 
         def observe(node: fx.Node, value: Tensor) -> None:
             if node in counts:
@@ -75,17 +79,17 @@ class Calibrate(Pass):
                 return
             if node not in statistics:  # a router's weights, which the sweep looks at
                 return
-            statistics[node].add(value)
+            seen.add(node, value)
             expert_linear = next((n for n in readers[node] if n in tokens), None)
             if expert_linear is None:
                 return
             found = value.split(latest[ExpertLinear.of(expert_linear).counts])
             for expert, rows in enumerate(found):
                 if len(rows) and expert not in unfed[expert_linear]:
-                    statistics[node].add_of_expert(expert, rows)
+                    seen.add_of_expert(node, expert, rows)
 
         def observe_all(expert: int, node: fx.Node, rows: Tensor) -> None:
-            statistics[node].add_of_expert(expert, rows)
+            seen.add_of_expert(node, expert, rows)
 
         left = ctx.statistics or {}
 
@@ -94,12 +98,14 @@ class Calibrate(Pass):
                 return _finished({label(value): left[label(value)] for value in statistics})
             watched = {*readers, *counts, *(routing_values(gm) if tokens else ())}
             again = reroutes(tokens, observe_all)
-            sweep(gm, ctx.batches, watched, observe, ctx.progress, again)
-            return _finished({label(value): seen for value, seen in statistics.items()})
+            batches = ranks().share(ctx.batches)
+            sweep(gm, batches, watched, observe, ctx.progress, again, seen.block_done)
+            seen.block_done()  # of a graph without blocks
+            return _finished({label(value): found for value, found in statistics.items()})
 
-        observed = ctx.once("statistics", compute).tensors
-        for value, seen in statistics.items():
-            fill_state(seen, observed, label(value))
+        observed = ctx.together("statistics", compute).tensors
+        for value, found in statistics.items():
+            fill_state(found, observed, label(value))
         result = self._conclude(readers, statistics)
         if tokens:
             result.tables["experts"] = tokens_table(tokens)

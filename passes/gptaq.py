@@ -39,6 +39,7 @@ class Gptaq(Gptq):
 
     name: ClassVar[str] = "gptaq"
     beside_float: ClassVar[bool] = True
+    divided: ClassVar[bool] = False
     note_columns: ClassVar[tuple[str, ...]] = (
         *Gptq.note_columns,
         "gptq_target_error_db",
@@ -71,7 +72,8 @@ class Gptaq(Gptq):
         if not pulled_db <= plain_db:
             fallback = "gptq: larger error" if pulled_db < math.inf else "gptq: not finite"
             pulled, pulled_db = plain, plain_db
-        errors = self.errors_db(problem, target.hessian, pulled, fitted)
+        signal, *left = self.squares(problem, target.hessian, pulled, fitted)
+        errors = (decibels(error / signal) if signal > 0 else -300.0 for error in left)
         return replace(pulled, notes=(*errors, inverse.damping, plain_db, pulled_db, fallback))
 
     def _attempt(

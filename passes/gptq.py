@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from panguq.decibels import decibels
 from panguq.errors import RecipeError
 from panguq.passes.codes.column_solver import FitScale, GroupGrid, solve_columns
 from panguq.passes.codes.gram import InputMoments, output_error
-from panguq.passes.codes.solve_weights import SolveWeights
+from panguq.passes.codes.solve_rows import SolvedRows, SolveRows
 from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.codes.weight_scales import (
     check_clip_search,
@@ -26,11 +26,11 @@ from panguq.passes.codes.weight_scales import (
     storable,
 )
 
-ROWS_COMPARED = 512  # all would cost as much as the factor, for the third digit of a table
+ROWS_COMPARED = 128  # all would cost as much as the factor, for the third digit of a table
 
 
 @dataclass(frozen=True)
-class Gptq(SolveWeights):
+class Gptq(SolveRows):
     """Before: `quantize_weight(w, scale, zero_point)`.  After: integer codes read from storage.
 
     The codes Q make tr((Q - W) H (Q - W)^T) small, the squared error of the matmul's output on the
@@ -55,7 +55,8 @@ class Gptq(SolveWeights):
       without it they come from smallest and largest weights.
 
     The table shows the output's relative squared error, after rounding to nearest on the
-    weight's own scales and after this pass, over at most `ROWS_COMPARED` outputs, evenly spaced.
+    weight's own scales and after this pass, over at most `ROWS_COMPARED` of the outputs that are
+    solved at once (`ROWS_AT_ONCE`), evenly spaced.
     """
 
     name: ClassVar[str] = "gptq"
@@ -77,9 +78,8 @@ class Gptq(SolveWeights):
             raise RecipeError(f"{self.name}: block_size {self.block_size} must be at least 1")
         check_clip_search(self.name, self.smallest_ratio, self.steps)
 
-    def solve(self, problem: WeightProblem) -> Solution:
+    def solve_rows(self, problem: WeightProblem, moments: InputMoments) -> SolvedRows:
         """The codes of GPTQ; raises NumericsError if the inputs' second moments overflow."""
-        moments = problem.moments or InputMoments(problem.inputs)
         hessian = moments.hessian
         order = self.column_order(hessian.diagonal(), problem.group_size)
         inverse = moments.inverse(self.damping, order)
@@ -87,25 +87,25 @@ class Gptq(SolveWeights):
         grid = self.grid(problem, hessian, order, fitted)
         solve_columns(problem.weight[:, order], inverse.factor, grid, self.block_size)
         solution = Solution(*grid.solution())
-        errors = self.errors_db(problem, hessian, solution, fitted)
-        return replace(solution, notes=(*errors, inverse.damping))
+        squares = self.squares(problem, hessian, solution, fitted)
+        return SolvedRows(solution, squares, (inverse.damping,))
 
-    def errors_db(
+    def squares(
         self,
         problem: WeightProblem,
         hessian: Tensor,
         solution: Solution,
         fitted: tuple[Tensor, Tensor | None],
-    ) -> tuple[float, ...]:
-        """The relative squared error of some outputs: rounded to nearest with `fitted` scales, and
-        of the solution."""
+    ) -> list[float]:
+        """The squared output of some rows, and its squared error: rounded to nearest with `fitted`
+        scales, and of the solution."""
         some = slice(None, None, -(-len(problem.weight) // ROWS_COMPARED))
         weight, (scale, zero) = problem.weight[some], fitted
         groups = weight.unflatten(1, (-1, problem.group_size))
         grid = scale[some], None if zero is None else zero[some]
         nearest = quantize_groups(groups, *grid, problem.spec).flatten(1)
         chosen = self.dequantize(problem, solution.rows(some)).float()
-        return relative_errors_db(weight, (nearest, chosen), hessian, problem.inputs)
+        return squared_outputs(weight, (nearest, chosen), hessian, problem.inputs)
 
     def column_order(self, mean_square: Tensor, group_size: int) -> Tensor:
         """The weight's columns `[k]` in the order in which they are rounded."""
@@ -166,7 +166,16 @@ def relative_errors_db(
     weight: Tensor, candidates: Sequence[Tensor], hessian: Tensor, inputs: Sequence[Tensor] = ()
 ) -> tuple[float, ...]:
     """10 log10 of a matmul's squared output error over its squared output, -300 for nothing, with
-    each of the candidates in place of `weight`, all `[n, k]`.
+    each of the candidates in place of `weight`. Arguments as of `squared_outputs`."""
+    signal, *errors = squared_outputs(weight, candidates, hessian, inputs)
+    return tuple(decibels(error / signal) if signal > 0 else -300.0 for error in errors)
+
+
+def squared_outputs(
+    weight: Tensor, candidates: Sequence[Tensor], hessian: Tensor, inputs: Sequence[Tensor] = ()
+) -> list[float]:
+    """A matmul's squared output, and its squared error with each of the candidates in place of
+    `weight`, all `[n, k]`.
 
     `inputs`: the batches `[..., k]` that `hessian` `[k, k]` is of. Where they have fewer tokens
     than k they take its place, since multiplying by them is less work. In float32: the digits of a
@@ -180,7 +189,4 @@ def relative_errors_db(
     else:
         moments = hessian.float()
         squared = [output_error(w, moments) for w in compared]
-    signal, *errors = (float(of_rows.double().sum()) for of_rows in squared)
-    if not signal > 0:
-        return (-300.0,) * len(candidates)
-    return tuple(decibels(error / signal) for error in errors)
+    return [float(of_rows.double().sum()) for of_rows in squared]

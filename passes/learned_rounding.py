@@ -14,10 +14,10 @@ from panguq.errors import RecipeError
 from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
 from panguq.ir.quant_spec import QuantSpec
 from panguq.passes.codes.gram import InputMoments, output_error
-from panguq.passes.codes.solve_weights import SolveWeights
+from panguq.passes.codes.solve_rows import SolvedRows, SolveRows
 from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.passes.codes.weight_scales import clip_ratios, scale_dtype, search_scale, storable
-from panguq.passes.gptq import Gptq, relative_errors_db
+from panguq.passes.gptq import Gptq, squared_outputs
 
 ROWS_AT_ONCE = 128  # so that what a step reads and writes stays in a core's cache
 WORTH_A_STEP = 1e-6  # of the largest curvature in the row: less is float32's own noise
@@ -26,7 +26,7 @@ panguq = torch.ops.panguq
 
 
 @dataclass(frozen=True)
-class LearnedRounding(SolveWeights):
+class LearnedRounding(SolveRows):
     """Before: `quantize_weight(w, scale, zero_point)`.  After: codes and scales that were learned.
 
     The pass minimizes the squared error of the matmul's own output on the calibration data,
@@ -72,9 +72,8 @@ class LearnedRounding(SolveWeights):
                 f"{self.steps} lie in (0, 16]"
             )
 
-    def solve(self, problem: WeightProblem) -> Solution:
+    def solve_rows(self, problem: WeightProblem, moments: InputMoments) -> SolvedRows:
         """The learned codes; raises NumericsError if the inputs' second moments overflow."""
-        moments = problem.moments or InputMoments(problem.inputs)
         hessian = moments.hessian
         first = self._start(replace(problem, moments=moments), hessian)
         grid = Grid.of(first, problem)
@@ -90,9 +89,10 @@ class LearnedRounding(SolveWeights):
         before, after = (output_error(g.values() - problem.weight, damped) for g in (grid, learned))
         kept = grid.replaced(after < before, learned)
         values = (grid.values(), kept.values())
-        errors = relative_errors_db(problem.weight, values, hessian, problem.inputs)
+        squares = squared_outputs(problem.weight, values, hessian, problem.inputs)
         changed = float((kept.levels != grid.levels).float().mean())
-        return Solution(kept.codes(), kept.scale, first.zero_point, notes=(*errors, changed))
+        solution = Solution(kept.codes(), kept.scale, first.zero_point)
+        return SolvedRows(solution, squares, (changed,))
 
     def _start(self, problem: WeightProblem, hessian: Tensor) -> Solution:
         if self.start == "gptq":

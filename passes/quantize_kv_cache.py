@@ -18,6 +18,7 @@ from panguq.ir.properties import Property
 from panguq.ir.run.sweep import sweep
 from panguq.ir.views import results_of
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
+from panguq.ranks import ranks
 
 aten = torch.ops.aten
 panguq = torch.ops.panguq
@@ -70,6 +71,7 @@ class QuantizeKvCache(Pass):
     requires: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL, Property.FLOAT_CACHE})
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT_CACHE})
     needs_calibration: ClassVar[bool] = True
+    divided: ClassVar[bool] = True
     keys: CacheKind = "per_channel"
     values: CacheKind = "per_channel"
 
@@ -159,8 +161,9 @@ def _observe(gm: fx.GraphModule, ctx: PassContext, static: list[Cached]) -> dict
         seen[node] = torch.maximum(seen[node], amax) if node in seen else amax
 
     if static:
-        sweep(gm, ctx.batches, {cached.new for cached in static}, observe, ctx.progress)
-    return seen
+        watched = {cached.new for cached in static}
+        sweep(gm, ranks().share(ctx.batches), watched, observe, ctx.progress)
+    return {node: ranks().largest(amax) for node, amax in seen.items()}
 
 
 def _store_codes(gm: fx.GraphModule, cached: Cached, scale: Tensor) -> None:

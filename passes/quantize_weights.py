@@ -24,10 +24,14 @@ from panguq.passes.codes.weight_scales import (
     weight_codes,
 )
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
+from panguq.ranks import ranks
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.nameless import roomy_empty
 from panguq.tensors.row_slices import row_slices
+from panguq.tensors.weight_store import Unit
 from panguq.tensors.work_folder import Finished
+
+AT_ONCE = 8  # weights for each rank between two times that they tell one another
 
 
 class Rounded(NamedTuple):
@@ -76,21 +80,23 @@ class QuantizeWeights(Pass):
         result = PassResult()
         rows = []
         nodes = [n for n in gm.graph.nodes if QuantizedWeight.match(n) is not None]
-        for done, node in enumerate(nodes):
-            ctx.progress("quantize weights", done, len(nodes))
-            rows.append(self._quantize(gm, ctx, node))
-            result.changed += 1
+        at_once = AT_ONCE * ranks().count
+        for start in range(0, len(nodes), at_once):
+            ctx.progress("quantize weights", start, len(nodes))
+            some = nodes[start : start + at_once]
+            units = [self._unit(gm, node) for node in some]
+            for node, done in zip(some, ctx.each(units), strict=True):
+                rows.append(_store(gm, node, done))
+                result.changed += 1
         ctx.progress("quantize weights", len(nodes), len(nodes))
         columns = ("weight", "bits", "group_size", "clipped_share", "weight_sqnr_db")
         result.tables["weights"] = Table(columns, tuple(rows))
         return result
 
-    def _quantize(self, gm: fx.GraphModule, ctx: PassContext, node: fx.Node) -> tuple[object, ...]:
+    def _unit(self, gm: fx.GraphModule, node: fx.Node) -> Unit:
         quantizer, matmul = QuantizedWeight.of(node), matmul_of(node)
-        group_size = quantizer.group_size
-        scale_name = str(quantizer.scale.target)
-        zero_name = None if quantizer.zero_point is None else str(quantizer.zero_point.target)
         spec = weight_spec_of(matmul)
+        scale_name, zero_name = _grid_names(quantizer)
         importance = None
         if self.needs_statistics:
             importance = statistics_of(matmul).mean_square
@@ -102,7 +108,7 @@ class QuantizeWeights(Pass):
             weight = materialized(get_tensor(gm, quantizer.weight_name))
             scale = get_tensor(gm, scale_name)
             zero = None if zero_name is None else get_tensor(gm, zero_name)
-            found = self._codes(weight, scale, zero, group_size, spec, importance)
+            found = self._codes(weight, scale, zero, quantizer.group_size, spec, importance)
             tensors = {codes_name(node): packed_codes(found.codes, spec.bits)}
             if self.clip_search:
                 tensors[scale_name] = found.scale
@@ -110,12 +116,8 @@ class QuantizeWeights(Pass):
                     tensors[zero_name] = found.zero_point
             return Finished(tensors, {"clipped": found.clipped, "sqnr_db": found.sqnr_db})
 
-        done = ctx.once(codes_name(node), compute)
-        for name in (scale_name, zero_name):
-            if name is not None and name in done.tensors:
-                set_tensor(gm, name, done.tensors[name])
-        read_packed(node, done.tensors[codes_name(node)], spec.bits)
-        return label(matmul), spec.bits, group_size, done.facts["clipped"], done.facts["sqnr_db"]
+        weights = quantizer.weight.meta["val"].numel()
+        return Unit(codes_name(node), weights, compute)
 
     def _codes(
         self,
@@ -153,6 +155,24 @@ class QuantizeWeights(Pass):
         sqnr_db = decibels(signal / max(noise, 1e-30))
         share = clipped / max(scale.numel(), 1)
         return Rounded(codes, steps, zeros, share, sqnr_db)
+
+
+def _store(gm: fx.GraphModule, node: fx.Node, done: Finished) -> tuple[object, ...]:
+    """Let the matmul read the codes that were made; returns its row of the table."""
+    quantizer, matmul = QuantizedWeight.of(node), matmul_of(node)
+    for name in _grid_names(quantizer):
+        if name is not None and name in done.tensors:
+            set_tensor(gm, name, done.tensors[name])
+    bits = weight_spec_of(matmul).bits
+    read_packed(node, done.tensors[codes_name(node)], bits)
+    facts = (done.facts["clipped"], done.facts["sqnr_db"])
+    return label(matmul), bits, quantizer.group_size, *facts
+
+
+def _grid_names(quantizer: QuantizedWeight) -> tuple[str, str | None]:
+    """The names of the stored scale and zero point."""
+    zero = quantizer.zero_point
+    return str(quantizer.scale.target), None if zero is None else str(zero.target)
 
 
 def _rows_of_all(weight: Tensor) -> Iterator[tuple[Any, ...]]:

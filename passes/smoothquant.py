@@ -130,10 +130,10 @@ def _search(
 
     def try_all(candidates: list[tuple[str, float]]) -> None:
         nonlocal best, least
-        for statistic, alpha in candidates:
-            now = error(smoothing_scale(*sizes[statistic], alpha))
+        scales = [smoothing_scale(*sizes[statistic], alpha) for statistic, alpha in candidates]
+        for candidate, now in zip(candidates, error.of_all(scales), strict=True):
             if now < least:
-                best, least = (statistic, alpha), now
+                best, least = candidate, now
 
     try_all([(s, step / 10) for s in sizes for step in range(11)])
     if best is not None:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 AT_ROOT = ("ir", "passes", "lowering", "kernels")
 ROOMS = (
-    "panguq.cli",
+    "panguq.cli panguq.__main__",
     "panguq.selftest",
     "panguq.pages",
     "panguq.accuracy_map",
@@ -59,6 +59,7 @@ ROOMS = (
     "panguq.builtin_recipes",
     "panguq.compile_report",
     "panguq.decibels panguq.extras panguq.versions panguq.suggest",
+    "panguq.ranks",
     "panguq.errors",
 )
 """From the top down. A module belongs to the longest name that it begins with."""

@@ -66,14 +66,16 @@ def sweep(
     observe: Observe,
     progress: Progress,
     reroutes: Sequence[AllTokens] = (),
+    block_done: Callable[[], None] = lambda: None,
 ) -> None:
     """Call `observe(node, value)` for every watched node and batch; the `reroutes` show more.
+    `block_done` is called when all batches have passed a block.
 
     All batches pass a block before the next block starts, so each weight is read once; what
     no watched node depends on is not run. Raises NumericsError for a weight or a watched value
     that is not finite.
     """
-    run = _Sweep(gm, batches, progress, watch, observe)
+    run = _Sweep(gm, batches, progress, watch, observe, block_done)
     run.reroutes = {shown.reroute.last: shown for shown in reroutes}
     run.run(watch)
 
@@ -86,6 +88,7 @@ def solving_sweep(
     beside_float: bool = False,
     watch: Collection[fx.Node] = (),
     observe: Observe = lambda node, value: None,
+    block_done: Callable[[], None] = lambda: None,
 ) -> None:
     """Stop at each of these values, in graph order, once it is computed for all batches.
 
@@ -93,14 +96,14 @@ def solving_sweep(
     a dequantized weight; everything after it is computed with them. `beside_float` runs the float
     model along: quantize/dequantize pairs of the graph count as nothing there, and weights as they
     were before they were quantized. `observe(node, value)` is called for each batch of what is
-    watched besides. Raises as `sweep`.
+    watched besides, and `block_done` when all have passed a block. Raises as `sweep`.
     """
 
     def show(node: fx.Node, value: Tensor) -> None:
         if node not in pauses:
             observe(node, value)
 
-    run = _Sweep(gm, batches, progress, {*pauses, *watch}, show)
+    run = _Sweep(gm, batches, progress, {*pauses, *watch}, show, block_done)
     run.pauses = pauses
     run.beside_float = beside_float
     run.run(run.watch)
@@ -113,6 +116,7 @@ class _Sweep:
     progress: Progress
     watch: set[fx.Node]
     observe: Observe
+    block_done: Callable[[], None]
     pauses: Mapping[fx.Node, Pause | ExpertPause] = field(default_factory=dict)
     beside_float: bool = False
     reroutes: Mapping[fx.Node, AllTokens] = field(default_factory=dict)
@@ -257,6 +261,7 @@ class _Sweep:
         return compute(self.gm, node, _Layered(environment, self.float_constants))
 
     def _end_block(self, step: list[fx.Node]) -> None:
+        self.block_done()
         self.constants.clear()
         self.float_constants.clear()
         return_free_pages()

@@ -10,41 +10,68 @@ import torch
 from torch import Tensor
 
 from panguq.errors import NumericsError
+from panguq.ranks import ranks
 
 DAMPING_TRIES = 8  # each ten times the one before
 INVERTED_AT_ONCE = 256  # columns; fewer cost more in calls than they save in arithmetic
 PANEL = 128  # rows of X^T X; fewer cost more in calls than they save in arithmetic
+GRID = 2.0**-30  # what sums of products of numbers below 1 are multiples of
+MOST = 2.0**22  # up to here such sums are exact in float64
+ROUNDING = 1.5 * 2**52 * GRID  # added and subtracted, it leaves a multiple of GRID
 TOKENS_AT_ONCE = 512  # over more, a BLAS may split the sum as its number of threads has it
 
 
 def gram(inputs: Iterable[Tensor]) -> Tensor:
     """X^T X over all tokens of all batches `[..., k]`, float64 `[k, k]`, exactly symmetric.
 
-    Products are float32 over `TOKENS_AT_ONCE` tokens, in which their error (2^-24 of the diagonal)
-    is far below any damping; sums are float64, those of batches in their order. Only the upper half
-    is computed, in panels of rows, which takes little more than half the time.
+    Of batches that ranks share, each gives its own and gets the sum over all. Products are float32
+    over `TOKENS_AT_ONCE` tokens, in which their error (2^-24 of the diagonal) is far below any
+    damping. Their float64 sums are exact, so that no order of tokens or ranks shows in the result:
+    every channel is divided by a power of two near its largest magnitude, and products are rounded
+    to multiples of `GRID`, of which float64 holds all up to `MOST`; a column's own diagonal is
+    then at least 1/4 (the idea of reproducible sums, Demmel and Nguyen, ARITH 2013). Only the upper
+    half is computed, in panels of rows, which takes little more than half the time.
+
+    Raises NumericsError where there is no input, and for sums beyond float32, which reads them.
     """
-    total: Tensor | None = None
-    for batch in inputs:
-        pieces = batch.reshape(-1, batch.shape[-1]).float().split(TOKENS_AT_ONCE)
-        k = batch.shape[-1]
-        total = torch.zeros(k, k, dtype=torch.float64) if total is None else total
-        # A batch's sum is its own, wherever the sums of the others are computed.
-        own = total if len(pieces) == 1 else torch.zeros_like(total)
-        for rows in pieces:
-            for start in range(0, k, PANEL):
-                panel = slice(start, start + PANEL)
-                own[panel, start:] += rows[:, panel].T @ rows[:, start:]
-        if own is not total:
-            total += own
-    if total is None:
+    batches = [batch.reshape(-1, batch.shape[-1]) for batch in inputs]
+    if not batches:
         raise _no_input()
-    for start in range(0, len(total), PANEL):
-        stop = start + PANEL
-        square = total[start:stop, start:stop]
+    k = batches[0].shape[1]
+    exponents = _exponents(batches)
+    down = torch.ldexp(torch.ones(k), -exponents)
+    starts = range(0, k, PANEL)
+    panels = [torch.zeros(min(PANEL, k - s), k - s, dtype=torch.float64) for s in starts]
+    for batch in batches:
+        for rows in batch.split(TOKENS_AT_ONCE):
+            scaled = rows.float() * down
+            for start, panel in zip(starts, panels, strict=True):
+                product = scaled[:, start : start + PANEL].T @ scaled[:, start:]
+                panel += product.double().add_(ROUNDING).sub_(ROUNDING)
+    ranks().add_up(panels)
+    if ranks().count > 1 and any(float(panel.diagonal().max()) > MOST for panel in panels):
+        raise NumericsError(
+            f"more than {MOST:.0f} calibration tokens: their sums may depend on the ranks' number",
+            "give less data, or start one process",
+        )
+    total = torch.empty(k, k, dtype=torch.float64)
+    up = torch.ldexp(torch.ones(k, dtype=torch.float64), exponents)
+    for start, panel in zip(starts, panels, strict=True):
+        stop = start + len(panel)
+        panel.mul_(up[start:stop, None]).mul_(up[start:])
+        square = panel[:, : len(panel)]
         square.copy_(square.triu() + square.triu(1).T)
-        total[stop:, start:stop] = total[start:stop, stop:].T
+        total[start:stop, start:] = panel
+        total[stop:, start:stop] = panel[:, len(panel) :].T
+    if not float(total.diagonal().max()) <= torch.finfo(torch.float32).max:
+        raise _not_finite()
     return total
+
+
+def _exponents(batches: Sequence[Tensor]) -> Tensor:
+    """e `[k]`, int32, with |x| < 2^e for every value of a channel in all batches of all ranks."""
+    amax = torch.stack([batch.abs().amax(0).float() for batch in batches if len(batch)]).amax(0)
+    return torch.frexp(ranks().largest(amax)).exponent.clamp_min(-126)
 
 
 def cross_gram(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -66,6 +93,13 @@ def cross_gram(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _no_input() -> NumericsError:
     return NumericsError("there is no input to take second moments of", "give calibration data")
+
+
+def _not_finite() -> NumericsError:
+    return NumericsError(
+        "the second moments of a matmul's input are not finite",
+        "the model overflows on the calibration data",
+    )
 
 
 class InverseFactor(NamedTuple):
@@ -96,10 +130,7 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     Raises NumericsError if no damping helps, or the matrix is not finite.
     """
     if not hessian.sum().isfinite():  # without a matrix of answers
-        raise NumericsError(
-            "the second moments of a matmul's input are not finite",
-            "the model overflows on the calibration data",
-        )
+        raise _not_finite()
     order = torch.arange(len(hessian)) if order is None else order
     backwards = order.flip(0)
     damped = hessian.double()[backwards].index_select(1, backwards)
@@ -159,6 +190,10 @@ class InputMoments:
     def hessian(self) -> Tensor:
         """`gram` of the inputs, not to be changed. Raises NumericsError where there are none."""
         return gram(self.inputs)
+
+    def together(self) -> None:
+        """Compute the moments now, where all ranks do, each with its share of the inputs."""
+        _ = self.hessian
 
     def inverse(self, damping: float, order: Tensor) -> InverseFactor:
         """`inverse_factor` with this damping and order of inputs; raises what it raises."""

@@ -18,13 +18,14 @@ from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
 from panguq.ir.run.interpret import ensure_finite
 from panguq.ir.run.sweep import ExpertPause, Pause, solving_sweep
-from panguq.ir.views import DequantizedWeight, Linear, by_input, matmul_of
+from panguq.ir.views import DequantizedWeight, ExpertLinear, Linear, by_input, matmul_of
 from panguq.passes.codes.expert_solver import ExpertSolver
 from panguq.passes.codes.stored_codes import set_grid, store_codes
 from panguq.passes.codes.weight_problem import Solution, WeightProblem, quantizer_of, weight_sqnr_db
 from panguq.passes.codes.weight_scales import weight_values
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
 from panguq.passes.statistics.expert_tokens import FEW_TOKENS, tokens_table
+from panguq.ranks import ranks
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.weight_store import WeightStore
 from panguq.tensors.work_folder import Finished
@@ -86,16 +87,19 @@ class SolveWeights(Pass):
         groups = _weights_by_input(gm, result)
         if groups:
             ctx.require_batches()
+        nodes = [node for some in groups.values() for node in some]
+        divided = self.divided and not any(map(ExpertLinear.match, nodes))
         solved: list[tuple[fx.Node, Solution]] = []
         rows: list[tuple[object, ...]] = []
         experts = ExpertSolver(self, gm, ctx, rows)
         pauses: dict[fx.Node, Pause | ExpertPause] = experts.pauses(groups)
         pauses |= {
-            value: partial(self._pause, gm, ctx, matmuls, solved, rows)
+            value: partial(self._pause, gm, ctx, matmuls, divided, solved, rows)
             for value, matmuls in groups.items()
             if value not in pauses
         }
-        solving_sweep(gm, ctx.batches, pauses, ctx.progress, self.beside_float)
+        batches = ranks().share(ctx.batches) if divided else ctx.batches
+        solving_sweep(gm, batches, pauses, ctx.progress, self.beside_float)
         for node, solution in solved:
             self.store(gm, ctx.store, node, solution)
         for stacked in experts.solved:
@@ -116,6 +120,7 @@ class SolveWeights(Pass):
         gm: fx.GraphModule,
         ctx: PassContext,
         matmuls: list[fx.Node],
+        divided: bool,
         solved: list[tuple[fx.Node, Solution]],
         rows: list[tuple[object, ...]],
         values: Sequence[Tensor],
@@ -136,10 +141,10 @@ class SolveWeights(Pass):
                 spec=spec,
                 group_size=spec.group_size_for(int(stored[0].shape[1])),
                 dtype=stored[0].dtype,
-                inputs=_weighted(values, same[0]),
-                float_inputs=_weighted(float_values, same[0]),
+                inputs=_weighted(values, same[0], divided),
+                float_inputs=_weighted(float_values, same[0], divided),
             )
-            solution = self.solved(ctx, problem)
+            solution = self.solved(ctx, problem, divided)
             weight = self.dequantize(problem, solution)
             start = 0
             for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
@@ -153,8 +158,11 @@ class SolveWeights(Pass):
                 start = stop
         return chosen
 
-    def solved(self, ctx: PassContext, problem: WeightProblem) -> Solution:
-        """`solve`, its tensors in files: a model's codes need no memory until the end."""
+    def solved(self, ctx: PassContext, problem: WeightProblem, divided: bool = False) -> Solution:
+        """`solve`, its tensors in files: a model's codes need no memory until the end.
+
+        `divided`: each rank has its share of the inputs, and calls `solve` with it.
+        """
 
         def compute() -> Finished:
             found = self.solve(problem)
@@ -165,7 +173,8 @@ class SolveWeights(Pass):
             tensors |= {f"shared.{name}": tensor for name, tensor in found.shared.items()}
             return Finished(tensors, {str(i): note for i, note in enumerate(found.notes)})
 
-        done = ctx.once(problem.names[0], compute)
+        once = ctx.together if divided else ctx.once
+        done = once(problem.names[0], compute)
 
         def named(kind: str) -> dict[str, Tensor]:
             items = done.tensors.items()
@@ -196,14 +205,18 @@ def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, l
     return by_input(seen.values())
 
 
-def _weighted(values: Sequence[Tensor], matmul: fx.Node) -> Sequence[Tensor]:
-    """The batches, each token times the root of its weight where weigh-tokens gave it one."""
+def _weighted(values: Sequence[Tensor], matmul: fx.Node, divided: bool) -> Sequence[Tensor]:
+    """The batches, each token times the root of its weight where weigh-tokens gave it one.
+
+    `divided`: they are this rank's share.
+    """
     weights = meta_of(matmul).token_weights
     if weights is None or not values:
         return values
+    own = ranks().share(weights) if divided else weights
     return [
         value.reshape(-1, value.shape[-1]) * weight.sqrt().to(value.dtype)[:, None]
-        for value, weight in zip(values, weights, strict=True)
+        for value, weight in zip(values, own, strict=True)
     ]
 
 

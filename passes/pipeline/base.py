@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from panguq.ir.properties import Property as Property
 from panguq.ir.quant_spec import Scheme
 from panguq.ir.run.sweep import Progress
 from panguq.ir.views import ExpertLinear, Linear
-from panguq.tensors.weight_store import WeightStore
+from panguq.tensors.weight_store import Unit, WeightStore
 from panguq.tensors.work_folder import Finished
 
 
@@ -131,10 +131,20 @@ class PassContext:
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
         """What `compute` yields for this unit of the running pass, its tensors in the store.
 
-        A compile that goes on after it was killed gets what the first run had finished. So the
-        result must follow only from the compile's inputs, and `unit` from the graph.
+        Of several ranks (`panguq.ranks`) the first computes it alone, from all batches, and the
+        others get it. A compile that goes on after it was killed gets what the first run had
+        finished. So the result must follow only from the compile's inputs, and `unit` from the
+        graph.
         """
         return self.store.once(f"{self.pass_label}/{unit}", compute)
+
+    def together(self, unit: str, compute: Callable[[], Finished]) -> Finished:
+        """As `once`, for a pass that ranks divide: all of them compute, each its own part."""
+        return self.store.together(f"{self.pass_label}/{unit}", compute)
+
+    def each(self, units: Sequence[Unit]) -> list[Finished]:
+        """As `once` of several units that do not depend on one another; ranks divide them."""
+        return self.store.each([replace(u, name=f"{self.pass_label}/{u.name}") for u in units])
 
     def require_batches(self) -> None:
         """Raises InputError if there is no calibration data; for passes that found use for it."""
@@ -159,6 +169,8 @@ class Pass:
     breaks: ClassVar[frozenset[Property]] = frozenset()
     exact: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    divided: ClassVar[bool] = False
+    """Whether ranks divide its work; else each does all of it, or waits for the first."""
 
     @property
     def globs(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from panguq.ir.run.equivalence import Once, prove_site, prove_whole
 from panguq.ir.text.printer import print_graph
 from panguq.ir.verify import verify
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult
+from panguq.ranks import ranks
 from panguq.tensors.memory import release_free_memory
 
+logger = logging.getLogger("panguq")
 WORTH_RELEASING_BYTES = 64 << 20  # looking for garbage costs half a second in a large process
 
 
@@ -144,6 +147,8 @@ class Runner:
     def _rewrite(self, index: int, step: Pass, gm: fx.GraphModule) -> PassRecord:
         self.ctx.pass_label = f"{index:02d}_{step.name}"
         before = clone(gm) if step.exact and self.prove else None
+        if step.needs_calibration and not step.divided and ranks().count > 1:
+            logger.info("%s is not divided: rank 0 does the work alone", self.ctx.pass_label)
         started = time.perf_counter()
         seen = self.ctx.statistics
         result = step.run(gm, self.ctx)

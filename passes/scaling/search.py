@@ -20,6 +20,7 @@ from panguq.passes.codes.static_scales import affine
 from panguq.passes.codes.token_scales import quantized_tokens
 from panguq.passes.codes.weight_scales import quantize_groups, search_scale
 from panguq.passes.scaling.folding import Factors
+from panguq.ranks import ranks
 
 panguq = torch.ops.panguq
 
@@ -53,13 +54,17 @@ def look_at(
     generator: torch.Generator,
     sampled: bool = True,
 ) -> SeenInput:
-    """What the search needs to know of a value, given it in all batches, for these linears."""
+    """What the search needs to know of a value, given it in all batches, for these linears.
+
+    Of batches that ranks share, each gives its own and gets what all have seen.
+    """
     k = values[0].shape[-1]
-    statistics = InputStatistics(k)
-    total = torch.zeros(k)
-    for value in values:
-        statistics.add(value)
-        total += value.reshape(-1, k).float().abs().sum(0)
+    statistics, total = InputStatistics(k), torch.zeros(k)
+    flat = [value.reshape(-1, k) for value in values]
+    seen = [(statistics.of(rows), rows.float().abs().sum(0)) for rows in flat]
+    for of_batch, magnitudes in ranks().in_order(seen):
+        statistics.merge(of_batch)
+        total += magnitudes
     mean_abs = total / statistics.tokens
     none = torch.empty(0, k), torch.empty(0)
     if not sampled:
@@ -67,14 +72,28 @@ def look_at(
     activations = [scheme_of(node).activation for node in filter(is_quantized, readers)]
     if not any(activations) and statistics.tokens > k:
         return SeenInput(statistics, mean_abs, *none, gram(values).float())
-    tokens = torch.cat([value.reshape(-1, k) for value in values])
     if not any(activations):
-        return SeenInput(statistics, mean_abs, tokens.float(), torch.ones(len(tokens)))
-    plain = torch.cat([plain_tokens(v.reshape(-1, k).float().abs().amax(1)) for v in values])
+        tokens = torch.cat(ranks().in_order(flat)).float()
+        return SeenInput(statistics, mean_abs, tokens, torch.ones(len(tokens)))
+    plain = ranks().in_order([plain_tokens(rows.float().abs().amax(1)) for rows in flat])
     # No static range fits massive tokens, which are left to the passes that treat them.
     static = any(spec is not None and not spec.dynamic for spec in activations)
-    index, weights = _sample(plain, (PLAIN_SAMPLE, 0 if static else MASSIVE_SAMPLE), generator)
-    return SeenInput(statistics, mean_abs, tokens[index].float(), weights)
+    most = (PLAIN_SAMPLE, 0 if static else MASSIVE_SAMPLE)
+    index, weights = _sample(torch.cat(plain), most, generator)
+    before = sum(len(mask) for mask in plain[: ranks().start(len(plain))])
+    return SeenInput(statistics, mean_abs, _tokens_at(index, flat, before), weights)
+
+
+def _tokens_at(index: Tensor, own: Sequence[Tensor], before: int) -> Tensor:
+    """The tokens at these places `[t]` of all batches, float32 `[t, k]`; `own` are those of this
+    rank `[.., k]`, and so many tokens lie before them."""
+    rows = torch.cat(list(own))
+    place = index - before
+    mine = ((place >= 0) & (place < len(rows))).nonzero().flatten()
+    found = torch.empty(len(index), rows.shape[1])
+    for places, tokens in ranks().exchange((mine, rows[place[mine]].float())):
+        found[places] = tokens
+    return found
 
 
 def _sample(
@@ -189,3 +208,7 @@ class SiteError:
             noise = error(so_far * columns)
             total += noise / max(error.signal, 1e-30)
         return total / len(self.parts)
+
+    def of_all(self, scales: Sequence[Tensor]) -> list[float]:
+        """The error under each of these scales `[channels]`; ranks divide them."""
+        return ranks().each(scales, lambda scale: 1.0, self)

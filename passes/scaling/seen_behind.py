@@ -15,6 +15,7 @@ from panguq.ir.node_meta import is_quantized
 from panguq.ir.properties import Property
 from panguq.ir.views import ExpertLinear, Linear, by_input
 from panguq.passes.pipeline.base import PassContext, matmuls
+from panguq.passes.statistics.in_order import InOrder
 from panguq.passes.statistics.input_values import static_spec, statistics_for
 
 
@@ -28,6 +29,9 @@ class SeenBehind:
 
     statistics: dict[fx.Node, InputStatistics]
     complete: bool = True
+
+    def __post_init__(self) -> None:
+        self._seen = InOrder(self.statistics)
 
     @classmethod
     def wanted(
@@ -52,7 +56,7 @@ class SeenBehind:
 
     def add(self, node: fx.Node, value: Tensor) -> None:
         """Observe one batch of a value `[..., k]` that no site divides."""
-        self.statistics[node].add(value)
+        self._seen.add(node, value)
 
     def add_divided(
         self, node: fx.Node, values: Sequence[Tensor], scales: Mapping[ScaleSite, Tensor]
@@ -70,7 +74,11 @@ class SeenBehind:
         if seen.column_energy is not None:
             seen.column_energy = seen.column_energy * divisor.square()
         for value in values:
-            seen.add(value.float() / divisor)
+            self._seen.add(node, value.float() / divisor)
+
+    def block_done(self) -> None:
+        """All batches have passed a block."""
+        self._seen.block_done()
 
     def found(self) -> Mapping[str, InputStatistics] | None:
         """By label of the value; None where something could not be seen."""

@@ -29,6 +29,7 @@ from panguq.passes.scaling.folding import (
 )
 from panguq.passes.scaling.search import SeenInput, look_at
 from panguq.passes.scaling.seen_behind import SeenBehind
+from panguq.ranks import ranks
 from panguq.tensors.work_folder import Finished
 
 REASON = "reason"
@@ -59,6 +60,7 @@ class ScaleSites(Pass):
     breaks: ClassVar[frozenset[Property]] = frozenset({Property.STATISTICS, Property.CALIBRATED})
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
+    divided: ClassVar[bool] = True
     sites: tuple[str, ...] = KINDS
 
     def __post_init__(self) -> None:
@@ -75,7 +77,8 @@ class ScaleSites(Pass):
         seen: Mapping[fx.Node, SeenInput],
         factors: Factors,
     ) -> Finished:
-        """`chosen` or `left_alone`; `factors` are those of the sites before."""
+        """`chosen` or `left_alone`; `factors` are those of the sites before. All ranks call it with
+        the same arguments; they divide what asks `SiteError.of_all`."""
         raise NotImplementedError
 
     def columns(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ class ScaleSites(Pass):
 
         def decide(site: ScaleSite, seen: Mapping[fx.Node, SeenInput]) -> None:
             unit = f"{site.kind} {site.name}"
-            done = ctx.once(unit, lambda: self.choose(gm, site, seen, factors))
+            done = ctx.together(unit, lambda: self.choose(gm, site, seen, factors))
             if REASON in done.facts:
                 result.skip(site.source, str(done.facts[REASON]))
                 return
@@ -144,7 +147,8 @@ def _visit(
     ) -> Mapping[fx.Node, Tensor]:
         for value in values:
             ensure_finite(label(node), value, "activation")
-        if not sum(value.shape[:-1].numel() for value in values):
+        tokens = sum(value.shape[:-1].numel() for value in values)
+        if not sum(ranks().exchange(tokens)):
             raise InputError("there are no calibration tokens", "give calibration data")
         linears = [c.linear for site in readers[node] for c in site.consumers]
         linears = [linear for linear in linears if Linear.of(linear).input is node]
@@ -161,8 +165,17 @@ def _visit(
         return {}
 
     pauses = {n: partial(pause, n) for n in readers}
+    batches = ranks().share(ctx.batches)
     if behind is None:
-        solving_sweep(gm, ctx.batches, pauses, ctx.progress)
-    else:
-        watch = [value for value in behind.statistics if value not in readers]
-        solving_sweep(gm, ctx.batches, pauses, ctx.progress, watch=watch, observe=behind.add)
+        solving_sweep(gm, batches, pauses, ctx.progress)
+        return
+    watch = [value for value in behind.statistics if value not in readers]
+    solving_sweep(
+        gm,
+        batches,
+        pauses,
+        ctx.progress,
+        watch=watch,
+        observe=behind.add,
+        block_done=behind.block_done,
+    )

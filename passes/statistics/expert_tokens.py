@@ -15,6 +15,7 @@ from panguq.ir.run.reroute import Reroute, routing_of
 from panguq.ir.run.sweep import AllTokens, sweep
 from panguq.ir.views import ExpertLinear, Linear
 from panguq.passes.pipeline.base import ExpertTokens, PassContext, Table
+from panguq.ranks import ranks
 from panguq.tensors.work_folder import Finished
 
 FEW_TOKENS = 128
@@ -39,10 +40,11 @@ def count_tokens(
         def add(node: fx.Node, value: Tensor) -> None:
             totals[node] = totals.get(node, torch.zeros_like(value)) + value
 
-        sweep(gm, ctx.batches, counts, add, ctx.progress)
+        sweep(gm, ranks().share(ctx.batches), counts, add, ctx.progress)
+        ranks().add_up(list(totals.values()))
         return Finished({label(node): total for node, total in totals.items()})
 
-    seen = ctx.once("tokens of experts", compute).tensors
+    seen = ctx.together("tokens of experts", compute).tensors
     found = {
         node: ExpertTokens(seen[label(ExpertLinear.of(node).counts)], least) for node in experts
     }

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from panguq.ir.edit import clone, weights_of
 from panguq.ir.text.printer import content_hash, print_graph
+from panguq.ranks import ranks
 from panguq.recipe import Recipe
 from panguq.tensors.work_folder import WorkFolder
 
@@ -85,7 +86,12 @@ class PassedChecks:
     def once(
         self, what: str, graphs: Sequence[fx.GraphModule], check: Callable[..., float]
     ) -> float:
-        """What `check(*graphs)` returns, or did when it was passed for graphs of the same text."""
+        """What `check(*graphs)` returns, or did when it was passed for graphs of the same text.
+
+        Of several ranks the first makes it; what it finds, the others raise with it.
+        """
+        if not ranks().is_first:
+            return 0.0
         if self._is_settled:
             return check(*graphs)
         text = "\n".join([what, version("transformers"), *(print_graph(gm) for gm in graphs)])
@@ -113,10 +119,12 @@ class PassedChecks:
 def held_units(place: str | Path | WorkFolder | None) -> Iterator[WorkFolder | None]:
     """The folder of finished parts as this process's alone; one that the caller holds stays his.
 
+    Of several ranks the first holds it, and the others have none.
+
     Raises StorageError for a folder that another compile holds, or that holds something else.
     """
-    if place is None or isinstance(place, WorkFolder):
-        yield place
+    if place is None or isinstance(place, WorkFolder) or not ranks().is_first:
+        yield place if isinstance(place, WorkFolder) else None
         return
     units = WorkFolder(Path(place))
     try:

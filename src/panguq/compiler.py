@@ -24,8 +24,9 @@ from panguq.lowering.stages import default_dtype
 from panguq.lowering.targets import find_target
 from panguq.models.hf import source_tokenizer
 from panguq.models.wrappers import language_model_of
-from panguq.passes.pipeline.base import PassContext, check_seed
-from panguq.passes.pipeline.runner import Runner
+from panguq.passes.pipeline.base import PassContext, check_seed, no_progress
+from panguq.passes.pipeline.runner import Instrument, Runner
+from panguq.ranks import as_ranks, ranks
 from panguq.recipe import Recipe, RecipeLike
 from panguq.report.left_in_float import left_in_float
 from panguq.report.progress import terminal_progress
@@ -38,6 +39,7 @@ from panguq.tensors.work_folder import WorkFolder
 from panguq.tracing import in_dtype, trace
 
 
+@as_ranks()
 def compile(
     model: nn.Module,
     recipe: RecipeLike,
@@ -83,14 +85,20 @@ def compile(
         disk shares the large parts. The folder is not needed once the model is saved. One compile
         at a time may use it; a `WorkFolder` that the caller holds stays the caller's.
 
+    Under an initialized `torch.distributed` all its processes compile together, each with the same
+    arguments (docs/several-processes.md): the result has the same bits, every process gets it, and
+    the first one alone writes files, logs and progress.
+
     The C library is told to return freed blocks of 4 MiB and more to the system at once, for the
     whole process and from now on; without that a compile needs a gigabyte more.
 
     Raises PanguqError's subclasses: RecipeError and LoweringError before any calibration,
     TraceError, InputError for unusable data, NumericsError for tensors that are not finite, in the
     end LoweringError where the lowered graph is not the quantized one any more,
-    StorageError for a full disk or a `work_dir` that cannot be used.
+    StorageError for a full disk or a `work_dir` that cannot be used, RankError, in all of several
+    processes, for one that has ended.
     """
+    joint = ranks()
     return_large_blocks()
     check_seed(seed)
     recipe = Recipe.of(recipe, allow_unmatched=allow_unmatched)
@@ -113,15 +121,17 @@ def compile(
             interface,
             WeightStore(units=units),
             seed=seed,
-            progress=progress or terminal_progress(),
+            progress=(progress or terminal_progress()) if joint.is_first else no_progress,
             matmul_rules=rules if found.lowers else None,
             allow_unmatched=recipe.allow_unmatched,
         )
         quality = Quality(ctx)
         quality.warn(gm.meta.pop("trace_warnings", ()))
         quality.warn(getattr(model, "panguq_left_out", ()))
+        dump_folder = dump_folder if joint.is_first else None
         dump = Dump.open(dump_folder, recipe, seed, target, ctx, quality.summaries, (gm, model))
-        runner = Runner(ctx, [quality, *([dump] if dump else [])], once=checks.once)
+        watching: list[Instrument] = [quality, *([dump] if dump else [])]
+        runner = Runner(ctx, watching if joint.is_first else [], once=checks.once)
 
         records = runner.run(gm, schedule.described)
         schedule.check_described(gm, ctx.allow_unmatched)
@@ -143,7 +153,7 @@ def compile(
         quality.before_lowering()
         runner.run(gm, schedule.lowering)
 
-        report = quality.report(target, gm, fake_quant, data)
+        report = joint.from_first(lambda: quality.report(target, gm, fake_quant, data))
         if dump:
             dump.close(report)
         quality.conclude(report)

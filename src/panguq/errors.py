@@ -50,6 +50,10 @@ class StorageError(PanguqError):
     """A file or folder that is missing, damaged, or cannot be written."""
 
 
+class RankError(PanguqError):
+    """A process, of several that compile one model together, that has ended or failed."""
+
+
 def _cut(text: str, most: int = 900) -> str:
     return text if len(text) <= most else f"{text[:most]} …"
 

@@ -13,6 +13,7 @@ from types import FrameType
 
 # Whatever ends a command is said with what is in memory already: it may be that no file opens.
 from panguq.cli.failure import said, say, silence_stdout
+from panguq.cli.several import run_together, says
 from panguq.errors import StorageError
 
 _EXAMPLE = """\
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _prepare()
         _check_here()  # some libraries end the process where there is no folder
         parsed = parser().parse_args(arguments)
-        status: int = parsed.run(parsed)
+        status = run_together(parsed)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("PANGUQ_TRACEBACK") and isinstance(error, Exception):
             raise
         command = ["panguq", *(sys.argv[1:] if arguments is None else arguments)]
-        say(said(error, command, interrupted=interrupted))
+        if says(error):
+            say(said(error, command, interrupted=interrupted))
         silence_stdout()
         return 130 if interrupted else 1
     finally:  # of a process that ends here, nothing is left to be interrupted

@@ -17,9 +17,17 @@ Commands = Any
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[..., int], text: str, example: str
+    commands: Commands,
+    name: str,
+    run: Callable[..., int],
+    text: str,
+    example: str,
+    together: bool = False,
 ) -> argparse.ArgumentParser:
-    """A command's parser. `text` is its description; its first sentence is the short help."""
+    """A command's parser. `text` is its description; its first sentence is the short help.
+
+    `together`: several processes may run it together (`several.py`).
+    """
     added: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text.split(". ")[0].rstrip("."),
@@ -27,7 +35,7 @@ def add_command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    added.set_defaults(run=run)
+    added.set_defaults(run=run, together=together)
     return added
 
 

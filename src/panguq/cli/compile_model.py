@@ -22,6 +22,7 @@ from panguq.cli.command import (
 )
 from panguq.cli.compile_end import check_data, check_end, check_server, saving_verdict
 from panguq.cli.compile_places import check_out, held_places, saved
+from panguq.cli.several import is_first
 from panguq.errors import InputError, RecipeError
 from panguq.formats.registry import FORMATS
 from panguq.servers import SERVERS
@@ -36,8 +37,10 @@ def add(commands: Commands) -> None:
         "compile",
         run,
         "Quantize a model and compile it. Without --calibration, a recipe that needs data samples "
-        "it from the model.",
+        "it from the model. `torchrun --nproc-per-node N -m panguq compile …` divides the work "
+        "among N processes, with the same result.",
         "panguq compile smollm2 --recipe w8a8 --calibration text.txt --out smollm2-w8a8",
+        together=True,
     )
     command.add_argument(
         "model", metavar="MODEL_DIR", type=Path, help="a local model folder or .gguf file"
@@ -113,12 +116,16 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan, or compile and save."""
+    """Plan, or compile and save; of several processes the first alone writes and reports."""
     recipe = _recipe(options)
     if options.server is not None and not options.dry_run:
         check_server(options.server, options.out, options.format)
     if options.dry_run and options.build:
         raise InputError("--build does not go with --dry-run", "a dry run makes nothing to build")
+    if not is_first():
+        if options.dry_run:
+            return 0
+        options.out = options.work_dir = None
     if options.out is not None:
         check_out(options.out, options.force, options.format)
     import torch
@@ -162,6 +169,8 @@ def run(options: argparse.Namespace) -> int:
         if options.out is not None:
             compiled.save(options.out, overwrite=options.force, format=options.format)
             places.saved = True
+    if not is_first():
+        return 0
     with saved(options.out):
         if options.build:
             report = compiled.build()

@@ -8,13 +8,27 @@ ends. With a `WorkFolder` what a pass has finished is kept under a name, see `wo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from panguq.ranks import ranks
 from panguq.tensors.nameless import empty_in_file
 from panguq.tensors.work_folder import Finished, WorkFolder
+
+Found = TypeVar("Found", Finished, Finished | None)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that has a name within its compile, what it costs compared with others, and the work."""
+
+    name: str
+    cost: float
+    compute: Callable[[], Finished]
 
 
 class WeightStore:
@@ -60,10 +74,41 @@ class WeightStore:
     def once(self, unit: str, compute: Callable[[], Finished]) -> Finished:
         """What `compute` yields, its tensors stored; or what an earlier run has kept of it.
 
-        `unit` names the work within its compile. Raises StorageError when the disk is full.
+        `unit` names the work within its compile. Of several ranks the first computes, alone, and
+        all get what it has. Raises StorageError when the disk is full.
         """
-        if self.units is None:
-            done = compute()
-            tensors = {name: self.put(tensor) for name, tensor in done.tensors.items()}
-            return Finished(tensors, done.facts)
-        return self.units.find(unit) or self.units.keep(unit, compute())
+        return self._of_first(lambda: [self._kept(unit) or self._stored(unit, compute())])[0]
+
+    def together(self, unit: str, compute: Callable[[], Finished]) -> Finished:
+        """As `once`, of what all ranks compute together, each having the whole in the end."""
+        if ranks().count == 1:
+            return self.once(unit, compute)
+        kept = self._of_first(lambda: [self._kept(unit)])[0]
+        return self._stored(unit, compute()) if kept is None else kept
+
+    def each(self, units: Sequence[Unit]) -> list[Finished]:
+        """As `once` of each of several units, which ranks divide."""
+        if ranks().count == 1:
+            return [self.once(unit.name, unit.compute) for unit in units]
+        known = self._of_first(lambda: [self._kept(unit.name) for unit in units])
+        left = [unit for unit, kept in zip(units, known, strict=True) if kept is None]
+        made = iter(ranks().each(left, lambda unit: unit.cost, lambda unit: unit.compute()))
+        return [
+            self._stored(unit.name, next(made)) if kept is None else kept
+            for unit, kept in zip(units, known, strict=True)
+        ]
+
+    def _of_first(self, find: Callable[[], list[Found]]) -> list[Found]:
+        found = ranks().from_first(find)
+        if ranks().is_first:
+            return found
+        return [done if done is None else self._put(done) for done in found]
+
+    def _kept(self, unit: str) -> Finished | None:
+        return None if self.units is None else self.units.find(unit)
+
+    def _stored(self, unit: str, done: Finished) -> Finished:
+        return self._put(done) if self.units is None else self.units.keep(unit, done)
+
+    def _put(self, done: Finished) -> Finished:
+        return Finished({name: self.put(t) for name, t in done.tensors.items()}, done.facts)

@@ -9,6 +9,8 @@ from torch import Tensor
 from panguq.errors import NumericsError
 from panguq.passes.codes.gram import cross_gram, gram, inverse_factor, output_error
 
+ORDERS = ((3, 2, 1, 0), (1, 3, 0, 2))
+
 
 def batches(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -36,10 +38,23 @@ def test_gram_is_exactly_symmetric_beyond_a_panel_and_a_piece(tokens, k) -> None
     torch.testing.assert_close(found, x.double().T @ x.double(), rtol=1e-5, atol=1e-3)
 
 
-def test_the_sum_of_a_batch_does_not_depend_on_the_batches_before_it() -> None:
-    """So that parts of a calibration may be computed elsewhere and added in their order."""
-    first, second = batches((1100, 40), (700, 40))
-    assert torch.equal(gram([first, second]), gram([first]) + gram([second]))
+def test_no_order_of_batches_shows_in_the_sum() -> None:
+    """So that several processes may each add up some batches of a calibration."""
+    some = batches((1100, 40), (700, 40), (3, 40), (513, 40))
+    some[1] *= torch.logspace(-3, 3, 40)  # channels that differ in size as a model's do
+    expected = gram(some)
+    assert all(torch.equal(gram([some[i] for i in order]), expected) for order in ORDERS)
+    tokens = torch.cat(some).double()
+    sizes = tokens.square().sum(0).sqrt()
+    wrong = (expected - tokens.T @ tokens).abs() / sizes / sizes[:, None]
+    assert float(wrong.max()) < 1e-6
+
+
+def test_a_huge_and_a_tiny_channel_keep_their_digits() -> None:
+    x = torch.randn(600, 3) * torch.tensor([1e-30, 1.0, 1e15])
+    x[7, 2] = 3e16
+    wanted = x.double().T @ x.double()
+    torch.testing.assert_close(gram([x]), wanted, rtol=1e-5, atol=0)
 
 
 def test_cross_gram_is_not_symmetric_and_knows_left_from_right() -> None:
