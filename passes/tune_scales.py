@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -19,8 +19,10 @@ from panguq.ir.views import DequantizedWeight, Linear
 from panguq.passes.codes.weight_scales import storable
 from panguq.passes.pipeline.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
 from panguq.passes.statistics.sensitivity import scored_batch
+from panguq.ranks import ranks
 from panguq.tensors.work_folder import Finished
 
+T = TypeVar("T")
 panguq = torch.ops.panguq
 MEAN_MEMORY, SQUARE_MEMORY, SMALLEST_GRADIENT = 0.9, 0.95, 1e-12
 WARM_UP_STEPS = 3
@@ -51,6 +53,7 @@ class TuneScales(Pass):
         {Property.QDQ, Property.WEIGHT_CODES, Property.FLOAT_CACHE}
     )
     needs_calibration: ClassVar[bool] = True
+    divided: ClassVar[bool] = True
     epochs: int = 2
     learning_rate: float = 2e-3
     batch_sequences: int = 2
@@ -79,17 +82,22 @@ class TuneScales(Pass):
         if ctx.reference is None:
             raise InputError("tune-scales needs the float model beside the quantized one")
         batches = [scored_batch(batch, gm) for batch in ctx.batches]
-        loss = _Loss(FirstOutput(ctx.reference, batches), ctx.interface.kind == "causal_lm")
         generator = ctx.generator()
+        orders = [
+            torch.randperm(len(batches), generator=generator).tolist() for _ in range(self.epochs)
+        ]
+        own = sorted({i for order in orders for some in self._steps(order) for i in _own(some)})
+        outputs = FirstOutput(ctx.reference, [batches[index] for index in own])
+        wanted = {index: place for place, index in enumerate(own)}
+        loss = _Loss(lambda index: outputs.of(wanted[index]), ctx.interface.kind == "causal_lm")
         rows = []
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(batches), generator=generator).tolist()
+        for epoch, order in enumerate(orders):
 
             def compute(epoch: int = epoch, order: list[int] = order) -> Finished:
-                mean = self._epoch(gm, ctx, scales, loss, [(i, batches[i]) for i in order], epoch)
+                mean = self._epoch(gm, ctx, scales, loss, batches, order, epoch)
                 return Finished(_state(scales), {"loss": mean})
 
-            done = ctx.once(f"epoch {epoch}", compute)
+            done = ctx.together(f"epoch {epoch}", compute)
             _restore(gm, scales, done)
             rows.append((epoch + 1, done.facts["loss"]))
         result.changed = len(scales)
@@ -107,23 +115,34 @@ class TuneScales(Pass):
         ctx: PassContext,
         scales: Sequence[_Scale],
         loss: _Loss,
-        batches: Sequence[tuple[int, dict[str, Tensor]]],
+        batches: Sequence[dict[str, Tensor]],
+        order: Sequence[int],
         epoch: int,
     ) -> float:
         """One pass over the data; the mean loss of its batches, each before the step it is in."""
-        steps = -(-len(batches) // self.batch_sequences)
+        every = self._steps(order)
+        steps = len(every)
         loss.total = 0.0
-        for step in range(steps):
+        for step, at_once in enumerate(every):
             number = epoch * steps + step
             ctx.progress("tune-scales", number, self.epochs * steps)
-            at_once = batches[step * self.batch_sequences :][: self.batch_sequences]
-            loss.expect([row for row, _ in at_once])
-            _add_gradients(gm, scales, [batch for _, batch in at_once], loss)
+            loss.expect(at_once)
+            _add_gradients(gm, scales, [batches[index] for index in at_once], loss)
             left = 1.0 - number / (self.epochs * steps)
             warm = min(1.0, (number + 1) / WARM_UP_STEPS)
             for scale in scales:
                 scale.step(gm, self.learning_rate * warm * left, number + 1)
         return loss.total / len(batches)
+
+    def _steps(self, order: Sequence[int]) -> list[Sequence[int]]:
+        """The batches of each step, by their index."""
+        size = self.batch_sequences
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _own(at_once: Sequence[T]) -> Sequence[T]:
+    """Those of a step's batches whose gradients this rank computes."""
+    return at_once[ranks().rank :: ranks().count]
 
 
 @dataclass
@@ -161,22 +180,28 @@ class _Scale:
 
 
 class _Loss:
-    """How far predictions are from the float model's, and the gradient of that at the output."""
+    """How far predictions are from the float model's, and the gradient of that at the output.
 
-    def __init__(self, wanted: FirstOutput, causal_lm: bool) -> None:
+    `wanted` gives the float model's output for a batch, by its index. `own` are the losses of the
+    batches that this rank has seen since `expect`.
+    """
+
+    def __init__(self, wanted: Callable[[int], Tensor], causal_lm: bool) -> None:
         self.wanted = wanted
         self.causal_lm = causal_lm
         self.total = 0.0
+        self.own: list[float] = []
         self._at_once = 0
         self._coming: Iterator[int] = iter(())
 
     def expect(self, batches: Sequence[int]) -> None:
         """Which batches come next, by their index; the loss of a step is their mean."""
-        self._at_once, self._coming = len(batches), iter(batches)
+        self._at_once, self._coming, self.own = len(batches), iter(_own(batches)), []
 
     def gradient(self, output: Tensor) -> Tensor:
         """At the first output of the next batch; the loss is its mean over tokens and batches."""
-        wanted = self.wanted.of(next(self._coming))
+        wanted = self.wanted(next(self._coming))
+        self.own.append(0.0)
         gradient = torch.empty_like(output)
         flat = output.reshape(-1, output.shape[-1])
         parts = zip(
@@ -189,13 +214,13 @@ class _Loss:
             for found, target, at in parts:
                 logp, logq = target.float().log_softmax(-1), found.float().log_softmax(-1)
                 p = logp.exp()
-                self.total += float((logp.sub_(logq).mul_(p)).sum()) / len(flat)
+                self.own[-1] += float((logp.sub_(logq).mul_(p)).sum()) / len(flat)
                 at.copy_(logq.exp_().sub_(p).div_(len(flat) * self._at_once))
             return gradient
         size = float(wanted.float().square().sum()) or 1.0
         for found, target, at in parts:
             difference = found.float() - target.float()
-            self.total += float(difference.square().sum()) / (2 * size)
+            self.own[-1] += float(difference.square().sum()) / (2 * size)
             at.copy_(difference.div_(size * self._at_once))
         return gradient
 
@@ -221,13 +246,22 @@ def _tunable(gm: fx.GraphModule, result: PassResult) -> list[_Scale]:
 def _add_gradients(
     gm: fx.GraphModule, scales: Sequence[_Scale], batches: list[dict[str, Tensor]], loss: _Loss
 ) -> None:
-    """Add to each scale the gradient of the loss at `change`, one block of the model at a time."""
-    scale_of = {node: scale for scale in scales for node in scale.readers}
+    """Add to each scale the gradient of the loss at `change`, one block of the model at a time.
+
+    Ranks divide the batches, whose gradients are added up in their order.
+    """
+    place_of = {node: place for place, scale in enumerate(scales) for node in scale.readers}
     dequantized: dict[fx.Node, Tensor] = {}  # of the block at hand
+    own = _own(batches)
+    found = [[torch.zeros_like(scale.gradient) for scale in scales] for _ in own]
+    seen_so_far = 0  # batches, of the block at hand
 
     def observe(seen: dict[fx.Node, Seen]) -> None:
+        nonlocal seen_so_far
+        gradients = found[seen_so_far]
+        seen_so_far += 1
         for node, at in seen.items():
-            weight, into = Linear.of(node).weight, scale_of[node].gradient
+            weight, into = Linear.of(node).weight, gradients[place_of[node]]
             if weight not in dequantized:
                 dequantized[weight] = values(gm, {}, [weight])[weight]
             stacked = dequantized[weight].view(-1, *Linear.of(node).shape)
@@ -236,8 +270,19 @@ def _add_gradients(
                 product = (gradient.float().T @ x.float()).mul_(stacked[expert])
                 groups[expert] += product.unflatten(1, (into.shape[-1], -1)).sum(-1)
 
-    done = dequantized.clear
-    reverse_sweep(gm, batches, scale_of, loss.gradient, observe, done, lambda *_: None)
+    def done() -> None:
+        nonlocal seen_so_far
+        assert seen_so_far == len(own), "every batch passes every block"
+        seen_so_far = 0
+        dequantized.clear()
+
+    reverse_sweep(gm, own, place_of, loss.gradient, observe, done, lambda *_: None)
+    shares = ranks().exchange(list(zip(loss.own, found, strict=True)))
+    for place in range(len(batches)):
+        its_loss, gradients = shares[place % len(shares)][place // len(shares)]
+        loss.total += its_loss
+        for scale, gradient in zip(scales, gradients, strict=True):
+            scale.gradient += gradient
 
 
 def _state(scales: Sequence[_Scale]) -> dict[str, Tensor]:

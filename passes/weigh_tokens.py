@@ -24,6 +24,7 @@ from panguq.passes.pipeline.base import (
     matmuls,
 )
 from panguq.passes.statistics.sensitivity import SampledLabels, scored_batch
+from panguq.ranks import ranks
 from panguq.tensors.memory import return_free_pages
 from panguq.tensors.work_folder import Finished
 
@@ -55,6 +56,7 @@ class WeighTokens(Pass):
     )
     exact: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
+    divided: ClassVar[bool] = True
     power: float = 1.0
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ class WeighTokens(Pass):
                     tensors[f"{index}.{label(value)}"] = batch / mean
             return Finished(tensors)
 
-        tensors = ctx.once("token weights", compute).tensors
+        tensors = ctx.together("token weights", compute).tensors
         batches = range(len(ctx.batches))
         return {
             value: tuple(tensors[f"{index}.{name}"] for index in batches)
@@ -113,8 +115,12 @@ class WeighTokens(Pass):
 def _gradient_squares(
     gm: fx.GraphModule, ctx: PassContext, readers: dict[fx.Node, list[fx.Node]]
 ) -> dict[fx.Node, list[Tensor]]:
-    """Mean over the outputs of all readers of the squared gradient, `[tokens]` for each batch."""
-    labels = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())
+    """Mean over the outputs of all readers of the squared gradient, `[tokens]` for each batch.
+
+    Each rank measures its share of the batches, and gets all.
+    """
+    first = ranks().start(len(ctx.batches))
+    labels = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator, first)
     sums: dict[fx.Node, list[Tensor]] = defaultdict(list)
     outputs = {
         value: sum(Linear.of(node).shape[0] for node in nodes) for value, nodes in readers.items()
@@ -132,9 +138,13 @@ def _gradient_squares(
         for value, total in totals.items():
             sums[value].append(total / outputs[value])
 
-    batches = [scored_batch(batch, gm) for batch in ctx.batches]
+    batches = [scored_batch(batch, gm) for batch in ranks().share(ctx.batches)]
     watched = [node for nodes in readers.values() for node in nodes]
     # Weights that are kept, between gradients that are not: the heap would grow block by block.
     done = return_free_pages
     reverse_sweep(gm, batches, watched, labels.gradient, observe, done, ctx.progress)
-    return sums
+    everyone = ranks().exchange(list(sums.values()))
+    return {
+        value: [batch for shares in parts for batch in shares]
+        for value, *parts in zip(sums, *everyone, strict=True)
+    }

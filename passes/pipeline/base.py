@@ -151,9 +151,11 @@ class PassContext:
         if not self.batches:
             raise InputError("there is no calibration data", "give calibration=, or a text file")
 
-    def generator(self) -> torch.Generator:
-        """A fresh random generator with the compile's seed."""
-        return torch.Generator().manual_seed(self.seed)
+    def generator(self, number: int = 0) -> torch.Generator:
+        """A fresh random generator with the compile's seed; another one for each number, such as a
+        batch's, whose draws then do not depend on the batches before it."""
+        seed = (self.seed + number) % 2**64 if number else self.seed
+        return torch.Generator().manual_seed(seed)
 
 
 GRADIENT_SWEEPS = 4.0

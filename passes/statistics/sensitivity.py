@@ -21,7 +21,7 @@ Kim et al., SqueezeLLM, arXiv 2306.07629, who take them at the data's labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,7 +103,7 @@ def measure(
     ctx.require_batches()
     group_of = {node: group for group in choices for node in group}
     result = {group: [0.0] * len(schemes) for group, schemes in choices.items()}
-    score = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator())
+    score = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator)
     sums = _Sums()
     each: dict[fx.Node, Tensor] = {} if by_expert is None else by_expert
 
@@ -141,26 +141,35 @@ def measure(
 
 
 class SampledLabels:
-    """The gradient of the log likelihood of labels that the model draws from its own logits."""
+    """The gradient of the log likelihood of labels that the model draws from its own logits.
 
-    def __init__(self, causal_lm: bool, generator: torch.Generator) -> None:
+    Each batch has a generator of its own, by its place among all; `first` is that of the next one.
+    """
+
+    def __init__(
+        self, causal_lm: bool, generators: Callable[[int], torch.Generator], first: int = 0
+    ) -> None:
         self.causal_lm = causal_lm
-        self.generator = generator
+        self.generators = generators
+        self.next = first
         self.total = 0.0
 
     def gradient(self, output: Tensor) -> Tensor:
-        """At logits `[..., vocab]`: one-hot(label) - softmax. `total` counts the tokens.
+        """At logits `[..., vocab]` of the next batch: one-hot(label) - softmax. `total` counts the
+        tokens.
 
         Elsewhere: Gaussian noise, under which E[(g · d)^2] is |d|^2; `total` sums squares.
         """
+        generator = self.generators(self.next)
+        self.next += 1
         if not self.causal_lm:
             self.total += float(output.double().square().sum()) or 1.0
-            noise = torch.randn(output.shape, generator=self.generator)
+            noise = torch.randn(output.shape, generator=generator)
             return noise.to(output.dtype)
         rows = output.reshape(-1, output.shape[-1])
         self.total += len(rows)
         probabilities = rows.float().softmax(-1)
-        labels = drawn(probabilities, self.generator)
+        labels = drawn(probabilities, generator)
         gradient = probabilities.neg_()
         gradient.scatter_add_(1, labels, torch.ones_like(labels, dtype=gradient.dtype))
         return gradient.view(output.shape).to(output.dtype)

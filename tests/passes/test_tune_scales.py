@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_the_loss(family: str) -> None:
     scales = tune_scales._tunable(gm, result := tune_scales.PassResult())
     assert not result.skipped
     loss = tune_scales._Loss(
-        FirstOutput(ctx.reference, ctx.batches), ctx.interface.kind == "causal_lm"
+        FirstOutput(ctx.reference, ctx.batches).of, ctx.interface.kind == "causal_lm"
     )
     loss.expect(range(len(ctx.batches)))
     tune_scales._add_gradients(gm, scales, list(ctx.batches), loss)

@@ -53,8 +53,7 @@ def weights_by_label(power: float = 1.0) -> dict[str, tuple[Tensor, ...]]:
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_weights_are_the_squared_gradients(power) -> None:
     """A module's labels are Gaussian noise around its outputs: their gradient is the noise."""
-    generator = torch.Generator().manual_seed(0)
-    noise = [torch.randn(40, 8, generator=generator) for _ in range(2)]
+    noise = [torch.randn(40, 8, generator=seeded(number)) for number in range(2)]
     at_first = [n @ two().second.weight.detach() for n in noise]
     found = weights_by_label(power)
     for name, gradients in (("second:linear", noise), ("first:linear", at_first)):
@@ -107,11 +106,10 @@ def test_weights_follow_tokens_to_experts() -> None:
     gm = clone(found)
     run_passes(gm, tiny_context(interface, *batches()), SCHEME, WeighTokens())
     (node,) = (n for n in gm.graph.nodes if ExpertLinear.match(n) is not None)
-    generator = seeded(0)
     squares = [
-        torch.randn(40, 8, generator=generator).square().sum(1)
+        torch.randn(40, 8, generator=seeded(number)).square().sum(1)
         * x[:, 1:3].sigmoid().square().sum(1)
-        for x in batches()
+        for number, x in enumerate(batches())
     ]
     found = torch.cat(meta_of(node).token_weights)
     expected = torch.cat(squares) / torch.cat(squares).mean()
