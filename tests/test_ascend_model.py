@@ -11,6 +11,7 @@ import torch
 import panguq
 from panguq.compiled_causal_lm import CompiledCausalLM
 from panguq.errors import InputError, LoweringError, RecipeError
+from panguq.explain.graph_ops import compiled_times, render
 from panguq.ir.edit import op_name
 from panguq.lowering.target_files import save_target
 from panguq.lowering.targets import find_target
@@ -39,6 +40,18 @@ def test_every_recipe_runs_in_bfloat16(recipe) -> None:
     noise = (model(ids).logits.float() - expected).square().sum()
     assert 10 * torch.log10(expected.square().sum() / noise) >= (8 if recipe[1] == "4" else 20)
     assert {"npu_add_rms_norm", "npu_swiglu", "npu_fused_infer_attention_score"} <= ops(model)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w8a16", "w4a16", "w4a8", "float"])
+def test_every_op_of_a_graph_has_a_price(recipe) -> None:
+    found = compiled_times(compiled(recipe), find_target("ascend910b2"), batch=2, prompt=64)
+    for phase in (found["prompt"], found["decode"]):
+        assert not phase.unpriced, set(phase.unpriced.values())
+        kernels = {op_name(n).partition(".")[0] for n in phase.costs}
+        assert {"npu_add_rms_norm", "npu_swiglu", "npu_fused_infer_attention_score"} <= kernels
+        assert not {"reshape", "npu_format_cast"} & kernels  # no kernels of a step
+    text = render(found, "ascend910b2")
+    assert "2 x 1 tokens behind 64 of the past" in text and "npu_add_rms_norm" in text
 
 
 def test_prompt_and_steps_give_what_the_whole_gives() -> None:

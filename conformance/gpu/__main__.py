@@ -21,6 +21,7 @@ import torch
 from conformance.environment import ROOT
 
 RESULT = ROOT / "build" / "conformance_gpu.json"
+ASSUMED_MHZ = 1500  # where torch does not say a GPU's clock; the fit makes up for it
 WHAT = "panguq's Triton kernels on a CUDA GPU; no NPU took part, and no time is an NPU's"
 
 
@@ -49,6 +50,12 @@ def main() -> int:
     faults = [check for check in found["numerics"] if check["fault"]]
     for check in faults:
         print(f"{check['name']}: {check['fault']}")
+    if choice := found.get("choice"):
+        print(
+            f"the faster schedule of {choice['judged_on']} shapes, by a model fitted to "
+            f"{choice['fitted_to']} others: right {choice['right']} times, at most "
+            f"{choice['largest_regret']:.0%} slower; a GPU's, not an NPU's"
+        )
     print(f"{len(found['numerics'])} checks, {len(faults)} faults; {options.out} has all")
     return 1 if faults else 0
 
@@ -58,6 +65,7 @@ def run(ends: Callable[[], bool]) -> dict[str, Any]:
     import triton
     from triton.testing import do_bench_cudagraph
 
+    from conformance.gpu.choice import gpu_target, judge
     from conformance.gpu.numerics import checks
     from conformance.gpu.schedules import time_grid
 
@@ -76,6 +84,9 @@ def run(ends: Callable[[], bool]) -> dict[str, Any]:
     found["schedules"] = [{**asdict(row), "gain": row.gain} for row in rows]
     if rows:
         found["gain"] = {"median": median(row.gain for row in rows), "rows": len(rows)}
+        clock_mhz = getattr(gpu, "clock_rate", 0) / 1000 or ASSUMED_MHZ
+        start = gpu_target(gpu.multi_processor_count, clock_mhz, gpu.L2_cache_size)
+        found["choice"] = judge(rows, start)
     return found
 
 

@@ -23,8 +23,10 @@ from torch import Tensor
 
 import panguq
 from panguq.errors import PanguqError, TraceError
+from panguq.explain.graph_ops import compiled_times
 from panguq.ir.analysis.channels import find_scale_sites
 from panguq.ir.edit import op_name
+from panguq.lowering.targets import find_target
 from tests.families.encoders import ENCODERS
 from tests.families.models import FAMILIES, VOCAB, WINDOW, make
 from tests.shared_traces import shared_traces
@@ -127,6 +129,12 @@ def loads_alike(compiled: Any) -> None:
         assert torch.equal(loaded(IDS).logits, compiled(IDS).logits), "the loaded model"
 
 
+def every_op_has_a_price(lowered: Any) -> None:
+    """Of a prompt's kernels and of a decoding step's."""
+    for times in compiled_times(lowered, find_target("ascend910b2"), 2, 64).values():
+        assert not times.unpriced, f"without a price: {set(times.unpriced.values())}"
+
+
 def said(error: PanguqError) -> str:
     """A message as it stands in the table, the same in every release of the libraries below."""
     return re.sub(r"\s+", " ", error.message).replace("|", "\\|")[:200]
@@ -146,6 +154,7 @@ def row(family: str) -> tuple[str, ...]:
         recipe = "w8a8-dynamic-serving"
         lowered = panguq.compile(model, recipe, calibration=CALIBRATION, target=TARGET)
     loads_alike(gptq)
+    every_op_has_a_price(lowered)
     formats = (saved(gptq, "compressed-tensors"), saved(lowered, "ascend"))
     quantized(model, lowered)
     counts = (quantized(model, dynamic), quantized(model, gptq, least_db=3.0))

@@ -169,6 +169,27 @@ def test_what_nobody_measured_is_refused(asked, mode, said) -> None:
         find_launch_path(asked, mode)
 
 
+def test_what_no_server_was_timed_with_is_said(small, mixture) -> None:
+    def untimed(graph, mode: str) -> list[str]:
+        return [note for note in found(graph, mode=mode).notes if "never timed" in note]
+
+    assert untimed(small, "graph") == []
+    (note,) = untimed(small, "eager")
+    assert note.startswith("W8A8 was never timed on a server in eager mode")
+    (note,) = untimed(mixture, "graph")
+    assert note.startswith("W8A8_DYNAMIC was never timed on a server in graph mode")
+    assert f"note: {note}" in render(found(mixture))
+
+
+def test_attention_deals_whole_heads_to_the_cores(small) -> None:
+    def attention(batch: int, tokens: int = 2048) -> float:
+        return found(small, Request(batch, tokens, 16)).times.prefill.device["attention"]
+
+    heads = PANGU["num_attention_heads"]
+    assert attention(24 // heads) == pytest.approx(attention(1), rel=0.05)  # 24 cores
+    assert attention(2 * 24 // heads) == pytest.approx(2 * attention(1), rel=0.1)
+
+
 def test_the_newest_version_by_default() -> None:
     assert find_launch_path("vllm-ascend") == find_launch_path("VLLM-Ascend==0.9.2rc1")
     assert all(path.source for path in LAUNCH_PATHS)

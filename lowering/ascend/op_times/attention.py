@@ -14,6 +14,8 @@ from panguq.lowering.ascend.op_times.call import Constants, OpModel, Price, Vend
 from panguq.lowering.ascend.op_times.vector import memory_us
 from panguq.lowering.target import Cost
 
+SCORES, SCORE_WIDTH = 128, 128
+"""What `score_cycles` are of: so many scores, of heads that wide; narrower ones take as long."""
 _MEANING: Mapping[str, str] = {
     "start_us": "us until the first scores, and after the last",
     "mask_us": "us more where a causal mask cuts a prompt",
@@ -52,7 +54,8 @@ def _attention(
     if causal and queries > 16:
         serial["mask"] = c["mask_us"]
         scores = int(scores * _visible(queries, keys, int(c["mask_block"])))
-    cube = scores / 128 * max(width, 128) / 128 * c["score_cycles"] / cores / machine["clock_mhz"]
+    cycles = scores / SCORES * max(width, SCORE_WIDTH) / SCORE_WIDTH * c["score_cycles"]
+    cube = cycles / cores / machine["clock_mhz"]
     overlapped = {"scores": cube, "memory": memory_us(cache, machine, c)}
     if c.get("head_us"):
         overlapped["heads"] = ceil(heads / cores) * c["head_us"]
@@ -84,7 +87,7 @@ def _latent(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     if call.attrs.get("is_causal") and queries > 16:
         serial["mask"] = c["mask_us"]
         seen = _visible(queries, keys, int(c["mask_block"]))
-    cycles = tiles * block * keys * seen / 128 * c["score_cycles"]
+    cycles = tiles * block * keys * seen / SCORES * c["score_cycles"]
     moved = call.bytes(2) + call.bytes(3) + 2 * call.bytes(0) + call.bytes(1)
     overlapped = {"scores": cycles / machine["clock_mhz"], "memory": memory_us(moved, machine, c)}
     return combined(serial, overlapped)

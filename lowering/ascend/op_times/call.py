@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from torch import Tensor, fx
+
 from panguq.lowering.ascend.machine import AscendMachine
 from panguq.lowering.target import Cost
 
@@ -60,6 +62,15 @@ class VendorCall:
     def bytes(self, index: int) -> int:
         """Bytes of an operand; 0 where it is not given."""
         return self.elements(index) * self.size(index) if self.has(index) else 0
+
+
+SizesOf = Callable[[Tensor], Sequence[int]]
+"""The sizes of a fake tensor, once a graph's open ones are known."""
+
+
+def value_of(operand: Any) -> Tensor | None:
+    """The fake tensor that a node stands for; None where no node is given."""
+    return operand.meta["val"] if isinstance(operand, fx.Node) else None
 
 
 Constants = Mapping[str, float]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from panguq.errors import LoweringError
 from panguq.lowering.ascend.machine import AscendMachine
@@ -69,3 +69,12 @@ def source_of(op: str, machine: AscendMachine) -> str:
     text = f"fitted to {rows} published times of {of} on {part} (hicann/cann-bench d59d44ca)"
     same = machine.name == part
     return text if same else f"{text}, carried over by cores, clock and memory"
+
+
+def summed(costs: Sequence[Cost]) -> Cost:
+    """One cost of calls that follow one another."""
+    terms: dict[str, float] = {}
+    for cost in costs:
+        for name, us in cost.terms.items():
+            terms[name] = terms.get(name, 0.0) + us
+    return Cost(sum(cost.total_us for cost in costs), terms)

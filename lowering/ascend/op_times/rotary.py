@@ -1,4 +1,5 @@
 """Rotary embedding as torch_npu runs it from half-width tables: several kernels one after another.
+A kernel that moves numbers, whatever it does with each, costs what one of these does.
 
 us = kernels x start + bytes / memory + transposed rows + widened table entries
 """
@@ -40,14 +41,31 @@ def _rotary(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     return combined(terms)
 
 
-ROTARY = OpModel(
-    _rotary,
-    {
-        "start_us": 5,
-        "l2_gb_per_s": 2500,
-        "memory_gb_per_s": 2500,
-        "transposed_row_cycles": 25,
-        "repeat_cycles": 3,
-    },
-    _MEANING,
-)
+def _rotary_mul(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
+    """x `[b, s, n, d]` or another order of these, cos and sin `[b, s, 1, d]`: one kernel."""
+    moved = 2 * call.bytes(0) + call.bytes(1) + call.bytes(2)
+    return combined({"start": c["start_us"], "memory": _moving_us(moved, machine, c)})
+
+
+def _moved(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
+    """All operands, inputs and results alike, are read or written once."""
+    moved = sum(call.bytes(index) for index in range(len(call.shapes)))
+    return combined({"start": c["start_us"], "memory": _moving_us(moved, machine, c)})
+
+
+def _moving_us(moved: float, machine: AscendMachine, c: Constants) -> float:
+    """All timed rows fit L2, so that of others they say nothing: those move at memory's peak."""
+    peak = min(c["memory_gb_per_s"], machine["hbm_gb_per_s"])
+    return memory_us(moved, machine, {**c, "memory_gb_per_s": peak})
+
+
+_FIRST: Mapping[str, float] = {
+    "start_us": 5,
+    "l2_gb_per_s": 2500,
+    "memory_gb_per_s": 2500,
+    "transposed_row_cycles": 25,
+    "repeat_cycles": 3,
+}
+ROTARY = OpModel(_rotary, _FIRST, _MEANING)
+ROTARY_MUL = OpModel(_rotary_mul, _FIRST, _MEANING)
+MOVED = OpModel(_moved, _FIRST, _MEANING)

@@ -154,6 +154,16 @@ def _finalize(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     )
 
 
+def _unpermute(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
+    """Experts' rows `[rows, w]`, where they are `[rows]`, and each token's weights `[tokens, k]`,
+    if there are any: each token's rows weighed and added up."""
+    (rows, width), kind = call.shape(0), call.dtypes[0]
+    tokens, chosen = call.shape(2) if call.has(2) else (rows, 1)
+    shapes = ((rows, width), None, None, None, None, (rows,), (tokens, chosen))
+    whole = VendorCall(call.op, shapes, (kind, None, None, None, None, "int32", "int32"))
+    return _finalize(whole, machine, c)
+
+
 def _re_routing(call: VendorCall, machine: AscendMachine, c: Constants) -> Cost:
     """Rows `[rows, w]` that lie by rank and expert `[ranks, experts]` moved to lie by expert."""
     memory = memory_us(2 * call.bytes(0), machine, c)
@@ -200,6 +210,7 @@ GROUPED_SWIGLU = _model(
     },
 )
 FINALIZE = _model(_finalize, {"start_us": 6, "row_cycles": 200, "element_cycles": 0.3, **_RATES})
+UNPERMUTE = _model(_unpermute, {"start_us": 6, "row_cycles": 200, "element_cycles": 0.3, **_RATES})
 RE_ROUTING = _model(_re_routing, {"start_us": 3, "run_us": 0.04, **_RATES})
 INIT_ROUTING = _model(_init_routing, {"start_us": 3, "run_us": 0.04, **_RATES})
 GATING = _model(_gating, {"start_us": 5, "choice_cycles": 50, "element_cycles": 1})

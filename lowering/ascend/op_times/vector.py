@@ -128,3 +128,21 @@ def softmax_work(call: VendorCall) -> RowWork:
     """Along `dim`: elsewhere than along the last, rows are those of the last all the same."""
     (rows, width), size = _rows(call.shape(0)), call.size(0)
     return RowWork(rows, width, rows * width * 2 * size, size)
+
+
+def add_rms_norm_work(call: VendorCall) -> RowWork:
+    """x1 + x2 `[..., w]`, kept, and normalized; gamma `[w]`."""
+    (rows, width), size = _rows(call.shape(0)), call.size(0)
+    return RowWork(rows, width, rows * width * 4 * size, size, widened=True)
+
+
+def quantize_work(call: VendorCall) -> RowWork:
+    """x `[..., w]` to int8 codes, by scales that are known."""
+    (rows, width), size = _rows(call.shape(0)), call.size(0)
+    return RowWork(rows, width, rows * width * (size + 1), size)
+
+
+def elementwise_work(call: VendorCall) -> RowWork:
+    """x `[..., w]` to as many numbers of its dtype."""
+    (rows, width), size = _rows(call.shape(0)), call.size(0)
+    return RowWork(rows, width, rows * width * 2 * size, size)

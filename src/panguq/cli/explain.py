@@ -19,7 +19,9 @@ winner with every term of its cost in microseconds, the runner-up and why it los
 over m that a compiled graph has, since m varies at run time.
 
 Or give --ops FILE.csv, a table of calls of CANN's ops (hw, op, shape, dtype, attrs, and us where a
-call was timed): every call's time by term, and the errors of timed ones by op.
+call was timed): every call's time by term, and the errors of timed ones by op. --ops OUT, a model
+that was compiled for an Ascend target, prices every op of its graph, for a prompt and for a
+decoding step behind it.
 
 Or give a model folder (only config.json is read): predicted time of a prompt and of a decoding
 step on the device alone, weight bytes and the critical path, against the float model.
@@ -36,7 +38,8 @@ example:
   panguq explain openpangu-7b --scheme w8a8 --prompt 2048
   panguq explain openpangu-7b --scheme w8a8 --target ascend910b2 --server vllm-ascend --batch 8
   panguq explain 1x4096x4096 --scheme w4a16 --allow-float --target my-910b.yaml
-  panguq explain --ops times.csv --target ascend910b2"""
+  panguq explain --ops times.csv --target ascend910b2
+  panguq explain --ops OUT --target ascend910b2 --batch 8 --prompt 512"""
 
 
 def add(commands: Commands) -> None:
@@ -47,7 +50,10 @@ def add(commands: Commands) -> None:
         "subject", nargs="?", metavar="MODEL_DIR|MxNxK", help="a local model folder, or a shape"
     )
     command.add_argument(
-        "--ops", metavar="FILE.csv", type=Path, help="a table of op calls to price, in their place"
+        "--ops",
+        metavar="FILE.csv|OUT",
+        type=Path,
+        help="a table of op calls to price, or a compiled model, in their place",
     )
     command.add_argument(
         "--scheme",
@@ -124,11 +130,25 @@ def run(options: argparse.Namespace) -> int:
 def _run_ops(options: argparse.Namespace, target: Any) -> int:
     from panguq.explain.ops import price_table, render
 
+    if options.ops.is_dir():
+        return _run_graph(options, target)
     found = price_table(options.ops, target)
     if options.json:
         print_json(found.as_json())
     else:
         print(render(found))
+    return 0
+
+
+def _run_graph(options: argparse.Namespace, target: Any) -> int:
+    from panguq.compiled_model import load
+    from panguq.explain.graph_ops import compiled_times, render
+
+    found = compiled_times(load(options.ops), target, options.batch, options.prompt)
+    if options.json:
+        print_json({phase: times.as_json() for phase, times in found.items()})
+    else:
+        print(render(found, target.name))
     return 0
 
 

@@ -25,11 +25,6 @@ class Achieved:
     memory_share: float = _of(
         0.66, f"{_MSMODELING}: 0.6 of 1.6 TiB/s, which is 0.66 of the 1.6 TB/s of the targets"
     )
-    attention_share: float = _of(
-        0.25,
-        "hicann/cann-bench, gqa on 910B2: 32 heads of 128, 4 x 1024 tokens in 390 us, counted with "
-        "the causal half",
-    )
     matmul_us: float = _of(5.0, f"{_MSMODELING}: static cost of a matmul")
     vector_us: float = _of(2.0, f"{_MSMODELING}: static cost of a vector op")
     collective_us: float = _of(10.0, f"{_MSMODELING}: static cost of a collective")

@@ -171,7 +171,9 @@ def forecast(
     check_cards(cards, work, interface, config)
     device = Device(target, achieved, cards, weight_format)
     notes = [*dict.fromkeys(device.settled(m).note for m in work.matmuls if device.settled(m).note)]
+    schemes = {device.settled(matmul).problem.scheme.name for matmul in work.matmuls}
     notes += _unmeasured(path, work, target, request, cards)
+    notes += _untimed(path, schemes)
     times = [_times(gm, interface, work, device, path, request, f) for f in (False, True)]
     usable = _usable(target, card_bytes)
     token, fixed = cache_bytes(interface, cards.tensor)
@@ -265,6 +267,18 @@ def _unmeasured(
     if cards.tensor > 1:
         notes.append("the launch path was measured on one card; more of them were not timed")
     return notes
+
+
+def _untimed(path: LaunchPath, schemes: set[str]) -> list[str]:
+    """What of these schemes' names no server was timed with, in this mode."""
+    found = sorted(schemes - {"FLOAT", *path.schemes})
+    if not found:
+        return []
+    return [
+        f"{' and '.join(found)} was never timed on a server in {path.mode} mode: its times are the "
+        "float model's with other costs of kernels, and a guess at what quantizing inputs costs "
+        "the host"
+    ]
 
 
 def memory_mib(found: Forecast, as_float: bool = False) -> dict[str, float | None]:

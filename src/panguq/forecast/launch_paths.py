@@ -24,8 +24,8 @@ class LaunchPath:
     layer_us: a decoding step of one sequence, for each layer; prompt_layer_us: a step that has
     prompts in it. Both are of a layer of `layer_kernels` kernels. batch_us: a decoding step of more
     than one sequence, once; sequence_us: each further sequence; quantize_us: each kernel that
-    quantizes the inputs of matmuls. step_tokens: the most tokens in a step. measured_on, batches:
-    what was timed, the most sequences among it. source: where the numbers are from.
+    quantizes the inputs of matmuls. step_tokens: the most tokens in a step. measured_on, schemes,
+    batches: what was timed, the most sequences among it. source: where the numbers are from.
     """
 
     server: str
@@ -39,6 +39,7 @@ class LaunchPath:
     layer_kernels: int
     step_tokens: int
     measured_on: str
+    schemes: tuple[str, ...]
     batches: int
     source: str
 
@@ -84,7 +85,7 @@ _LOGS = (
 )
 
 
-def _vllm_ascend(mode: str, layer_us: float) -> LaunchPath:
+def _vllm_ascend(mode: str, layer_us: float, schemes: tuple[str, ...]) -> LaunchPath:
     return LaunchPath(
         server="vllm-ascend",
         versions=("0.9.2", "0.9.2rc1"),
@@ -97,6 +98,7 @@ def _vllm_ascend(mode: str, layer_us: float) -> LaunchPath:
         layer_kernels=13,
         step_tokens=8192,  # vLLM's default of max_num_batched_tokens for a library call
         measured_on="openPangu-Embedded-1B on one Ascend 910B2",
+        schemes=schemes,
         batches=8,
         source=_LOGS,
     )
@@ -104,8 +106,8 @@ def _vllm_ascend(mode: str, layer_us: float) -> LaunchPath:
 
 # Newest release last.
 LAUNCH_PATHS: tuple[LaunchPath, ...] = (
-    _vllm_ascend("graph", 462.0),
-    _vllm_ascend("eager", EAGER_LAYER_US),
+    _vllm_ascend("graph", 462.0, ("FLOAT", "W8A8")),
+    _vllm_ascend("eager", EAGER_LAYER_US, ("FLOAT",)),
 )
 
 

@@ -32,7 +32,11 @@ class OpenSizes:
 
     def shape(self, node: fx.Node) -> list[int]:
         """The sizes of the node's value, a tensor."""
-        return [self._size(size) for size in node.meta["val"].shape]
+        return self.of(node.meta["val"])
+
+    def of(self, value: Tensor) -> list[int]:
+        """The sizes of a fake tensor of the graph."""
+        return [self._size(size) for size in value.shape]
 
     def count(self, node: fx.Node) -> int:
         """The elements of the node's value, a tensor."""
