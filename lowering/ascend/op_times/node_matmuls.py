@@ -171,9 +171,7 @@ def _grouped(
         None, n, k, scheme, dtype=_dtype(codes), experts=experts, weight_format="NZ"
     )
     top_k = min(_chosen(node), experts)
-    found = grouped_cost(typical_rows(max(rows // top_k, 1), top_k, experts), problem, machine)
-    terms = {name: getattr(found, name) for name in ("start", "hbm", "core", "dequantize")}
-    return Cost(found.total_us, terms)
+    return grouped_cost(typical_rows(max(rows // top_k, 1), top_k, experts), problem, machine)
 
 
 def _chosen(node: fx.Node) -> int:
