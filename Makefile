@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints conformance-gpu bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-model-cost bench-peers bench-runtime-peers clean
+.PHONY: help setup demo test test-contract test-every-class test-families test-oldest test-newest test-torch test-wheel constraints pythons lint docs fuzz conformance conformance-checkpoints conformance-gpu conformance-servers bench bench-accuracy bench-cost-model bench-cpu-target bench-large-mixture bench-large-model bench-load bench-model-cost bench-peers bench-runtime-peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ conformance-checkpoints: setup  ## check saved checkpoints with other releases a
 	$(RUN) -m conformance.compressed_tensors --environment .venv-ct13
 	$(RUN) -m conformance.msmodelslim --environment .venv-msmodelslim
 	$(RUN) -m conformance.gptqmodel --environment .venv-gptqmodel
+
+conformance-servers: setup  ## have vllm-ascend and vLLM load what panguq saves (3 GB, no NPU)
+	$(RUN) -m conformance.servers --update $(ARGS)
 
 bench: setup  ## measure speed on this machine
 	$(RUN) -m bench.run $(ARGS)

@@ -18,8 +18,8 @@ from panguq.models.openpangu.mixture_models import PanguProMoEForCausalLM
 from panguq.planning.format_check import check_format
 from panguq.recipe import Recipe
 from panguq.server_models import OPENPANGU_TYPES, class_answer, expert_notes, missing_classes
+from panguq.server_releases import SERVERS, Server
 from panguq.server_verdicts import verdicts
-from panguq.servers import SERVERS, Server
 from tests.check.check_folders import ascend, compressed
 
 

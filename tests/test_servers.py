@@ -12,13 +12,14 @@ import pytest
 from panguq.cli import main
 from panguq.errors import InputError
 from panguq.ir.quant_spec import SCHEMES, parse_scheme
+from panguq.server_releases import SERVERS
 from panguq.server_verdicts import verdicts
 from panguq.servers import (
     ASCEND_TYPES,
     NPU_SERVERS,
     READS,
-    SERVERS,
     SUPPORT,
+    ascend_type,
     support,
     too_large,
 )
@@ -32,6 +33,7 @@ class Row:
     k: int
     scheme: str
     group_size: int | None = None
+    bias: bool = False
 
 
 def rows(scheme: str, group_size: int | None = None) -> list[Row]:
@@ -44,8 +46,9 @@ def test_the_table_is_complete_and_says_what_to_do() -> None:
         assert entries.keys() <= SCHEMES.keys() - {"FLOAT"}
         for entry in entries.values():
             assert entry.takes or (entry.reason and entry.instead)
-    for kinds in ASCEND_TYPES.values():
-        assert set(kinds) == set(NPU_SERVERS)
+    for kind in ASCEND_TYPES:
+        assert all(ascend_type(server, kind) is not None for server in NPU_SERVERS)
+    assert ascend_type("mindie", "W2A2") is None
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,13 @@ def test_float_is_taken_by_all(server: str) -> None:
         ("vllm-ascend", "W8A16", "ascend", True),
         ("vllm-ascend", "W8A8_DYNAMIC", "ascend", True),
         ("vllm-ascend", "W4A16", "ascend", False),
-        ("vllm-ascend", "W4A8", "ascend", False),
+        ("vllm-ascend", "W4A8", "ascend", True),
+        ("vllm-ascend==0.23.0.post1", "W4A8", "ascend", True),
+        ("vllm-ascend==main", "W4A8", "ascend", False),
+        ("sglang", "W8A8", "ascend", True),
+        ("sglang", "W8A16", "gptq", True),
+        ("sglang==0.5.23", "W4A16_ASYM", "awq", True),
+        ("sglang", "W4A8", "ascend", False),
         ("mindie", "W4A8", "ascend", True),
         ("mindie", "W4A16", "ascend", False),
         ("vllm", "W4A16-g64", "compressed-tensors", True),
@@ -110,9 +119,24 @@ def test_large_matmuls_are_beyond_the_npu_ops() -> None:
     assert too_large("vllm", "W8A8", 153376, 4096) == ""
 
 
-def test_unknown_servers_are_refused() -> None:
-    with pytest.raises(InputError, match="unknown server 'tgi'"):
-        verdicts(rows("W8A8"), "tgi")
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("tgi", "unknown server 'tgi'"),
+        ("vllm-ascend==0.9.2", "does not know what vllm-ascend 0.9.2 takes"),
+        ("vllm>=0.3", "neither NAME nor NAME==VERSION"),
+    ],
+)
+def test_unknown_servers_and_versions_are_refused(asked: str, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        verdicts(rows("W8A8"), asked)
+
+
+def test_what_a_server_computes_otherwise_is_said() -> None:
+    assert "W4A8 as W4A16" in verdicts(rows("W4A8", 256), "vllm-ascend").render()
+    with_bias = [Row("q_proj", 64, 256, "W4A8", 256, bias=True)]
+    assert "bias of dense W4A8 out without a word" in verdicts(with_bias, "vllm-ascend").render()
+    assert "without a word" in support("sglang", "ascend", "W8A16").reason
 
 
 # --- the dry run --------------------------------------------------------------------------------
@@ -130,16 +154,21 @@ def dry_run(folder: Path, recipe: str, *more: str) -> int:
 def test_a_dry_run_refuses_w4a16_for_vllm_ascend(folder: Path, capsys: Any) -> None:
     assert dry_run(folder, "w4a16", "--for", "vllm-ascend") == 1
     text = capsys.readouterr().out
-    assert "vllm-ascend with format='ascend': refuses 14 matmuls" in text
+    assert "vllm-ascend==0.23 with format='ascend': refuses 14 matmuls" in text
     assert "choose W8A16" in text
     assert dry_run(folder, "w4a16", "--for", "vllm") == 0
 
 
-def test_a_dry_run_warns_of_outliers_that_may_be_split(folder: Path, capsys: Any) -> None:
-    assert dry_run(folder, "w8a8", "--for", "vllm-ascend", "--json") == 0
-    server = json.loads(capsys.readouterr().out)["server"]
-    assert server["takes"] and server["format"] == "ascend"
-    assert any("split outlier channels" in note for note in server["notes"])
+def test_for_a_server_a_recipe_takes_its_serving_form(
+    folder: Path, capsys: Any, caplog: Any
+) -> None:
+    assert dry_run(folder, "w8a8", "--for", "vllm-ascend==0.23", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["recipe"] == "w8a8-serving" and "serving form w8a8-serving" in caplog.text
+    server = said["server"]
+    assert server["takes"] and (server["format"], server["version"]) == ("ascend", "0.23")
+    assert not any("split outlier channels" in note for note in server["notes"])
+    assert any("split" in note for note in verdicts([], "vllm", splits_outliers=True).notes)
     assert dry_run(folder, "w8a16", "--for", "mindie", "--json") == 0
     notes = json.loads(capsys.readouterr().out)["server"]["notes"]
     assert not any("split" in note for note in notes)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from panguq.servers import Server
+from panguq.server_releases import Server
 
 OPENPANGU_TYPES = (
     "PanguEmbedded", "PanguProMoE", "pangu_ultra_moe", "openpangu_v2", "pangu_v2_moe",
@@ -43,6 +43,12 @@ StableLm Starcoder2 Zamba2
 """
 """These end in `ForCausalLM`."""
 _NOT_IN_VLLM = ("PanguProMoEForCausalLM", "OpenPanguV2ForCausalLM", "PanguV2MoEForCausalLM")
+_NOT_IN_SGLANG = """
+AXK1 Bamba Bloom Cwm Dots1 Ernie4_5 Falcon FlexOlmo GPTNeoX Glm HyperCLOVAX Jais2 Jamba MiniMax Mpt
+Nemotron Olmo3 OlmoHybrid PanguEmbedded PanguProMoEV2 PanguUltraMoE SeedOss Zamba2
+"""
+"""Of these of vLLM's, SGLang 0.5.23 has no class (srt/models); its fallback, which runs
+transformers' own code, was not looked at."""
 _MINDIE_TYPES = ("llama", "qwen2", "qwen3")
 """Dense models alone: its list has mixtures, too, but how it reads their experts is not known."""
 DEVICES = range(2, 17)
@@ -71,6 +77,8 @@ def class_answer(server: Server, config: Mapping[str, Any]) -> ClassAnswer:
         return _of_transformers(model_type, "auto_map" in config)
     if server == "mindie":
         return _of_mindie(model_type)
+    if server == "sglang":
+        return _of_sglang(architectures)
     return _of_vllm(architectures, "" if server == "vllm" else f", whose classes {server} takes,")
 
 
@@ -134,6 +142,20 @@ def _of_vllm(architectures: list[str], how: str) -> ClassAnswer:
     if all(name in _NOT_IN_VLLM for name in architectures):
         return ClassAnswer(False, f"vLLM 0.23{how} has no class {listed}")
     return ClassAnswer(None, f"whether vLLM 0.23{how} has a class for {listed} was not looked up")
+
+
+def _of_sglang(architectures: list[str]) -> ClassAnswer:
+    absent = _NOT_IN_SGLANG.split()
+    for name in architectures:
+        stem = name.removesuffix("ForCausalLM")
+        if stem != name and stem in _VLLM_CAUSAL_CLASSES.split() and stem not in absent:
+            return ClassAnswer(True)
+    listed = " or ".join(architectures) or "a model whose config.json names no architectures"
+    return ClassAnswer(
+        None,
+        f"SGLang 0.5.23 has no class of its own for {listed}, or it was not "
+        "looked up; whether its fallback takes it is not known",
+    )
 
 
 def _is_in_vllm(name: str) -> bool:

@@ -9,15 +9,8 @@ from typing import Protocol, runtime_checkable
 
 from panguq.errors import InputError
 from panguq.server_models import class_answer
-from panguq.servers import (
-    NPU_SERVERS,
-    READS,
-    ServedFormat,
-    Server,
-    find_server,
-    support,
-    too_large,
-)
+from panguq.server_releases import Release, Server, find_release
+from panguq.servers import NPU_SERVERS, READS, ServedFormat, Support, support, too_large
 
 
 class Matmul(Protocol):
@@ -66,6 +59,7 @@ class ServerVerdict:
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
     no_class: str = ""
+    version: str = ""
 
     @property
     def takes(self) -> bool:
@@ -74,7 +68,8 @@ class ServerVerdict:
 
     def render(self) -> str:
         """The verdict as text; matmuls that are refused for one reason share a line."""
-        head = f"{self.server} with format={self.format!r}"
+        name = f"{self.server}=={self.version}" if self.version else self.server
+        head = f"{name} with format={self.format!r}"
         if not self.refusals:
             lines = [f"{head}: takes every matmul"]
         else:
@@ -103,10 +98,11 @@ def verdicts(
 
     plan_or_matmuls: a dry run's result, or its matmuls. splits_outliers: whether the recipe may
     split channels off into a second matmul, which no format can express. format: the format to
-    judge instead. Raises InputError for a server that panguq knows nothing of, or a
-    format that it does not read.
+    judge instead. server: `NAME` or `NAME==VERSION`. Raises InputError for a server or a version
+    that panguq knows nothing of, or a format that it does not read.
     """
-    known = find_server(server)
+    release = find_release(server)
+    known = release.server
     plan = plan_or_matmuls
     rows = tuple(plan.matmuls if isinstance(plan, _Plan) else plan)
     forms = [form for form in READS[known] if format in (None, form)]
@@ -114,31 +110,43 @@ def verdicts(
         raise InputError(
             f"{server} does not read the format {format!r}", f"it reads {', '.join(READS[known])}"
         )
-    refusals = {form: _refusals(rows, known, form) for form in forms}
+    refusals = {form: _refusals(rows, release, form) for form in forms}
     best = min(refusals, key=lambda form: len(refusals[form]))
-    notes = _notes(rows, known, splits_outliers)
+    notes = (*_otherwise(rows, release, best), *_notes(rows, known, splits_outliers))
     if not isinstance(plan, _Plan) or plan.model_type is None:
-        return ServerVerdict(known, best, refusals[best], notes)
+        return ServerVerdict(known, best, refusals[best], notes, version=release.version)
     said = {"model_type": plan.model_type, "architectures": plan.architectures}
     answer = class_answer(known, said)
     if answer.has is None:
         notes = (*notes, answer.reason)
-    return ServerVerdict(
-        known, best, refusals[best], notes, answer.reason if answer.has is False else ""
-    )
+    no_class = answer.reason if answer.has is False else ""
+    return ServerVerdict(known, best, refusals[best], notes, no_class, release.version)
 
 
-def _refusals(rows: Sequence[Matmul], server: Server, form: ServedFormat) -> tuple[Refusal, ...]:
+def _refusals(rows: Sequence[Matmul], release: Release, form: ServedFormat) -> tuple[Refusal, ...]:
     found = []
+    server = release.server
     for row in rows:
-        of_experts = getattr(row, "experts", 1) > 1
-        entry = support(server, form, row.scheme, row.group_size, of_experts)
+        entry = _entry(row, release, form)
         limit = too_large(server, row.scheme, row.n, row.k)
         if not entry.takes:
             found.append(Refusal(row.name, row.scheme, entry.reason, entry.instead, entry.source))
         elif limit:
             found.append(Refusal(row.name, row.scheme, limit, "FLOAT", "op-plugin"))
     return (*found, *_mixed_experts(rows, server))
+
+
+def _entry(row: Matmul, release: Release, form: ServedFormat) -> Support:
+    of_experts, has_bias = getattr(row, "experts", 1) > 1, getattr(row, "bias", False)
+    return support(
+        release.server, form, row.scheme, row.group_size, of_experts, release.version, has_bias
+    )
+
+
+def _otherwise(rows: Sequence[Matmul], release: Release, form: ServedFormat) -> list[str]:
+    """What a server that takes the matmuls computes otherwise than panguq does."""
+    entries = [_entry(row, release, form) for row in rows]
+    return list(dict.fromkeys(entry.note for entry in entries if entry.takes and entry.note))
 
 
 def mixed_layers(rows: Iterable[Matmul]) -> dict[str, list[str]]:
@@ -174,8 +182,6 @@ def _notes(rows: tuple[Matmul, ...], server: Server, splits: bool) -> tuple[str,
             "the recipe may split outlier channels off into float matmuls, which no checkpoint "
             "format can express; take w8a8-serving or w8a8-dynamic-serving, or another treatment"
         )
-    if server == "mindie" and "W4A8" in schemes:
-        notes.append("its W4A8 kernel takes no bias: choose W8A8_DYNAMIC for linears that have one")
     if server == "vllm-ascend" and "W8A16" in schemes:
         notes.append(
             "it hands a W8A16 linear's bias over in the model's dtype, where the op's page wants "

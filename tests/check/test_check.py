@@ -30,8 +30,8 @@ from tests.check.check_folders import (
 )
 
 Change = Callable[[Draft], object]
-ASCEND_SERVERS = {"vllm-ascend", "mindie"}
-COMPRESSED_SERVERS = {"transformers", "vllm", "vllm-ascend"}
+ASCEND_SERVERS = {"vllm-ascend", "mindie", "sglang"}
+COMPRESSED_SERVERS = {"transformers", "vllm", "vllm-ascend", "sglang"}
 
 
 def drop(*names: str) -> Change:
@@ -172,8 +172,10 @@ BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [
         {"vllm-ascend"},
     ),
     ("described-missing", f"{Q}.bias", {}, drop(f"{Q}.bias"), ASCEND_SERVERS),
-    ("undescribed-module", "lm_head.weight", {}, undescribe("lm_head.weight"), ASCEND_SERVERS),
-    ("undescribed-module", f"{GATE}.weight", {}, undescribe(f"{GATE}.weight"), ASCEND_SERVERS),
+    ("undescribed-module", "lm_head.weight", {}, undescribe("lm_head.weight"),
+     {"vllm-ascend", "mindie"}),
+    ("undescribed-module", f"{GATE}.weight", {}, undescribe(f"{GATE}.weight"),
+     {"vllm-ascend", "mindie"}),
     (
         "undescribed-norm-bias",
         "model.norm.bias",
@@ -184,7 +186,8 @@ BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [
     ("undescribed-tensor", f"{Q}.bias", {}, undescribe(f"{Q}.bias"), NOTE),
     ("unknown-type", f"{DOWN}.weight", {}, describe(f"{DOWN}.weight", "W9A9"), ASCEND_SERVERS),
     ("no-kernel", f"{DOWN}.weight", {"attention": "W4A8_DYNAMIC", "mlp": "W4A8_DYNAMIC"},
-     lambda draft: None, {"vllm-ascend"}),
+     lambda draft: None, {"sglang"}),
+    ("computes-otherwise", f"{DOWN}.weight", {"mlp": "W4A8_DYNAMIC"}, lambda draft: None, NOTE),
     ("too-large", "lm_head.weight", {}, large_head, ASCEND_SERVERS),
     (
         "mixed-fused-types",
@@ -201,7 +204,7 @@ BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [
             add(f"{Q}.bias", torch.ones(256)),
             describe(f"{Q}.bias", "FLOAT"),
         ),
-        {"mindie"},
+        {"mindie", "vllm-ascend"},
     ),
     (
         "w4a8-groups",
@@ -210,7 +213,7 @@ BROKEN_ASCEND: list[tuple[str, str, dict[str, str], Change, set[str]]] = [
         both(
             drop(f"{DOWN}.weight_scale_second"), undescribe(f"{DOWN}.weight_scale_second")
         ),
-        {"mindie"},
+        {"mindie", "vllm-ascend"},
     ),
     ("w8a16-bias", f"{Q}.bias", {"attention": "W8A16"}, lambda draft: None, NOTE),
     ("float32-model", "config.json", {}, configure(dtype="float32"), NOTE),
@@ -261,21 +264,21 @@ STATIC, PACKED = dict(activation="static"), dict(activation=None)
 BROKEN_COMPRESSED: list[tuple[str, str, dict[str, Any], Change, set[str]]] = [
     ("unknown-method", "config.json", {}, setting(quant_method="bitsandbytes"), COMPRESSED_SERVERS),
     ("no-groups", "config.json", {}, setting(config_groups={}), COMPRESSED_SERVERS),
-    ("no-scheme", "group_0", {"bits": 4}, lambda draft: None, {"vllm", "vllm-ascend"}),
-    ("no-scheme", "group_0", PACKED, lambda draft: None, {"vllm-ascend"}),
+    ("no-scheme", "group_0", {"bits": 4}, lambda draft: None, {"vllm", "vllm-ascend", "sglang"}),
+    ("no-scheme", "group_0", PACKED, lambda draft: None, {"vllm-ascend", "sglang"}),
     ("no-scheme", "group_0", {}, regroup(8, "dynamic", "int-quantized", symmetric=False),
-     {"vllm", "vllm-ascend"}),
+     {"vllm", "vllm-ascend", "sglang"}),
     ("format-not-inferred", "group_0", {},
      both(setting(format="pack-quantized"), regroup(8, "dynamic", None)), {"transformers"}),
     ("activations-dropped", "group_0", {}, regroup(8, "dynamic", "pack-quantized"),
-     {"vllm", "vllm-ascend"}),
+     {"vllm", "vllm-ascend", "sglang"}),
     ("asymmetric-packed", "group_0", PACKED, regroup(8, None, "pack-quantized", symmetric=False),
      {"transformers"}),
     ("split-fused", f"{LAYER}.mlp.gate_up_proj", {}, setting(ignore=["lm_head", GATE]),
-     {"vllm", "vllm-ascend"}),
+     {"vllm", "vllm-ascend", "sglang"}),
     ("split-fused", f"{LAYER}.self_attn.qkv_proj", {}, setting(config_groups={
         "one": {**group(8, "dynamic", "int-quantized"), "targets": ["re:.*q_proj"]},
-        "other": group(8, "dynamic", "int-quantized")}), {"vllm", "vllm-ascend"}),
+        "other": group(8, "dynamic", "int-quantized")}), {"vllm", "vllm-ascend", "sglang"}),
     ("mixed-precision", "config.json", {}, setting(format="mixed-precision"), NOTE),
     ("missing-part", f"{DOWN}.weight_scale", {}, drop(f"{DOWN}.weight_scale"),
      COMPRESSED_SERVERS),
@@ -310,21 +313,29 @@ BROKEN_COMPRESSED: list[tuple[str, str, dict[str, Any], Change, set[str]]] = [
 )
 def test_a_good_ascend_folder_is_taken(kinds: dict[str, str], tmp_path: Path) -> None:
     report = check_folder(ascend(**kinds).write(tmp_path / "good"))
-    assert [f for f in report.findings if f.rule != "w8a16-bias"] == []
+    has_w8a16 = "W8A16" in kinds.values()
+    found = {(f.rule, f.breaks) for f in report.findings if f.rule != "w8a16-bias"}
+    assert found == ({("no-kernel", ("sglang",))} if has_w8a16 else set())
     assert report.servers == {
         "vllm-ascend": "takes",
         "mindie": "takes",
+        "sglang": "refuses" if has_w8a16 else "takes",
         "vllm": "does not read this format",
         "transformers": "does not read this format",
     }
-    assert not report.refused_by() and report.refused_by("vllm")
+    assert report.refused_by() == has_w8a16 and report.refused_by("vllm")
 
 
-def test_w4a8_is_for_mindie_alone(tmp_path: Path) -> None:
+def test_who_takes_w4a8_depends_on_the_release(tmp_path: Path) -> None:
     folder = ascend("W4A8_DYNAMIC", "W4A8_DYNAMIC").write(tmp_path / "good")
     report = check_folder(folder)
-    assert {f.rule for f in report.findings} == {"no-kernel"}
-    assert report.servers["mindie"] == "takes" and report.servers["vllm-ascend"] == "refuses"
+    assert {f.rule for f in report.findings} == {"no-kernel", "computes-otherwise"}
+    assert [report.servers[name] for name in ("mindie", "vllm-ascend", "sglang")] == [
+        "takes", "takes", "refuses",
+    ]  # fmt: skip
+    assert check_folder(folder, "vllm-ascend==main").servers["vllm-ascend"] == "refuses"
+    with pytest.raises(InputError, match=r"what vllm-ascend 0\.1 takes"):
+        check_folder(folder, "vllm-ascend==0.1")
     assert report.types == {"FLOAT": 5, "W4A8_DYNAMIC": 7}
 
 
@@ -332,7 +343,7 @@ def test_w4a8_is_for_mindie_alone(tmp_path: Path) -> None:
     ("bits", "activation", "taking"),
     [
         (8, "dynamic", COMPRESSED_SERVERS),
-        (8, "static", COMPRESSED_SERVERS),
+        (8, "static", COMPRESSED_SERVERS - {"sglang"}),
         (8, None, {"transformers", "vllm"}),
         (4, None, {"transformers", "vllm"}),
         (4, "dynamic", {"transformers"}),
@@ -466,11 +477,12 @@ def test_the_command_fails_where_a_server_refuses(tmp_path: Path, capsys: Any) -
     folder = draft.write(tmp_path / "w4a8")
     assert main(["check", str(folder)]) == 1
     assert main(["check", str(folder), "--server", "mindie"]) == 0
+    assert main(["check", str(folder), "--server", "vllm-ascend==main"]) == 1
     capsys.readouterr()
     assert main(["check", str(folder), "--json"]) == 1
     data = json.loads(capsys.readouterr().out)
-    assert data["servers"]["vllm-ascend"] == "refuses"
-    assert {finding["rule"] for finding in data["findings"]} == {"no-kernel"}
+    assert data["servers"]["sglang"] == "refuses"
+    assert {f["rule"] for f in data["findings"]} == {"no-kernel", "computes-otherwise"}
 
 
 def test_what_is_no_folder_is_an_error(tmp_path: Path, capsys: Any) -> None:

@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from panguq.check.ascend_values import VALUE_RULES
 from panguq.check.files import NOBODY, CheckedFolder, Hit, Rule, shards_of
 from panguq.kernels.ascend.limits import W4A8_GROUP
-from panguq.servers import (
-    ASCEND_TYPES,
-    FUSED,
-    NPU_SERVERS,
-    Server,
-    too_large,
-)
+from panguq.server_releases import Server
+from panguq.servers import ASCEND_TYPES, FUSED, NPU_SERVERS, Support, ascend_type, too_large
 
 FLOATS = ("F32", "BF16", "F16")
 _VLLM: tuple[Server, ...] = ("vllm-ascend",)
 _MINDIE: tuple[Server, ...] = ("mindie",)
+_LOOKING_UP: tuple[Server, ...] = ("vllm-ascend", "mindie")
 _LOADER = "vllm-ascend, quantization/modelslim_config.py"
 
 
@@ -175,13 +171,30 @@ def _unknown_type(folder: CheckedFolder) -> Iterator[Hit]:
 # --- kernels ------------------------------------------------------------------------------------
 
 
-def _no_kernel(folder: CheckedFolder) -> Iterator[Hit]:
+def _entries(folder: CheckedFolder) -> Iterator[tuple[str, str, Server, Support]]:
+    """(path, type, server, its table's entry) of every quantized linear."""
     for path, kind, _, _ in quantized(folder):
+        is_expert = _EXPERT.match(f"{path}.weight") is not None
         for server in NPU_SERVERS:
-            entry = ASCEND_TYPES.get(kind, {}).get(server)
-            if entry is not None and not entry.takes:
-                message = f"{server} cannot run {kind}: {entry.reason}; use {entry.instead}"
-                yield Hit(f"{path}.weight", message, (server,))
+            version = folder.versions.get(server)
+            entry = ascend_type(server, kind, experts=is_expert, version=version)
+            if entry is not None:
+                yield path, kind, server, entry
+
+
+def _no_kernel(folder: CheckedFolder) -> Iterator[Hit]:
+    for path, kind, server, entry in _entries(folder):
+        if not entry.takes:
+            message = f"{server} cannot run {kind}: {entry.reason}; use {entry.instead}"
+            yield Hit(f"{path}.weight", message, (server,))
+
+
+def _computes_otherwise(folder: CheckedFolder) -> Iterator[Hit]:
+    said = set()
+    for path, _, server, entry in _entries(folder):
+        if entry.takes and entry.note and (server, entry.note) not in said:
+            said.add((server, entry.note))
+            yield Hit(f"{path}.weight", f"{server}: {entry.note}")
 
 
 def _too_large(folder: CheckedFolder) -> Iterator[Hit]:
@@ -221,9 +234,9 @@ _EXPERT = re.compile(r"(.+\.experts)\.\d+\.\w+\.weight$")
 
 
 def _w4a8_bias(folder: CheckedFolder) -> Iterator[Hit]:
-    for path, kind, _, _ in quantized(folder):
-        if kind == "W4A8_DYNAMIC" and f"{path}.bias" in folder.tensors:
-            yield Hit(f"{path}.bias", "the int8 x int4 kernel takes no bias (aclnnQuantMatmulV5)")
+    for path, kind, server, entry in _entries(folder):
+        if entry.takes and entry.no_bias and f"{path}.bias" in folder.tensors:
+            yield Hit(f"{path}.bias", f"{server}, {kind}: {entry.no_bias}", (server,))
 
 
 def _w4a8_groups(folder: CheckedFolder) -> Iterator[Hit]:
@@ -232,7 +245,8 @@ def _w4a8_groups(folder: CheckedFolder) -> Iterator[Hit]:
             continue
         name = f"{path}.weight_scale_second"
         if name not in folder.tensors:
-            yield Hit(name, "missing: the loader multiplies weight_scale by it")
+            breaks = _MINDIE if _EXPERT.match(f"{path}.weight") else None
+            yield Hit(name, "missing: the loader multiplies weight_scale by it", breaks)
         elif k % W4A8_GROUP:
             yield Hit(name, f"k = {k} is no multiple of the kernel's group of {W4A8_GROUP}")
 
@@ -308,16 +322,17 @@ ASCEND_RULES = (
     Rule("no-description", NPU_SERVERS, _no_description, _LOADER),
     Rule("leftover-quantization-config", _VLLM, _leftover_quantization_config, _LOADER),
     Rule("described-missing", NPU_SERVERS, _described_missing),
-    Rule("undescribed-module", NPU_SERVERS, _undescribed_module, "vllm-ascend #569, #580, #619"),
+    Rule("undescribed-module", _LOOKING_UP, _undescribed_module, "vllm-ascend #569, #580, #619"),
     Rule("undescribed-norm-bias", _VLLM, _undescribed_norm_bias, "vllm-ascend, ops/layernorm.py"),
     Rule("undescribed-tensor", NOBODY, _undescribed_tensor),
     Rule("unknown-type", NPU_SERVERS, _unknown_type, _LOADER),
     Rule("no-kernel", NPU_SERVERS, _no_kernel, "see panguq.servers"),
+    Rule("computes-otherwise", NOBODY, _computes_otherwise, "see panguq.servers"),
     Rule("too-large", NPU_SERVERS, _too_large, "op-plugin, npu_quant_matmul"),
     Rule("mixed-fused-types", _VLLM, _mixed_fused_types, "vllm-ascend #2588"),
     Rule("mixed-expert-types", _VLLM, _mixed_expert_types, _LOADER),
-    Rule("w4a8-bias", _MINDIE, _w4a8_bias, "MindIE-LLM, w4a8_operation.cpp"),
-    Rule("w4a8-groups", _MINDIE, _w4a8_groups, "MindIE-LLM, atb_llm/utils/quantize/w4a8.py"),
+    Rule("w4a8-bias", NPU_SERVERS, _w4a8_bias, "see panguq.servers"),
+    Rule("w4a8-groups", _LOOKING_UP, _w4a8_groups, "MindIE-LLM, atb_llm/utils/quantize/w4a8.py"),
     Rule("w8a16-bias", NOBODY, _w8a16_bias, "vllm-ascend, methods/w8a16.py; op-plugin"),
     Rule("float32-model", NOBODY, _float32_model, "vllm-ascend, methods/w8a8/w8a8_static.py"),
     Rule("missing-part", NPU_SERVERS, _missing_part),

@@ -18,10 +18,11 @@ from panguq.check.config_groups import (
     quantized,
 )
 from panguq.check.files import NOBODY, CheckedFolder, Hit, Rule, shards_of
-from panguq.servers import FUSED, Server
+from panguq.server_releases import Server
+from panguq.servers import FUSED
 
-_ALL: tuple[Server, ...] = ("transformers", "vllm", "vllm-ascend")
-_SERVING: tuple[Server, ...] = ("vllm", "vllm-ascend")
+_ALL: tuple[Server, ...] = ("transformers", "vllm", "vllm-ascend", "sglang")
+_SERVING: tuple[Server, ...] = ("vllm", "vllm-ascend", "sglang")
 _TRANSFORMERS: tuple[Server, ...] = ("transformers",)
 _FLOATS = ("F32", "BF16", "F16")
 _WITH_ACTIVATIONS = ("int-quantized", "naive-quantized")
@@ -49,6 +50,10 @@ def _no_scheme(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(group.name, f"vLLM has no dense scheme for {what}", ("vllm",))
         if not _vllm_ascend_takes(group):
             yield Hit(group.name, f"vllm-ascend has no dense scheme for {what}", ("vllm-ascend",))
+        if not _vllm_ascend_takes(group) or group.is_static:
+            yield Hit(group.name, f"sglang has no dense scheme for NPUs of {what}", ("sglang",))
+        if _vllm_takes(group) and group.activation is None and group.bits == 8:
+            yield Hit(group.name, f"vllm has a kernel for {what} on GPUs, and none on CPUs", ())
 
 
 def _inputs(group: ConfigGroup) -> str:
@@ -218,7 +223,7 @@ def _code_range(folder: CheckedFolder) -> Iterator[Hit]:
             yield Hit(f"{path}.weight", "codes of 4 bits lie outside -8 to 7")
 
 
-_CODE = "vLLM and vllm-ascend, compressed_tensors"
+_CODE = "vLLM, vllm-ascend and SGLang, compressed_tensors"
 _TRIED = "tried on a CPU"
 COMPRESSED_TENSORS_RULES = (
     Rule("unknown-method", _ALL, _unknown_method),

@@ -23,7 +23,7 @@ from panguq.files.safetensors_header import count_tensors, refuse_too_many
 from panguq.files.strict_json import parse_json
 from panguq.models.config import check_known_sizes
 from panguq.server_models import class_answer, expert_notes
-from panguq.servers import SERVERS, Server
+from panguq.server_releases import SERVERS, Server
 
 CONFIG = "config.json"
 DESCRIPTION = "quant_model_description.json"
@@ -78,6 +78,8 @@ class CheckedFolder:
     duplicates: list[tuple[str, str, str]] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     """What could not be read, by file name."""
+    versions: dict[Server, str] = field(default_factory=dict)
+    """The release that is meant of a server, where it is not the newest."""
 
     @cached_property
     def model(self) -> ExpectedModel | None:

@@ -20,7 +20,8 @@ from panguq.check.files import FILE_RULES, CheckedFolder, Rule, open_folder
 from panguq.check.unchanged import UNCHANGED, UNCHANGED_RULES, UNKNOWN
 from panguq.files.checksums import CHECKSUMS
 from panguq.server_models import class_answer
-from panguq.servers import READS, SERVERS, Server, find_server
+from panguq.server_releases import SERVERS, Server, find_release, find_server
+from panguq.servers import READS
 
 FolderKind = Literal["ascend", "compressed-tensors", "gptq", "awq", "float"]
 ServerAnswer = Literal["takes", "refuses", "not known", "does not read this format"]
@@ -71,6 +72,7 @@ class CheckReport(BaseModel):
 
     def render(self, server: str | None = None) -> str:
         """The report as text: findings of one rule together, then the verdicts."""
+        server = None if server is None else find_server(server)
         counts = ", ".join(f"{count} {kind}" for kind, count in self.types.items())
         lines = [f"{self.path}: {self.format}{f' ({counts})' if counts else ''}"]
         by_rule: dict[tuple[str, tuple[str, ...]], list[Finding]] = {}
@@ -87,7 +89,7 @@ class CheckReport(BaseModel):
             lines.append(UNKNOWN)
         elif all(finding.rule != "changed-file" for finding in self.findings):
             lines.append(UNCHANGED)
-        asked = self.servers if server is None else {server: self.servers[find_server(server)]}
+        asked = self.servers if server is None else {server: self.servers[server]}
         lines += [
             f"{name}: {verdict}" + (f" ({self.unknown[name]})" if name in self.unknown else "")
             for name, verdict in asked.items()
@@ -95,14 +97,19 @@ class CheckReport(BaseModel):
         return "\n".join(lines)
 
 
-def check_folder(path: str | Path) -> CheckReport:
+def check_folder(path: str | Path, server: str | None = None) -> CheckReport:
     """Check a checkpoint's folder against what loaders do with it.
 
+    server: `NAME` or `NAME==VERSION`, whose release is meant where it is not the newest one known.
     The format follows from the files: quant_model_description.json or quant_model_weight*, or a
-    quantization_config in config.json. Raises StorageError if there is no such folder; anything
-    wrong inside it is a finding.
+    quantization_config in config.json. Raises StorageError if there is no such folder, InputError
+    for a server or a version that panguq knows nothing of; anything wrong inside the folder is a
+    finding.
     """
     folder = open_folder(path)
+    if server is not None:
+        release = find_release(server)
+        folder.versions[release.server] = release.version
     kind = _kind(folder)
     findings = tuple(finding for rule in RULES[kind] for finding in _apply(rule, folder, kind))
     servers: dict[str, ServerAnswer] = {

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from panguq.check.files import CheckedFolder, Hit, Rule
-from panguq.servers import Server
+from panguq.server_releases import Server
 
-READERS: tuple[Server, ...] = ("transformers", "vllm")
+READERS: tuple[Server, ...] = ("transformers", "vllm", "sglang")
 METHODS = ("gptq", "awq")
 _WORD = 32
 _FLOATS = ("F32", "BF16", "F16")
@@ -124,6 +124,23 @@ def _rules_unknown(folder: CheckedFolder) -> Iterator[Hit]:
         )
 
 
+def _sglang_gptq(folder: CheckedFolder) -> Iterator[Hit]:
+    config = folder.quantization_config or {}
+    if method_of(folder) != "gptq":
+        return
+    if not config.get("sym", True):
+        yield Hit(
+            "config.json",
+            "SGLang's kernel for NPUs subtracts zero points where it should add them, and computes "
+            "something else without a word; awq has them right",
+        )
+    if config.get("bits") in (2, 3):
+        yield Hit("config.json", f"SGLang has no kernel of {config['bits']} bits for NPUs")
+    rules = config.get("dynamic")
+    if any("lm_head" not in str(name) for name in (rules if isinstance(rules, dict) else {})):
+        yield Hit("config.json", "SGLang reads `dynamic` on GPUs, and not on NPUs")
+
+
 def _missing_part(folder: CheckedFolder) -> Iterator[Hit]:
     for path, _, _ in quantized(folder):
         for leaf in _PARTS[method_of(folder)]:
@@ -190,6 +207,7 @@ WEIGHT_ONLY_RULES = (
     Rule("bad-config", READERS, _bad_config),
     Rule("foreign-zero-points", ("transformers",), _foreign_zero_points, _TRIED),
     Rule("rules-unknown", ("transformers",), _rules_unknown, "optimum, gptq/quantizer.py"),
+    Rule("sglang-gptq", ("sglang",), _sglang_gptq, "SGLang 0.5.23, npu/quantization, read"),
     Rule("missing-part", READERS, _missing_part),
     Rule("not-a-target", READERS, _not_a_target),
     Rule("wrong-form", READERS, _wrong_form),

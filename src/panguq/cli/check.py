@@ -10,8 +10,6 @@ from panguq.cli.command import Commands, add_command, add_json, print_json, quie
 
 def add(commands: Commands) -> None:
     """Add the command to the command line."""
-    from panguq.servers import SERVERS
-
     command = add_command(
         commands,
         "check",
@@ -20,10 +18,15 @@ def add(commands: Commands) -> None:
         "(msModelSlim's format), compressed-tensors, GPTQ and AWQ folders, whoever wrote them. "
         "Exit status 1 if a server that reads the format would refuse it, or if the one asked for "
         "would, or it is not known whether it has a class for the model.",
-        "panguq check smollm2-w8a8-ascend --server vllm-ascend",
+        "panguq check smollm2-w8a8-ascend --server vllm-ascend==0.23",
     )
     command.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint's folder")
-    command.add_argument("--server", choices=SERVERS, help="ask for this server alone")
+    command.add_argument(
+        "--server",
+        metavar="NAME[==VERSION]",
+        help="ask for this server alone: vllm-ascend, vllm-ascend==0.23, mindie, sglang, vllm or "
+        "transformers",
+    )
     add_json(command)
 
 
@@ -32,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from panguq.check.report import check_folder
 
     quiet_transformers()
-    report = check_folder(options.folder)
+    report = check_folder(options.folder, options.server)
     if options.json:
         print_json(report.model_dump())
     else:

@@ -9,13 +9,21 @@ from typing import Any
 
 from panguq.cli.compile_places import existing_parent
 from panguq.errors import InputError
-from panguq.servers import READS, Server
+from panguq.server_releases import find_release
+from panguq.servers import READS
 
 logger = logging.getLogger("panguq")
 
 
-def check_server(server: Server, out: Path | None, format: str) -> None:
-    """Refuse `--for` where nothing is saved that the server could read. Raises InputError."""
+def is_for_servers(server: str | None, format: str) -> bool:
+    """Whether what is compiled is to be served out of a checkpoint."""
+    return server is not None or any(format in read for read in READS.values())
+
+
+def check_server(asked: str, out: Path | None, format: str) -> None:
+    """Refuse `--for` where nothing is saved that the server could read. Raises InputError, for an
+    unknown server or version, too."""
+    server = find_release(asked).server
     if out is None or format not in READS[server]:
         said = "without --out" if out is None else f"with --format {format}, which it does not read"
         raise InputError(

@@ -20,12 +20,17 @@ from panguq.cli.command import (
     tokens,
     whole,
 )
-from panguq.cli.compile_end import check_data, check_end, check_server, saving_verdict
+from panguq.cli.compile_end import (
+    check_data,
+    check_end,
+    check_server,
+    is_for_servers,
+    saving_verdict,
+)
 from panguq.cli.compile_places import check_out, held_places, saved
 from panguq.cli.several import is_first
 from panguq.errors import InputError, RecipeError
 from panguq.formats.registry import FORMATS
-from panguq.servers import SERVERS
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -108,9 +113,11 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--for",
         dest="server",
-        choices=SERVERS,
-        help="refuse before the work what this server has no kernel for; with --dry-run: say which "
-        "matmuls these are, and what to choose",
+        metavar="NAME[==VERSION]",
+        help="refuse before the work what this server (vllm-ascend, vllm-ascend==0.23, mindie, "
+        "sglang, vllm, transformers) has no kernel for; with --dry-run: say which matmuls these "
+        "are, and what to choose. For a server, as with the --format of one, a recipe that splits "
+        "outlier channels off is taken in its serving form",
     )
     add_json(command)
 
@@ -188,6 +195,8 @@ def _recipe(options: argparse.Namespace) -> Any:
     from panguq.recipe import Recipe
 
     recipe = Recipe.of(options.recipe, allow_unmatched=options.allow_unmatched)
+    if is_for_servers(options.server, options.format):
+        recipe = _serving_form(recipe)
     overrides = {}
     for entry in options.scheme:
         glob, equals, scheme = entry.rpartition("=")
@@ -195,6 +204,20 @@ def _recipe(options: argparse.Namespace) -> Any:
             raise RecipeError(f"--scheme {entry!r}", "write GLOB=SCHEME, as in '*.down_proj=W8A16'")
         overrides[glob] = scheme
     return recipe.with_schemes(overrides) if overrides else recipe
+
+
+def _serving_form(recipe: Any) -> Any:
+    from panguq.serving_form import serving_form
+
+    served = serving_form(recipe)
+    if served is not recipe:
+        logging.getLogger("panguq").warning(
+            "recipe %s splits outlier channels off, which no checkpoint format can hold: its "
+            "serving form %s is taken",
+            recipe.name,
+            served.name,
+        )
+    return served
 
 
 def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
@@ -228,13 +251,12 @@ def _dry_run(options: argparse.Namespace, recipe: Any, dtype: Any) -> int:
 
 def _server_verdict(options: argparse.Namespace, recipe: Any, found: Any) -> Any:
     """What the server of --for would say; None if none was asked for."""
-    from panguq.passes.outliers import Outliers
     from panguq.server_verdicts import verdicts
+    from panguq.serving_form import splits_outliers
 
     if options.server is None:
         return None
-    splits = any(isinstance(p, Outliers) and p.treatment == "split" for p in recipe.passes)
-    return verdicts(found, options.server, splits_outliers=splits)
+    return verdicts(found, options.server, splits_outliers=splits_outliers(recipe))
 
 
 def _tokenizer_if_any(folder: Path) -> Any:

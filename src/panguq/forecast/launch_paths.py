@@ -7,11 +7,10 @@ and no quantization shows. No device's constants say how long it is; whole-model
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from panguq.errors import InputError
-from panguq.servers import SERVERS
+from panguq.server_releases import SERVERS, split_server
 from panguq.suggest import did_you_mean
 
 MODES = ("graph", "eager")
@@ -133,16 +132,6 @@ def find_launch_path(asked: str, mode: str = "graph") -> LaunchPath:
     if not fitting:
         raise InputError(f"nobody measured {asked} in {mode} mode", f"known: {known_paths()}")
     return fitting[-1]
-
-
-def split_server(asked: str) -> tuple[str, str | None]:
-    """Name and version of `NAME` or `NAME==VERSION`. Raises InputError for another spelling."""
-    found = re.fullmatch(r"([A-Za-z][\w-]*)(?:==v?([0-9][\w.+]*))?", asked.strip())
-    if found is None:
-        raise InputError(
-            f"server {asked!r:.80}: is neither NAME nor NAME==VERSION", "vllm-ascend==0.9.2"
-        )
-    return found[1].lower(), found[2]
 
 
 def known_paths() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from panguq.ir.quant_spec import Scheme
-from panguq.servers import READS, find_server, support
+from panguq.server_releases import find_server
+from panguq.servers import READS, support
 
 
 def unsupported(server: str, scheme: Scheme) -> list[str]:

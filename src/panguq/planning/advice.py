@@ -20,7 +20,7 @@ from panguq.data.calibration import WINDOW, WINDOWS
 from panguq.errors import InputError, LoweringError, PanguqError
 from panguq.forecast.forecast import Forecast, Request, forecast, memory_mib
 from panguq.forecast.graph import canonical_graph
-from panguq.forecast.launch_paths import LaunchPath, find_launch_path, split_server
+from panguq.forecast.launch_paths import LaunchPath, find_launch_path
 from panguq.forecast.text import NO_DIFFERENCE
 from panguq.ir.expert_groups import schemes_of
 from panguq.ir.interface import Interface
@@ -39,8 +39,8 @@ from panguq.planning.report import MatmulPlan
 from panguq.recipe import Recipe, preset_names
 from panguq.schedule import Schedule
 from panguq.server_models import class_answer
+from panguq.server_releases import find_server
 from panguq.server_verdicts import verdicts
-from panguq.servers import find_server
 from panguq.tensors.dtypes import dtype_name
 from panguq.tensors.weight_store import WeightStore
 
@@ -146,7 +146,7 @@ def advise(
         raise LoweringError(
             f"target {machine.name}: advice is for Ascend targets only", "--target ascend910b2"
         )
-    known = find_server(split_server(server)[0])
+    known = find_server(server)
     path, notes = _path(server, mode)
     model = language_model_of(skeleton(folder))
     recipes = [Recipe.named(name) for name in preset_names()]

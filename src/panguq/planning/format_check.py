@@ -20,15 +20,16 @@ from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.lowering.stages import default_dtype
 from panguq.models.hub_names import HubNames, hub_names
 from panguq.passes.mixed_precision import MixedPrecision
-from panguq.passes.outliers import Outliers
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.rotate import Rotate
 from panguq.planning.dry_run import plan
 from panguq.planning.report import MatmulPlan, Plan
 from panguq.recipe import Recipe
 from panguq.server_models import missing_classes
+from panguq.server_releases import SERVERS
 from panguq.server_verdicts import mixed_layers
-from panguq.servers import READS, SERVERS
+from panguq.servers import READS
+from panguq.serving_form import splits_outliers
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def check_format(
         config = {"model_type": found.model_type, "architectures": found.architectures}
         readers = [server for server in SERVERS if format in READS[server]]
         warnings += missing_classes(readers, config)
-    if any(isinstance(p, Outliers) and p.treatment == "split" for p in recipe.passes):
+    if splits_outliers(recipe):
         warnings.append(
             f"{format} cannot hold outlier channels that are split off, and the recipe splits them "
             "where the data have any; w8a8-serving and w8a8-dynamic-serving do not"

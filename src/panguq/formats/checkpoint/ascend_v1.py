@@ -38,14 +38,15 @@ from panguq.formats.checkpoint.linear import LinearForm
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.server_models import missing_classes
-from panguq.servers import Server, support, too_large
+from panguq.server_releases import Server
+from panguq.servers import support, too_large
 
 logger = logging.getLogger("panguq")
 
 DESCRIPTION = "quant_model_description.json"
 STEM = "quant_model_weights"
 FORMAT_VERSION = "1.0.0"
-READERS: tuple[Server, ...] = ("vllm-ascend", "mindie")
+READERS: tuple[Server, ...] = ("vllm-ascend", "mindie", "sglang")
 _BY_PRECISION = ("W8A16", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
 """The last one present names the model as a whole, as msModelSlim has it."""
 
@@ -76,12 +77,13 @@ def save_ascend_v1(
         "config.json": json_text(config),
         **served_files(artifact),
     }
-    tensors = {entry.name: entry.output for entry in entries}
+    tensors = {entry.name: entry.output for entry in entries if entry.name not in graph.tied}
     write_checkpoint(path, files, tensors, overwrite, STEM, shard_bytes)
 
 
 def checkpoint_entries(graph: CheckpointGraph) -> Iterator[Entry]:
-    """Every tensor of the checkpoint. A tied lm_head is written too: loaders look it up."""
+    """Every tensor of the checkpoint, and a tied LM head, which is described, since loaders look
+    its type up, and not written: with `tie_word_embeddings` they take the embedding."""
     for name, tensor in graph.weights.items():
         yield float_entry(name, tensor)
     for name, first in graph.tied.items():
@@ -143,7 +145,7 @@ def _refusal(linear: LinearForm, server: Server) -> str:
     name = linear.scheme.name.partition("-")[0]
     per_channel = linear.group_size == k
     grouped = None if per_channel else linear.group_size
-    entry = support(server, "ascend", name, grouped, linear.is_expert)
+    entry = support(server, "ascend", name, grouped, linear.is_expert, has_bias=linear.has_bias)
     if not entry.takes:
         return entry.reason
     if linear.has_zero_point:
@@ -152,8 +154,6 @@ def _refusal(linear: LinearForm, server: Server) -> str:
         return f"it wants k % {SLICES} == 0 and n % 2 == 0" if k % SLICES or n % 2 else ""
     if name == "W4A8" and (k % W4A8_GROUP or n % 2):
         return f"its int8 x int4 kernel wants k % {W4A8_GROUP} == 0 and n % 2 == 0, not {n} x {k}"
-    if name == "W4A8" and linear.has_bias:
-        return "its int8 x int4 kernel takes no bias"
     if name not in TYPES:
         return "the format has no such type"
     return too_large(server, name, n, k)

@@ -49,7 +49,8 @@ from panguq.formats.checkpoint.loaders import check_fused, check_loaders
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.formats.checkpoint.word_packing import packed_words
 from panguq.server_models import missing_classes
-from panguq.servers import ServedFormat, Server
+from panguq.server_releases import Server
+from panguq.servers import ServedFormat
 
 logger = logging.getLogger("panguq")
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from panguq.errors import ExportError
 from panguq.formats.checkpoint.graph import CheckpointGraph
 from panguq.formats.checkpoint.linear import LinearForm
-from panguq.servers import ServedFormat, Server, support
+from panguq.server_releases import Server
+from panguq.servers import ServedFormat, support
 
 
 def check_loaders(

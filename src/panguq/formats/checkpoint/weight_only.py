@@ -24,7 +24,7 @@ from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.formats.checkpoint.word_packing import WORD
 from panguq.server_models import missing_classes
-from panguq.servers import Server
+from panguq.server_releases import Server
 
 logger = logging.getLogger("panguq")
 
