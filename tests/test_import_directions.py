@@ -36,11 +36,13 @@ ROOMS = (
     "panguq.report",
     "panguq.evaluation",
     "panguq.artifact",
+    "panguq.serving_form",
     "panguq.recipe panguq.pass_options",
     "panguq.registry",
     "panguq.server_verdicts",
     "panguq.server_models",
     "panguq.servers",
+    "panguq.server_releases",
     "panguq.lowering",
     "panguq.passes",
     "panguq.passes.codes panguq.passes.patterns panguq.passes.rotation panguq.passes.scaling "

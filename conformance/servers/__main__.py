@@ -1,6 +1,6 @@
 """Write folders, have servers load them, compare: python -m conformance.servers [options].
 
---only vllm-ascend      one server alone
+--only vllm-ascend      one server alone; `vllm` and `genai` run on this CPU
 --rows NAME ...         folders by name; `tiny` is the one of `make conformance`
 --smollm2               SmolLM2-135M, too
 --folders DIR           keep what is written, and use what is there
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from conformance.environment import ROOT, TORCH, Unavailable
-from conformance.servers import vllm_ascend, vllm_cpu
+from conformance.servers import genai, vllm_ascend, vllm_cpu
 from conformance.servers.environment import VLLM_ASCEND, make_npu_server
 from conformance.servers.folders import Folder, write
 
 RESULTS = ROOT / "conformance" / "results" / "servers.json"
-SERVERS = ("vllm-ascend", "vllm")
+SERVERS = ("vllm-ascend", "vllm", "genai")
 
 
 def main() -> int:
@@ -46,6 +46,10 @@ def main() -> int:
     if "vllm" in options.only:
         found = _vllm(options)
         results["vllm"] = {"packages": [vllm_cpu.PACKAGE], "rows": found}
+        failed += sum(bool(row.get("problems")) for row in found.values())
+    if "genai" in options.only:
+        found = _genai(options)
+        results["onnxruntime-genai"] = {"packages": [genai.PACKAGE], "rows": found}
         failed += sum(bool(row.get("problems")) for row in found.values())
     if options.update:
         old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
@@ -107,6 +111,24 @@ def _vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             for problem in wrong:
                 print(f"       {problem}", flush=True)
             results[name] = said | ({"problems": wrong} if wrong else {})
+    return results
+
+
+def _genai(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    try:
+        python = genai.make_environment(ROOT / ".venv-genai")
+    except Unavailable as reason:
+        print(f"onnxruntime-genai skipped: {reason}")
+        return {}
+    results = {}
+    model = "smollm2" if options.smollm2 else "llama"
+    for recipe in (one for one in genai.RECIPES if not options.rows or one in options.rows):
+        with tempfile.TemporaryDirectory() as temporary:
+            said = genai.run(python, recipe, model, Path(temporary) / "genai")
+        wrong = genai.problems(said)
+        what = "; ".join(wrong) or f"{len(said['tokens'])} greedy tokens are panguq's"
+        print(f"{'FAILED' if wrong else 'ok':6} {model}-{recipe}: {what}", flush=True)
+        results[f"{model}-{recipe}"] = said | ({"problems": wrong} if wrong else {})
     return results
 
 

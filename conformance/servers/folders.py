@@ -54,7 +54,7 @@ def write(folder: Folder, to: Path) -> None:
     compiled model's `logits` `[2, TOKENS, VOCABULARY]` for them, in the model's dtype. Of W4A8
     also `served_logits`, by an independent dequantization and with the server's float inputs; of
     some others `tp2_logits`, by the same dequantization, shared out among two devices."""
-    model, calibration, ids = _model_and_tokens(folder.model)
+    model, calibration, ids = model_and_tokens(folder.model)
     dtype = getattr(torch, folder.dtype)
     compiled = panguq.compile(
         model, folder.recipe, calibration=calibration, target=folder.target, dtype=dtype
@@ -72,11 +72,13 @@ def write(folder: Folder, to: Path) -> None:
 
 
 def _as_w4a16(checkpoint: Path) -> Any:
-    """The checkpoint as vllm-ascend 0.23 computes W4A8: with float inputs and without biases."""
+    """The checkpoint as vllm-ascend 0.23 computes W4A8: with float inputs, with the products of
+    its two scales in the model's dtype, and without biases."""
     model = load_ascend_v1(checkpoint)
     for module in model.modules():
         if isinstance(module, FakeQuantLinear) and module.kind == "W4A8_DYNAMIC":
             module.kind, module.bias = "W8A16", None  # no kind has float inputs but this one
+            module.weight_scale = module.weight_scale.to(model.dtype).float()
     return model
 
 
@@ -121,7 +123,7 @@ def random_model(name: str) -> Any:
     return model
 
 
-def _model_and_tokens(name: str) -> tuple[Any, Tensor, Tensor]:
+def model_and_tokens(name: str) -> tuple[Any, Tensor, Tensor]:
     """The model, ids to calibrate with and ids to compare with."""
     if name != "smollm2":
         generator = torch.Generator().manual_seed(5)

@@ -28,6 +28,13 @@ def add(commands: Commands) -> None:
         "lowered; of a dump the last)",
     )
     command.add_argument("--out", required=True, metavar="FILE", type=Path, help="where to write")
+    command.add_argument(
+        "--for",
+        dest="runtime",
+        choices=("onnxruntime-genai",),
+        help="write a folder that this generates text from: the lowered graph with the inputs that "
+        "it feeds, its configuration and the tokenizer",
+    )
     command.add_argument("--force", action="store_true", help="replace the file")
     command.add_argument(
         "--model", metavar="MODEL_DIR", type=Path, help="where a dump's model lies now, if moved"
@@ -40,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     quiet_transformers()
     from panguq.dumps.files import DUMP_JSON
 
+    if options.runtime is not None:
+        return _export_for_genai(options)
     if (options.source / DUMP_JSON).exists():
         stage = _export_dump(options)
     else:
@@ -53,6 +62,30 @@ def run(options: argparse.Namespace) -> int:
         print(f"stage {stage} of {options.source}")
         for path in files:
             print(f"  {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    return 0
+
+
+def _export_for_genai(options: argparse.Namespace) -> int:
+    from panguq.extras import require
+
+    require("onnx", "ONNX export")
+    from panguq.dumps.files import DUMP_JSON
+    from panguq.formats.onnx.genai import export_genai
+    from panguq.formats.own.model_folder import read_model
+
+    if options.stage is not None or (options.source / DUMP_JSON).exists():
+        raise InputError(
+            f"--for {options.runtime} writes the lowered stage of a compiled model alone",
+            "leave out --for, or name a compiled model and no --stage",
+        )
+    export_genai(read_model(options.source), options.out, options.force)
+    sizes = {str(file): file.stat().st_size for file in sorted(options.out.iterdir())}
+    if options.json:
+        print_json({"stage": "lowered", "files": sizes})
+    else:
+        print(f"{options.source} for {options.runtime}")
+        for name, size in sizes.items():
+            print(f"  {name} ({size / 2**20:.1f} MiB)")
     return 0
 
 
