@@ -39,7 +39,8 @@ def serve(folder: Path) -> dict[str, Any]:
     ids = load_file(folder / "reference.safetensors")["ids"]
     llm = LLM(
         model=str(folder / "checkpoint"), dtype="bfloat16", skip_tokenizer_init=True,
-        enforce_eager=True, max_model_len=1024, max_num_seqs=4, enable_prefix_caching=False,
+        enforce_eager=True, max_model_len=2 * ids.shape[1], max_num_seqs=4,
+        enable_prefix_caching=False,
         logprobs_mode="raw_logprobs", kv_cache_memory_bytes=256 << 20,
     )  # fmt: skip
     worker = llm.llm_engine.model_executor.driver_worker

@@ -38,7 +38,7 @@ def write(draft: Draft, path: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["ascend", "compressed-tensors"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draft = ascend() if request.param == "ascend" else compressed()
+    draft = ascend("W8A8", "W8A8_DYNAMIC") if request.param == "ascend" else compressed()
     return write(draft, tmp_path_factory.mktemp("served") / request.param)
 
 
@@ -92,6 +92,6 @@ def test_missing_and_added_files_are_found(served: Path, tmp_path: Path) -> None
 
 
 def test_of_a_folder_without_the_list_it_says_what_cannot_be_known(tmp_path: Path) -> None:
-    report = check_folder(ascend().write(tmp_path / "of another tool"))
+    report = check_folder(ascend("W8A8", "W8A8_DYNAMIC").write(tmp_path / "of another tool"))
     assert report.findings == () and not report.has_checksums
     assert "cannot be known" in report.render()

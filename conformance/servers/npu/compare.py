@@ -47,11 +47,12 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--port", type=int, default=29600)
     parser.add_argument("--quantization", default="ascend", help="or auto: as config.json says")
+    parser.add_argument("--only-load", action="store_true", help="compute nothing")
     options = parser.parse_args()
     process = engine.Process(options.rank, options.world, options.port)
     for folder in options.folders:
         try:
-            said = compare(folder, options.quantization, process)
+            said = compare(folder, options.quantization, process, options.only_load)
         except Exception as error:  # whatever a server raises is the answer
             frames = traceback.extract_tb(error.__traceback__)[-4:]
             where = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
@@ -59,8 +60,11 @@ def main() -> None:
         print("RESULT " + json.dumps({"folder": folder.name, **said}), flush=True)
 
 
-def compare(folder: Path, quantization: str, process: engine.Process) -> dict[str, Any]:
-    """What the server made of the checkpoint, and how near its logits are to panguq's."""
+def compare(
+    folder: Path, quantization: str, process: engine.Process, only_load: bool = False
+) -> dict[str, Any]:
+    """What the server made of the checkpoint, and how near its logits are to panguq's, which are
+    left out with `only_load`."""
     wanted = load_file(folder / "reference.safetensors")
     dtype = str(wanted["logits"].dtype).removeprefix("torch.")
     with engine.server_config(folder / "checkpoint", dtype, quantization, process) as config:
@@ -69,6 +73,8 @@ def compare(folder: Path, quantization: str, process: engine.Process) -> dict[st
         said: dict[str, Any] = {"model": type(model).__name__, "schemes": engine.schemes(model)}
         said |= asdict(engine.place(model, folder / "checkpoint"))
         engine.load(model, config)
+        if only_load:
+            return said
         with CountedCalls() as counted:
             logits = engine.logits(model, config, wanted["ids"])
     said["calls"] = dict(counted.calls)

@@ -138,13 +138,14 @@ def load(model: nn.Module, config: Any) -> None:
 
 def logits(model: nn.Module, config: Any, ids: Tensor) -> Tensor:
     """`[sequences, tokens, vocabulary]` in float32 for `ids` `[sequences, tokens]`."""
-    from vllm.forward_context import set_forward_context
+    from vllm_ascend.ascend_forward_context import set_ascend_forward_context
 
     size = config.model_config.hf_config.vocab_size
     rows = []
-    with torch.no_grad(), set_forward_context(None, config):
+    with torch.no_grad():
         for row in ids:
-            hidden = model(row, torch.arange(len(row)), None)
+            with set_ascend_forward_context(None, config, len(row), model_instance=model):
+                hidden = model(row, torch.arange(len(row)), None)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
             rows.append(nn.functional.linear(hidden, _head(model))[:, :size].float())
     return torch.stack(rows)

@@ -14,7 +14,7 @@ import panguq
 from panguq.cli import main
 from panguq.errors import ExportError, StorageError
 from panguq.formats.onnx.genai import export_genai
-from tests.shared_traces import shared_model, token_ids
+from tests.model_shelf import shared_model, token_ids
 
 
 @pytest.fixture(scope="module")
