@@ -6,8 +6,24 @@ from typing import Any
 
 from panguq.recipe import RecipeLike, preset_names
 
-# Rows that nobody should use and that are not built in: what the methods are compared with.
+_BLOCKS = ["awq", "weigh-tokens", "insert-fake-quant"]
+_TUNED = {"tune-scales": {"epochs": 4, "learning_rate": 0.005}}
+
+# Not built in: rows that nobody should use, what the methods are compared with, and `-blocks`,
+# which a whole model is still to be measured with.
 BASELINES: dict[str, dict[str, Any]] = {
+    "w4a16-blocks": {
+        "schemes": {"*": "W4A16-g64-asym"},
+        "passes": [*_BLOCKS, "progressive-rounding", "tune-scales"],
+    },
+    "w3a16-blocks": {
+        "schemes": {"*": "W3A16-g64"},
+        "passes": [*_BLOCKS, "progressive-rounding", _TUNED],
+    },
+    "w2a16-blocks": {
+        "schemes": {"*": "W2A16-g64"},
+        "passes": [*_BLOCKS, {"progressive-rounding": {"scale_rate": 0.005}}, _TUNED],
+    },
     "w1-rtn": {
         "schemes": {"*": "W1A16"},
         "passes": ["insert-fake-quant", "quantize-weights"],

@@ -30,7 +30,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "awq": {"steps": (1, 2, 5)},
     "mixed-precision": {"bits": (3.0, 4.75, 8.0, 1e9), "keep": ([], ["*.down_proj"]),
                         "choices": (["W4A16", "W8A16"], ["W2A16", "W3A16", "W8A8"], ["W6A6"])},
-    "weigh-tokens": {"power": (0.5, 1.0)},
+    "weigh-tokens": {"power": (0.5, 1.0), "groups": (1, 2, 1000)},
     "calibrate": {"observer": ("minmax", "percentile", "mse", "histogram"),
                   "percentile": (50.1, 99.0, 100.0)},
     "outliers": {"treatment": ("split", "per-token", "float", "clip"),
@@ -44,11 +44,21 @@ _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "billm": {"block_size": (1, 7, 128), "most_salient": (1, 50, 1000),
               "residual": ("joint", "greedy")},
     "learned-rounding": {"start": ("gptq", "nearest"), "rounds": (0, 1), "steps": (0.0, 1.0)},
+    "progressive-rounding": {"steps": (0, 1, 7), "batch_sequences": (1, 100),
+                             "code_rate": (0.0, 0.06, 1.0), "pull": (0.1, 1.0)},
     "tune-scales": {"epochs": (1, 2), "learning_rate": (0.002, 1.0), "batch_sequences": (1, 100)},
     "quantize-kv-cache": {"keys": ("per_channel", "per_token", "float"),
                           "values": ("per_channel", "per_token")},
 }  # fmt: skip
-_SOLVERS = ("quantize-weights", "gptq", "gptaq", "slim-llm", "billm", "learned-rounding")
+_SOLVERS = (
+    "quantize-weights",
+    "gptq",
+    "gptaq",
+    "slim-llm",
+    "billm",
+    "learned-rounding",
+    "progressive-rounding",
+)
 _EARLY = ("rotate", "smoothquant", "awq", "mixed-precision", "weigh-tokens")
 _GLOBS = ("*.down_proj", "*.mlp.*", "*.self_attn.*", "model.layers.0.*", "lm_head", "*.o_proj")
 _ENDINGS = ("", "", "-g32", "-g64", "-per_channel", "-sym", "-asym", "-g32-sym")

@@ -37,7 +37,8 @@ class NodeMeta:
     What calibration saw of a matmul's input; its kernel reads another value:
       input_statistics  calibrate; matmuls that read one value share one object
       input_range       (low, high), calibrate
-      token_weights     float32 `[tokens]` for each calibration batch (weigh-tokens)
+      token_weights     float32 `[tokens]` for each calibration batch, or `[groups, tokens]` for
+                        runs of outputs (weigh-tokens)
     """
 
     label: str | None = None

@@ -16,6 +16,7 @@ from panguq.ir.properties import Property
 from panguq.ir.run.interpret import values
 from panguq.ir.run.reverse_sweep import FirstOutput, Seen, reverse_sweep
 from panguq.ir.views import DequantizedWeight, Linear
+from panguq.passes.codes.adam import Adam
 from panguq.passes.codes.weight_scales import storable
 from panguq.passes.pipeline.base import GRADIENT_SWEEPS, Pass, PassContext, PassResult, Table
 from panguq.passes.statistics.sensitivity import scored_batch
@@ -24,7 +25,6 @@ from panguq.tensors.work_folder import Finished
 
 T = TypeVar("T")
 panguq = torch.ops.panguq
-MEAN_MEMORY, SQUARE_MEMORY, SMALLEST_GRADIENT = 0.9, 0.95, 1e-12
 WARM_UP_STEPS = 3
 POSITIONS_AT_ONCE = 128
 
@@ -155,9 +155,8 @@ class _Scale:
     readers: list[fx.Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.change, self.gradient, self.mean, self.square = (
-            torch.zeros(self.start.shape) for _ in range(4)
-        )
+        self.change, self.gradient = (torch.zeros(self.start.shape) for _ in range(2))
+        self.adam = Adam.like(self.change)
 
     def step(self, gm: fx.GraphModule, rate: float, number: int) -> None:
         """Adam's step `number`, counted from 1, which uses up the gradient."""
@@ -166,10 +165,7 @@ class _Scale:
                 f"tune-scales: the gradient of {self.name} holds NaN or Inf",
                 "lower tune-scales' learning_rate, or leave the pass out of the recipe",
             )
-        self.mean.lerp_(self.gradient, 1 - MEAN_MEMORY)
-        self.square.lerp_(self.gradient.square(), 1 - SQUARE_MEMORY)
-        root = (self.square / (1 - SQUARE_MEMORY**number)).sqrt_().add_(SMALLEST_GRADIENT)
-        self.change -= rate / (1 - MEAN_MEMORY**number) * self.mean / root
+        self.change -= self.adam.step(self.gradient, number, rate)
         self.gradient.zero_()
         self.write(gm)
 
@@ -288,16 +284,18 @@ def _add_gradients(
 def _state(scales: Sequence[_Scale]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for scale in scales:
-        kept = {"change": scale.change, "mean": scale.mean, "square": scale.square}
+        adam = scale.adam
+        kept = {"change": scale.change, "mean": adam.mean, "square": adam.square}
         tensors |= {f"{kind}.{scale.name}": tensor for kind, tensor in kept.items()}
     return tensors
 
 
 def _restore(gm: fx.GraphModule, scales: Sequence[_Scale], done: Finished) -> None:
     for scale in scales:
-        scale.change, scale.mean, scale.square = (
+        scale.change, mean, square = (
             done.tensors[f"{kind}.{scale.name}"].clone() for kind in ("change", "mean", "square")
         )
+        scale.adam = Adam(mean, square)
         scale.write(gm)
 
 

@@ -14,7 +14,8 @@ from panguq.ir.edit import label
 from panguq.ir.node_meta import annotate, is_quantized
 from panguq.ir.properties import Property
 from panguq.ir.run.reverse_sweep import Seen, reverse_sweep
-from panguq.ir.views import Linear, by_input
+from panguq.ir.views import ExpertLinear, Linear, by_input
+from panguq.passes.codes.weighed_rows import row_groups
 from panguq.passes.pipeline.base import (
     GRADIENT_SWEEPS,
     Pass,
@@ -47,7 +48,12 @@ class WeighTokens(Pass):
     the token to every expert that it is sent to or shown. One forward and one backward sweep. No
     number of the graph changes.
 
-    In the manner of GuidedQuant (arXiv 2505.07004), which averages over groups of outputs instead.
+    With `groups` above 1 the mean is that over one group of outputs, and so is X^T diag(w) X: the
+    outputs of every matmul are cut into so many runs, whose rows are solved apart, and w is
+    `[groups, tokens]`. A group costs a Hessian and its factor, of which one is held at a time.
+    Experts' matmuls keep one weight a token.
+
+    In the manner of GuidedQuant (arXiv 2505.07004).
     """
 
     name: ClassVar[str] = "weigh-tokens"
@@ -58,10 +64,17 @@ class WeighTokens(Pass):
     needs_calibration: ClassVar[bool] = True
     divided: ClassVar[bool] = True
     power: float = 1.0
+    groups: int = 1
 
     def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise RecipeError(f"weigh-tokens: groups {self.groups} must be at least 1")
         if not 0.0 < self.power <= 1.0:
             raise RecipeError(f"weigh-tokens: power {self.power} must lie in (0, 1]")
+
+    @property
+    def divides_outputs(self) -> bool:
+        return self.groups > 1
 
     @property
     def sweeps(self) -> float:
@@ -69,12 +82,12 @@ class WeighTokens(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         result = PassResult()
-        readers = by_input(filter(is_quantized, matmuls(gm)))
-        if readers:
+        alike = self._alike(by_input(filter(is_quantized, matmuls(gm))))
+        if alike:
             ctx.require_batches()
         rows = []
-        found = self._measured(gm, ctx, readers) if readers else {}
-        for value, nodes in readers.items():
+        found = self._measured(gm, ctx, alike) if alike else {}
+        for value, nodes in alike.items():
             if value not in found:
                 result.skip(nodes[0], "the first output does not depend on it")
                 continue
@@ -82,23 +95,36 @@ class WeighTokens(Pass):
             for node in nodes:
                 annotate(node, token_weights=weights)
             result.changed += len(nodes)
-            every = torch.cat(list(weights))
+            every = torch.cat([batch.flatten() for batch in weights])
             rows.append((label(value), len(nodes), float(every.median()), float(every.max())))
         result.tables["token_weights"] = Table(("value", "readers", "median", "max"), tuple(rows))
         return result
 
+    def _alike(self, readers: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, list[fx.Node]]:
+        """The matmuls that share weights: by the value that they read; each alone where outputs
+        have groups, experts aside."""
+        if self.groups == 1:
+            return readers
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for value, nodes in readers.items():
+            if ExpertLinear.match(nodes[0]) is not None:
+                found[value] = nodes
+            else:
+                found |= {node: [node] for node in nodes}
+        return found
+
     def _measured(
-        self, gm: fx.GraphModule, ctx: PassContext, readers: dict[fx.Node, list[fx.Node]]
+        self, gm: fx.GraphModule, ctx: PassContext, alike: dict[fx.Node, list[fx.Node]]
     ) -> dict[fx.Node, tuple[Tensor, ...]]:
         """The weights of every value that was reached; a compile that was killed measures once."""
-        order = {label(value): value for value in readers}
+        order = {label(value): value for value in alike}
 
         def compute() -> Finished:
-            squares = _gradient_squares(gm, ctx, readers)
+            squares = _gradient_squares(gm, ctx, alike, self.groups)
             tensors = {}
             for value, batches in squares.items():
                 powers = [batch**self.power for batch in batches]
-                mean = torch.cat(powers).mean().clamp_min(1e-30)
+                mean = torch.cat(powers, dim=-1).mean(-1, keepdim=True).clamp_min(1e-30)
                 for index, batch in enumerate(powers):
                     tensors[f"{index}.{label(value)}"] = batch / mean
             return Finished(tensors)
@@ -113,9 +139,10 @@ class WeighTokens(Pass):
 
 
 def _gradient_squares(
-    gm: fx.GraphModule, ctx: PassContext, readers: dict[fx.Node, list[fx.Node]]
+    gm: fx.GraphModule, ctx: PassContext, alike: dict[fx.Node, list[fx.Node]], groups: int
 ) -> dict[fx.Node, list[Tensor]]:
-    """Mean over the outputs of all readers of the squared gradient, `[tokens]` for each batch.
+    """Mean over the outputs of all matmuls that are alike of the squared gradient, `[tokens]` for
+    each batch; of a matmul alone over each group of outputs, `[groups, tokens]`.
 
     Each rank measures its share of the batches, and gets all.
     """
@@ -123,14 +150,20 @@ def _gradient_squares(
     labels = SampledLabels(ctx.interface.kind == "causal_lm", ctx.generator, first)
     sums: dict[fx.Node, list[Tensor]] = defaultdict(list)
     outputs = {
-        value: sum(Linear.of(node).shape[0] for node in nodes) for value, nodes in readers.items()
+        value: sum(Linear.of(node).shape[0] for node in nodes) for value, nodes in alike.items()
     }
+    key_of = {node: value for value, nodes in alike.items() for node in nodes}
 
     def observe(seen: dict[fx.Node, Seen]) -> None:
         totals: dict[fx.Node, Tensor] = {}
         for node, at in seen.items():
-            value, gradient = Linear.of(node).input, at.gradient
-            squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(1)
+            value, gradient = key_of[node], at.gradient
+            each_output = gradient.reshape(-1, gradient.shape[-1]).float().square()
+            if value is node:
+                parts = row_groups(outputs[node], groups)
+                sums[node].append(torch.stack([each_output[:, part].mean(1) for part in parts]))
+                continue
+            squares = each_output.sum(1)
             if at.tokens is not None:  # every token has as many rows as the others
                 each = squares.new_zeros(int(at.tokens.max()) + 1)
                 squares = each.index_add_(0, at.tokens, squares)
@@ -139,7 +172,7 @@ def _gradient_squares(
             sums[value].append(total / outputs[value])
 
     batches = [scored_batch(batch, gm) for batch in ranks().share(ctx.batches)]
-    watched = [node for nodes in readers.values() for node in nodes]
+    watched = list(key_of)
     # Weights that are kept, between gradients that are not: the heap would grow block by block.
     done = return_free_pages
     reverse_sweep(gm, batches, watched, labels.gradient, observe, done, ctx.progress)

@@ -37,6 +37,7 @@ from panguq.passes.learned_rounding import LearnedRounding
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.outliers import Outliers
 from panguq.passes.pipeline.base import Pass, PassContext
+from panguq.passes.progressive_rounding import ProgressiveRounding
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.rotate import Rotate
@@ -94,6 +95,7 @@ EXAMPLES = (
     Example(SlimLlm(), W2),
     Example(BiLlm(), W1),
     Example(LearnedRounding(), W4),
+    Example(ProgressiveRounding(steps=6), W4),
     Example(TuneScales(), (*W4, QuantizeWeights())),
     Example(QuantizeKvCache(), (Canonicalize(),), model="llama"),
     Example(FuseLatentAttention(), (Canonicalize(),), model="latent"),

@@ -89,7 +89,7 @@ def test_no_kernel_of_integers_takes_it_for_integers(target: str, side: str) -> 
 # --- passes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["learned-rounding", "slim-llm", "billm"])
+@pytest.mark.parametrize("name", ["learned-rounding", "progressive-rounding", "slim-llm", "billm"])
 def test_passes_that_count_in_integers_refuse_it_before_any_data(name: str) -> None:
     recipe = {"schemes": {"*": "W8A8_FP8"}, "passes": ["calibrate", "insert-fake-quant", name]}
     with pytest.raises(RecipeError, match=f"{name} chooses among integers, and W8A8_FP8 has"):

@@ -239,25 +239,32 @@ def _recompute(
             values[node] = values[node].detach().requires_grad_(wanted)
     with torch.enable_grad():
         for node in step.nodes:
-            args = fx.map_arg(node.args, lambda n: values[n])
-            kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
-            assert callable(node.target)
-            values[node] = body_of(node.target)(*args, **kwargs)
-            values[node] = _straight_through(node, values)
+            values[node] = recorded(node, values)
             if node in watched and not values[node].requires_grad:
                 values[node].requires_grad_()  # nothing before it does: a leaf
     return values
 
 
-def _straight_through(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+def recorded(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The node's value as autograd records it, from its inputs' values.
+
+    The gradient of a rounded activation passes on as if it were not rounded.
+    """
+    args = fx.map_arg(node.args, lambda n: values[n])
+    kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+    assert callable(node.target)
+    return _straight_through(node, body_of(node.target)(*args, **kwargs), values)
+
+
+def _straight_through(node: fx.Node, value: Any, values: dict[fx.Node, Any]) -> Any:
     """The node's value; where codes of an activation were read, with the activation's gradient."""
     quantized = QuantizedInput.match(node)
     if quantized is None:
-        return values[node]
+        return value
     source = values.get(quantized.source)
     if source is None or not source.requires_grad:
-        return values[node]
-    return source + (values[node] - source).detach()
+        return value
+    return source + (value - source).detach()
 
 
 def _backward(

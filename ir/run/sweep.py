@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ from torch import Tensor, fx
 from panguq.ir.analysis.blocks import blocks
 from panguq.ir.call_arguments import operand
 from panguq.ir.edit import ancestors, label
-from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops matched here)
+from panguq.ir.run.float_model import float_weight, is_quantization
 from panguq.ir.run.interpret import Values, compute, ensure_finite, last_uses, without_inputs
 from panguq.ir.run.reroute import Reroute
-from panguq.ir.views import DequantizedWeight, Item, QuantizedInput
 from panguq.tensors import spill
 from panguq.tensors.memory import return_free_pages
 
@@ -43,6 +43,21 @@ class AllTokens:
     reroute: Reroute
     experts: Sequence[int]
     observe: Callable[[int, fx.Node, Tensor], None]
+
+
+@dataclass(frozen=True)
+class PassedBlock:
+    """A block that every batch has passed: its nodes in graph order, what each batch's values were
+    when it began, the value of its last node for each batch, and the same in the float model."""
+
+    nodes: Sequence[fx.Node]
+    starts: Sequence[Mapping[fx.Node, Any]]
+    ends: Sequence[Tensor]
+    float_ends: Sequence[Tensor]
+
+
+BlockEnd = Callable[[PassedBlock], Chosen]
+"""Called when all batches have passed a block, which runs again if this chooses values."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ def solving_sweep(
     watch: Collection[fx.Node] = (),
     observe: Observe = lambda node, value: None,
     block_done: Callable[[], None] = lambda: None,
+    block_ends: Mapping[fx.Node, BlockEnd] = MappingProxyType({}),
 ) -> None:
     """Stop at each of these values, in graph order, once it is computed for all batches.
 
@@ -96,15 +112,17 @@ def solving_sweep(
     a dequantized weight; everything after it is computed with them. `beside_float` runs the float
     model along: quantize/dequantize pairs of the graph count as nothing there, and weights as they
     were before they were quantized. `observe(node, value)` is called for each batch of what is
-    watched besides, and `block_done` when all have passed a block. Raises as `sweep`.
+    watched besides, and `block_done` when all have passed a block. `block_ends` has what is called
+    behind blocks that end in these values. Raises as `sweep`.
     """
 
     def show(node: fx.Node, value: Tensor) -> None:
         if node not in pauses:
             observe(node, value)
 
-    run = _Sweep(gm, batches, progress, {*pauses, *watch}, show, block_done)
+    run = _Sweep(gm, batches, progress, {*pauses, *watch, *block_ends}, show, block_done)
     run.pauses = pauses
+    run.block_ends = block_ends
     run.beside_float = beside_float
     run.run(run.watch)
 
@@ -118,6 +136,7 @@ class _Sweep:
     observe: Observe
     block_done: Callable[[], None]
     pauses: Mapping[fx.Node, Pause | ExpertPause] = field(default_factory=dict)
+    block_ends: Mapping[fx.Node, BlockEnd] = field(default_factory=dict)
     beside_float: bool = False
     reroutes: Mapping[fx.Node, AllTokens] = field(default_factory=dict)
     chosen: dict[fx.Node, Any] = field(default_factory=dict)
@@ -147,8 +166,13 @@ class _Sweep:
                     self._show(node, environments, floats)
             for done, step in enumerate(steps):
                 self.progress("calibration sweep", done, len(steps))
+                choose = self.block_ends.get(step[-1])
+                starts = [] if choose is None else [dict(known) for known in environments]
                 for segment in self._segments(step):
                     self._compute(segment, environments, floats)
+                    if choose is not None and segment[-1] is step[-1]:
+                        self._pass_again(step, choose, starts, environments, floats)
+                    self._reached(segment[-1], environments, floats)
                 self._end_block(step)
             self.progress("calibration sweep", len(steps), len(steps))
 
@@ -191,10 +215,35 @@ class _Sweep:
                 if node is not last:
                     self._drop(node, environment)
             self._spill(environment, everyone)
+
+    def _reached(self, last: fx.Node, environments: list[Values], floats: list[Values]) -> None:
+        """The end of a segment: the sweep may pause here, and drops what is read no more."""
         if last in self.pauses:
             self._show(last, environments, floats)
-        for environment in everyone:
+        for environment in (*environments, *floats):
             self._drop(last, environment)
+
+    def _pass_again(
+        self,
+        step: list[fx.Node],
+        choose: BlockEnd,
+        starts: list[Values],
+        environments: list[Values],
+        floats: list[Values],
+    ) -> None:
+        """Run a block again from what entered it, if values are chosen at its end."""
+        known = [_Layered(start, self.constants) for start in starts]
+        ends, float_ends = ([e[step[-1]] for e in every] for every in (environments, floats))
+        chosen = choose(PassedBlock(step, known, ends, float_ends))
+        if not chosen:
+            return
+        self.chosen |= chosen
+        self.constants.clear()
+        for environment, start in zip(environments, starts, strict=True):
+            environment.clear()
+            environment |= start
+            start.clear()
+        self._compute(step, environments, [])
 
     def _show(self, node: fx.Node, environments: list[Values], floats: list[Values]) -> None:
         if node not in self.pauses:
@@ -239,7 +288,7 @@ class _Sweep:
     def _constant(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         """The value of a node that no input reaches; computed once a block."""
         if node not in known:
-            source = _float_weight(node) if known is self.float_constants else None
+            source = float_weight(node) if known is self.float_constants else None
             if source is not None:
                 known[node] = self._constant(source, known)
             elif node in self.chosen and known is self.constants:
@@ -253,7 +302,7 @@ class _Sweep:
 
     def _float_value(self, node: fx.Node, environment: Values) -> Any:
         """The node's value in the float model, where quantized values stand for themselves."""
-        if _is_quantization(node):
+        if is_quantization(node):
             return environment[operand(node, 0)]
         for source in node.all_input_nodes:
             if source in self.fixed:
@@ -295,25 +344,3 @@ class _Layered(Mapping[fx.Node, Any]):
 
     def __len__(self) -> int:
         return len({**self.second, **self.first})
-
-
-def _float_weight(node: fx.Node) -> fx.Node | None:
-    """The stored float weight behind `dequantize_weight(quantize_weight(w))`."""
-    weight = DequantizedWeight.match(node)
-    quantizer = None if weight is None else weight.quantizer
-    return None if quantizer is None else quantizer.weight
-
-
-def _is_quantization(node: fx.Node) -> bool:
-    """Whether this quantizes or dequantizes an activation, or takes such a quantizer's codes."""
-    panguq = torch.ops.panguq
-    quantizers = (
-        panguq.quantize_per_tensor.default,
-        panguq.quantize_per_token.default,
-        panguq.quantize_per_channel.default,
-        panguq.encode_per_token.default,
-    )
-    item = Item.match(node)
-    if item is not None:
-        return item.source.target in quantizers
-    return node.target in quantizers or QuantizedInput.match(node) is not None

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-
 from panguq.decibels import decibels
 from panguq.passes.codes.gram import InputMoments
 from panguq.passes.codes.solve_weights import SolveWeights
+from panguq.passes.codes.weighed_rows import joined_solutions
 from panguq.passes.codes.weight_problem import Solution, WeightProblem
 from panguq.ranks import ranks
 
@@ -39,6 +37,7 @@ class SolveRows(SolveWeights):
     """
 
     divided: ClassVar[bool] = True
+    divides_rows: ClassVar[bool] = True
 
     def solve_rows(self, problem: WeightProblem, moments: InputMoments) -> SolvedRows:
         """The codes of some rows, which need nothing but the `moments` of their inputs."""
@@ -62,7 +61,7 @@ class SolveRows(SolveWeights):
         relative = (decibels(error / signal) if signal > 0 else -300.0 for error in errors)
         sizes = [len(piece.weight) for piece in pieces]
         notes = (_mean(same, sizes) for same in zip(*(f.notes for f in found), strict=True))
-        return replace(_joined([f.solution for f in found]), notes=(*relative, *notes))
+        return replace(joined_solutions([f.solution for f in found]), notes=(*relative, *notes))
 
 
 def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
@@ -70,21 +69,3 @@ def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
     if len(set(values)) == 1:
         return values[0]
     return sum(v * size for v, size in zip(values, sizes, strict=True)) / sum(sizes)
-
-
-def _joined(parts: Sequence[Solution]) -> Solution:
-    """One solution of the rows of all parts."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def rows(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors))
-
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return Solution(
-        rows([part.codes for part in parts]),
-        rows([part.scale for part in parts]),
-        rows(zeros) if zeros else None,
-        {name: rows([part.extra[name] for part in parts]) for name in parts[0].extra},
-        parts[0].shared,
-    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ from panguq.ir.run.sweep import ExpertPause, Pause, solving_sweep
 from panguq.ir.views import DequantizedWeight, ExpertLinear, Linear, by_input, matmul_of
 from panguq.passes.codes.expert_solver import ExpertSolver
 from panguq.passes.codes.stored_codes import set_grid, store_codes
+from panguq.passes.codes.weighed_rows import joined_solutions, weighed_rows
 from panguq.passes.codes.weight_problem import Solution, WeightProblem, quantizer_of, weight_sqnr_db
 from panguq.passes.codes.weight_scales import weight_values
 from panguq.passes.pipeline.base import Pass, PassContext, PassResult, Table
@@ -30,6 +31,9 @@ from panguq.tensors.folded_weight import materialized
 from panguq.tensors.weight_store import WeightStore
 from panguq.tensors.work_folder import Finished
 
+Solved = dict[fx.Node, Solution]
+"""The solutions so far, by `quantize_weight`."""
+
 
 @dataclass(frozen=True)
 class SolveWeights(Pass):
@@ -37,9 +41,10 @@ class SolveWeights(Pass):
 
     One sweep: where the value that matmuls read is ready for all batches, their weights are solved
     together, and everything behind them is computed with the quantized weights (true-sequential by
-    data flow; q, k, v share one problem, gate and up another). Every expert's weights are a problem
-    of their own, with the rows that it meets; an expert that fewer than `least_tokens` calibration
-    tokens reach meets all of them, 0 follows the router alone.
+    data flow; q, k, v share one problem, gate and up another). Where weigh-tokens weighs tokens for
+    groups of outputs, each group's rows are a problem of their own. Every expert's weights are one,
+    with the rows that it meets; an expert that fewer than `least_tokens` calibration tokens reach
+    meets all of them, 0 follows the router alone.
     """
 
     requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ, Property.UNSOLVED})
@@ -50,8 +55,14 @@ class SolveWeights(Pass):
     note_columns: ClassVar[tuple[str, ...]] = ()
     integers_only: ClassVar[bool] = False
     """Whether it counts on codes that are integers."""
+    expert_note: ClassVar[str] = (
+        "experts meet other rows in the float model: the quantized ones count"
+    )
+    """What is said of each matmul of experts where the float model runs along."""
     takes_experts: ClassVar[bool] = False
     """Whether codes and grids of experts' weights, stacked, are all that it stores."""
+    divides_rows: ClassVar[bool] = False
+    """Whether rows of a weight can be solved apart, as their solutions share nothing."""
     least_tokens: int = FEW_TOKENS
 
     def needs(self, earlier: Sequence[Pass]) -> frozenset[Property]:
@@ -63,6 +74,13 @@ class SolveWeights(Pass):
                     f"of {scheme.weight.format}",
                     "use quantize-weights or gptq in its place",
                 )
+        guide = next((p.name for p in earlier if p.divides_outputs), None)
+        if guide is not None and not self.divides_rows:
+            raise RecipeError(
+                f"{self.name} solves all outputs of a matmul together, and {guide} weighs tokens "
+                "by groups of outputs",
+                f"leave out {guide}'s groups, or use gptq",
+            )
         return self.requires
 
     def solve(self, problem: WeightProblem) -> Solution:
@@ -89,7 +107,7 @@ class SolveWeights(Pass):
             ctx.require_batches()
         nodes = [node for some in groups.values() for node in some]
         divided = self.divided and not any(map(ExpertLinear.match, nodes))
-        solved: list[tuple[fx.Node, Solution]] = []
+        solved: Solved = {}
         rows: list[tuple[object, ...]] = []
         experts = ExpertSolver(self, gm, ctx, rows)
         pauses: dict[fx.Node, Pause | ExpertPause] = experts.pauses(groups)
@@ -99,8 +117,8 @@ class SolveWeights(Pass):
             if value not in pauses
         }
         batches = ranks().share(ctx.batches) if divided else ctx.batches
-        solving_sweep(gm, batches, pauses, ctx.progress, self.beside_float)
-        for node, solution in solved:
+        self.sweep(gm, ctx, batches, pauses, solved, result)
+        for node, solution in solved.items():
             self.store(gm, ctx.store, node, solution)
         for stacked in experts.solved:
             stacked.store(gm, ctx.store)
@@ -110,10 +128,20 @@ class SolveWeights(Pass):
         if experts.tokens:
             result.tables["experts"] = tokens_table(experts.tokens)
         for node in experts.tokens if self.beside_float else ():
-            result.skip(
-                node, "experts meet other rows in the float model: the quantized ones count"
-            )
+            result.skip(node, self.expert_note)
         return result
+
+    def sweep(
+        self,
+        gm: fx.GraphModule,
+        ctx: PassContext,
+        batches: Sequence[dict[str, Tensor]],
+        pauses: Mapping[fx.Node, Pause | ExpertPause],
+        solved: Solved,
+        result: PassResult,
+    ) -> None:
+        """Pause wherever weights are solved; `batches` are those that this rank runs."""
+        solving_sweep(gm, batches, pauses, ctx.progress, self.beside_float)
 
     def _pause(
         self,
@@ -121,7 +149,7 @@ class SolveWeights(Pass):
         ctx: PassContext,
         matmuls: list[fx.Node],
         divided: bool,
-        solved: list[tuple[fx.Node, Solution]],
+        solved: Solved,
         rows: list[tuple[object, ...]],
         values: Sequence[Tensor],
         float_values: Sequence[Tensor],
@@ -141,15 +169,25 @@ class SolveWeights(Pass):
                 spec=spec,
                 group_size=spec.group_size_for(int(stored[0].shape[1])),
                 dtype=stored[0].dtype,
-                inputs=_weighted(values, same[0], divided),
-                float_inputs=_weighted(float_values, same[0], divided),
+                inputs=(),
             )
-            solution = self.solved(ctx, problem, divided)
+            parts = weighed_rows(same)
+            solutions = []
+            for part in parts:
+                own = replace(
+                    problem,
+                    names=problem.names if len(parts) == 1 else (part.name,),
+                    weight=problem.weight[part.rows],
+                    inputs=part.weighted(values, divided),
+                    float_inputs=part.weighted(float_values, divided),
+                )
+                solutions.append(self.solved(ctx, own, divided))
+            solution = joined_solutions(solutions)
             weight = self.dequantize(problem, solution)
             start = 0
             for matmul, quantizer, tensor in zip(same, quantizers, stored, strict=True):
                 stop = start + len(tensor)
-                solved.append((quantizer.node, solution.rows(slice(start, stop))))
+                solved[quantizer.node] = solution.rows(slice(start, stop))
                 chosen[Linear.of(matmul).weight] = weight[start:stop].contiguous()
                 sqnr_db = weight_sqnr_db(tensor, weight[start:stop])
                 rows.append(
@@ -203,21 +241,6 @@ def _weights_by_input(gm: fx.GraphModule, result: PassResult) -> dict[fx.Node, l
         else:
             seen[weight.codes] = node
     return by_input(seen.values())
-
-
-def _weighted(values: Sequence[Tensor], matmul: fx.Node, divided: bool) -> Sequence[Tensor]:
-    """The batches, each token times the root of its weight where weigh-tokens gave it one.
-
-    `divided`: they are this rank's share.
-    """
-    weights = meta_of(matmul).token_weights
-    if weights is None or not values:
-        return values
-    own = ranks().share(weights) if divided else weights
-    return [
-        value.reshape(-1, value.shape[-1]) * weight.sqrt().to(value.dtype)[:, None]
-        for value, weight in zip(values, own, strict=True)
-    ]
 
 
 def _alike(matmuls: list[fx.Node]) -> list[list[fx.Node]]:

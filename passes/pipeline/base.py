@@ -196,6 +196,11 @@ class Pass:
         return False
 
     @property
+    def divides_outputs(self) -> bool:
+        """Whether the pass may give tokens weights that differ between outputs of one matmul."""
+        return False
+
+    @property
     def sweeps(self) -> float:
         """About how many forward passes over the calibration data take as long as this pass does.
 

@@ -19,6 +19,7 @@ from panguq.passes.learned_rounding import LearnedRounding
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.outliers import Outliers
 from panguq.passes.pipeline.base import Pass
+from panguq.passes.progressive_rounding import ProgressiveRounding
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.quantize_weights import QuantizeWeights
 from panguq.passes.rotate import Rotate
@@ -44,6 +45,7 @@ RECIPE_PASSES: tuple[type[Pass], ...] = (
     SlimLlm,
     BiLlm,
     LearnedRounding,
+    ProgressiveRounding,
     TuneScales,
     QuantizeKvCache,
 )

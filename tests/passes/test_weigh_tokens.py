@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from panguq.ir.views import ExpertLinear
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline.base import linears
+from panguq.passes.slim_llm import SlimLlm
 from panguq.passes.weigh_tokens import WeighTokens
 from tests.model_shelf import (
     TwoLinears,
@@ -77,6 +79,45 @@ def test_gptq_counts_tokens_by_their_weights() -> None:
     weighed = first_codes(x, WeighTokens())
     assert torch.equal(weighed, first_codes(scaled))
     assert not torch.equal(weighed, first_codes(x))
+
+
+def test_groups_of_outputs_have_weights_and_hessians_of_their_own() -> None:
+    """Each run of rows has the codes of a matmul that has these rows alone."""
+    gm, interface = trace_tiny(two(), torch.randn(3, 32))
+    weighed = (WeighTokens(groups=3), InsertFakeQuant(), Gptq())
+    run_passes(gm, tiny_context(interface, *batches()), SCHEME, *weighed)
+    noise = [torch.randn(40, 8, generator=seeded(number)) for number in range(2)]
+    weight = two().second.weight.detach()
+    first, interface = trace_tiny(two(), torch.randn(3, 32))
+    context = tiny_context(interface, *batches())
+    run_passes(first, context, SCHEME, WeighTokens(groups=3))
+    found = {label(node): meta_of(node).token_weights for node in linears(first)}
+    for name, gradients in (
+        ("second:linear", noise),
+        ("first:linear", [n @ weight for n in noise]),
+    ):
+        n = gradients[0].shape[1]
+        ends = [n * number // 3 for number in range(4)]
+        for group, (start, stop) in enumerate(itertools.pairwise(ends)):
+            squares = torch.cat(gradients)[:, start:stop].square().mean(1)
+            row = torch.cat([batch[group] for batch in found[name]])
+            torch.testing.assert_close(row, squares / squares.mean(), rtol=1e-5, atol=1e-6)
+    tokens = found["first:linear"]
+    for group, (start, stop) in enumerate(((0, 10), (10, 21), (21, 32))):
+        alone = nn.Linear(32, stop - start, bias=False)
+        with torch.no_grad():
+            alone.weight.copy_(two().first.weight[start:stop])
+        rows, of_rows = trace_tiny(alone, torch.randn(3, 32))
+        scaled = [x * w[group].sqrt()[:, None] for x, w in zip(batches(), tokens, strict=True)]
+        run_passes(rows, tiny_context(of_rows, *scaled), SCHEME, InsertFakeQuant(), Gptq())
+        packed = gm.first.weight_codes[start:stop]
+        assert torch.equal(packed, rows.weight_codes)
+
+
+def test_solvers_whose_rows_share_something_refuse_groups() -> None:
+    recipe = (WeighTokens(groups=2), InsertFakeQuant(), SlimLlm())
+    with pytest.raises(RecipeError, match="slim-llm solves all outputs of a matmul together"):
+        recipe[-1].needs(recipe[:-1])
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def test_orders_that_need_no_more(passes) -> None:
         ((Canonicalize(), DYNAMIC, InsertFakeQuant(), LowerMatmuls()),
          "pass 04 lower-matmuls needs WEIGHT_CODES",
          "put quantize-weights or gptq or gptaq or slim-llm or billm or learned-rounding "
-         "before it"),
+         "or progressive-rounding before it"),
         ((Canonicalize(), WEIGHT_ONLY, LowerMatmuls()),
          "pass 03 lower-matmuls needs QDQ", "put insert-fake-quant before it"),
         ((Canonicalize(), DYNAMIC, InsertFakeQuant(), Calibrate()),
