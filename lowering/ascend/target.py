@@ -73,9 +73,9 @@ class AscendTarget(AscendMachine):
         """Formats are compared for int8 weights of integer matmuls; other weights are ND: the
         vendor documents NZ for weight-only matmuls in graph mode alone."""
         weight, activation = problem.scheme.weight, problem.scheme.activation
-        if problem.experts and problem.biased:
-            return ("NZ",)  # a bfloat16 bias is taken beside such weights alone
         fractal = weight is not None and weight.format == INT8 and activation is not None
+        if fractal and problem.experts and problem.biased:
+            return ("NZ",)  # a bfloat16 bias is taken beside such weights alone
         if not fractal or option == "ND":
             return ("ND",)
         return ("NZ",) if option == "NZ" or problem.experts else ("ND", "NZ")

@@ -69,9 +69,11 @@ class ExpectedModel:
 
     def called_as_in_memory(self, stored: Iterable[str]) -> dict[str, str]:
         """Those of the stored tensors that are not called as they are published, with how."""
+        tensors = self.names.tensors
+        here = {name.rpartition(".")[0] for name, there in tensors.items() if name == there}
         modules = {
             name.rpartition(".")[0]: there.rpartition(".")[0]
-            for name, there in self.names.tensors.items()
+            for name, there in tensors.items()
             if name != there
         }
         found = {}
@@ -79,7 +81,9 @@ class ExpectedModel:
             if self.names.merged.get(name):
                 found[name] = f"{self.names.merged[name][0].name} and others"
             path, _, leaf = name.rpartition(".")
-            if path in modules:
+            if tensors.get(name, name) != name:
+                found[name] = tensors[name]
+            elif path in modules and path not in here:  # else one of its tensors alone moves
                 found[name] = f"{modules[path]}.{leaf}"
         return found
 

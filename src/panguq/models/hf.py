@@ -35,7 +35,8 @@ from panguq.models.gguf.weights import find_gguf, gguf_config, load_gguf
 from panguq.models.load_weights import load_weights, name_groups
 from panguq.models.openpangu import config as openpangu_config
 from panguq.models.openpangu.chat import chat_inputs, chat_prompt, split_thinking
-from panguq.models.packed_floats import PackedFloats, packed_floats
+from panguq.models.packed_floats import PackedFloats, packed_weights
+from panguq.models.packed_integers import PackedIntegers
 from panguq.models.tokenizer_files import read_tokenizer
 
 logger = logging.getLogger("panguq")
@@ -58,7 +59,9 @@ def load_pretrained(folder: str | Path) -> Any:
     """The transformers model in a local folder, in the dtype in which most weights are stored.
 
     Weights are memory-mapped. Those in FP8 or MXFP4 are made into the config's dtype, in nameless
-    files; see `packed_floats`. `model.panguq_unused_weights` names those of the checkpoint that the
+    files; see `packed_floats`. Weight-only folders of
+    gptq, awq and compressed-tensors load as float32, in which their values are exact; see
+    `packed_integers`. `model.panguq_unused_weights` names those of the checkpoint that the
     architecture does not use (layers that predict further tokens, a vision tower), and files of
     weights that were not read; a warning does so, too. Of config.json and generation_config.json
     only what transformers' classes know counts, and nothing that chooses code or files. openPangu's
@@ -84,7 +87,7 @@ def load_pretrained(folder: str | Path) -> Any:
     tensors = stored_tensors(path)
     others = other_files(path, tensors)
     _check_layers(path, config, len(tensors))
-    packed = packed_floats(data, path)
+    packed = packed_weights(data, path)
     dtype = _dtype(tensors, packed) or torch.float32
     model, unused = load_weights(path, config, tensors, dtype, packed)
     openpangu_config.check_no_other_weights(
@@ -127,7 +130,9 @@ def skeleton(folder: str | Path) -> nn.Module:
     if gguf is not None:
         return _fake_model(_gguf_config(gguf), path, torch.float32)
     data = _config_data(path)
-    return _fake_model(_config(data, path), path, _dtype_if_stored(path, packed_floats(data, path)))
+    return _fake_model(
+        _config(data, path), path, _dtype_if_stored(path, packed_weights(data, path))
+    )
 
 
 def skeleton_of_config(data: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -179,14 +184,21 @@ def read_config(folder: Path) -> Any:
     return _config(_config_data(folder), folder)
 
 
-def _dtype_if_stored(path: Path, packed: PackedFloats | None) -> torch.dtype | None:
+def _dtype_if_stored(
+    path: Path, packed: PackedFloats | PackedIntegers | None
+) -> torch.dtype | None:
     if not any(path.glob("*.safetensors")):
         return None
     return _dtype(stored_tensors(path), packed)
 
 
-def _dtype(tensors: list[StoredTensor], packed: PackedFloats | None) -> torch.dtype | None:
-    return stored_dtype(tensors) if packed is None else stored_dtype(packed.plain(tensors))
+def _dtype(
+    tensors: list[StoredTensor], packed: PackedFloats | PackedIntegers | None
+) -> torch.dtype | None:
+    if packed is None:
+        return stored_dtype(tensors)
+    plain = stored_dtype(packed.plain(tensors))
+    return packed.dtype if isinstance(packed, PackedIntegers) else plain
 
 
 def _gguf_config(file: Path) -> Any:
@@ -207,7 +219,7 @@ def _config_data(folder: Path) -> dict[str, Any]:
 
 def _config(data: dict[str, Any], folder: Path) -> Any:
     model_type = str(data.get("model_type", ""))
-    packed_floats(data, folder)
+    packed_weights(data, folder)
     if model_type == openpangu_config.MODEL_TYPE:
         data = openpangu_config.as_llama(data)
     elif model_type not in config_classes():

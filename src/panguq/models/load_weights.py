@@ -19,6 +19,7 @@ from panguq.models.checkpoint_files import CONFIG, StoredTensor, open_tensors, r
 from panguq.models.config import first_lines
 from panguq.models.merged_weights import MergedInFiles
 from panguq.models.packed_floats import PackedFloats
+from panguq.models.packed_integers import PackedIntegers
 from panguq.tensors.dtypes import dtype_name
 from panguq.tensors.weight_store import WeightStore
 
@@ -33,7 +34,7 @@ def load_weights(
     config: Any,
     tensors: list[StoredTensor],
     dtype: torch.dtype,
-    packed: PackedFloats | None = None,
+    packed: PackedFloats | PackedIntegers | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The model of `config` with these tensors, memory-mapped where they are stored as `dtype`,
     and the names of those that it does not use. Experts that are stored one by one are merged in

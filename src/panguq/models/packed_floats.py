@@ -23,6 +23,7 @@ from torch import Tensor
 
 from panguq.errors import InputError, StorageError
 from panguq.models.checkpoint_files import StoredTensor
+from panguq.models.packed_integers import PackedIntegers, packed_integers
 from panguq.tensors.dtypes import dtype_name
 from panguq.tensors.safetensors_files import DTYPES
 from panguq.tensors.weight_store import WeightStore
@@ -151,7 +152,7 @@ def _from_mxfp4(
     return out
 
 
-def packed_floats(data: Mapping[str, Any], place: object) -> PackedFloats | None:
+def packed_weights(data: Mapping[str, Any], place: object) -> PackedFloats | PackedIntegers | None:
     """How the weights are packed that belong to this config.json; None if they are not.
 
     Raises InputError, in one sentence, for a model that is quantized in another way.
@@ -163,6 +164,8 @@ def packed_floats(data: Mapping[str, Any], place: object) -> PackedFloats | None
     method = str(config.get("quant_method", ""))
     block: object = None
     takes = not more and part is data
+    if takes and (integers := packed_integers(config, place)) is not None:
+        return integers
     if method == "fp8":
         block = config.get("weight_block_size")
     elif method == "compressed-tensors":
@@ -179,7 +182,8 @@ def packed_floats(data: Mapping[str, Any], place: object) -> PackedFloats | None
         raise InputError(
             f"{place}: the model is quantized already ({method or 'in a way that is not named'})",
             "give the float checkpoint that it was made from; of quantized ones those with weights "
-            "in FP8 (fp8, compressed-tensors) and MXFP4 are read",
+            "in FP8 (fp8, compressed-tensors) and MXFP4 are read, and weight-only ones in integers "
+            "(gptq, awq, compressed-tensors)",
         )
     named = str(data.get("dtype") or data.get("torch_dtype") or "").removeprefix("torch.")
     return PackedFloats(method, _block(block, place), _DTYPES.get(named, torch.bfloat16))

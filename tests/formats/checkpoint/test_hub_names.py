@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import panguq
 from panguq.check.ascend_read import load_ascend_v1
+from panguq.check.model import ExpectedModel
 from panguq.check.report import check_folder
 from panguq.errors import ExportError
 from panguq.formats.checkpoint.ascend_v1_tensors import unpack_rows
@@ -254,6 +255,14 @@ def test_an_architecture_that_is_not_renamed_keeps_its_names() -> None:
     assert not names.differ
     assert names.module("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
     assert not hub_names(torch.nn.Linear(2, 2)).differ
+
+
+def test_a_module_one_of_whose_tensors_alone_is_published_elsewhere() -> None:
+    """As Laguna's routers, whose bias is published among the experts."""
+    names = {"gate.weight": "gate.weight", "gate.bias": "experts.bias"}
+    model = ExpectedModel({}, (), {}, frozenset(), HubNames(names))
+    stored = ["gate.weight", "gate.weight_scale", "gate.bias"]
+    assert model.called_as_in_memory(stored) == {"gate.bias": "experts.bias"}
 
 
 def test_weights_that_are_merged_when_they_are_loaded_are_refused() -> None:

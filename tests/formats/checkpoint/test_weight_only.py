@@ -45,6 +45,15 @@ def linears(model: Any) -> dict[str, QuantizedLinear]:
     return dict(read_checkpoint_graph(model.artifact).quantized)
 
 
+def check_loads(model: Any, folder: Path) -> None:
+    """A model that is loaded from the folder multiplies by the same weights."""
+    loaded = panguq.load_pretrained(folder)
+    weights = loaded.state_dict()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    for path, linear in linears(model).items():
+        assert torch.equal(weights[f"{path}.weight"], linear.dequantized(torch.float32)), path
+
+
 def gptq_weight(tensors: dict[str, Tensor], path: str, bits: int, plus: int) -> Tensor:
     """(code - zero) * scale of every weight, `[n, k]`, as a reader has it."""
     codes = unpacked_words(tensors[f"{path}.qweight"].T.contiguous(), bits).T
@@ -76,6 +85,7 @@ def test_gptq(scheme: str, bits: int, convention: str, tmp_path: Path) -> None:
         read = gptq_weight(tensors, path, bits, plus)
         assert torch.equal(read, linear.dequantized(torch.float32)), path
         assert (f"{path}.bias" in tensors) == linear.has_bias
+    check_loads(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +111,7 @@ def test_awq(schemes: dict[str, str], group_size: int, tmp_path: Path) -> None:
         scales = tensors[f"{path}.scales"].float()
         read = ((codes - zeros[of_input]) * scales[of_input]).T
         assert torch.equal(read, linear.dequantized(torch.float32)), path
+    check_loads(model, tmp_path / "out")
 
 
 def test_rules_name_what_differs_and_what_servers_make_of_it(

@@ -14,6 +14,7 @@ from panguq.ir.quant_spec import SCHEMES
 from panguq.kernels.ascend.atlas_a2 import ATLAS_A2
 from panguq.lowering.ascend.expert_rules import grouped_matmul_refusal
 from panguq.lowering.problem import MatmulProblem
+from panguq.lowering.targets import find_target
 from tests.lowering.ascend.test_fuse_ascend import normals, ops
 from tests.lowering.ascend.test_fuse_experts import Mixture
 
@@ -108,6 +109,9 @@ def test_a_bias_is_bfloat16_beside_fractal_weights() -> None:
         Wide(torch.bfloat16, bias=True), "W8A8_DYNAMIC", torch.bfloat16, weight_format="ND"
     )
     assert dtype_of(calls(graph)[0]["bias"]) == torch.bfloat16
+    target = find_target("ascend910b1")
+    for scheme in ("W4A16", "W8A16"):  # of which CANN's tables have no fractal form
+        assert target.weight_formats(problem(scheme, biased=True), "auto") == ("ND",)
     assert ops(graph)["npu_format_cast"] >= 1
 
 

@@ -38,8 +38,8 @@ from panguq.formats.checkpoint.weight_only import (
     unsigned_codes,
     unsigned_zeros,
 )
-from panguq.formats.checkpoint.word_packing import awq_words
 from panguq.servers import ServedFormat
+from panguq.tensors.word_packing import awq_words
 
 FORMAT: ServedFormat = "awq"
 _BITS = 4

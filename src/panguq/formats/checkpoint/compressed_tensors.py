@@ -47,10 +47,10 @@ from panguq.formats.checkpoint.graph import (
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.loaders import check_fused, check_loaders
 from panguq.formats.checkpoint.served_files import config_of, served_files
-from panguq.formats.checkpoint.word_packing import packed_words
 from panguq.server_models import missing_classes
 from panguq.server_releases import Server
 from panguq.servers import ServedFormat
+from panguq.tensors.word_packing import packed_words
 
 logger = logging.getLogger("panguq")
 

@@ -43,8 +43,8 @@ from panguq.formats.checkpoint.weight_only import (
     unsigned_codes,
     unsigned_zeros,
 )
-from panguq.formats.checkpoint.word_packing import WORD, packed_words
 from panguq.servers import FUSED, ServedFormat
+from panguq.tensors.word_packing import WORD, packed_words
 
 FORMAT: ServedFormat = "gptq"
 BITS = (2, 3, 4, 8)

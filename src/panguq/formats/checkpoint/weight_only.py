@@ -22,9 +22,9 @@ from panguq.formats.checkpoint.folder import CONFIG, Output, marked, write_check
 from panguq.formats.checkpoint.graph import CheckpointGraph
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
-from panguq.formats.checkpoint.word_packing import WORD
 from panguq.server_models import missing_classes
 from panguq.server_releases import Server
+from panguq.tensors.word_packing import WORD
 
 logger = logging.getLogger("panguq")
 

@@ -47,3 +47,30 @@ def _period(bits: int) -> tuple[int, int]:
 def _as_int32(words: Tensor) -> Tensor:
     """Words from 0 to 2^32 - 1 as the int32 of the same bits."""
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpacked_words(words: Tensor, bits: int) -> Tensor:
+    """What `packed_words` was given: int32 words `[r, w]` to uint8 `[r, w * 32 / bits]`.
+
+    w * 32 must be a multiple of bits.
+    """
+    count, width = _period(bits)
+    rows, columns = words.shape
+    streams = words.to(torch.int64).bitwise_and(0xFFFFFFFF).reshape(rows, columns // width, width)
+    values = torch.empty(rows, columns // width, count, dtype=torch.uint8)
+    for index in range(count):
+        word, shift = divmod(index * bits, WORD)
+        value = streams[..., word] >> shift
+        if shift + bits > WORD:
+            value = value | streams[..., word + 1] << (WORD - shift)
+        values[..., index] = value & (2**bits - 1)
+    return values.reshape(rows, -1)
+
+
+def from_awq_words(words: Tensor) -> Tensor:
+    """What `awq_words` was given: int32 words `[r, w]` to uint8 `[r, w * 8]`."""
+    rows = words.shape[0]
+    ordered = unpacked_words(words, 4).reshape(rows, -1, 8)
+    values = torch.empty_like(ordered)
+    values[..., list(AWQ_ORDER)] = ordered
+    return values.reshape(rows, -1)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panguq.formats.checkpoint.word_packing import awq_words, packed_words
+from panguq.tensors import word_packing
+from panguq.tensors.word_packing import awq_words, packed_words
 from tests.formats.checkpoint.read_words import from_awq_words, unpacked_words
 
 
@@ -17,6 +18,7 @@ def test_codes_are_one_stream_of_bits(bits: int, rows: int, blocks: int, seed: i
     words = packed_words(values, bits)
     assert words.dtype == torch.int32 and words.shape == (rows, bits * blocks)
     assert torch.equal(unpacked_words(words, bits), values)
+    assert torch.equal(word_packing.unpacked_words(words, bits), values.to(torch.uint8))
 
 
 def test_three_bits_lie_across_words() -> None:
