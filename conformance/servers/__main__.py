@@ -1,7 +1,7 @@
 """Write folders, have servers load them, compare: python -m conformance.servers [options].
 
 --only vllm-ascend      one server alone; `vllm` and `genai` run on this CPU
---rows NAME ...         folders by name; `tiny` is the one of `make conformance`
+--rows NAME ...         folders by name; `tiny` is one of vllm-ascend's
 --smollm2               SmolLM2-135M, too
 --folders DIR           keep what is written, and use what is there
 --update                write conformance/results/servers.json

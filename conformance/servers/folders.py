@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import panguq
 from panguq.check.ascend_read import FakeQuantLinear, load_ascend_v1
+from panguq.recipe import Recipe
 
 VOCABULARY = 256
 TOKENS = 33
@@ -36,6 +37,11 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
         decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+W4A8 = {
+    "name": "w4a8-plain",
+    "schemes": {"*": "W4A8"},
+    "passes": ["calibrate", "insert-fake-quant", {"quantize-weights": {"clip_search": True}}],
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class Folder:
 def write(folder: Folder, to: Path) -> None:
     """Write `to/checkpoint` and `to/reference.safetensors`: token ids `ids` `[2, TOKENS]` and the
     compiled model's `logits` `[2, TOKENS, VOCABULARY]` for them, in the model's dtype. Of W4A8
-    also `served_logits`, by an independent dequantization and with the server's float inputs; of
-    some others `tp2_logits`, by the same dequantization, shared out among two devices."""
+    also `served_logits`, with the server's float inputs; of some others `tp2_logits`, by an
+    independent dequantization of the checkpoint, shared out among two devices."""
     model, calibration, ids = model_and_tokens(folder.model)
     dtype = getattr(torch, folder.dtype)
     compiled = panguq.compile(
@@ -63,23 +69,20 @@ def write(folder: Folder, to: Path) -> None:
     with torch.no_grad():
         logits = compiled(ids).logits
         reference = {"ids": ids, "logits": logits.contiguous()}
-        if folder.format == "ascend" and folder.model in ("llama", "openpangu"):
-            as_w4a16 = "w4a8" in str(folder.recipe)
-            served = (_as_w4a16 if as_w4a16 else _on_two_devices)(to / "checkpoint")
-            name = "served_logits" if as_w4a16 else "tp2_logits"
-            reference[name] = served(ids).logits.contiguous()
+        if folder.recipe == W4A8:
+            reference["served_logits"] = _as_w4a16(folder)(ids).logits.contiguous()
+        elif folder.format == "ascend" and folder.model in ("llama", "openpangu"):
+            reference["tp2_logits"] = _on_two_devices(to / "checkpoint")(ids).logits.contiguous()
     save_file(reference, to / "reference.safetensors")
 
 
-def _as_w4a16(checkpoint: Path) -> Any:
-    """The checkpoint as vllm-ascend 0.23 computes W4A8: with float inputs, with the products of
-    its two scales in the model's dtype, and without biases."""
-    model = load_ascend_v1(checkpoint)
-    for module in model.modules():
-        if isinstance(module, FakeQuantLinear) and module.kind == "W4A8_DYNAMIC":
-            module.kind, module.bias = "W8A16", None  # no kind has float inputs but this one
-            module.weight_scale = module.weight_scale.to(model.dtype).float()
-    return model
+def _as_w4a16(folder: Folder) -> Any:
+    """The model as vllm-ascend 0.23 computes W4A8: with the same codes, as the recipe has no step
+    that looks at how inputs are rounded, and float inputs."""
+    model, calibration, _ = model_and_tokens(folder.model)
+    recipe = Recipe.of(folder.recipe).with_schemes({"*": "W4A16-g256"})
+    dtype = getattr(torch, folder.dtype)
+    return panguq.compile(model, recipe, calibration=calibration, target=folder.target, dtype=dtype)
 
 
 def _on_two_devices(checkpoint: Path) -> Any:
