@@ -7,7 +7,7 @@ from typing import Any
 
 from panguq.accuracy_map.folder import FIELDS, Cell, MapFolder, json_plain
 from panguq.pages.page import write_page
-from panguq.pages.plots import grouped, scatter
+from panguq.pages.plots import grouped_bars, scatter
 from panguq.tasks.task_list import TASKS
 
 SHOWN = 3
@@ -79,7 +79,7 @@ def _plots(cells: Sequence[Cell]) -> list[dict[str, str]]:
                 found.append({"title": title, "svg": svg})
     title = "tokens an answer, over float's"
     inflation = _inflation(cells)
-    svg = grouped(inflation, title) if inflation else None
+    svg = grouped_bars(inflation, title) if inflation else None
     return [*found, {"title": title, "svg": svg}] if svg is not None else found
 
 

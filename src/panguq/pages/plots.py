@@ -49,7 +49,7 @@ def scatter(points: Points, title: str, *, lower_is_better: bool, log: bool = Fa
     return _svg(figure)
 
 
-def grouped(rows: Mapping[str, Mapping[str, float]], title: str) -> str | None:
+def grouped_bars(rows: Mapping[str, Mapping[str, float]], title: str) -> str | None:
     """A bar for every row's every part, a colour for each part, and a line at 1; SVG in base64.
 
     None where matplotlib is not installed.
