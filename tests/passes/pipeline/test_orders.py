@@ -22,10 +22,12 @@ from panguq.passes.pipeline.runner import Runner, check_order
 from tests.model_shelf import canonical, family_context
 
 LONGEST = 4
-BUDGET = {"bits": 8.5, "choices": ["W8A8", "W8A16"]}
+OPTIONS = {
+    "mixed-precision": {"bits": 8.5, "choices": ["W8A8", "W8A16"]},
+    "progressive-rounding": {"steps": 2},
+}
 PASSES = {
-    name: make_pass(cls, BUDGET if name == "mixed-precision" else {}, name)
-    for name, cls in passes_by_name().items()
+    name: make_pass(cls, OPTIONS.get(name, {}), name) for name, cls in passes_by_name().items()
 }
 BEFORE = (Canonicalize(), AssignSchemes(schemes=(("*", "W8A8"), ("lm_head", "FLOAT"))))
 LEAST_DB = 22.0
@@ -45,9 +47,9 @@ def accepted() -> Iterator[tuple[str, ...]]:
 
 
 def test_an_order_that_makes_sense_calibrates_quantizes_and_solves_once() -> None:
-    """Of all 47,297; each rule is said in words here, and as properties by the passes."""
+    """Of all 61,490; each rule is said in words here, and as properties by the passes."""
     orders = list(accepted())
-    assert len(orders) == 78
+    assert len(orders) == 91
     solvers = {name for name, step in PASSES.items() if Property.WEIGHT_CODES in step.establishes}
     first_to_last = [
         ("rotate", "calibrate"), ("smoothquant", "calibrate"), ("awq", "calibrate"),
