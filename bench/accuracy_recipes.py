@@ -43,15 +43,15 @@ BASELINES: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT = (
-    "float", "w8a8", "w8a8-tuned", "w8a8-dynamic", "w8a8-dynamic-tuned", "w8a8-dynamic-kv8",
-    "w8a16", "w6a16",
+    "float", "w8a8", "w8a8-smooth", "w8a8-tuned", "w8a8-dynamic", "w8a8-dynamic-tuned",
+    "w8a8-dynamic-kv8", "w8a16", "w6a16",
     "w4a16-plain-rtn", "w4a16", "w4a16-asym", "w4a16-awq", "w4a16-plain-gptq", "w4a16-gptaq",
     "w4a16-gptq", "w4a16-rounding", "w4a16-tuned", "mixed-4.75",
     "w3a16", "w3a16-gptq", "w3a16-awq", "w3a16-tuned",
     "w2a16", "w2a16-gptq", "w2a16-slim-llm",
     "w1-rtn", "w1-gptq", "w1-billm",
     "w4a8", "w4a8-plain-gptq", "w4a8-plain-gptaq", "w4a8-gptq", "w4a8-tuned",
-    "w4a4", "w4a4-smoothquant", "w4a4-rotate",
+    "w4a4", "w4a4-smoothquant", "w4a4-rotate", "w4a4-flat",
 )  # fmt: skip
 
 

@@ -97,6 +97,10 @@ def block_calls(dtype: str, hidden: int = 1536, ffn: int = 6144) -> list[Call]:
             f"{dtype}[2, 6, m, 128]", num_heads=12, num_key_value_heads=6, scale=128**-0.5,
             input_layout="BNSD",
         ),
+        call(
+            "npu_kronecker_quant", f"{dtype}[m, 32, 48]", f"{dtype}[32, 32]", f"{dtype}[48, 48]",
+            0.75,
+        ),
         call("npu_trans_quant_param", f"float32[{hidden}]"),
         call("npu_convert_weight_to_int4pack", f"int32[{ffn}, {hidden}]"),
     ]  # fmt: skip

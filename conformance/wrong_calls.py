@@ -226,6 +226,18 @@ FUSED = (
     _attention("a bfloat16 mask", ATTENTION, atten_mask="bfloat16[2, 1, m, m]"),
 )  # fmt: skip
 
+
+def _kronecker(
+    why: str,
+    documented: str,
+    x: str = "bfloat16[m, 32, 48]",
+    p1: str = "bfloat16[32, 32]",
+    p2: str = "bfloat16[48, 48]",
+) -> WrongCall:
+    """npu_kronecker_quant with something changed."""
+    return WrongCall(why, call("npu_kronecker_quant", x, p1, p2), documented)
+
+
 PACKING, QUANTIZE = "npu_convert_weight_to_int4pack", "npu_quantize"
 OTHER = (
     _wrong("12 columns", NONE, PACKING, "int32[64, 12]"),
@@ -242,6 +254,14 @@ OTHER = (
            "float16[m, 512]", smooth_scales="float16[511]"),
     _wrong("float32 smooth_scales", "aclnnDynamicQuantV2", "npu_dynamic_quant",
            "float16[m, 512]", smooth_scales="float32[512]"),
+    _kronecker("a last size of 44", NONE, "bfloat16[m, 32, 44]", p2="bfloat16[44, 44]"),
+    _kronecker("two dimensions", "aclnnFlatQuant", "bfloat16[m, 1536]"),
+    _kronecker("a factor of another size", "aclnnFlatQuant", p1="bfloat16[24, 24]"),
+    _kronecker("a factor of another dtype", "aclnnFlatQuant", p2="float16[48, 48]"),
+    _kronecker("a factor of 264 rows", "aclnnFlatQuant", "bfloat16[m, 32, 264]",
+               p2="bfloat16[264, 264]"),
+    _kronecker("float32 x", "aclnnFlatQuant", "float32[m, 32, 48]", "float32[32, 32]",
+               "float32[48, 48]"),
     _wrong("4-bit codes of 12 columns", NONE, QUANTIZE, "float16[m, 12]", "float16[1]", None,
            QUINT4X2, -1, False),
     _wrong("a scale of the wrong length", "aclnnAscendQuantV3", QUANTIZE, "float16[m, 512]",

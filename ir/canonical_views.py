@@ -217,3 +217,24 @@ class NpuLatentAttention(LatentAttention):
     """The same on an NPU, with a mask that is True where a key is hidden."""
 
     op = "panguq_npu::latent_attention"
+
+
+class Kronecker(View):
+    """`kronecker(x, left, right)`: x times the Kronecker product of two stored matrices."""
+
+    op = "panguq::kronecker"
+
+    @property
+    def x(self) -> fx.Node:
+        """`[..., a * b]`."""
+        return operand(self.node, 0)
+
+    @property
+    def left(self) -> fx.Node:
+        """`[a, a]`."""
+        return operand(self.node, 1)
+
+    @property
+    def right(self) -> fx.Node:
+        """`[b, b]`."""
+        return operand(self.node, 2)

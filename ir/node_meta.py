@@ -37,6 +37,8 @@ class NodeMeta:
     What calibration saw of a matmul's input; its kernel reads another value:
       input_statistics  calibrate; matmuls that read one value share one object
       input_range       (low, high), calibrate
+      input_clip        the share of a token's largest magnitude that its largest code stands for
+                        (flatquant)
       token_weights     float32 `[tokens]` for each calibration batch, or `[groups, tokens]` for
                         runs of outputs (weigh-tokens)
     """
@@ -50,6 +52,7 @@ class NodeMeta:
     merged: tuple[str, ...] = ()
     input_statistics: InputStatistics | None = None
     input_range: tuple[float, float] | None = None
+    input_clip: float | None = None
     token_weights: tuple[Tensor, ...] | None = None
 
     def filled(self) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class NodeMeta:
 
 _NOTHING = NodeMeta()
 _OWN = ("label", "module_path", "stored_type")
-_OF_THE_INPUT = ("input_statistics", "input_range", "token_weights")
+_OF_THE_INPUT = ("input_statistics", "input_range", "input_clip", "token_weights")
 
 
 def meta_of(node: fx.Node) -> NodeMeta:

@@ -12,7 +12,7 @@ from torch import fx
 
 from panguq.ir.edit import call, free_name, get_tensor, label, module_path, tensor_node
 from panguq.ir.expert_groups import divide_by_scheme
-from panguq.ir.node_meta import range_of, scheme_of
+from panguq.ir.node_meta import meta_of, range_of, scheme_of
 from panguq.ir.ops import encode, quantize  # noqa: F401  (register the quantize ops)
 from panguq.ir.properties import Property
 from panguq.ir.quant_spec import QuantSpec
@@ -34,7 +34,8 @@ class InsertFakeQuant(Pass):
       `zero_point = round(qmin - low / scale)` from the observed range, which is widened to hold
       zero; symmetric: `scale = max(|low|, |high|) / qmax`, zero point 0.
       In a 16-bit model the scale is one of its dtype's values, see `storable_scale`.
-    - per token, dynamic: the scale is computed by the graph, `amax|x| / qmax` for each token.
+    - per token, dynamic: the scale is computed by the graph, `amax|x| / qmax` for each token,
+      times the clip that flatquant learned.
     - a format of other numbers than integers (FP8): `decode(encode(x))` in that format.
     - weights, per channel or group: from the smallest and largest weight of the group.
     Matmuls that read one tensor share its quantize node. Experts of one matmul that differ in
@@ -93,7 +94,7 @@ def _quantize_input(matmul: Linear, spec: QuantSpec) -> fx.Node:
         pair = call(
             node,
             panguq.quantize_per_token.default,
-            (source, spec.quant_max),
+            (source, spec.quant_max, *_clip(node)),
             origin=source,
             suffix=".quantize_per_token",
         )
@@ -124,6 +125,12 @@ def _quantize_input(matmul: Linear, spec: QuantSpec) -> fx.Node:
         origin=source,
         suffix=f".dequantize_{spec.granularity}",
     )
+
+
+def _clip(matmul: fx.Node) -> tuple[float, ...]:
+    """What a token's largest magnitude is multiplied by, where that was learned."""
+    clip = meta_of(matmul).input_clip
+    return () if clip is None else (clip,)
 
 
 def _encode_input(matmul: Linear, spec: QuantSpec, dtype: torch.dtype) -> fx.Node:

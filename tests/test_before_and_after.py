@@ -30,6 +30,8 @@ from panguq.passes.awq import Awq
 from panguq.passes.billm import BiLlm
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.decoupled_smoothquant import DecoupledSmoothQuant
+from panguq.passes.flatquant import FlatQuant
 from panguq.passes.gptaq import Gptaq
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
@@ -82,7 +84,9 @@ EXAMPLES = (
     Example(start("W8A8")[1], (Canonicalize(),)),
     Example(FitSchemes(NPU), start("W4A8"), dtype=torch.bfloat16),
     Example(Rotate(), start("W4A4")),
+    Example(FlatQuant(epochs=1), start("W4A4")),
     Example(SmoothQuant(), start("W8A8")),
+    Example(DecoupledSmoothQuant(batches=1, rounds=1), start("W8A8")),
     Example(Awq(), start("W4A16-g32")),
     Example(MixedPrecision(choices=("W4A16-g32", "W8A16"), bits=11.5), start("W4A16-g32")),
     Example(WeighTokens(), start("W4A16-g32")),

@@ -56,7 +56,9 @@ KERNELS = {
     "w4a8-tuned": {"dequantized_linear"},
     "w8a8-dynamic-tuned": {"int8_linear"},
     "w8a8-tuned": {"int8_linear"},
+    "w8a8-smooth": {"int8_linear"},
     "w4a4-rotate": {"dequantized_linear"},
+    "w4a4-flat": {"dequantized_linear"},
     "w3a16": {"dequantized_linear"},
     "w3a16-gptq": {"dequantized_linear"},
     "w3a16-tuned": {"dequantized_linear"},
@@ -69,7 +71,7 @@ KERNELS = {
 }
 NARROW = tuple(name for name in QUANTIZED if name[:2] in ("w1", "w2", "w3") or "a4" in name)
 
-SLOW = ("-tuned", "-gptaq", "-rounding", "w4a8-gptq")
+SLOW = ("-tuned", "-gptaq", "-rounding", "w4a8-gptq", "-flat", "-smooth")
 """What solves with gradients, or like gptq, is tried on one family alone."""
 
 

@@ -46,7 +46,7 @@ ROOMS = (
     "panguq.lowering",
     "panguq.passes",
     "panguq.passes.codes panguq.passes.patterns panguq.passes.rotation panguq.passes.scaling "
-    "panguq.passes.statistics",
+    "panguq.passes.statistics panguq.passes.transforms",
     "panguq.passes.pipeline",
     "panguq.kernels",
     "panguq.tracing panguq.trace_check panguq.trace_difference panguq.equal_layers",

@@ -23,9 +23,10 @@ from panguq.suggest import did_you_mean, nearest
 PRESETS = (
     "float", "mixed-4.75", "w1-billm", "w2a16", "w2a16-gptq", "w2a16-slim-llm", "w3a16",
     "w3a16-awq", "w3a16-gptq", "w3a16-slim-llm", "w3a16-tuned", "w4a16", "w4a16-asym", "w4a16-awq",
-    "w4a16-gptaq", "w4a16-gptq", "w4a16-rounding", "w4a16-tuned", "w4a4-rotate", "w4a8",
-    "w4a8-gptq", "w4a8-tuned", "w6a16", "w8a16", "w8a8", "w8a8-dynamic", "w8a8-dynamic-kv8",
-    "w8a8-dynamic-serving", "w8a8-dynamic-tuned", "w8a8-fp8", "w8a8-serving", "w8a8-tuned",
+    "w4a16-gptaq", "w4a16-gptq", "w4a16-rounding", "w4a16-tuned", "w4a4-flat", "w4a4-rotate",
+    "w4a8", "w4a8-gptq", "w4a8-tuned", "w6a16", "w8a16", "w8a8", "w8a8-dynamic",
+    "w8a8-dynamic-kv8", "w8a8-dynamic-serving", "w8a8-dynamic-tuned", "w8a8-fp8", "w8a8-serving",
+    "w8a8-smooth", "w8a8-tuned",
 )  # fmt: skip
 
 

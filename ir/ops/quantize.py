@@ -48,20 +48,26 @@ def _fake_quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @define_op(
-    "quantize_per_token(Tensor x, int quant_max) -> (Tensor codes, Tensor scale)",
+    "quantize_per_token(Tensor x, int quant_max, float clip=1.0) -> (Tensor codes, Tensor scale)",
     fake=_fake_quantize_per_token,
 )
-def quantize_per_token(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
-    """scale = max(amax|x|, 1e-30) / quant_max; codes = round(x * (1 / scale)), per last dim.
+def quantize_per_token(x: Tensor, quant_max: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """scale = clip * max(amax|x|, 1e-30) / quant_max; codes = round(x * (1 / scale)), per last dim.
 
-    x float [..., k], 1 <= quant_max <= 127. Returns int8 [..., k] and float32 [..., 1]. Codes
-    lie within +-quant_max by construction: the rounding error of the reciprocal is far below a
-    half, so nothing is clamped. A zero token gives zero codes. The scale of a token with a NaN or
-    an infinity is NaN or infinite, so that dequantizing gives NaN and the fault is seen.
+    x float [..., k], 1 <= quant_max <= 127, 0 < clip <= 1. Returns int8 [..., k] and float32
+    [..., 1]. Codes beyond +-quant_max become that; with a clip of 1 there are none by construction,
+    since the rounding error of the reciprocal is far below a half. A zero token gives zero codes.
+    The scale of a token with a NaN or an infinity is NaN or infinite, so that dequantizing gives
+    NaN and the fault is seen.
     """
     x = x.contiguous().to(torch.float32)
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST_AMAX).div_(quant_max)
-    return (x * scale.reciprocal()).round_().to(torch.int8), scale
+    if clip != 1.0:
+        scale.mul_(clip)
+    codes = (x * scale.reciprocal()).round_()
+    if clip != 1.0:
+        codes.clamp_(-quant_max, quant_max)
+    return codes.to(torch.int8), scale
 
 
 def _fake_quantize_per_channel(x: Tensor, scale: Tensor) -> Tensor:

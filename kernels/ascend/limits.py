@@ -7,3 +7,4 @@ W4A8_GROUP = 256
 
 # 4-bit codes in an int32 word, as the NPU's ops read and write them.
 CODES_PER_WORD = 8
+KRONECKER_LARGEST = 256  # rows of either factor that npu_kronecker_quant takes

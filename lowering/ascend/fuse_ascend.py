@@ -115,6 +115,11 @@ class FuseAscend(Pass):
         return result
 
 
+def fuse_kronecker(node: fx.Node, state: FusionState) -> fx.Node | str:
+    """Never: what a 4-bit matmul alone reads has become part of its quantizer."""
+    return "npu_kronecker_quant makes 4-bit codes, and this value is read as it is"
+
+
 _FUSIONS: tuple[tuple[OpOverload, Fusion], ...] = (
     (panguq.swiglu.default, fuse_swiglu),
     (panguq.geglu.default, fuse_geglu),
@@ -124,6 +129,7 @@ _FUSIONS: tuple[tuple[OpOverload, Fusion], ...] = (
     (panguq.latent_attention.default, fuse_latent_attention),
     (panguq.rms_norm.default, fuse_rms_norm),
     (panguq.layer_norm.default, fuse_layer_norm),
+    (panguq.kronecker.default, fuse_kronecker),
     (panguq.quantize_per_channel.default, fuse_quantize_per_channel),
     (panguq.quantize_per_tensor.default, fuse_quantize_per_tensor),
     (panguq.quantize_per_token.default, fuse_quantize_per_token),

@@ -107,7 +107,7 @@ class AscendTarget(AscendMachine):
         return (FuseLatentAttention(), MergeGateUp(self.largest_n))
 
     def calls(self, gm: fx.GraphModule, store: WeightStore) -> Calls:
-        inputs = AscendInputs(gm, store)
+        inputs = AscendInputs(gm, store, self.chip)
         calls, expert_calls = AscendCalls(gm, inputs, self.chip), ExpertCalls(gm, inputs, self.chip)
 
         def lower(node: fx.Node, choice: Choice) -> fx.Node:

@@ -109,9 +109,11 @@ class PassContext:
     target, if there is one. `pass_label` names the pass that is running, by its place in the
     pipeline. `reference` is the float model's graph, which no pass changes. `allow_unmatched` says
     which globs over module paths may match nothing (`module_globs.py`). `expert_tokens` are how
-    many tokens of calibration each expert met, by the label of the matmul. `following` is the pass
-    that comes next. `statistics` of the values that matmuls read, by label, are what the pass
-    before saw of the graph as it is now: a pass that has a sweep anyway may leave them here.
+    many tokens of calibration each expert met, by the label of the matmul. `written` of the
+    batches, the last ones, are text that the model itself wrote. `warnings` are for the report.
+    `following` is the pass that comes next. `statistics` of the values that matmuls read, by label,
+    are what the pass before saw of the graph as it is now: a pass that has a sweep anyway may leave
+    them here.
     """
 
     interface: Interface
@@ -125,6 +127,8 @@ class PassContext:
     reference: fx.GraphModule | None = None
     allow_unmatched: bool | tuple[str, ...] = False
     expert_tokens: dict[str, ExpertTokens] = field(default_factory=dict)
+    written: int = 0
+    warnings: list[str] = field(default_factory=list)
     following: Pass | None = None
     statistics: Mapping[str, InputStatistics] | None = None
 

@@ -45,7 +45,7 @@ class Rotation:
 
     def dense(self) -> Tensor:
         """Q `[size, size]`."""
-        return torch.kron(self.left, self.right)
+        return torch.kron(self.left.contiguous(), self.right.contiguous())
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Rotation:

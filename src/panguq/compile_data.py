@@ -52,6 +52,7 @@ class CompileData:
     example_inputs: Examples
     calibrated: bool
     batches: Batches | None = None
+    written: int = 0
     summary: CalibrationSummary = field(default_factory=CalibrationSummary)
 
     @classmethod
@@ -127,6 +128,7 @@ class CompileData:
             text = decoded(self.tokenizer, ids[0])
             self.summary = self.summary.with_sampled(len(ids), ids.shape[1], text)
             self.batches = [*(self.batches or ()), *own]
+            self.written = len(own)
         logger.info("calibration data: %s", self.summary)
         return self.batches
 

@@ -145,6 +145,7 @@ def compile(
         open_units(units, gm, data.batches, data.sampled, recipe, target, seed)
         checks.settle()
         ctx.batches = data.sample(gm, ctx, target)
+        ctx.written = data.written
         ctx.probe = probe_of(ctx.batches, interface)
         runner.run(gm, schedule.calibrated)
         store_folded(gm, ctx.store.put)

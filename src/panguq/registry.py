@@ -12,6 +12,8 @@ from panguq.passes.awq import Awq
 from panguq.passes.billm import BiLlm
 from panguq.passes.calibrate import Calibrate
 from panguq.passes.canonicalize import Canonicalize
+from panguq.passes.decoupled_smoothquant import DecoupledSmoothQuant
+from panguq.passes.flatquant import FlatQuant
 from panguq.passes.gptaq import Gptaq
 from panguq.passes.gptq import Gptq
 from panguq.passes.insert_fake_quant import InsertFakeQuant
@@ -32,7 +34,9 @@ RECIPE_PASSES: tuple[type[Pass], ...] = (
     Canonicalize,
     AssignSchemes,
     Rotate,
+    FlatQuant,
     SmoothQuant,
+    DecoupledSmoothQuant,
     Awq,
     MixedPrecision,
     WeighTokens,

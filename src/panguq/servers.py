@@ -87,7 +87,8 @@ SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
         ),
         "W4A16": _no("it has no dense W4A16 (vllm-ascend issue #6481)", "W8A16", _MODELSLIM),
         "W4A16_ASYM": _no("it has no dense W4A16 (issue #6481)", "W8A16", _MODELSLIM),
-        "W4A4": _no(_NOT_WRITTEN, "W8A8_DYNAMIC", _MODELSLIM),
+        "W4A4": _no(_NOT_WRITTEN, "recipe w4a4-flat, or W8A8_DYNAMIC", _MODELSLIM),
+        "W4A4_FLATQUANT": _YES,
     },
     ("vllm-ascend", "compressed-tensors"): {
         "W8A8": _no(
@@ -122,6 +123,7 @@ SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
             _MINDIE,
         ),
         "W4A4": _no(_NOT_WRITTEN, "W8A8_DYNAMIC", _MINDIE),
+        "W4A4_FLATQUANT": _no("panguq knows no kernel of it", "W8A8_DYNAMIC", _MINDIE),
     },
     ("sglang", "ascend"): {
         "W8A8": _YES,
@@ -131,6 +133,7 @@ SUPPORT: dict[tuple[Server, ServedFormat], dict[str, Support]] = {
         "W4A16": _no(_WRONG, "format='gptq' or 'awq'", _SGLANG),
         "W4A16_ASYM": _no(_WRONG, "format='awq'", _SGLANG),
         "W4A4": _no(_NOT_WRITTEN, "W8A8_DYNAMIC", _SGLANG),
+        "W4A4_FLATQUANT": _no(_WRONG, "W8A8_DYNAMIC", _SGLANG),
     },
     ("sglang", "compressed-tensors"): {
         "W8A8": _no("it refuses static inputs on an NPU", "format='ascend'", _SGLANG_CT),
@@ -229,6 +232,7 @@ ASCEND_TYPES: dict[str, str] = {
     "W4A16": "W4A16",
     "W4A8_DYNAMIC": "W4A8",
     "W4A4_DYNAMIC": "W4A4",
+    "W4A4_FLATQUANT_DYNAMIC": "W4A4_FLATQUANT",
 }
 _OF_OTHERS: dict[tuple[Server, str], Support] = {
     ("sglang", "W8A8_MIX"): _no(_WRONG, "W8A8_DYNAMIC", _SGLANG),

@@ -20,7 +20,7 @@ from tests.model_shelf import trace_tiny
 
 aten = torch.ops.aten
 ROOT = Path(__file__).parents[2]
-ABOUT_THE_INPUT = ("input_statistics", "input_range", "token_weights")
+ABOUT_THE_INPUT = ("input_statistics", "input_range", "input_clip", "token_weights")
 
 
 class Pair(nn.Module):
@@ -46,6 +46,7 @@ def graph() -> tuple[fx.GraphModule, fx.Node]:
         merged=("one:linear", "two:linear"),
         input_statistics=statistics,
         input_range=(-1.5, 2.0),
+        input_clip=0.75,
         token_weights=(torch.rand(5), torch.rand(3)),
     )
     return gm, node

@@ -99,6 +99,14 @@ OPERATORS_910B: Mapping[str, Operators] = {
             "int8 int8:NZ",
         ),
     ),
+    "npu_kronecker_quant": Operators(
+        "FlatQuant",
+        ("x", "kronecker_p1", "kronecker_p2"),
+        (
+            "bfloat16 bfloat16 bfloat16",
+            "float16 float16 float16",
+        ),
+    ),
     "npu_moe_finalize_routing": Operators(
         "MoeFinalizeRoutingV2",
         ("expanded_permuted_rows",),

@@ -9,6 +9,7 @@ from panguq.kernels.ascend.vendor.gelu import npu_geglu, npu_gelu
 from panguq.kernels.ascend.vendor.grouped_matmul import npu_grouped_matmul
 from panguq.kernels.ascend.vendor.grouped_swiglu_quant import npu_grouped_matmul_swiglu_quant_v2
 from panguq.kernels.ascend.vendor.int4pack import npu_convert_weight_to_int4pack
+from panguq.kernels.ascend.vendor.kronecker_quant import npu_kronecker_quant
 from panguq.kernels.ascend.vendor.moe_combine import (
     npu_moe_finalize_routing,
     npu_moe_token_unpermute,
@@ -42,6 +43,7 @@ __all__ = [
     "npu_gelu",
     "npu_grouped_matmul",
     "npu_grouped_matmul_swiglu_quant_v2",
+    "npu_kronecker_quant",
     "npu_moe_finalize_routing",
     "npu_moe_gating_top_k",
     "npu_moe_gating_top_k_softmax",

@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from panguq.ir.canonical_views import Attention, GeGlu, LayerNorm, RmsNorm, Rotary, SwiGlu
+from panguq.ir.canonical_views import (
+    Attention,
+    GeGlu,
+    Kronecker,
+    LayerNorm,
+    RmsNorm,
+    Rotary,
+    SwiGlu,
+)
 from panguq.ir.edit import call
-from panguq.ir.ops import quantize  # noqa: F401  (registers the quantize ops)
+from panguq.ir.ops import kronecker, quantize  # noqa: F401  (register the ops)
 from panguq.lowering.ascend.fusions.cache import (
     spell_dequantize,
     spell_quantize_per_channel,
@@ -170,6 +178,18 @@ def _attention_by_scores(
     return call(node, aten.to.dtype, (result, dtype), origin=node)
 
 
+def spell_kronecker(node: fx.Node, state: FusionState) -> fx.Node:
+    """`left^T X right` with each row of x as a matrix X `[a, b]`."""
+    given = Kronecker.of(node)
+    left, right = (int(f.meta["val"].shape[0]) for f in (given.left, given.right))
+    runs = _step(node, aten.reshape.default, (given.x, [-1, left, right]), "runs")
+    runs = _step(node, aten.matmul.default, (runs, given.right), "runs_right")
+    turned = _step(node, aten.t.default, (given.left,), "left_turned")
+    runs = _step(node, aten.matmul.default, (turned, runs), "runs_left")
+    flat = _step(node, aten.reshape.default, (runs, [-1, left * right]), "flat")
+    return call(node, aten.view_as.default, (flat, given.x), origin=node)
+
+
 def _step(node: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], suffix: str) -> fx.Node:
     return call(node, op, args, origin=node, suffix=f".{suffix}")
 
@@ -177,6 +197,7 @@ def _step(node: fx.Node, op: Callable[..., Any], args: tuple[Any, ...], suffix: 
 SPELLINGS: dict[Any, Callable[[fx.Node, FusionState], fx.Node]] = {
     panguq.rms_norm.default: spell_rms_norm,
     panguq.layer_norm.default: spell_layer_norm,
+    panguq.kronecker.default: spell_kronecker,
     panguq.rotary.default: spell_rotary,
     panguq.swiglu.default: spell_swiglu,
     panguq.geglu.default: spell_geglu,

@@ -25,6 +25,8 @@ def fuse_quantize_per_token(node: fx.Node, state: FusionState) -> fx.Node | str:
     x, quant_max = operand(node, 0), argument(node, 1)
     if quant_max != 127:
         return f"npu_dynamic_quant has codes up to 127, not {quant_max}"
+    if arguments(node)["clip"] != 1.0:
+        return "npu_dynamic_quant clips no token"
     reason = refusal(npu.npu_dynamic_quant.default, (x,))
     if reason is not None:
         return reason
@@ -47,10 +49,15 @@ def spell_quantize_per_token(node: fx.Node, state: FusionState) -> fx.Node:
     largest = step(aten.amax.default, (step(aten.abs.default, (wide,), "abs"), [-1], True), "amax")
     positive = step(aten.clamp_min.default, (largest, SMALLEST_AMAX), "positive")
     scale = step(aten.div.Scalar, (positive, given["quant_max"]), "scale")
+    if given["clip"] != 1.0:
+        scale = step(aten.mul.Scalar, (scale, given["clip"]), "clipped_scale")
     factor = step(aten.reciprocal.default, (scale,), "factor")
     rounded = step(
         aten.round.default, (step(aten.mul.Tensor, (wide, factor), "scaled"),), "rounded"
     )
+    if given["clip"] != 1.0:
+        limits = (rounded, -given["quant_max"], given["quant_max"])
+        rounded = step(aten.clamp.default, limits, "clamped")
     codes = step(aten.to.dtype, (rounded, torch.int8), "codes")
     for item in list(node.users):
         item.replace_all_uses_with((codes, scale)[Item.of(item).index])

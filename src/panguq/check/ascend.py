@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from panguq.check.ascend_values import VALUE_RULES
 from panguq.check.files import NOBODY, CheckedFolder, Hit, Rule, shards_of
+from panguq.formats.checkpoint.ascend_v1_tensors import loader_split
 from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.server_releases import Server
 from panguq.servers import ASCEND_TYPES, FUSED, NPU_SERVERS, Support, ascend_type, too_large
@@ -48,6 +49,12 @@ def _one(n: int, k: int) -> list[tuple[int, ...]]:
     return [(1,)]
 
 
+def _factor(k: int, side: int) -> list[tuple[int, ...]]:
+    """The shape of a Kronecker factor, as the loader splits k."""
+    split = loader_split(k)
+    return [] if split is None else [(split[side], split[side])]
+
+
 _CODES = {"weight": Part(("I8",), _weight)}
 _PER_CHANNEL = {
     "weight_scale": Part(FLOATS, _column),
@@ -81,6 +88,13 @@ PARTS: dict[str, dict[str, Part]] = {
         "scale_bias": Part(("F32",), lambda n, k: [(n, 1), (n, 16)]),
     },
     "W4A4_DYNAMIC": {**_CODES, **_PER_CHANNEL},
+    "W4A4_FLATQUANT_DYNAMIC": {
+        **_CODES,
+        **_PER_CHANNEL,
+        "left_trans": Part(FLOATS, lambda n, k: _factor(k, 0)),
+        "right_trans": Part(FLOATS, lambda n, k: _factor(k, 1)),
+        "clip_ratio": Part(FLOATS, _one),
+    },
 }
 
 

@@ -20,15 +20,18 @@ from panguq.check.ascend_values import floats
 from panguq.check.files import CheckedFolder, open_folder
 from panguq.errors import StorageError
 from panguq.formats.checkpoint.ascend_v1_tensors import FLOAT, unpack_rows
-from panguq.ir.ops import quantize  # noqa: F401  (registers the ops called here)
+from panguq.ir.ops import kronecker, quantize  # noqa: F401  (register the ops called here)
 from panguq.models.hub_names import HubNames, WeightPart, hub_names
 
 panguq = torch.ops.panguq
-READABLE = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC")
+READABLE = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A8_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC")
 _PARTS = (
     "weight", "weight_scale", "weight_offset", "weight_scale_second", "weight_offset_second",
     "input_scale", "input_offset", "deq_scale", "quant_bias", "scale_bias", "bias",
+    "left_trans", "right_trans", "clip_ratio",
 )  # fmt: skip
+_TURNED = ("W4A4_FLATQUANT_DYNAMIC",)
+_FACTORS = ("left_trans", "right_trans", "clip_ratio")
 _CHECK = "run panguq check on the folder; it says what is wrong with it"
 
 
@@ -36,7 +39,8 @@ class FakeQuantLinear(nn.Module):
     """A linear `[..., k] -> [..., n]` with stored codes, in fake quantization of its type.
 
     codes int8 `[n, k]`; weight_scale and weight_offset float32 `[n, groups]`; input_scale float32
-    `[1]` and input_offset int32 `[1]` for W8A8. Arithmetic is that of panguq's own ops.
+    `[1]` and input_offset int32 `[1]` for W8A8; left_trans `[a, a]`, right_trans `[b, b]` and
+    clip_ratio `[1]` for W4A4_FLATQUANT_DYNAMIC. Arithmetic is that of panguq's own ops.
     """
 
     codes: Tensor
@@ -45,6 +49,9 @@ class FakeQuantLinear(nn.Module):
     input_scale: Tensor | None
     input_offset: Tensor | None
     bias: Tensor | None
+    left_trans: Tensor | None
+    right_trans: Tensor | None
+    clip_ratio: Tensor | None
 
     def __init__(self, kind: str, tensors: dict[str, Tensor | None]) -> None:
         super().__init__()
@@ -68,7 +75,11 @@ class FakeQuantLinear(nn.Module):
             codes = panguq.quantize_per_tensor(x, self.input_scale, zero, -128, 127)
             static: Tensor = panguq.dequantize(codes, self.input_scale, zero, x.dtype)
             return static
-        codes, scale = panguq.quantize_per_token(x, 127)
+        largest, clip = 127, 1.0
+        if self.left_trans is not None and self.clip_ratio is not None:
+            x = panguq.kronecker(x, self.left_trans.to(x.dtype), self.right_trans.to(x.dtype))
+            largest, clip = 7, float(self.clip_ratio)
+        codes, scale = panguq.quantize_per_token(x, largest, clip)
         dynamic: Tensor = panguq.dequantize(codes, scale, None, x.dtype)
         return dynamic
 
@@ -119,7 +130,7 @@ def load_ascend_v1(path: str | Path, dtype: torch.dtype | None = None) -> Any:
 
     `dtype`: what it computes in; None: what config.json says. Codes and scales stay memory-mapped.
     Raises StorageError, naming the tensor, for a folder that is incomplete or holds types other
-    than W8A8, W8A8_DYNAMIC, W8A16 and W4A8_DYNAMIC; InputError for an architecture that
+    than `READABLE`; InputError for an architecture that
     transformers does not have.
     """
     from transformers import AutoModelForCausalLM
@@ -191,6 +202,7 @@ def _linear_tensors(folder: CheckedFolder, path: str, kind: str) -> dict[str, Te
         "input_scale": _as_float(read("input_scale")) if static else None,
         "input_offset": None if offset is None else offset.to(torch.int32),
         "bias": read("bias", optional=True),
+        **{leaf: read(leaf) if kind in _TURNED else None for leaf in _FACTORS},
     }
 
 

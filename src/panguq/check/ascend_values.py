@@ -13,6 +13,7 @@ from panguq.servers import FUSED, NPU_SERVERS
 
 _RELATIVE = 1e-6  # of products of two float32 numbers, with room for one more rounding
 _SCALES = ("weight_scale", "weight_scale_second", "input_scale", "deq_scale")
+_FOUR_BITS = ("W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC")
 _STATIC = ("W8A8", "W8A8_MIX")
 
 
@@ -80,7 +81,7 @@ def _asymmetric_weight(folder: CheckedFolder) -> Iterator[Hit]:
 
 def _code_range(folder: CheckedFolder) -> Iterator[Hit]:
     for path, kind in described_linears(folder):
-        stored = codes(folder, path, kind) if kind == "W4A4_DYNAMIC" else None
+        stored = codes(folder, path, kind) if kind in _FOUR_BITS else None
         if stored is not None and stored.numel() and bool((stored < -8).any() | (stored > 7).any()):
             yield Hit(f"{path}.weight", "codes of 4 bits lie outside -8 to 7")
 

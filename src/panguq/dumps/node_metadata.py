@@ -32,6 +32,8 @@ def collect(gm: fx.GraphModule) -> Collected:
         meta, name = meta_of(node), label(node)
         if meta.input_range is not None:
             tensors[f"input_range/{name}"] = torch.tensor(meta.input_range, dtype=torch.float64)
+        if meta.input_clip is not None:
+            tensors[f"input_clip/{name}"] = torch.tensor(meta.input_clip, dtype=torch.float64)
         if meta.split_from is not None:
             found.split_from[name] = meta.split_from
         if meta.expert_schemes:
@@ -58,6 +60,8 @@ def restore(gm: fx.GraphModule, metadata: NodeMetadata, tensors: Mapping[str, Te
         name = label(node)
         if f"input_range/{name}" in tensors:
             annotate(node, input_range=tuple(tensors[f"input_range/{name}"].tolist()))
+        if f"input_clip/{name}" in tensors:
+            annotate(node, input_clip=float(tensors[f"input_clip/{name}"]))
         if name in metadata.split_from:
             annotate(node, split_from=metadata.split_from[name])
         if name in metadata.expert_schemes:

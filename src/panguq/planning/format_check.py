@@ -19,9 +19,12 @@ from panguq.formats.registry import LinearsCheck, find_format
 from panguq.ir.quant_spec import Scheme, parse_scheme
 from panguq.lowering.stages import default_dtype
 from panguq.models.hub_names import HubNames, hub_names
+from panguq.passes.flatquant import FlatQuant
 from panguq.passes.mixed_precision import MixedPrecision
 from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.passes.rotate import Rotate
+from panguq.passes.transforms.factors import split_axis
+from panguq.passes.transforms.sites import takes_a_transform
 from panguq.planning.dry_run import plan
 from panguq.planning.report import MatmulPlan, Plan
 from panguq.recipe import Recipe
@@ -41,11 +44,15 @@ class PlannedLinear:
     shape: tuple[int, int]
     has_bias: bool
     is_expert: bool = False
+    split: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, row: MatmulPlan) -> PlannedLinear:
-        """The linear of a planned matmul."""
-        return cls(row.name, parse_scheme(row.scheme), (row.n, row.k), row.bias, row.experts > 1)
+    def of(cls, row: MatmulPlan, recipe: Recipe) -> PlannedLinear:
+        """The linear of a planned matmul under the recipe."""
+        scheme, experts = parse_scheme(row.scheme), row.experts > 1
+        turned = any(isinstance(step, FlatQuant) for step in recipe.passes) and not experts
+        split = split_axis(row.k) if turned and takes_a_transform(scheme) else None
+        return cls(row.name, scheme, (row.n, row.k), row.bias, experts, split)
 
     @property
     def group_size(self) -> int:
@@ -82,7 +89,7 @@ def check_format(
     for row in found.matmuls:
         if row.scheme != "FLOAT":  # experts of one matmul may have several
             name = f"{row.name} ({row.scheme})" if row.name in linears else row.name
-            linears[name] = PlannedLinear.of(row)
+            linears[name] = PlannedLinear.of(row, recipe)
     check_modules(model, (linear for linear in linears.values() if not linear.is_expert))
     names = hub_names(model)
     for linear in linears.values():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.decibels import sqnr_db
+from panguq.ir.canonical_views import Kronecker
 from panguq.ir.edit import ancestors, label
 from panguq.ir.run import interpret
 from panguq.ir.views import ExpertLinear, Linear
@@ -39,8 +40,11 @@ def matmul_references(
 
 
 def _reads(node: fx.Node) -> list[fx.Node]:
-    experts = ExpertLinear.match(node)
-    return [Linear.of(node).input, *(() if experts is None else (experts.counts,))]
+    """What the matmul reads; in front of a Kronecker product, which kernels join with it."""
+    experts, x = ExpertLinear.match(node), Linear.of(node).input
+    turned = Kronecker.match(x)
+    x = x if turned is None else turned.x
+    return [x, *(() if experts is None else (experts.counts,))]
 
 
 def local_sqnr(gm: fx.GraphModule, references: Mapping[str, MatmulReference]) -> dict[str, float]:

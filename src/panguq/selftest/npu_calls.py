@@ -170,6 +170,15 @@ LEGAL: dict[str, Call] = {
         npu.npu_dynamic_quant,
         lambda m: {"input": reals(m, K), "dst_type": QUINT4X2},
     ),
+    "kronecker_quant": (
+        npu.npu_kronecker_quant,
+        lambda m: {
+            "x": reals(m, 24, 16),
+            "kronecker_p1": reals(24, 24),
+            "kronecker_p2": reals(16, 16),
+            "clip_ratio": 0.75,
+        },
+    ),
     "w8a8_bfloat16": (
         _qm,
         lambda m: static(m, steps(N), BF16, bias=_int32(N)),

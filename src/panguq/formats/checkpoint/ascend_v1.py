@@ -21,12 +21,15 @@ from panguq.artifact import Artifact
 from panguq.errors import ExportError
 from panguq.files.strict_json import json_text
 from panguq.formats.checkpoint.ascend_v1_tensors import (
+    FLAT,
     FLOAT,
     SLICES,
     TYPES,
     Entry,
     float_entry,
     linear_entries,
+    loader_split,
+    scheme_name,
 )
 from panguq.formats.checkpoint.folder import SHARD_BYTES, marked, write_checkpoint
 from panguq.formats.checkpoint.graph import (
@@ -36,7 +39,7 @@ from panguq.formats.checkpoint.graph import (
 )
 from panguq.formats.checkpoint.linear import LinearForm
 from panguq.formats.checkpoint.served_files import config_of, served_files
-from panguq.kernels.ascend.limits import W4A8_GROUP
+from panguq.kernels.ascend.limits import CODES_PER_WORD, W4A8_GROUP
 from panguq.server_models import missing_classes
 from panguq.server_releases import Server
 from panguq.servers import support, too_large
@@ -47,7 +50,7 @@ DESCRIPTION = "quant_model_description.json"
 STEM = "quant_model_weights"
 FORMAT_VERSION = "1.0.0"
 READERS: tuple[Server, ...] = ("vllm-ascend", "mindie", "sglang")
-_BY_PRECISION = ("W8A16", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
+_BY_PRECISION = ("W8A16", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC")
 """The last one present names the model as a whole, as msModelSlim has it."""
 
 
@@ -142,7 +145,7 @@ def check_linears(linears: Mapping[str, LinearForm], dtype: torch.dtype) -> list
 def _refusal(linear: LinearForm, server: Server) -> str:
     """Why the server would not take it; empty if it would."""
     n, k = linear.shape
-    name = linear.scheme.name.partition("-")[0]
+    name = scheme_name(linear)
     per_channel = linear.group_size == k
     grouped = None if per_channel else linear.group_size
     entry = support(server, "ascend", name, grouped, linear.is_expert, has_bias=linear.has_bias)
@@ -154,14 +157,28 @@ def _refusal(linear: LinearForm, server: Server) -> str:
         return f"it wants k % {SLICES} == 0 and n % 2 == 0" if k % SLICES or n % 2 else ""
     if name == "W4A8" and (k % W4A8_GROUP or n % 2):
         return f"its int8 x int4 kernel wants k % {W4A8_GROUP} == 0 and n % 2 == 0, not {n} x {k}"
+    if name == FLAT and (reason := _flat_refusal(linear)):
+        return reason
     if name not in TYPES:
         return "the format has no such type"
     return too_large(server, name, n, k)
 
 
+def _flat_refusal(linear: LinearForm) -> str:
+    """Why a linear behind a Kronecker product does not fit its loader; empty if it does."""
+    n, k = linear.shape
+    if n % CODES_PER_WORD or k % CODES_PER_WORD:
+        return f"it packs 4-bit codes by eights, and the weight is {n} x {k}"
+    wanted = loader_split(k)
+    if linear.split != wanted:
+        a, b = linear.split or (1, k)
+        return f"it splits {k} inputs into {wanted and '{} x {}'.format(*wanted)}, not {a} x {b}"
+    return ""
+
+
 def _instead(linear: LinearForm) -> str:
     """What to choose, of the servers' advice the first; for a shape, what takes any."""
-    name = linear.scheme.name.partition("-")[0]
+    name = scheme_name(linear)
     advice = [support(server, "ascend", name, linear.group_size).instead for server in READERS]
     return f"choose {next((text for text in advice if text), 'W8A8_DYNAMIC or FLOAT')} for it"
 

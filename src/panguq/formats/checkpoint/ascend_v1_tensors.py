@@ -12,12 +12,17 @@ weights. Per linear `[n, k]`, beside `bias` float32 `[n]`:
                    [n, 1], weight_scale_second and weight_offset_second float32 [n, k / 256],
                    scale_bias float32 [n, 1], or [n, 16] where tensor parallelism splits k;
                    experts have one scale for each output and no second one
+    W4A4_FLATQUANT_DYNAMIC
+                   weight int8 [n, k] of 4-bit codes, weight_scale and weight_offset [n, 1],
+                   left_trans [a, a] and right_trans [b, b] in the model's dtype, by which the
+                   loader computes left_trans^T X right_trans, and clip_ratio float32 [1]
 
 Only W8A8 could do without weight_scale; it is written so that readers need not divide for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,12 +31,19 @@ from torch import Tensor
 
 from panguq.errors import ExportError
 from panguq.formats.checkpoint.folder import Output
-from panguq.formats.checkpoint.linear import QuantizedLinear
+from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.kernels.ascend.limits import W4A8_GROUP
 from panguq.lowering.ascend.calls import LARGEST_INT32_BIAS
 
-TYPES = {"W8A8": "W8A8", "W8A8_DYNAMIC": "W8A8_DYNAMIC", "W8A16": "W8A16", "W4A8": "W4A8_DYNAMIC"}
-"""What the format calls panguq's schemes."""
+FLAT = "W4A4_FLATQUANT"
+TYPES = {
+    "W8A8": "W8A8",
+    "W8A8_DYNAMIC": "W8A8_DYNAMIC",
+    "W8A16": "W8A16",
+    "W4A8": "W4A8_DYNAMIC",
+    FLAT: "W4A4_FLATQUANT_DYNAMIC",
+}
+"""What the format calls panguq's schemes; W4A4 behind Kronecker products is called FLAT here."""
 FLOAT = "FLOAT"
 SLICES = 16
 """Parts of k that `scale_bias` of a split linear is summed over: one for each of 16 devices."""
@@ -60,7 +72,7 @@ def linear_entries(linear: QuantizedLinear) -> Iterator[Entry]:
 
     Raises ExportError if its bias does not fit the int32 sum (W8A8).
     """
-    kind = TYPES[linear.scheme.name.partition("-")[0]]
+    kind = TYPES[scheme_name(linear)]
     n, k = linear.shape
 
     def entry(
@@ -94,8 +106,25 @@ def linear_entries(linear: QuantizedLinear) -> Iterator[Entry]:
         yield entry("input_offset", torch.float32, (1,), zero.float)
         yield entry("deq_scale", stored, (n,), lambda: stored_deq_scale(linear))
         yield entry("quant_bias", torch.int32, (n,), lambda: bias)
+    if linear.left is not None and linear.right is not None:
+        for leaf, factor in (("left_trans", linear.left), ("right_trans", linear.right)):
+            yield entry(leaf, factor.dtype, tuple(factor.shape), lambda given=factor: given)
+        yield entry("clip_ratio", torch.float32, (1,), lambda: torch.tensor([linear.clip]))
     if linear.bias is not None:
         yield float_entry(f"{linear.path}.bias", linear.bias, torch.float32)
+
+
+def scheme_name(linear: LinearForm) -> str:
+    """What the tables of servers and of types call a linear's scheme."""
+    name = linear.scheme.name.partition("-")[0]
+    return FLAT if name == "W4A4" and linear.split is not None else name
+
+
+def loader_split(k: int) -> tuple[int, int] | None:
+    """(a, b) with a * b = k into which vllm-ascend's loader splits the inputs of a FLAT linear: the
+    nearest to each other that are both even or both odd; None where it finds none."""
+    pairs = [(a, k // a) for a in range(1, math.isqrt(k) + 1) if k % a == 0]
+    return next((pair for pair in reversed(pairs) if sum(pair) % 2 == 0), None)
 
 
 def deq_scale(linear: QuantizedLinear) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from panguq.errors import ExportError
-from panguq.ir.call_arguments import calls, operand
+from panguq.ir.call_arguments import arguments, calls, operand
+from panguq.ir.canonical_views import Kronecker
 from panguq.ir.edit import get_tensor
 from panguq.ir.node_meta import meta_of
 from panguq.ir.number_format import INT4
@@ -25,7 +26,8 @@ panguq = torch.ops.panguq
 
 class LinearForm(Protocol):
     """What formats ask of a quantized linear, whether it is made or planned. `shape` is `[n, k]`,
-    `group_size` the inputs for each scale (k: one for each output); `is_expert`: of a mixture."""
+    `group_size` the inputs for each scale (k: one for each output); `is_expert`: of a mixture;
+    `split`: the sizes of the Kronecker factors that its input is multiplied by, if it is."""
 
     @property
     def path(self) -> str: ...
@@ -41,6 +43,8 @@ class LinearForm(Protocol):
     def has_zero_point(self) -> bool: ...
     @property
     def is_expert(self) -> bool: ...
+    @property
+    def split(self) -> tuple[int, int] | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,11 @@ class QuantizedLinear:
     bias: Tensor | None
     dtype: torch.dtype
     is_expert: bool = False
+    left: Tensor | None = None
+    """A Kronecker product's factors `[a, a]` and `[b, b]` in front of the input's quantizer."""
+    right: Tensor | None = None
+    clip: float = 1.0
+    """Of a dynamic input: what a token's largest magnitude is multiplied by."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,6 +93,13 @@ class QuantizedLinear:
     def has_zero_point(self) -> bool:
         """Whether the weight's codes have zero points."""
         return self.weight_zero_point is not None
+
+    @property
+    def split(self) -> tuple[int, int] | None:
+        """The sizes of the Kronecker factors in front; None where there are none."""
+        if self.left is None or self.right is None:
+            return None
+        return len(self.left), len(self.right)
 
     def codes(self) -> Tensor:
         """The weight's codes, int8 `[n, k]`; a new tensor where they are stored packed."""
@@ -154,6 +170,7 @@ def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear
             "put quantize-weights at the end of the recipe's passes",
         )
     input_scale, input_zero_point = _static_input(gm, path, matmul.input)
+    left, right, clip = _dynamic_input(gm, matmul)
     linear = QuantizedLinear(
         path=path,
         scheme=meta_of(node).scheme or SCHEMES["FLOAT"],
@@ -165,6 +182,9 @@ def read_linear(gm: fx.GraphModule, path: str, node: fx.Node) -> QuantizedLinear
         input_zero_point=input_zero_point,
         bias=None if matmul.bias is None else _stored(gm, matmul.bias),
         dtype=weight.dtype,
+        left=left,
+        right=right,
+        clip=clip,
     )
     _check_scheme(linear, QuantizedInput.match(matmul.input))
     return linear
@@ -183,6 +203,17 @@ def _static_input(
     if not quantized.is_static or quantized.zero_point is None:
         raise _unknown(path, quantized.codes)
     return _stored(gm, quantized.scale), _stored(gm, quantized.zero_point)
+
+
+def _dynamic_input(
+    gm: fx.GraphModule, matmul: Linear
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """The factors of a Kronecker product in front of the quantizer, and the quantizer's clip."""
+    quantized, turned = QuantizedInput.match(matmul.input), Kronecker.match(matmul.source)
+    clip = 1.0 if quantized is None else float(arguments(quantized.quantizer).get("clip", 1.0))
+    if turned is None:
+        return None, None, clip
+    return _stored(gm, turned.left), _stored(gm, turned.right), clip
 
 
 def _check_scheme(linear: QuantizedLinear, quantized: QuantizedInput | None) -> None:

@@ -49,9 +49,11 @@ def _clipped(step: Step, codes: str, quant_min: Any, quant_max: Any) -> str:
 
 
 def _quantize_per_token(step: Step) -> Value:
-    x, quant_max = step.node.args
+    given = step.arguments()
+    if given["clip"] != 1.0:
+        raise step.error("tokens that are clipped are not written", "leave flatquant out")
     codes, scale = step.result_name(0), step.result_name(1)
-    found = token_codes(step, step.read(x, torch.float32), quant_max)
+    found = token_codes(step, step.read(given["x"], torch.float32), given["quant_max"])
     return (step.call_it(found[0], codes), step.call_it(found[1], scale))
 
 

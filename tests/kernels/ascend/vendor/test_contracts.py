@@ -84,6 +84,40 @@ ILLEGAL: list[tuple[str, dict[str, Any], str]] = [
     ("dynamic_quant", {"group_index": words(2)}, "group_index must not be given"),
     ("dynamic_quant", {"quant_mode": "pertensor"}, "quant_mode must be 'pertoken'"),
     ("dynamic_quant", {"dst_type_max": 3.0}, "dst_type_max must be 0"),
+    (
+        "kronecker_quant",
+        {
+            "x": floats(4, 24, 16, dtype=FP32),
+            "kronecker_p1": floats(24, 24, dtype=FP32),
+            "kronecker_p2": floats(16, 16, dtype=FP32),
+        },
+        "x must be float16 or bfloat16",
+    ),
+    ("kronecker_quant", {"x": floats(4, 384)}, "x must have 3 dimensions, not 2"),
+    ("kronecker_quant", {"kronecker_p1": floats(24, 24, dtype=FP16)}, "kronecker_p1 must be bfl"),
+    ("kronecker_quant", {"kronecker_p2": floats(16, 8)}, "kronecker_p2 must have shape [16, 16]"),
+    (
+        "kronecker_quant",
+        {"x": floats(2, 24, 12), "kronecker_p2": floats(12, 12)},
+        "x's last size 12 must be a multiple of 8",
+    ),
+    (
+        "kronecker_quant",
+        {"x": floats(2, 24, 264), "kronecker_p2": floats(264, 264)},
+        "kronecker_p2 may have 256 rows, not 264",
+    ),
+    (
+        "kronecker_quant",
+        {
+            "x": torch.empty(262145, 24, 16, dtype=BF16, device="meta"),
+            "kronecker_p1": torch.empty(24, 24, dtype=BF16, device="meta"),
+            "kronecker_p2": torch.empty(16, 16, dtype=BF16, device="meta"),
+        },
+        "x's first size may be 262144, not 262145",
+    ),
+    ("kronecker_quant", {"clip_ratio": 1.5}, "clip_ratio must lie in (0, 1], not 1.5"),
+    ("kronecker_quant", {"dst_dtype": 1}, "dst_dtype must be int32, not 1"),
+    ("kronecker_quant", {"dst_type_max": 3.0}, "dst_type_max must not be given"),
     # npu_quant_matmul, int8 x int8
     ("w8a8_bfloat16", {"x1_dtype": 1}, "x1_dtype must not be given"),
     ("w8a8_bfloat16", {"y_scale": fixed(1, N)}, "y_scale must not be given"),

@@ -1,0 +1,1 @@
+"""Invertible maps of activations, learned against the error of quantization."""
