@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -110,7 +111,7 @@ class DecoupledSmoothQuant(Pass):
                     search.wanted.append(compared)
             if not inside:
                 continue
-            found = ctx.once(f"block {piece.name}", lambda search=search: self._searched(search))
+            found = ctx.once(f"block {piece.name}", partial(self._searched, search))
             for number, site in enumerate(inside):
                 exponents = (
                     float(found.facts[f"p{number}"] or 0),

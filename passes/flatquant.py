@@ -109,8 +109,10 @@ class FlatQuant(Pass):
         result.sites = _regions(gm, learned)
         _rewrite(gm, ctx, learned)
         result.changed = len(learned)
-        columns = ("block", "sites", "db_before", "db_after", "db_early", "db_late")
-        columns += ("written_db_early", "written_db_late", "condition", "smallest_clip")
+        columns = (
+            *("block", "sites", "db_before", "db_after", "db_early", "db_late"),
+            *("written_db_early", "written_db_late", "condition", "smallest_clip"),
+        )
         result.tables["blocks"] = Table(columns, tuple(rows))
         return result
 
@@ -140,7 +142,7 @@ class FlatQuant(Pass):
                 before = mean_error(problem.all_errors(learned))
                 train(problem, learned, schedule, generator)
                 errors = problem.all_errors(learned)
-                facts = {"before": before, "after": mean_error(errors)}
+                facts: dict[str, float | str] = {"before": before, "after": mean_error(errors)}
                 tensors = {
                     f"{i}.{name}": value
                     for i, one in enumerate(learned)

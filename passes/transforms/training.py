@@ -39,7 +39,7 @@ class Problem:
 
     def rounded(self, learned: Sequence[Learned]) -> dict[fx.Node, Rounded]:
         """All linears that are learned, as they are now."""
-        found = {}
+        found: dict[fx.Node, Rounded] = {}
         for one in learned:
             weights = one.quantized_weights(stored_weights(one.site, self.weights))
             how = one.quantized_input

@@ -76,8 +76,9 @@ class FakeQuantLinear(nn.Module):
             static: Tensor = panguq.dequantize(codes, self.input_scale, zero, x.dtype)
             return static
         largest, clip = 127, 1.0
-        if self.left_trans is not None and self.clip_ratio is not None:
-            x = panguq.kronecker(x, self.left_trans.to(x.dtype), self.right_trans.to(x.dtype))
+        left, right = self.left_trans, self.right_trans
+        if left is not None and right is not None and self.clip_ratio is not None:
+            x = panguq.kronecker(x, left.to(x.dtype), right.to(x.dtype))
             largest, clip = 7, float(self.clip_ratio)
         codes, scale = panguq.quantize_per_token(x, largest, clip)
         dynamic: Tensor = panguq.dequantize(codes, scale, None, x.dtype)

@@ -107,8 +107,9 @@ def linear_entries(linear: QuantizedLinear) -> Iterator[Entry]:
         yield entry("deq_scale", stored, (n,), lambda: stored_deq_scale(linear))
         yield entry("quant_bias", torch.int32, (n,), lambda: bias)
     if linear.left is not None and linear.right is not None:
-        for leaf, factor in (("left_trans", linear.left), ("right_trans", linear.right)):
-            yield entry(leaf, factor.dtype, tuple(factor.shape), lambda given=factor: given)
+        left, right = linear.left, linear.right
+        yield entry("left_trans", left.dtype, tuple(left.shape), lambda: left)
+        yield entry("right_trans", right.dtype, tuple(right.shape), lambda: right)
         yield entry("clip_ratio", torch.float32, (1,), lambda: torch.tensor([linear.clip]))
     if linear.bias is not None:
         yield float_entry(f"{linear.path}.bias", linear.bias, torch.float32)
