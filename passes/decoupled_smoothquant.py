@@ -32,7 +32,7 @@ from panguq.passes.scaling.folding import (
 from panguq.passes.scaling.search import quantized_input
 from panguq.passes.transforms.blocks import (
     Piece,
-    Rounded,
+    RoundedLinear,
     TwoRuns,
     pieces_of,
     run_piece,
@@ -199,7 +199,7 @@ class _Search:
                     _grow(self._met[site], consumer.channel, weight.float().abs().amax(0))
         here = [n for n in self.piece.nodes if Linear.match(n) is not None and is_quantized(n)]
         self._readers = by_input(n for n in here if ExpertLinear.match(n) is None)
-        self._rounded: dict[fx.Node, Rounded] = {}
+        self._rounded: dict[fx.Node, RoundedLinear] = {}
 
     def see(self, values: Values) -> None:
         """Widen the sizes of activations by a batch; its massive tokens count for nothing."""
@@ -258,7 +258,9 @@ class _Search:
         self.error(site, best)  # what is rounded is that of the choice from here on
         return least
 
-    def _quantized(self, linears: Sequence[fx.Node], columns: Tensor) -> dict[fx.Node, Rounded]:
+    def _quantized(
+        self, linears: Sequence[fx.Node], columns: Tensor
+    ) -> dict[fx.Node, RoundedLinear]:
         """The linears that read one value, once that is divided by the `columns` `[k]`."""
         rounded = {}
         for linear in linears:
@@ -279,7 +281,7 @@ class _Search:
                 rows[plain] = quantized_input(rows[plain], activation, energy, dtype)
             return rows.reshape(x.shape)
 
-        return {linear: Rounded(weight, through) for linear, weight in rounded.items()}
+        return {linear: RoundedLinear(weight, through) for linear, weight in rounded.items()}
 
 
 def _grow(into: Tensor, channel: Tensor, values: Tensor) -> None:

@@ -28,7 +28,7 @@ from panguq.passes.transforms.blocks import Piece, TwoRuns, pieces_of
 from panguq.passes.transforms.learned import Learned, stored_weights
 from panguq.passes.transforms.sites import TransformSite, find_transform_sites
 from panguq.passes.transforms.stability import Stability, stability
-from panguq.passes.transforms.training import Problem, Schedule, mean_error, train
+from panguq.passes.transforms.training import LearningPlan, Problem, mean_error, train
 from panguq.tensors.folded_weight import materialized
 from panguq.tensors.work_folder import Finished
 
@@ -136,11 +136,11 @@ class FlatQuant(Pass):
         problem = Problem(piece, weights, runs.quantized, wanted)
         row: tuple[object, ...] = ()
         if learned:
-            schedule = Schedule(self.epochs, self.learning_rate, self.batch_sequences)
+            plan = LearningPlan(self.epochs, self.learning_rate, self.batch_sequences)
 
             def compute() -> Finished:
                 before = mean_error(problem.all_errors(learned))
-                train(problem, learned, schedule, generator)
+                train(problem, learned, plan, generator)
                 errors = problem.all_errors(learned)
                 facts: dict[str, float | str] = {"before": before, "after": mean_error(errors)}
                 tensors = {

@@ -84,7 +84,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedLinear:
     """A linear in quantized form: its rounded weight `[n, k]`, and what makes its input of the
     float one, called once for all linears that have the same one."""
 
@@ -92,7 +92,9 @@ class Rounded:
     rounded_input: Callable[[Tensor], Tensor]
 
 
-def run_piece(nodes: Sequence[fx.Node], values: Values, rounded: Mapping[fx.Node, Rounded]) -> None:
+def run_piece(
+    nodes: Sequence[fx.Node], values: Values, rounded: Mapping[fx.Node, RoundedLinear]
+) -> None:
     """Add the value of every node to `values`, recorded by autograd where that is on."""
     inputs: dict[tuple[fx.Node, Callable[[Tensor], Tensor]], Tensor] = {}
     for node in nodes:
@@ -145,7 +147,7 @@ class TwoRuns:
             _move_on(known, values, piece)
 
     def quantized_step(
-        self, piece: Piece, weights: Values, rounded: Mapping[fx.Node, Rounded]
+        self, piece: Piece, weights: Values, rounded: Mapping[fx.Node, RoundedLinear]
     ) -> None:
         """Run the piece in the quantized graph."""
         for known in self.quantized:

@@ -32,7 +32,7 @@ def split_axis(size: int) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class KroneckerFactors:
     """`left` `[a, a]` and `right` `[b, b]` in the model's dtype: x becomes x (left ⊗ right)."""
 
     left: Tensor

@@ -14,7 +14,7 @@ from panguq.ir.ops.opset import body_of
 from panguq.ir.ops.quantize import SMALLEST_AMAX
 from panguq.ir.views import Linear
 from panguq.passes.rotation.matrices import random_rotation
-from panguq.passes.transforms.factors import Factors
+from panguq.passes.transforms.factors import KroneckerFactors
 from panguq.passes.transforms.sites import TransformSite
 
 CLIP_START = 4.0  # a clip is the sigmoid of what is learned: 0.98 to begin with
@@ -159,11 +159,11 @@ class Learned:
                 if excess > 1:
                     free /= excess
 
-    def stored(self, dtype: torch.dtype) -> Factors:
+    def stored(self, dtype: torch.dtype) -> KroneckerFactors:
         """L and R as the graph has them."""
         with torch.no_grad():
             left, right = (factor.to(dtype) for factor in self.factors())
-        return Factors(left, right)
+        return KroneckerFactors(left, right)
 
 
 def stored_weights(site: TransformSite, weights: Mapping[fx.Node, Tensor]) -> list[Tensor]:

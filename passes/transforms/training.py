@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.run.interpret import Values
-from panguq.passes.transforms.blocks import Piece, Rounded, run_piece, token_errors
+from panguq.passes.transforms.blocks import Piece, RoundedLinear, run_piece, token_errors
 from panguq.passes.transforms.learned import Learned, stored_weights
 
 CLIP_SPEED = 10.0  # the learning rate of clips over that of all else
@@ -19,7 +19,7 @@ MEMORIES = (0.9, 0.95)  # Adam's
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LearningPlan:
     """How long and how fast to learn."""
 
     epochs: int
@@ -37,16 +37,16 @@ class Problem:
     given: Sequence[Values]
     wanted: Sequence[Mapping[fx.Node, Tensor]]
 
-    def rounded(self, learned: Sequence[Learned]) -> dict[fx.Node, Rounded]:
+    def rounded(self, learned: Sequence[Learned]) -> dict[fx.Node, RoundedLinear]:
         """All linears that are learned, as they are now."""
-        found: dict[fx.Node, Rounded] = {}
+        found: dict[fx.Node, RoundedLinear] = {}
         for one in learned:
             weights = one.quantized_weights(stored_weights(one.site, self.weights))
             how = one.quantized_input
-            found |= {linear: Rounded(weight, how) for linear, weight in weights.items()}
+            found |= {linear: RoundedLinear(weight, how) for linear, weight in weights.items()}
         return found
 
-    def errors(self, index: int, rounded: Mapping[fx.Node, Rounded]) -> Tensor:
+    def errors(self, index: int, rounded: Mapping[fx.Node, RoundedLinear]) -> Tensor:
         """Of one batch: each token's squared error over its square, `[tokens]`."""
         values = {**self.given[index], **self.weights}
         run_piece(self.piece.nodes, values, rounded)
@@ -60,7 +60,7 @@ class Problem:
 
 
 def train(
-    problem: Problem, learned: Sequence[Learned], schedule: Schedule, generator: torch.Generator
+    problem: Problem, learned: Sequence[Learned], plan: LearningPlan, generator: torch.Generator
 ) -> None:
     """Adam (arXiv 1412.6980) on the mean of `errors`, batches in random order, the rate rising over
     a few steps and then falling with a cosine. What is learned is left as it was at the start if
@@ -73,22 +73,22 @@ def train(
     groups = [
         {"params": [p for name, p in named if name.startswith("clip") == clips], "lr": rate}
         for clips, rate in (
-            (False, schedule.learning_rate),
-            (True, CLIP_SPEED * schedule.learning_rate),
+            (False, plan.learning_rate),
+            (True, CLIP_SPEED * plan.learning_rate),
         )
     ]
     optimizer = torch.optim.Adam(groups, betas=MEMORIES)
-    steps = -(-len(problem.given) // schedule.batch_sequences)
-    total = steps * schedule.epochs
+    steps = -(-len(problem.given) // plan.batch_sequences)
+    total = steps * plan.epochs
 
     def rate(done: int) -> float:
         return min(1.0, (done + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * done / total)) / 2
 
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for _ in range(schedule.epochs):
+    for _ in range(plan.epochs):
         order = torch.randperm(len(problem.given), generator=generator).tolist()
         for step in range(steps):
-            some = order[step * schedule.batch_sequences :][: schedule.batch_sequences]
+            some = order[step * plan.batch_sequences :][: plan.batch_sequences]
             optimizer.zero_grad()
             with torch.enable_grad():
                 rounded = problem.rounded(learned)
