@@ -21,6 +21,8 @@ from panguq.ir.edit import clone, op_name
 from panguq.ir.node_meta import meta_of
 from panguq.ir.run.interpret import run
 from panguq.ir.views import Linear
+from panguq.lowering.ascend.op_times.nodes import node_cost
+from panguq.lowering.targets import find_target
 from panguq.passes.flatquant import FlatQuant
 from panguq.passes.insert_fake_quant import InsertFakeQuant
 from panguq.passes.pipeline.base import PassContext
@@ -246,6 +248,10 @@ def test_a_served_model(tmp_path: Path) -> None:
     kernels = [str(n.target) for n in compiled.graph.graph.nodes]
     assert kernels.count("npu.npu_kronecker_quant.default") == 4
     assert not any("kronecker" in name for name in kernels if not name.startswith("npu."))
+    target = find_target("ascend910b1")
+    (first, *_) = [n for n in compiled.graph.graph.nodes if "kronecker_quant" in str(n.target)]
+    few, many = (node_cost(first, lambda x: [m, *x.shape[1:]], target) for m in (64, 6400))
+    assert few is not None and many is not None and few.total_us < many.total_us
     compiled.save(tmp_path / "out", format="ascend")
     report = check_folder(tmp_path / "out")
     assert report.types["W4A4_FLATQUANT_DYNAMIC"] == 7

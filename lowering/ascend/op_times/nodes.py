@@ -108,6 +108,8 @@ def _priced(name: str) -> _Priced:
         return latent_cost
     if name == "gated_linear_attention":
         return _recurrence
+    if name == "npu_kronecker_quant":
+        return _turned_and_quantized
     return _vendor if name in _VENDOR else _moved
 
 
@@ -152,8 +154,19 @@ def _recurrence(node: fx.Node, name: str, sizes: SizesOf, machine: AscendMachine
     return Cost(one.total_us * kernels + cube, terms)
 
 
+def _turned_and_quantized(node: fx.Node, name: str, sizes: SizesOf, machine: AscendMachine) -> Cost:
+    """x `[m, a, b]` quantized as `dynamic_quant` does rows of a * b, after products with `[a, a]`
+    and `[b, b]` on the cube, taken to be hidden behind nothing: the op has no published times."""
+    x = arguments(node)["x"].meta["val"]
+    rows, left, right = sizes(x)
+    one = price(VendorCall("dynamic_quant", ((rows, left * right),), (_dtype(x),)), machine)
+    cube = multiplied(rows * left * right * (left + right), machine)
+    return Cost(one.total_us + cube, {**one.terms, "cube": cube})
+
+
 PRICED = frozenset({
     *_VENDOR, "npu_fused_infer_attention_score", "latent_attention", "gated_linear_attention",
+    "npu_kronecker_quant",
 })  # fmt: skip
 """Ops of torch_npu's and panguq's own that have a price, but for matmuls."""
 _CHUNK = 64
