@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,11 @@ def test_one_linear_alone() -> None:
 IDS = torch.arange(3, 67)[None]
 
 
+def with_rows(m: int, x: Tensor) -> list[int]:
+    """The sizes of x with so many rows."""
+    return [m, *(int(size) for size in x.shape[1:])]
+
+
 def test_a_served_model(tmp_path: Path) -> None:
     """Fused calls for an NPU that agree with the fake-quant graph; a folder that reads back."""
     model = make_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
@@ -250,7 +256,7 @@ def test_a_served_model(tmp_path: Path) -> None:
     assert not any("kronecker" in name for name in kernels if not name.startswith("npu."))
     target = find_target("ascend910b1")
     (first, *_) = [n for n in compiled.graph.graph.nodes if "kronecker_quant" in str(n.target)]
-    few, many = (node_cost(first, lambda x: [m, *x.shape[1:]], target) for m in (64, 6400))
+    few, many = (node_cost(first, partial(with_rows, m), target) for m in (64, 6400))
     assert few is not None and many is not None and few.total_us < many.total_us
     compiled.save(tmp_path / "out", format="ascend")
     report = check_folder(tmp_path / "out")
