@@ -121,7 +121,7 @@ def test_verdicts(small) -> None:
 
 
 def test_cards_divide_matmuls_and_talk(small) -> None:
-    request = Request(1, 8192, 16)
+    request = Request(8, 1024, 16)  # 64 heads, on 24 cores
     one, two = (found(small, request, cards=Cards(c)).times.prefill.device for c in (1, 2))
     assert one["collectives"] == 0
     moved = 8192 * 512 * 2  # o_proj and down_proj of two layers, each with an all-reduce
