@@ -150,6 +150,9 @@ def test_servers_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert {f.rule for f in check_folder(tmp_path / "ct").findings} == {
         "no-scheme", "no-tokenizer",
     }  # fmt: skip
+    caplog.clear()
+    found.save(tmp_path / "gptq", format="gptq")
+    assert "model.layers.0.mlp.experts has experts' weights of several kinds" in caplog.text
     with_float = compiled_with({"*": "W8A16", "*.experts.3.*": "FLOAT"}, "quantize-weights")
     with pytest.raises(ExportError, match="some of its experts stay float and others do not"):
         with_float.save(tmp_path / "float", format="compressed-tensors")

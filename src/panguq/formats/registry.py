@@ -94,6 +94,7 @@ FORMATS: dict[str, Format] = {
             "panguq.formats.checkpoint.gptq:save_gptq",
             _CHECKPOINT_PLACE,
             "panguq.formats.checkpoint.gptq:check_linears",
+            "panguq.formats.checkpoint.weight_only:check_experts_alike",
         ),
         Format(
             "awq",
@@ -101,6 +102,7 @@ FORMATS: dict[str, Format] = {
             "panguq.formats.checkpoint.awq:save_awq",
             _CHECKPOINT_PLACE,
             "panguq.formats.checkpoint.awq:check_linears",
+            "panguq.formats.checkpoint.weight_only:check_experts_alike",
         ),
     )
 }

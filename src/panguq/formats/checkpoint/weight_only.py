@@ -19,7 +19,7 @@ from panguq.artifact import Artifact
 from panguq.errors import ExportError
 from panguq.files.strict_json import json_text
 from panguq.formats.checkpoint.folder import CONFIG, Output, marked, write_checkpoint
-from panguq.formats.checkpoint.graph import CheckpointGraph
+from panguq.formats.checkpoint.graph import CheckpointGraph, mixed_experts
 from panguq.formats.checkpoint.linear import LinearForm, QuantizedLinear
 from panguq.formats.checkpoint.served_files import config_of, served_files
 from panguq.server_models import missing_classes
@@ -47,6 +47,7 @@ def save_weight_only(
     """
     config = marked(config_of(artifact, graph.is_tied), artifact.recipe.name)
     config["quantization_config"] = dict(settings)
+    warnings = [*warnings, *check_experts_alike(mixed_experts(graph))]
     for warning in (*warnings, *missing_classes(LOADERS, config)):
         logger.warning(warning)
     files = {
@@ -56,6 +57,18 @@ def save_weight_only(
     }
     tensors = dict(_tensors(graph, parts))
     write_checkpoint(path, files, tensors, overwrite, shard_bytes=shard_bytes)
+
+
+def check_experts_alike(mixed: Mapping[str, list[str]]) -> list[str]:
+    """A sentence for vLLM, which makes room for all of a layer's experts by one kind: of the first
+    of the layers, as published, whose experts have several, with these. Source: vLLM
+    (quantization/gptq_marlin.py, awq_marlin.py)."""
+    said = [
+        f"vllm will not load this checkpoint: {layer} has experts' weights of several kinds "
+        f"({', '.join(kinds)})"
+        for layer, kinds in mixed.items()
+    ]
+    return said[:1]
 
 
 def _tensors(
