@@ -70,7 +70,10 @@ def gram(inputs: Iterable[Tensor]) -> Tensor:
 
 def _exponents(batches: Sequence[Tensor]) -> Tensor:
     """e `[k]`, int32, with |x| < 2^e for every value of a channel in all batches of all ranks."""
-    amax = torch.stack([batch.abs().amax(0).float() for batch in batches if len(batch)]).amax(0)
+    amax = torch.zeros(batches[0].shape[1])
+    for batch in batches:
+        if len(batch):
+            amax = torch.maximum(amax, batch.abs().amax(0).float())
     return torch.frexp(ranks().largest(amax)).exponent.clamp_min(-126)
 
 

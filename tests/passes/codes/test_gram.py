@@ -50,6 +50,12 @@ def test_no_order_of_batches_shows_in_the_sum() -> None:
     assert float(wrong.max()) < 1e-6
 
 
+def test_batches_without_tokens_add_nothing() -> None:
+    (some,) = batches((7, 4))
+    assert torch.equal(gram([some[:0], some]), gram([some]))
+    assert not gram([some[:0]]).any()
+
+
 def test_a_huge_and_a_tiny_channel_keep_their_digits() -> None:
     x = torch.randn(600, 3) * torch.tensor([1e-30, 1.0, 1e15])
     x[7, 2] = 3e16
