@@ -77,11 +77,12 @@ def run(
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     """What the server says of each row's folder, in the order in which it is done: the first
     device's answer, and under `devices` all where there are several."""
-    together: dict[tuple[int, str, bool], list[tuple[Row, Path]]] = {}
+    together: dict[tuple[int, str, bool, bool], list[tuple[Row, Path]]] = {}
     for row, folder in rows:  # a process makes groups of devices for experts, or it does not
-        key = (row.devices, row.quantization, row.only_loads)
+        has_experts = row.folder.model.endswith("moe")
+        key = (row.devices, row.quantization, row.only_loads, has_experts)
         together.setdefault(key, []).append((row, folder))
-    for (devices, quantization, only_loads), chosen in together.items():
+    for (devices, quantization, only_loads, _), chosen in together.items():
         options = ["--quantization", quantization, *(["--only-load"] if only_loads else [])]
         answers = _answers(server, [folder for _, folder in chosen], devices, options)
         for (row, _), said in zip(chosen, answers, strict=True):
