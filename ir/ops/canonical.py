@@ -35,13 +35,13 @@ def rms_norm(
     """`(weight + offset) * (x / sqrt(mean(x^2) + eps))` over the last axis; x `[..., k]`, weight
     `[k]`.
 
-    The normalized x is rounded to x's dtype before the product, as in Llama; with `rounds_once`
-    the product is, as in Gemma, whose weights have an offset of 1.
+    The squares are summed in float64: then no order of the sum shows in the result, and compiled
+    code gives the same bits. The normalized x is rounded to x's dtype before the product, as in
+    Llama; with `rounds_once` the product is, as in Gemma, whose weights have an offset of 1.
     """
     wide = _wide(x)
-    # vector_norm sums the squares in one pass and without a copy of them.
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square().div_(x.shape[-1])
-    normalized = wide * mean_square.add_(eps).rsqrt_()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True, dtype=torch.float64)
+    normalized = wide * norm.square().div_(x.shape[-1]).add_(eps).rsqrt_().to(wide.dtype)
     if rounds_once:
         return normalized.mul_(_wide(weight) + offset).to(x.dtype)
     normalized = normalized.to(x.dtype)
@@ -78,8 +78,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     if interleaved:
         one, other = slice(0, None, 2), slice(1, None, 2)
     result = x * cos
-    result[..., one].addcmul_(x[..., other], sin[..., one], value=-1)
-    result[..., other].addcmul_(x[..., one], sin[..., other])
+    # Not addcmul, which rounds once where the model and compiled code round twice.
+    result[..., one].sub_(x[..., other] * sin[..., one])
+    result[..., other].add_(x[..., one] * sin[..., other])
     return result
 
 

@@ -105,8 +105,8 @@ def int8_linear(
     weight_scale = weight_scale.reshape(-1)
     # The conversion writes over its own input: a second [m, n] buffer costs more than it does.
     result = total.view(torch.float32).copy_(total)
-    if act_scale.numel() == 1:
-        result.mul_(weight_scale * act_scale.reshape(1))
+    if act_scale.dim() == 1 and act_scale.numel() == 1:  # of all tokens; one token's has two axes
+        result.mul_(weight_scale * act_scale)
     else:
         result.mul_(weight_scale).mul_(act_scale.reshape(-1, 1))
     if bias is not None:

@@ -10,7 +10,7 @@ from torch import fx
 from panguq.ir.call_arguments import arguments
 from panguq.ir.edit import erase_unused
 from panguq.ir.interface import Interface
-from panguq.ir.ops import latent_attention  # noqa: F401  (registers the op)
+from panguq.ir.ops import latent_attention, quantize  # noqa: F401  (registers their ops)
 from panguq.ir.views import results_of
 from panguq.kernels.cpu.bfloat16_float import bfloat16_attention
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,15 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from panguq.built.bodies import bodies
-from panguq.built.built_graph import FORMAT, MODES, BuildPlan, BuiltGraph, find_build, loaded
+from panguq.built.built_graph import (
+    FORMAT,
+    MODES,
+    BuildPlan,
+    BuiltGraph,
+    entries_of,
+    find_build,
+    loaded,
+)
 from panguq.built.cache_folder import locked, make_cache_folder
 from panguq.built.compile_part import CompilerError, ValueLayout, compile_part
 from panguq.built.int8_sums import LIBRARY, compile_int8_sums
@@ -41,18 +50,23 @@ from panguq.lowering.run.write_into_cache import written_into
 logger = logging.getLogger("panguq")
 _BUILDING = threading.Lock()  # the compiler's settings are the process's
 _COMPARED_TOKENS = 256
+_FEWEST_CALLS = 4  # a part of less, such as the rotary embedding of the first layer, gains nothing
 _WRONG_DB = 20.0  # rounding ties of quantized inputs leave more; a wrong kernel leaves nothing
 
 
 @dataclass(frozen=True)
 class BuildReport:
     """What `build` did: where the code lies, how many libraries were compiled, in how many seconds
-    (0 if they were there), and why what is not built is not."""
+    (0 if they were there), and why what is not built is not. Of `compared` results of parts,
+    `differing` are not the graph's to the last bit: there a value after them may round otherwise.
+    """
 
     folder: Path | None
     libraries: int = 0
     seconds: float = 0.0
     reasons: tuple[str, ...] = ()
+    compared: int = 0
+    differing: int = 0
 
     @property
     def is_built(self) -> bool:
@@ -71,15 +85,17 @@ def build_graph(
     started = time.monotonic()
     try:
         with _BUILDING, torch.no_grad():
-            folder, libraries, reasons = _build(BuildPlan.of(gm, interface), progress)
-            built = loaded(BuildPlan.of(gm, interface), folder)
+            plan = BuildPlan.of(gm, interface)
+            folder, libraries, reasons = _build(plan, progress)
+            built, entries = loaded(plan, folder), entries_of(folder)
     except PanguqError as error:
         logger.warning("not built, the graph runs uncompiled: %s", error.message)
         return None, BuildReport(None, reasons=(error.message,))
     for reason in reasons:
         logger.warning("runs uncompiled: %s", reason)
     seconds = time.monotonic() - started if libraries else 0.0
-    return built, BuildReport(folder, libraries, seconds, tuple(reasons))
+    counts = entries["compared"], entries["differing"]
+    return built, BuildReport(folder, libraries, seconds, tuple(reasons), *counts)
 
 
 def _build(plan: BuildPlan, progress: Progress) -> tuple[Path, int, list[str]]:
@@ -97,7 +113,10 @@ def _build(plan: BuildPlan, progress: Progress) -> tuple[Path, int, list[str]]:
             if not made.sums.keys() - {LIBRARY}:
                 reasons = "; ".join(dict.fromkeys(made.reasons))
                 raise LoweringError(reasons or "the graph has nothing to compile")
-            entries = {"format": FORMAT, "modes": made.modes, "libraries": made.sums}
+            entries = {
+                "format": FORMAT, "modes": made.modes, "libraries": made.sums,
+                "compared": made.compared, "differing": made.differing,
+            }  # fmt: skip
             (partial / "built.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
             os.chmod(partial / "built.json", 0o600)  # whatever the user's umask is
         return target, len(made.sums), list(dict.fromkeys(made.reasons))
@@ -108,6 +127,8 @@ class _Made:
     modes: dict[str, list[dict[str, object] | None]]
     sums: dict[str, str]
     reasons: list[str]
+    compared: int = 0
+    differing: int = 0
 
 
 def _libraries(plan: BuildPlan, work: Path, folder: Path, progress: Progress) -> _Made:
@@ -116,12 +137,16 @@ def _libraries(plan: BuildPlan, work: Path, folder: Path, progress: Progress) ->
     own_sums = _own_sums(plan, folder, made)
     probes = {mode: [_values(plan, size) for size in _sizes(plan, mode)] for mode in MODES}
     texts = {mode: [_text(plan, p, mode, probes[mode]) for p in plan.parts] for mode in MODES}
-    total = sum(len(set(found)) for found in texts.values())
+    worth = [len(part.nodes) >= _FEWEST_CALLS for part in plan.parts]
+    total = sum(len(set(compress(found, worth))) for found in texts.values())
     done = 0
     for mode in MODES:
         entries: dict[str, dict[str, object] | None] = {}
-        for part, text in zip(plan.parts, texts[mode], strict=True):
+        for part, text, is_worth in zip(plan.parts, texts[mode], worth, strict=True):
             if text in entries:
+                continue
+            if not is_worth:
+                entries[text] = None
                 continue
             progress("building", done, total)
             done += 1
@@ -129,13 +154,18 @@ def _libraries(plan: BuildPlan, work: Path, folder: Path, progress: Progress) ->
             layouts = _layouts(part, probes[mode])
             try:
                 body = bodies(few=mode == "few", own_sums=own_sums)
-                library = _compiled(plan, part, body, probes[mode], layouts, work / name)
+                library = work / name
+                results = _compiled(plan, part, body, probes[mode], layouts, library)
+                wanted = [probes[mode][-1][node] for node in part.results]
+                differing = count_differing(wanted, results)
             except CompilerError:
                 raise
             except LoweringError as error:
                 made.reasons.append(f"a part of {len(part.nodes)} calls: {error.message}")
                 entries[text] = None
                 continue
+            made.compared += sum(result.numel() for result in results)
+            made.differing += differing
             shutil.move(library, folder / name)
             os.chmod(folder / name, 0o600)
             made.sums[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -168,8 +198,8 @@ def _compiled(
     probes: Sequence[Mapping[fx.Node, Tensor]],
     layouts: Sequence[ValueLayout],
     library: Path,
-) -> Path:
-    """The library of a part, compared with the part as it runs today."""
+) -> list[Tensor]:
+    """Write the library of a part, and what it gives for the last of the probes."""
     module = part_module(part, lambda target: own.get(target, target))
     weights = [aligned(stored_tensor(plan.gm, node)) for node in part.weights]
     first, *_, last = probes
@@ -178,12 +208,20 @@ def _compiled(
     compile_part(module, [*values, *weights], [*layouts, *plain], library)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     given = [layout.bring(last[node]) for layout, node in zip(layouts, part.inputs, strict=True)]
-    for node, result in zip(part.results, runner.run([*given, *weights]), strict=True):
-        wanted = last[node]
-        fits = result.shape == wanted.shape and result.dtype == wanted.dtype
-        if not fits or not sqnr_db(wanted, result) > _WRONG_DB:
+    results: list[Tensor] = runner.run([*given, *weights])
+    return results
+
+
+def count_differing(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> int:
+    """How many values differ in some bit. Raises LoweringError if they are not the same numbers up
+    to rounding."""
+    differing = 0
+    for one, other in zip(wanted, found, strict=True):
+        fits = other.shape == one.shape and other.dtype == one.dtype
+        if not fits or not sqnr_db(one, other) > _WRONG_DB:
             raise LoweringError("its code gives other numbers than the graph")
-    return library
+        differing += int((one != other).sum())
+    return differing
 
 
 def _layouts(part: GraphPart, probes: Sequence[Mapping[fx.Node, Tensor]]) -> list[ValueLayout]:

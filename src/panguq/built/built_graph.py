@@ -39,10 +39,12 @@ from panguq.lowering.run.write_into_cache import PAST_LENGTH
 logger = logging.getLogger("panguq")
 MODES = ("few", "many")
 """One code for decoding, and one for prompts."""
+# The compiler's own code for these rounds otherwise; a rotary table is made once a call.
+_ROUNDS_OTHERWISE = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
 _INT4 = "panguq_cpu.int4_linear.default"
 _INT8 = "panguq_cpu.int8_linear.default"
 _INT8_WEIGHT = "panguq_cpu.int8_weight_linear.default"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class BuildPlan:
             if any(n.op == "placeholder" and n.target in held for n in node.all_input_nodes):
                 return True
             if any(n.target == PAST_LENGTH for n in values_read(node) if n.op == "placeholder"):
+                return True
+            if node.target in _ROUNDS_OTHERWISE:
                 return True
             name = str(name_of(node.target))
             return name in staying or (name.startswith("panguq") and node.target not in own)
@@ -172,7 +176,7 @@ def find_build(plan: BuildPlan) -> Path | None:
     try:
         check_own(folder.parent)
         check_own(folder)
-        entries = _entries(folder)
+        entries = entries_of(folder)
         for name, wanted in entries["libraries"].items():
             check_own(folder / name)
             if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
@@ -182,7 +186,8 @@ def find_build(plan: BuildPlan) -> Path | None:
     return folder
 
 
-def _entries(folder: Path) -> Any:
+def entries_of(folder: Path) -> Any:
+    """What `built.json` says. Raises OSError, ValueError or KeyError for one that is no build's."""
     check_own(folder / "built.json")
     entries = json.loads((folder / "built.json").read_text(encoding="utf-8"))
     if entries["format"] != FORMAT or set(entries["modes"]) != set(MODES):
@@ -192,7 +197,7 @@ def _entries(folder: Path) -> Any:
 
 def loaded(plan: BuildPlan, folder: Path) -> BuiltGraph:
     """The graph with a build's code. Raises StorageError if it does not load."""
-    entries = _entries(folder)
+    entries = entries_of(folder)
     runners: dict[str, Callable[..., Any]] = {}
     try:
         if LIBRARY in entries["libraries"]:

@@ -21,6 +21,7 @@ from panguq.errors import LoweringError
 
 _OPTIONS = {
     "cpp.dynamic_threads": True,  # the number of threads of the day, not of the build
+    "emulate_precision_casts": True,  # round to bfloat16 wherever the graph does
     "aot_inductor.compile_wrapper_opt_level": "O1",
     "aot_inductor.custom_ops_to_c_shims": SHIMS,
 }

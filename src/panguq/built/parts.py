@@ -76,9 +76,11 @@ def is_size(node: fx.Node) -> bool:
 def cut(gm: fx.GraphModule, stays: Staying) -> list[GraphPart | fx.Node]:
     """The parts and the calls that stay, in an order in which they can run.
 
-    Sizes are no steps: whoever reads one computes it.
+    Sizes are no steps: whoever reads one computes it. What reads memory comes after the writes
+    before it.
     """
     level: dict[fx.Node, int] = {}
+    written: dict[fx.Node, int] = {}  # memory, and where it is written into
     staying: set[fx.Node] = set()
     groups: dict[int, list[fx.Node]] = {}
     calls: dict[int, list[fx.Node]] = {}
@@ -88,7 +90,11 @@ def cut(gm: fx.GraphModule, stays: Staying) -> list[GraphPart | fx.Node]:
         sources = [n for n in values_read(node) if n in level]
         if stays(node) or node.target in _EFFECTS or _is_item_of(node, staying):
             staying.add(node)
-            level[node] = max((level[n] for n in sources), default=0)
+            memory = node.all_input_nodes[:1]
+            after = [written[n] for n in memory if n in written]
+            level[node] = max([0, *(level[n] for n in sources), *after])
+            if node.target is torch.ops.aten.copy_.default:
+                written[memory[0].all_input_nodes[0]] = level[node]
             calls.setdefault(level[node], []).append(node)
         else:
             level[node] = max((level[n] + (n in staying) for n in sources), default=0)

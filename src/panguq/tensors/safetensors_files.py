@@ -35,6 +35,7 @@ DTYPES = {
 }
 _DTYPE_NAMES = {name: dtype for dtype, name in DTYPES.items()}
 _CHUNK_BYTES = 64 << 20
+ALIGNMENT_BYTES = 64
 ALONE_BYTES = 4 << 20
 """In a model of more than one file, a tensor of this size has one of its own."""
 
@@ -73,9 +74,16 @@ class TensorForm(Protocol):
 def header_of(tensors: Mapping[str, TensorForm]) -> tuple[bytes, list[str]]:
     """A safetensors file's bytes before its first tensor, and the names in the file's order.
 
-    Wide dtypes come first, as safetensors itself writes, so that every tensor is aligned.
+    Tensors of whole lines of a processor's cache come first, each at the begin of one: kernels that
+    load such lines would copy a mapped weight at every call otherwise. Among the others wide dtypes
+    come first, as safetensors itself writes, so that every tensor is aligned.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+    def place(name: str) -> tuple[bool, int, str]:
+        tensor = tensors[name]
+        return tensor.nbytes % ALIGNMENT_BYTES != 0, -tensor.dtype.itemsize, name
+
+    names = sorted(tensors, key=place)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -85,7 +93,7 @@ def header_of(tensors: Mapping[str, TensorForm]) -> tuple[bytes, list[str]]:
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     return len(text).to_bytes(8, "little") + text, names
 
 
