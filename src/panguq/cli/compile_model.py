@@ -183,9 +183,7 @@ def run(options: argparse.Namespace) -> int:
             report = compiled.build()
             if report.is_built and not options.json:
                 print(f"built in {report.folder}: {report.seconds:.0f} s")
-                print(
-                    f"{report.differing} of {report.compared} values compared are not the graph's bits"
-                )
+                print(f"{report.differing} of {report.compared} values differ from the graph's")
         if options.json:
             print_json({**compiled.report.model_dump(), "out": _text(options.out)})
         else:
