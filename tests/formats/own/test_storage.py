@@ -25,7 +25,7 @@ from panguq.files.partial_folder import partial_folder
 from panguq.files.strict_json import parse_json
 from panguq.formats.own import storage
 from panguq.formats.own.storage import read_folder, write_folder
-from panguq.tensors.safetensors_files import DTYPES, Shard, plan_shards
+from panguq.tensors.safetensors_files import DTYPES, Shard, header_of, plan_shards
 
 FILES = {"recipe.yaml": "name: w8a8\n", "config.json": '{"a": 1}', "tokenizer.model": b"\x00\xff"}
 
@@ -509,3 +509,13 @@ def test_without_verification_only_sizes_are_compared(saved: Path) -> None:
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
 def test_strict_json_reads_all_json(value: object) -> None:
     assert parse_json(json.dumps(value), "x") == value
+
+
+def test_tensors_of_whole_cache_lines_begin_on_one() -> None:
+    """Where they are mapped, kernels that load aligned lines read them in place."""
+    odd, odd_codes = torch.zeros(3), torch.zeros(5, dtype=torch.int8)
+    whole, codes = torch.zeros(16), torch.zeros(64, dtype=torch.int8)
+    header, names = header_of({"a": odd, "b": codes, "c": whole, "d": odd_codes})
+    assert names == ["c", "b", "a", "d"] and len(header) % 64 == 0
+    starts = [json.loads(header[8:])[name]["data_offsets"][0] for name in names]
+    assert starts == [0, 64, 128, 140]
