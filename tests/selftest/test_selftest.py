@@ -115,7 +115,7 @@ def test_the_report_has_its_failures_first_and_says_what_a_stand_in_is(tmp_path)
         CallRow("kernel", "W4A16", "m=1: a", "agrees", "60 dB", 30.0, "profiler", 20.0),
         CallRow("kernel", "W4A16", "m=1: b", "agrees", "60 dB", 15.0, "profiler", 25.0),
     ]
-    found = {"versions": {"panguq": "0.1.0"}, "device": "x", "target": "t", "stand_in": True}
+    found = {"versions": {"panguq": "0.2.0"}, "device": "x", "target": "t", "stand_in": True}
     text = write_files(tmp_path / "report", found, rows, [])
     assert {file.name for file in (tmp_path / "report").iterdir()} == set(FILES)
     assert "it is a stand-in" in text

@@ -18,6 +18,7 @@ from panguq.artifact import shared_weights
 from panguq.compiled_model import load
 from panguq.errors import PanguqError, StorageError, VerifyError
 from panguq.files.manifest import MANIFEST
+from panguq.formats.own import storage
 from panguq.formats.own.model_folder import save_model
 from panguq.formats.own.storage import read_folder, write_folder
 from panguq.ir.edit import set_tensor, weights_of
@@ -101,6 +102,21 @@ def test_what_comes_with_the_model_comes_back(w8a8: Any, saved: Path) -> None:
     assert loaded.config.to_dict() == w8a8.config.to_dict()
     assert type(loaded.config) is transformers.LlamaConfig
     assert loaded.tokenizer("a text").input_ids == w8a8.tokenizer("a text").input_ids
+
+
+@pytest.mark.parametrize(("release", "meant"), [("0.1.0", "float32"), ("0.2.0", "bfloat16")])
+def test_floats_of_the_first_release_stay_float32(
+    release: str, meant: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipes say `precision: bfloat16`, which was of kernels of quantized weights alone."""
+
+    def change(files: dict[str, Any]) -> None:
+        spelled = files["recipe.yaml"].replace(b"precision: auto", b"precision: bfloat16")
+        assert spelled != files["recipe.yaml"]
+        files["recipe.yaml"] = spelled
+
+    monkeypatch.setattr(storage, "version", lambda _: release)
+    assert panguq.load(changed(saved, tmp_path / "out", change)).recipe.precision == meant
 
 
 def test_other_modules_are_saved_too(tmp_path: Path) -> None:

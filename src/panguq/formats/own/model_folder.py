@@ -78,7 +78,7 @@ def read_model(path: str | Path) -> Artifact:
     _say_what_is_not_read(folder)
     interface = _read(folder, "interface.json", Interface)
     report = _read(folder, "report.json", CompileReport)
-    recipe = _read_recipe(folder)
+    recipe = _of_first_release(folder, _read_recipe(folder))
     stages = _read_stages(folder, interface)
     made = Artifact(stages, interface, recipe, report.target, report)
     if interface.kind == "module":
@@ -119,6 +119,14 @@ def _read_recipe(folder: Folder) -> Recipe:
             "it was compiled with passes that this panguq does not have; import what adds them, "
             "or compile the model again",
         ) from error
+
+
+def _of_first_release(folder: Folder, recipe: Recipe) -> Recipe:
+    """The recipe as release 0.1 meant it: its `precision: bfloat16`, the default, was of kernels of
+    quantized weights, which the lowered graph names, and floats stayed float32."""
+    if str(folder.manifest.get("panguq")).startswith("0.1.") and recipe.precision == "bfloat16":
+        return recipe.model_copy(update={"precision": "float32"})
+    return recipe
 
 
 def _read_stages(folder: Folder, interface: Interface) -> dict[str, fx.GraphModule]:
