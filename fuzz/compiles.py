@@ -24,10 +24,17 @@ from panguq.ir.quant_spec import SCHEMES
 from panguq.recipe import Recipe
 
 FAR_DB, SAME_DB = 3.0, 15.0
+_QUICK: dict[str, dict[str, Any]] = {
+    "progressive-rounding": {"steps": 6},
+    "flatquant": {"epochs": 1},
+}
+"""Passes that learn for seconds by default."""
 _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "rotate": {"sites": (["residual"], ["value"], []), "online": ([], ["down"], ["down", "heads"])},
     "smoothquant": {"alpha": (0.0, 0.3, 1.0, "search"), "statistic": ("amax", "rms")},
+    "decoupled-smoothquant": {"batches": (1, 50), "rounds": (1, 3)},
     "awq": {"steps": (1, 2, 5)},
+    "flatquant": {"learning_rate": (1e-6, 0.1), "blocks_at_once": (1, 100), "alpha": (0.0, 1.0)},
     "mixed-precision": {"bits": (3.0, 4.75, 8.0, 1e9), "keep": ([], ["*.down_proj"]),
                         "choices": (["W4A16", "W8A16"], ["W2A16", "W3A16", "W8A8"], ["W6A6"])},
     "weigh-tokens": {"power": (0.5, 1.0), "groups": (1, 2, 1000)},
@@ -59,13 +66,22 @@ _SOLVERS = (
     "learned-rounding",
     "progressive-rounding",
 )
-_EARLY = ("rotate", "smoothquant", "awq", "mixed-precision", "weigh-tokens")
+_EARLY = (
+    "rotate",
+    "smoothquant",
+    "decoupled-smoothquant",
+    "awq",
+    "flatquant",
+    "mixed-precision",
+    "weigh-tokens",
+)
 _GLOBS = ("*.down_proj", "*.mlp.*", "*.self_attn.*", "model.layers.0.*", "lm_head", "*.o_proj")
 _ENDINGS = ("", "", "-g32", "-g64", "-per_channel", "-sym", "-asym", "-g32-sym")
 
 
 def _entry(rng: random.Random, name: str) -> Any:
     options = {k: rng.choice(v) for k, v in _OPTIONS[name].items() if rng.random() < 0.4}
+    options = {**_QUICK.get(name, {}), **options}
     if name == "mixed-precision":
         options.setdefault("bits", 4.75)
     return {name: options} if options else name

@@ -10,13 +10,18 @@ import torch
 
 from panguq import compiler
 from panguq.ir.edit import clone
+from panguq.planning import dry_run
 
 
 @contextmanager
 def shared_traces() -> Iterator[None]:
-    """All compiles of one model, dtype and set of example inputs begin with copies of one trace."""
+    """All compiles of one model, dtype and set of example inputs begin with copies of one trace.
+
+    So do its plans, where recipes name the same layers.
+    """
     made: dict[Any, Any] = {}
-    original = compiler.trace
+    planned: dict[Any, Any] = {}
+    original, canonical = compiler.trace, dry_run.canonical_graph
 
     def trace(
         model: Any, examples: Any, dtype: torch.dtype | None, compare: bool = True, **once: Any
@@ -27,8 +32,17 @@ def shared_traces() -> Iterator[None]:
         gm, interface = made[key][-1]
         return clone(gm), interface
 
-    compiler.trace = trace
+    def canonical_graph(
+        model: Any, examples: Any = None, dtype: torch.dtype | None = None, globs: Any = ()
+    ) -> Any:
+        key = id(model), id(examples), dtype, tuple(globs)
+        if key not in planned:
+            planned[key] = model, examples, canonical(model, examples, dtype, globs)
+        gm, interface = planned[key][-1]
+        return clone(gm), interface
+
+    compiler.trace, dry_run.canonical_graph = trace, canonical_graph
     try:
         yield
     finally:
-        compiler.trace = original
+        compiler.trace, dry_run.canonical_graph = original, canonical

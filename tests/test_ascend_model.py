@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,13 +16,20 @@ from panguq.explain.graph_ops import compiled_times, render
 from panguq.ir.edit import op_name
 from panguq.lowering.target_files import save_target
 from panguq.lowering.targets import find_target
-from tests.model_shelf import make_model, token_ids
+from tests.model_shelf import shared_model, token_ids
+from tests.shared_traces import shared_traces
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 @functools.cache
 def compiled(recipe: str, target: str = "ascend910b1") -> CompiledCausalLM:
     model = panguq.compile(
-        make_model("openpangu"), recipe, calibration=token_ids(4, 32), target=target
+        shared_model("openpangu"), recipe, calibration=token_ids(4, 32), target=target
     )
     assert isinstance(model, CompiledCausalLM)
     return model
@@ -36,7 +44,7 @@ def test_every_recipe_runs_in_bfloat16(recipe) -> None:
     model, ids = compiled(recipe), token_ids(2, 9, seed=3)
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
-        expected = make_model("openpangu")(ids).logits
+        expected = shared_model("openpangu")(ids).logits
     noise = (model(ids).logits.float() - expected).square().sum()
     assert 10 * torch.log10(expected.square().sum() / noise) >= (8 if recipe[1] == "4" else 20)
     assert {"npu_add_rms_norm", "npu_swiglu", "npu_fused_infer_attention_score"} <= ops(model)
@@ -89,7 +97,7 @@ def test_weight_formats_by_recipe() -> None:
     for wanted, found in (("NZ", True), ("ND", False)):
         given = panguq.Recipe.of({**recipe, "ascend": {"weight_format": wanted}})
         model = panguq.compile(
-            make_model("openpangu"), given, calibration=token_ids(2, 16), target="ascend910b1"
+            shared_model("openpangu"), given, calibration=token_ids(2, 16), target="ascend910b1"
         )
         assert ("npu_format_cast" in ops(model)) == found
 
@@ -111,7 +119,7 @@ def test_options_that_mean_nothing(ascend, message) -> None:
 def test_devices_that_a_model_cannot_run_on() -> None:
     with pytest.raises(InputError, match="do not run on cuda"):
         compiled("w8a8").to("cuda")
-    cpu = panguq.compile(make_model("openpangu"), "float")
+    cpu = panguq.compile(shared_model("openpangu"), "float")
     with pytest.raises(InputError, match="compiled for cpu does not run on npu"):
         cpu.to("npu")
     assert compiled("w8a8").to("cpu") is compiled("w8a8")

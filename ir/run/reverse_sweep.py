@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from panguq.ir.analysis.blocks import blocks
+from panguq.ir.call_arguments import arguments, operand
 from panguq.ir.edit import ancestors, label
 from panguq.ir.ops import encode, quantize  # noqa: F401  (register the ops matched here)
 from panguq.ir.ops.experts import each_experts_rows
@@ -261,10 +262,23 @@ def _straight_through(node: fx.Node, value: Any, values: dict[fx.Node, Any]) -> 
     quantized = QuantizedInput.match(node)
     if quantized is None:
         return value
-    source = values.get(quantized.source)
+    source = _unrounded(quantized.quantizer, value, values)
     if source is None or not source.requires_grad:
         return value
     return source + (value - source).detach()
+
+
+def _unrounded(quantizer: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> Tensor | None:
+    """The float that became `value`, if it is known; of a cache, whose past comes as codes, what
+    those stand for, and behind it the float of the new tokens."""
+    if quantizer.target is not torch.ops.aten.cat.default:
+        return values.get(operand(quantizer, 0))
+    given = arguments(quantizer)
+    source = values.get(operand(given["tensors"][-1], 0))
+    if source is None:
+        return None
+    past = value.shape[given["dim"]] - source.shape[given["dim"]]
+    return torch.cat((value.narrow(given["dim"], 0, past).detach(), source), given["dim"])
 
 
 def _backward(

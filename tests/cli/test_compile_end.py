@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from panguq.planning.format_check import check_format
 from panguq.recipe import Recipe
 from tests.model_folders import make_folder
 from tests.model_shelf import shared_model, token_ids
+from tests.shared_traces import shared_traces
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(scope="module")

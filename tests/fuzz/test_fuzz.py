@@ -19,7 +19,7 @@ from panguq.errors import RecipeError, VerifyError
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "recipes": 150,
-    "compiles": 12,
+    "compiles": 6,
     "modules": 8,
     "graphs": 60,
     "files": 15,

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import panguq.kernels
 import panguq.lowering
 from panguq.built.int8_sums import int8_sums
+from panguq.ir.ops.kronecker import kronecker
 from panguq.ir.ops.opset import allowed_ops, define_op, resolve
 from panguq.selftest.npu_calls import LEGAL
 from tests.kernels.ascend.own.own_calls import OWN
@@ -30,7 +31,20 @@ def of_built_code(m: int) -> dict[str, Tensor]:
 
 
 BUILT = {"built.int8_sums": (int8_sums, of_built_code)}
-CALLS = {**BUILT, **OWN, **EXPERT_CALLS, **{f"npu.{name}": call for name, call in LEGAL.items()}}
+
+
+def of_two_factors(m: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(2, m, 12), "left": torch.randn(3, 3), "right": torch.randn(4, 4)}
+
+
+MAPS = {"kronecker": (kronecker, of_two_factors)}
+CALLS = {
+    **BUILT,
+    **MAPS,
+    **OWN,
+    **EXPERT_CALLS,
+    **{f"npu.{name}": call for name, call in LEGAL.items()},
+}
 
 
 def as_is(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from tests.model_shelf import (
     shared_model,
     token_ids,
 )
+from tests.shared_traces import shared_traces
 
 ops = torch.ops.panguq
 PER_TOKEN = QuantizeKvCache(keys="per_token", values="per_token")
@@ -44,6 +46,12 @@ VARIANTS = {
     "per_token": PER_TOKEN,
     MIXED: QuantizeKvCache(values="per_token"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 @functools.cache

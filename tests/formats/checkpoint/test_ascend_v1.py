@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import panguq
 from panguq.check.report import check_folder
@@ -21,6 +23,7 @@ from panguq.formats.checkpoint.served_files import served_config
 from panguq.ir.edit import find_label, get_tensor
 from panguq.models.hf import read_config
 from tests.model_folders import make_model, make_tokenizer
+from tests.shared_traces import shared_traces
 
 IDS = torch.arange(3, 67)[None]
 SIZES = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
@@ -36,15 +39,26 @@ def recipe(schemes: str | dict[str, str], passes: list[Any] = PASSES) -> Any:
     return panguq.Recipe.of({"name": "r", "description": "r", "schemes": listed, "passes": passes})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
+
+
+@functools.cache
+def model_of(dtype: str, sizes: tuple[tuple[str, Any], ...]) -> nn.Module:
+    """One model of a size, never to be changed."""
+    return make_model(**dict(sizes)).to(getattr(torch, dtype))
+
+
 def compiled(
     schemes: str | dict[str, str] = "W8A8", dtype: str = "bfloat16", **changed: Any
 ) -> Any:
     """A tiny Llama, biased in attention, compiled for the CPU (W4A8: for an NPU)."""
     four = schemes == "W4A8"
     sizes = {**SIZES, "attention_bias": not four, **changed}
-    model = make_model(**sizes).to(getattr(torch, dtype))
     return panguq.compile(
-        model,
+        model_of(dtype, tuple(sizes.items())),
         recipe(schemes),
         calibration=IDS,
         tokenizer=make_tokenizer(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ from panguq.ir.ops.packing import pack_int4
 from tests.model_folders import SIZES, make_folder, make_tokenizer
 from tests.model_folders import make_model as make_llama
 from tests.model_shelf import shared_model, token_ids
+from tests.shared_traces import shared_traces
 
 LAST = ("insert-fake-quant", "quantize-weights")
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 def recipe(schemes: dict[str, str], *passes: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,17 @@ from panguq.ir.edit import call, clone, tensor_node
 from panguq.ir.node_meta import annotate, meta_of
 from panguq.ir.views import Linear
 from tests.model_shelf import CONFIGS, shared_model, token_ids, trace_tiny
+from tests.shared_traces import shared_traces
 
 WITH_LINEARS = ("llama", "qwen2", "openpangu", "opt")
 LAST = ("insert-fake-quant", "quantize-weights")
 IDS = token_ids(1, 12)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 def recipe(scheme: str, *passes: Any, **schemes: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from panguq.ir.edit import label
 from panguq.ir.run.interpret import run
 from tests.formats.onnx.onnx_values import is_matmul, local_differences
 from tests.model_shelf import hand_written, shared_model, token_ids, trace_tiny
+from tests.shared_traces import shared_traces
 
 FAMILIES = ("llama", "openpangu", "gpt2", "opt")
 SMALLEST_DB = 60.0
@@ -33,6 +35,12 @@ WEIGHT_ONLY = {
     }
     for name, scheme in (("w8a16", "W8A16"), ("w4a16", "W4A16"), ("w4a16-asym", "W4A16_ASYM"))
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace_a_model() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 @functools.cache
