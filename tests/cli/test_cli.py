@@ -146,7 +146,10 @@ def test_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         panguq.recipes()
     )
     assert main(["recipes"]) == 0
-    assert "w8a8-dynamic" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    uses = {line: part for part in listed.split("\n\n") for line in part.splitlines()[:1]}
+    assert "\n  w8a16 " in uses["6- and 8-bit weights alone: less memory at next to no loss"]
+    assert sum(line.startswith("  ") for line in listed.splitlines()) == len(panguq.recipes())
     assert main(["recipes", "w8a8"]) == 0
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
     assert panguq.Recipe.from_yaml(tmp_path / "mine.yaml") == panguq.Recipe.named("w8a8")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from panguq.cli import main
-from panguq.planning.advice import RecipeRow, _choose, losses
+from panguq.planning.advice import RecipeRow, _choose
+from panguq.planning.losses import losses
 from panguq.recipe import preset_names
 from tests.config_folders import PANGU, config_folder
 

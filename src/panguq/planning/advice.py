@@ -6,10 +6,8 @@ from the config, and losses are those of other, small models (`accuracy.csv`).
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +33,7 @@ from panguq.passes.quantize_kv_cache import QuantizeKvCache
 from panguq.planning.costs import compile_seconds
 from panguq.planning.dry_run import describe_matmul
 from panguq.planning.format_check import check_format_passes
+from panguq.planning.losses import Loss, losses
 from panguq.planning.report import MatmulPlan
 from panguq.recipe import Recipe, preset_names
 from panguq.schedule import Schedule
@@ -47,15 +46,6 @@ from panguq.tensors.weight_store import WeightStore
 NONE = "none"
 MOST_LOSS = 10.0
 """A recipe that raises a yardstick's perplexity by more percent is taken for want of room alone."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a recipe did to a yardstick model: perplexity above float in percent, KL divergence."""
-
-    model: str
-    perplexity_percent: float
-    kl: float
 
 
 @dataclass(frozen=True)
@@ -111,16 +101,6 @@ class Advice:
             "recommendation": {"recipe": self.recipe, "reason": self.reason},
             "notes": list(self.notes),
         }
-
-
-def losses() -> dict[str, tuple[Loss, ...]]:
-    """The losses of each recipe that was measured, the published yardstick first."""
-    text = resources.files("panguq.planning").joinpath("accuracy.csv").read_text(encoding="utf-8")
-    found: dict[str, tuple[Loss, ...]] = {}
-    for row in csv.DictReader(line for line in text.splitlines() if not line.startswith("#")):
-        loss = Loss(row["model"], float(row["perplexity_percent"]), float(row["kl"]))
-        found[row["recipe"]] = (*found.get(row["recipe"], ()), loss)
-    return found
 
 
 def advise(
