@@ -43,9 +43,9 @@ def test_a_map_of_two_processes_is_killed_and_interrupted(tmp_path: Path) -> Non
     data = tmp_path / "data"
     data.mkdir()
     for name in ("wikipedia", "chinese", "code"):
-        (data / f"{name}.txt").write_text(TEXT)
+        (data / f"{name}.txt").write_text(TEXT * 200)  # a second or more a cell
     given = ["--recipes", "w8a16", "w4a16", "w3a16", "--tasks", "wikipedia", "chinese", "code"]
-    arguments = ["map", str(model), *given, "--data", str(data), "--limit", "4"]
+    arguments = ["map", str(model), *given, "--data", str(data), "--limit", "60"]
     out = tmp_path / "map"
     several = [*arguments, "--processes", "2", "--out", str(out)]
 
@@ -57,7 +57,7 @@ def test_a_map_of_two_processes_is_killed_and_interrupted(tmp_path: Path) -> Non
     assert 2 <= len(first) < 12
 
     interrupted = start(several)
-    wait_for_cells(out, len(first) + 2, interrupted)
+    wait_for_cells(out, len(first) + 1, interrupted)
     interrupted.send_signal(signal.SIGINT)
     _, said = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130
