@@ -175,12 +175,19 @@ class CompiledModule(Buildable, FrozenModule):
         find_format(format).write(self.artifact, Path(path), overwrite)
 
     def export_onnx(
-        self, path: str | Path, stage: str | None = None, overwrite: bool = False
+        self,
+        path: str | Path,
+        stage: str | None = None,
+        overwrite: bool = False,
+        functions: bool = False,
     ) -> None:
-        """Write a stage's graph (by default the one that runs) as an ONNX file to look at."""
+        """Write a stage's graph (by default the one that runs) as an ONNX file to look at.
+
+        functions: show each layer, quantized linear, … as one box that opens on a click.
+        """
         from panguq.formats.onnx.export import export_onnx
 
-        export_onnx(self.artifact, Path(path), stage or self.stage, overwrite)
+        export_onnx(self.artifact, Path(path), stage or self.stage, overwrite, functions)
 
     def extra_repr(self) -> str:
         """One line for `print(model)`."""

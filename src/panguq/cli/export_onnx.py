@@ -35,6 +35,12 @@ def add(commands: Commands) -> None:
         help="write a folder that this generates text from: the lowered graph with the inputs that "
         "it feeds, its configuration and the tokenizer",
     )
+    command.add_argument(
+        "--functions",
+        action="store_true",
+        help="show each quantized linear, rotary embedding, … and each layer as one box that opens "
+        "on a click (ONNX local functions)",
+    )
     command.add_argument("--force", action="store_true", help="replace the file")
     command.add_argument(
         "--model", metavar="MODEL_DIR", type=Path, help="where a dump's model lies now, if moved"
@@ -94,7 +100,7 @@ def _export_dump(options: argparse.Namespace) -> str:
     from panguq.formats.onnx.export import export_dump
 
     reader = DumpReader(options.source, options.model)
-    return export_dump(reader, options.out, options.stage, options.force)
+    return export_dump(reader, options.out, options.stage, options.force, options.functions)
 
 
 def _export_model(options: argparse.Namespace) -> str:
@@ -107,5 +113,5 @@ def _export_model(options: argparse.Namespace) -> str:
             f"{options.source} is no dump, and only dumps need --model", "leave out --model"
         )
     stage = options.stage or LOWERED
-    export_onnx(read_model(options.source), options.out, stage, options.force)
+    export_onnx(read_model(options.source), options.out, stage, options.force, options.functions)
     return stage

@@ -275,3 +275,40 @@ def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
     with pytest.raises(PanguqError, match="no stage 'traced'") as caught:
         export_onnx(compiled("llama", "float").artifact, tmp_path / "model.onnx", "traced")
     assert "fake-quant, lowered" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("recipe", "linear"), [("preset w8a8-dynamic", "W8A8_DYNAMIC"), ("w4a16", "W4A16")]
+)
+def test_functions_show_a_model_and_compute_the_same(
+    recipe: str, linear: str, tmp_path: Path
+) -> None:
+    model = compiled("llama", recipe)
+    flat, folded = tmp_path / "flat.onnx", tmp_path / "folded.onnx"
+    export_onnx(model.artifact, flat)
+    export_onnx(model.artifact, folded, functions=True)
+    # ONNX knows no result types of MatMulNBits, which nothing but a model's own values can say.
+    onnx.checker.check_model(str(folded), full_check=linear != "W4A16")
+    shown = onnx.load(folded)
+    boxes = [(node.op_type, node.name) for node in shown.graph.node]
+    assert [box for box in boxes if box[0] == "Layer"] == [
+        ("Layer", "model.layers.0"),
+        ("Layer", "model.layers.1"),
+    ]
+    assert len(boxes) < 25 < len(onnx.load(flat).graph.node) / 4
+    (layer,) = (function for function in shown.functions if function.name == "Layer")
+    inside = {node.name: node.op_type for node in layer.node}
+    assert inside["mlp.up_proj:linear"].startswith(f"QuantizedLinear_{linear}")
+    assert any(name.startswith("self_attn.q_proj") for name in layer.input)
+    ids = token_ids(2, 9)
+    one, other = (OnnxModel(path, model.interface).logits(ids)[0] for path in (flat, folded))
+    assert torch.equal(one, other)
+
+
+def test_layers_that_differ_are_functions_of_their_own(tmp_path: Path) -> None:
+    schemes = {"*": "W8A16", "model.layers.1.mlp.down_proj": "W4A16"}
+    passes = ["insert-fake-quant", "quantize-weights"]
+    model: Any = panguq.compile(shared_model("llama"), {"schemes": schemes, "passes": passes})
+    export_onnx(model.artifact, tmp_path / "model.onnx", functions=True)
+    shown = onnx.load(tmp_path / "model.onnx")
+    assert [n.op_type for n in shown.graph.node if "Layer" in n.op_type] == ["Layer", "Layer_2"]

@@ -17,22 +17,32 @@ if TYPE_CHECKING:
 
 
 def export_onnx(
-    artifact: Artifact, path: str | Path, stage: str = LOWERED, overwrite: bool = False
+    artifact: Artifact,
+    path: str | Path,
+    stage: str = LOWERED,
+    overwrite: bool = False,
+    functions: bool = False,
 ) -> None:
     """Write a stage of a compiled model (`lowered` or `fake-quant`) as an ONNX file.
 
     Values and nodes have the labels of the graph; batch, sequence and past are dynamic; inputs and
     outputs are those of `artifact.interface`, 16-bit floats as float32. Weights of more than 64 MiB
-    lie in `<path>.data` beside it. Raises StorageError if one of the two exists (unless
-    `overwrite`) or cannot be written, and an error that names op and label for what ONNX lacks.
+    lie in `<path>.data` beside it. With `functions`, what belongs to one op, and to one layer, is
+    one box that opens on a click (ONNX local functions). Raises StorageError if one of the two
+    exists (unless `overwrite`) or cannot be written, and an error that names op and label for what
+    ONNX lacks.
     """
     about = {"recipe": artifact.recipe.name, "stage": stage, "target": artifact.target}
     graph = artifact.graph(stage)
-    export_graph(graph, artifact.interface, path, overwrite, artifact.target, about)
+    export_graph(graph, artifact.interface, path, overwrite, artifact.target, about, functions)
 
 
 def export_dump(
-    reader: DumpReader, path: str | Path, stage: str | None = None, overwrite: bool = False
+    reader: DumpReader,
+    path: str | Path,
+    stage: str | None = None,
+    overwrite: bool = False,
+    functions: bool = False,
 ) -> str:
     """Write a stage of a dump (None: the last) as `export_onnx` does; returns the stage's name."""
     name = reader.find(stage)
@@ -42,7 +52,8 @@ def export_dump(
         "target": reader.info.target,
     }
     graph = reader.graph(name)
-    export_graph(graph, reader.info.interface, path, overwrite, reader.info.target, about)
+    interface, target = reader.info.interface, reader.info.target
+    export_graph(graph, interface, path, overwrite, target, about, functions)
     return name
 
 
@@ -53,6 +64,7 @@ def export_graph(
     overwrite: bool = False,
     target: str | None = None,
     about: Mapping[str, str] | None = None,
+    functions: bool = False,
 ) -> None:
     """Write any graph, with what `interface` says it takes and returns; see `export_onnx`.
 
@@ -62,9 +74,13 @@ def export_graph(
     require("onnx", "ONNX export")
     from panguq.formats.onnx.choices import kernel_notes
     from panguq.formats.onnx.files import check_free, write_onnx
+    from panguq.formats.onnx.functions import fold_into_functions
     from panguq.formats.onnx.model import build
 
     check_free(Path(path), overwrite)
     written = {f"panguq.{key}": value for key, value in (about or {}).items()}
     name = written.get("panguq.stage", "graph")
-    write_onnx(build(graph, interface, name, kernel_notes(target), written), Path(path), overwrite)
+    made = build(graph, interface, name, kernel_notes(target), written)
+    if functions:
+        made = fold_into_functions(made)
+    write_onnx(made, Path(path), overwrite)
