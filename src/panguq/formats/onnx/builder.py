@@ -150,15 +150,15 @@ class Builder:
         kept = []
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
-                needed.update(values_read(node))
+                needed.update(names_read(node))
                 kept.append(node)
         self.nodes = kept[::-1]
         self.weights = {name: w for name, w in self.weights.items() if name in needed}
 
 
-def values_read(node: NodeProto) -> Iterator[str]:
+def names_read(node: NodeProto) -> Iterator[str]:
     """What a node reads, and what its subgraphs read; the latter's own values are among it."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:
-            yield from values_read(inner)
+            yield from names_read(inner)

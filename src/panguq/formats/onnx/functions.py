@@ -12,7 +12,7 @@ from itertools import groupby
 
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, helper
 
-from panguq.formats.onnx.builder import Weight, values_read
+from panguq.formats.onnx.builder import Weight, names_read
 from panguq.formats.onnx.model import OnnxGraph
 
 DOMAIN = "panguq"
@@ -58,7 +58,7 @@ def fold_into_functions(graph: OnnxGraph) -> OnnxGraph:
             function.opset_import.extend(imports)
         model.functions.extend(made.functions)
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    read = {value for node in nodes for value in values_read(node)}
+    read = {value for node in nodes for value in names_read(node)}
     return OnnxGraph(model, tuple(weight for weight in graph.weights if weight.name in read))
 
 
@@ -125,7 +125,7 @@ class _Readers:
         self._places: dict[str, set[int]] = {value: {-1} for value in outputs}
         for place, (_, run) in enumerate(runs):
             for node in run:
-                for value in values_read(node):
+                for value in names_read(node):
                     self._places.setdefault(value, set()).add(place)
 
     def outside(self, place: int) -> list[str]:
@@ -144,13 +144,13 @@ def _call(
     metadata: Mapping[str, str],
 ) -> NodeProto:
     """A call in place of the run, and its function, unless there is one with this body."""
-    read = dict.fromkeys(value for node in run for value in values_read(node))
+    read = dict.fromkeys(value for node in run for value in names_read(node))
     run = [*(made.constants[value] for value in read if value in made.constants), *run]
     own = {value for node in run for value in node.output}
     local = {value for node in run for graph in _subgraphs(node) for value in _made_in(graph)}
     inputs = list(
         dict.fromkeys(
-            v for n in run for v in values_read(n) if v and v not in own and v not in local
+            v for n in run for v in names_read(n) if v and v not in own and v not in local
         )
     )
     inside: dict[str, str] = {}
