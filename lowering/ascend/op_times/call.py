@@ -23,6 +23,7 @@ SIZES: Mapping[str, int] = {
     "int32": 4,
     "int64": 8,
     "bool": 1,
+    "complex64": 8,  # rotary embeddings of DeepSeek and Llama 4
 }
 """Bytes of an element, by dtype."""
 

@@ -40,7 +40,7 @@ _VENDOR: Mapping[str, tuple[str, tuple[str, ...], Mapping[str, str]]] = {
     "npu_add_rms_norm_dynamic_quant": ("add_rms_norm_dynamic_quant", ("x1", "x2", "gamma"), {}),
     "npu_add_rms_norm_quant": ("add_rms_norm_quant", ("x1", "x2", "gamma"), {}),
     "npu_dynamic_quant": ("dynamic_quant", ("input",), {}),
-    "npu_geglu": ("geglu", ("self",), {"dim": "dim"}),
+    "npu_geglu": ("geglu", ("input",), {"dim": "dim"}),
     "npu_gelu": ("gelu", ("input",), {}),
     "npu_moe_finalize_routing": (
         "moe_finalize_routing",

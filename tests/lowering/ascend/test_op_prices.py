@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from panguq.errors import LoweringError
 from panguq.ir.edit import op_name
 from panguq.ir.ops.linear_attention import gated_linear_attention
+from panguq.ir.ops.opset import resolve
 from panguq.kernels.ascend.vendor.library import npu_ops
 from panguq.lowering.ascend.op_times.node_matmuls import MATMULS
-from panguq.lowering.ascend.op_times.nodes import LOADING, PRICED, node_cost
+from panguq.lowering.ascend.op_times.nodes import _VENDOR, LOADING, PRICED, node_cost
 from panguq.lowering.targets import find_target
 from tests.lowering.ascend.test_fuse_ascend import fuse, normals
 from tests.lowering.ascend.test_fuse_experts import HIDDEN, TOKENS, Mixture
@@ -86,3 +87,10 @@ def test_an_op_without_a_price_is_named() -> None:
 class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.panguq.pack_int4(x)
+
+
+@pytest.mark.parametrize("op", [op for op in _VENDOR if op.startswith("npu_")])
+def test_a_price_reads_arguments_that_the_op_has(op: str) -> None:
+    _, operands, attributes = _VENDOR[op]
+    schema = resolve(f"npu.{op}.default")._schema
+    assert {*operands, *attributes.values()} <= {a.name for a in schema.arguments}
